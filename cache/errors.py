@@ -1,0 +1,56 @@
+"""The errors that a user, a file or another machine can cause.
+
+    CacheError
+    |-- SettingsError          the call or the settings are wrong        (exit code 2)
+    |-- StageError             a stage cannot do its work                (exit code 1)
+    |-- SpecMismatchError      features of another encoder
+    |-- MissingImageError      an image id that the store does not hold
+    |-- CorruptShardError      bytes that are not what was written
+    |-- UnsafeShardError       a shard that is not built as shards are built
+    `-- IncompleteStoreError   a folder that is not a whole store
+
+Each text says what was checked, what was wanted, what was found, where, and what to do.
+"""
+
+
+class CacheError(Exception):
+    """Base of all errors raised on purpose; `exit_code` is what a command ends with."""
+
+    exit_code = 1
+
+
+class SettingsError(CacheError, ValueError):
+    """A settings file or a command line that cannot be used."""
+
+    exit_code = 2
+
+
+class StageError(CacheError, RuntimeError):
+    """Inputs from which a stage cannot make its outputs."""
+
+
+class SpecMismatchError(CacheError, ValueError):
+    """Two sets of features that must not be mixed."""
+
+
+class MissingImageError(CacheError, KeyError):
+    """An image id that is not in the store."""
+
+    def __str__(self) -> str:
+        # KeyError prints the repr of its argument, which would quote the whole sentence.
+        return str(self.args[0]) if self.args else ""
+
+
+class CorruptShardError(CacheError, ValueError):
+    """A shard whose bytes differ from what its index or its own hashes say."""
+
+
+class UnsafeShardError(CacheError, ValueError):
+    """A shard with a structure that no writer of this format makes."""
+
+
+class IncompleteStoreError(CacheError, FileNotFoundError):
+    """A folder that lacks a part of a store."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,108 @@
+"""The settings of fetch, index and extract: sections `data`, `fetch`, `encoder`, `extract`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """Where the images and the captions of one split lie."""
+
+    images: str
+    """A folder, or a zip that is read in place."""
+    captions: str
+    """Captions in the official COCO layout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Section `data`: what is fetched and indexed."""
+
+    source: Literal["demo", "coco", "local"]
+    """Who makes the files below: the embedded world, a download, or nobody."""
+    train: SplitSettings
+    val: SplitSettings
+    instruct: str
+    """Conversations in the official LLaVA-Instruct layout, about images of `train`."""
+    instruct_holdout: float
+    """Share of the images with conversations that are kept for evaluation."""
+    max_reject_rate: float
+    """Share of rejected records of a kind above which the index stage fails."""
+
+    def __post_init__(self) -> None:
+        _check_share("instruct_holdout", self.instruct_holdout)
+        _check_share("max_reject_rate", self.max_reject_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """One file of section `fetch`, needed only by the source `coco`."""
+
+    url: str
+    path: str
+    """Where the file goes; for a zip that is unpacked, the folder of its members."""
+    bytes: int
+    """Published size."""
+    sha256: str | None = None
+    """Published hash, where there is one."""
+    unpack: tuple[str, ...] = ()
+    """Members of a zip to unpack into `path`, without their folders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchSettings:
+    """Section `fetch`: what the source `coco` downloads."""
+
+    files: tuple[Download, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings:
+    """Section `encoder`: everything that decides the features."""
+
+    model: str
+    """An open_clip architecture, or the path of an open_clip config JSON."""
+    pretrained: str
+    """An open_clip tag, a hub id, the path of a checkpoint, or "random" for tests."""
+    layer: int
+    """Which block's output; -1 is the last, -2 the one before, as LLaVA takes it."""
+    precision: Literal["fp32", "bf16"]
+    batch_size: int
+    """Images a forward pass. Part of the features' identity: it decides their last bits."""
+    device: str
+    """"auto" is the first GPU, or the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.layer >= 0:
+            raise ValueError(f"layer is {self.layer}, wanted one counted from the end: -1, -2, ...")
+        _check_at_least_one("batch_size", self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSettings:
+    """Section `extract`: how the features are made; none of it changes their values."""
+
+    workers: int
+    """Decoding processes; 0 decodes in the encoding process."""
+    engine: Literal["local"]
+    """Who encodes the shards."""
+    shard_rows: int
+    """Mean rows in a shard; it holds at most twice as many."""
+    max_failure_rate: float
+    """Share of images that may fail to decode before the stage fails."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}, wanted 0 or more")
+        _check_at_least_one("shard_rows", self.shard_rows)
+        _check_share("max_failure_rate", self.max_failure_rate)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}, wanted a share from 0 to 1")
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}, wanted 1 or more")
