@@ -1,0 +1,28 @@
+"""The feature store: patch embeddings of images in HDF5 shards, read at the speed of memory."""
+
+from cache.errors import (
+    CacheError,
+    CorruptShardError,
+    IncompleteStoreError,
+    MissingImageError,
+    SettingsError,
+    SpecMismatchError,
+    StageError,
+    UnsafeShardError,
+)
+from cache.spec import Spec
+from cache.store import FeatureStore, VerifyReport
+
+__all__ = [
+    "CacheError",
+    "CorruptShardError",
+    "FeatureStore",
+    "IncompleteStoreError",
+    "MissingImageError",
+    "SettingsError",
+    "Spec",
+    "SpecMismatchError",
+    "StageError",
+    "UnsafeShardError",
+    "VerifyReport",
+]

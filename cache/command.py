@@ -48,7 +48,8 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         # Full disk, no permission: the system's own words say it best.
         sys.exit(_fail(str(error), 1))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; finished work is kept, run the same command again", INTERRUPTED))
+        message = "interrupted; finished work is kept, run the same command again"
+        sys.exit(_fail(message, INTERRUPTED))
     sys.exit(0)
 
 

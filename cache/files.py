@@ -52,12 +52,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:  # noqa: ANN401
+def write_json(path: Path, value: Any) -> None:
     """Write indented JSON, whole or not at all; refuses NaN, which JSON has no word for."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def canonical_json(value: Any) -> bytes:  # noqa: ANN401
+def canonical_json(value: Any) -> bytes:
     """Return the one spelling of a JSON value: sorted keys, no spaces, newline at the end."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode() + b"\n"

@@ -100,7 +100,7 @@ def _check_keys(
         )
 
 
-def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:  # noqa: ANN401
+def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
     if dataclasses.is_dataclass(wanted) and isinstance(wanted, type):
         return _build_dataclass(value, wanted, key, path)
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
@@ -124,7 +124,7 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:  # noqa: ANN40
     return value
 
 
-def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:  # noqa: ANN401
+def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:
     if not isinstance(value, dict):
         raise _wrong(path, key, "a section of keys", value)
     fields = dataclasses.fields(cls)
@@ -139,6 +139,4 @@ def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:  # noq
 
 
 def _wrong(path: Path, key: str, wanted: str, found: object) -> SettingsError:
-    return SettingsError(
-        f"{path}: {key} is {found!r} ({type(found).__name__}), wanted {wanted}."
-    )
+    return SettingsError(f"{path}: {key} is {found!r} ({type(found).__name__}), wanted {wanted}.")

@@ -1,0 +1,74 @@
+"""Which image lies in which shard, and what a shard is called: pure functions, no files.
+
+A cut depends on the ids beside it only, so that adding or removing an image changes the shards
+up to the next cut and no others (content-defined chunking, as in rsync and restic).
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """The rows of one shard, before it is encoded."""
+
+    key: str
+    """16 hexadecimal digits over the encoder and the rows."""
+    image_ids: NDArray[np.int64]
+    """[N], ascending."""
+    source_xxh3: NDArray[np.uint64]
+    """[N], xxh3_64 of each image file's bytes."""
+
+    @property
+    def name(self) -> str:
+        """File name."""
+        return f"{self.key}.h5"
+
+
+def plan_shards(
+    image_ids: NDArray[np.int64], source_xxh3: NDArray[np.uint64], fingerprint: str, shard_rows: int
+) -> list[PlannedShard]:
+    """Cut a set of images into shards.
+
+    Args:
+        image_ids: [N] in any order, without repeats.
+        source_xxh3: [N] hashes of the image files, in the same order.
+        fingerprint: Of the spec of the features.
+        shard_rows: Mean rows in a shard; none holds more than twice as many.
+
+    Returns:
+        The shards in order of image id. Depends on the set of images alone.
+    """
+    order = np.argsort(image_ids)
+    image_ids, source_xxh3 = image_ids[order], source_xxh3[order]
+    return [
+        PlannedShard(
+            shard_key(fingerprint, image_ids[start:stop], source_xxh3[start:stop]),
+            image_ids[start:stop],
+            source_xxh3[start:stop],
+        )
+        for start, stop in _cuts(image_ids, shard_rows)
+    ]
+
+
+def _cuts(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    for stop, image_id in enumerate(image_ids.astype("<i8"), start=1):
+        is_cut = xxhash.xxh3_64_intdigest(image_id.tobytes()) % shard_rows == 0
+        if is_cut or stop - start == 2 * shard_rows or stop == len(image_ids):
+            yield start, stop
+            start = stop
+
+
+def shard_key(
+    fingerprint: str, image_ids: NDArray[np.int64], source_xxh3: NDArray[np.uint64]
+) -> str:
+    """Name a shard after what it must hold: encoder, images and their bytes."""
+    rows = np.empty(len(image_ids), dtype=[("image_id", "<i8"), ("source_xxh3", "<u8")])
+    rows["image_id"], rows["source_xxh3"] = image_ids, source_xxh3
+    return hashlib.sha256(fingerprint.encode() + rows.tobytes()).hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""What features are: everything that decides their numbers, and the fingerprint over it.
+
+Two stores with equal fingerprints hold interchangeable features; with different ones they are
+never mixed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from cache.errors import IncompleteStoreError, SpecMismatchError
+from cache.files import canonical_json
+
+FORMAT = "patchcache/1"
+"""Version of the shard and index layout; a reader refuses any other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything that decides the numbers of a feature store."""
+
+    format: str
+    model: str
+    """open_clip architecture."""
+    weights_sha256: str
+    """Over names, types, shapes and values of the vision tower's tensors, not over a file."""
+    activation: str
+    layer: int
+    """Block whose output is stored, counted from the end."""
+    tokens: str
+    """"patch": class token dropped, rows of the picture from the top left."""
+    normalized: bool
+    """Whether the tower's final norm was applied."""
+    image_size: int
+    resize: str
+    crop: str
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str
+    batch_size: int
+    dtype: str
+    patches: int
+    width: int
+    preprocess_version: int
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON of all fields, in hexadecimal."""
+        return hashlib.sha256(canonical_json(dataclasses.asdict(self))).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Return the canonical JSON of all fields and the fingerprint: the bytes of spec.json."""
+        return canonical_json(dataclasses.asdict(self) | {"fingerprint": self.fingerprint})
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "Spec":
+        """Read a spec back.
+
+        Args:
+            text: As `to_json` writes it.
+            where: The file it comes from, for the error text.
+
+        Raises:
+            IncompleteStoreError: Not the JSON of a spec.
+            SpecMismatchError: Another format version, or a fingerprint that does not fit.
+        """
+        values = _parse(text, where)
+        found = values.get("format")
+        if found != FORMAT:
+            raise SpecMismatchError(
+                f"{where}: format is {found!r}, wanted {FORMAT!r}. "
+                f"Read it with the version of patchcache that wrote it."
+            )
+        fingerprint = values.pop("fingerprint", None)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if values.keys() != names:
+            raise IncompleteStoreError(
+                f"{where}: fields that differ from a spec's: {sorted(values.keys() ^ names)}. "
+                f"Run the extract stage again."
+            )
+        values |= {name: tuple(values[name]) for name in ("mean", "std")}
+        spec = cls(**values)
+        if spec.fingerprint != fingerprint:
+            raise SpecMismatchError(
+                f"{where}: fingerprint is {fingerprint!r}, its fields give {spec.fingerprint!r}. "
+                f"Somebody edited it: fetch the store again."
+            )
+        return spec
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise IncompleteStoreError(f"{where}: not the JSON of a spec. Fetch the store again.")
+    return values
+
+
+def check_same_spec(found: Spec, wanted: Spec, where: str) -> None:
+    """Refuse features that another encoder made.
+
+    Raises:
+        SpecMismatchError: Names every field that differs, with both values.
+    """
+    theirs, ours = dataclasses.asdict(found), dataclasses.asdict(wanted)
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        details = "; ".join(f"{n} is {theirs[n]!r}, wanted {ours[n]!r}" for n in differing)
+        raise SpecMismatchError(f"{where}: {details}. Use features of one encoder only.")
