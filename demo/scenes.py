@@ -1,0 +1,128 @@
+"""The world's scenes: what is in a picture, where, and in which colour.
+
+A scene is a background and one to three kinds of things; a kind is a noun in one colour and one
+size, standing in one to three cells of a 3 x 3 grid. Everything that is said about a picture
+(captions, answers) and everything that is drawn follows from its scene. Lengths and places are
+shares of the picture's shorter side, from the top left.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NOUNS = ("ball", "box", "star", "tree", "house", "car", "boat", "flower", "fish", "heart")
+COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white", "black")
+BACKGROUNDS = ("grass", "sand", "snow", "water", "night sky", "bricks")
+GRID = 3
+"""Rows and columns of places where a thing can stand."""
+
+SIZES = {"small": 0.2, "large": 0.3}
+"""Mean side of a thing's square by the word for its size."""
+
+_KINDS_WEIGHTS = (0.25, 0.45, 0.30)
+_COUNT_WEIGHTS = (0.55, 0.25, 0.20)
+_MOST_THINGS = 5
+_RIM = 0.02
+"""Share of the side along each edge that stays free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One thing's cell in the grid and its exact square."""
+
+    row: int
+    column: int
+    x: float
+    """Centre, from the left."""
+    y: float
+    """Centre, from the top."""
+    side: float
+    turn: float
+    """Degrees counter-clockwise."""
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of the square."""
+        half = self.side / 2
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """All things of one noun in a scene: they share a colour and a size."""
+
+    noun: str
+    colour: str
+    size: str
+    places: tuple[Place, ...]
+
+    @property
+    def count(self) -> int:
+        """How many of them there are."""
+        return len(self.places)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What one picture shows; `texture` seeds all that no sentence mentions."""
+
+    background: str
+    kinds: tuple[Kind, ...]
+    texture: int
+
+    @property
+    def num_things(self) -> int:
+        """How many things there are, of all kinds."""
+        return sum(kind.count for kind in self.kinds)
+
+
+def scene_at(seed: int, part: str, index: int) -> Scene:
+    """Return one scene of an endless list: a pure function of its arguments.
+
+    Args:
+        seed: The world's seed.
+        part: Name of the list, such as "train2017"; lists of different names share nothing.
+        index: Position in the list, from 0.
+    """
+    return sample_scene(random.Random(f"{seed}/{part}/{index}"))
+
+
+def sample_scene(rng: random.Random) -> Scene:
+    """Draw a scene by chance: distinct nouns, distinct cells, colours that may repeat."""
+    counts = _sample_counts(rng)
+    nouns = rng.sample(NOUNS, len(counts))
+    cells = rng.sample(
+        [(row, column) for row in range(GRID) for column in range(GRID)], sum(counts)
+    )
+    kinds = []
+    for noun, count in zip(nouns, counts, strict=True):
+        size = rng.choice(list(SIZES))
+        own_cells, cells = sorted(cells[:count]), cells[count:]
+        places = tuple(_sample_place(rng, cell, size) for cell in own_cells)
+        kinds.append(Kind(noun=noun, colour=rng.choice(COLOURS), size=size, places=places))
+    background = rng.choice(BACKGROUNDS)
+    return Scene(background=background, kinds=tuple(kinds), texture=rng.getrandbits(32))
+
+
+def _sample_counts(rng: random.Random) -> Sequence[int]:
+    num_kinds = rng.choices((1, 2, 3), _KINDS_WEIGHTS)[0]
+    counts = rng.choices((1, 2, 3), _COUNT_WEIGHTS, k=num_kinds)
+    while sum(counts) > _MOST_THINGS:
+        counts[counts.index(max(counts))] -= 1
+    return counts
+
+
+def _sample_place(rng: random.Random, cell: tuple[int, int], size: str) -> Place:
+    row, column = cell
+    side = SIZES[size] * rng.uniform(0.92, 1.08)
+    # Far enough from the next cell's things that none covers another.
+    cell_side = (1 - 2 * _RIM) / GRID
+    slack = max(0.0, (cell_side - side) / 2)
+    return Place(
+        row=row,
+        column=column,
+        x=_RIM + (column + 0.5) * cell_side + rng.uniform(-slack, slack),
+        y=_RIM + (row + 0.5) * cell_side + rng.uniform(-slack, slack),
+        side=side,
+        turn=rng.uniform(-12, 12),
+    )
