@@ -1,0 +1,203 @@
+import math
+import random
+
+import pytest
+
+from eval.metrics import (
+    exact_match,
+    normalize_answer,
+    repeated_4grams,
+    score_captions,
+    score_pope,
+    token_f1,
+)
+
+REFERENCES = {
+    7: ["A brown dog runs over the green grass.", "The dog is running outside."],
+    2: ["Two red boats lie on a quiet lake.", "Boats on the water at dawn."],
+    5: ["A man isn't riding his old bicycle today.", "Somebody pushes a bike."],
+}
+FIRST = {image_id: captions[0] for image_id, captions in REFERENCES.items()}
+
+
+def test_a_candidate_equal_to_a_reference_has_full_bleu_and_rouge() -> None:
+    scores = score_captions(REFERENCES, FIRST)
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"):
+        assert scores[name] == pytest.approx(1.0)
+
+
+def test_cider_of_the_only_reference_is_ten() -> None:
+    only = {image_id: captions[:1] for image_id, captions in REFERENCES.items()}
+    assert score_captions(only, FIRST)["CIDEr"] == pytest.approx(10.0)
+
+
+def test_scores_of_a_small_case_are_those_computed_by_hand() -> None:
+    scores = score_captions(
+        {1: ["a b c d"], 2: ["p q r s t u v w"]},
+        {1: "a b x d", 2: "p q r s t u v w"},
+    )
+    # Matches over guesses, both captions together: 11/12 words, 8/10 pairs, 6/8, 5/6.
+    assert scores["BLEU-1"] == pytest.approx(11 / 12)
+    assert scores["BLEU-2"] == pytest.approx(math.sqrt(11 / 12 * 8 / 10))
+    assert scores["BLEU-4"] == pytest.approx((11 / 12 * 8 / 10 * 6 / 8 * 5 / 6) ** 0.25)
+    # Common subsequence a b d: precision = recall = 3/4.
+    assert scores["ROUGE-L"] == pytest.approx((3 / 4 + 1) / 2)
+    # Every n-gram has the same weight, so each cosine is shared n-grams over n-grams: of words
+    # 3/4, of pairs 1/3, none longer; ten times their mean, for the first image.
+    assert scores["CIDEr"] == pytest.approx((10 * (3 / 4 + 1 / 3) / 4 + 10) / 2)
+
+
+def test_a_short_candidate_pays_the_brevity_penalty() -> None:
+    scores = score_captions({1: ["a b c d e f"]}, {1: "a b c"})
+    assert scores["BLEU-1"] == pytest.approx(math.exp(1 - 2))
+
+
+def test_rouge_takes_the_best_precision_and_the_best_recall() -> None:
+    scores = score_captions({1: ["a b", "a b c d e f g h"]}, {1: "a b x y"})
+    precision, recall, beta = 1 / 2, 1.0, 1.2
+    wanted = (1 + beta**2) * precision * recall / (recall + beta**2 * precision)
+    assert scores["ROUGE-L"] == pytest.approx(wanted)
+
+
+def test_case_and_punctuation_do_not_count() -> None:
+    loud = {image_id: text.upper().rstrip(".") + " !" for image_id, text in FIRST.items()}
+    assert score_captions(REFERENCES, loud) == score_captions(REFERENCES, FIRST)
+
+
+def test_order_of_images_and_references_changes_nothing() -> None:
+    candidates = {7: "a dog in grass", 2: "red boats on a lake", 5: "a man on a bike"}
+    ids = list(REFERENCES)
+    random.Random(0).shuffle(ids)
+    mixed = {image_id: REFERENCES[image_id][::-1] for image_id in ids}
+    assert score_captions(mixed, candidates) == pytest.approx(
+        score_captions(REFERENCES, candidates), rel=1e-12
+    )
+
+
+def test_a_line_break_in_a_caption_moves_no_other_caption() -> None:
+    broken = {i: [c.replace(" ", "\r", 1) for c in captions] for i, captions in REFERENCES.items()}
+    assert score_captions(broken, FIRST) == score_captions(REFERENCES, FIRST)
+
+
+def test_empty_candidates_score_nothing() -> None:
+    scores = score_captions(REFERENCES, dict.fromkeys(REFERENCES, ""))
+    assert scores.keys() == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
+    assert list(scores.values()) == pytest.approx([0.0] * 6, abs=1e-6)
+
+
+def test_one_image_alone_has_no_cider() -> None:
+    assert score_captions({1: ["a dog"]}, {1: "a dog"})["CIDEr"] == 0.0
+
+
+def test_scoring_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    score_captions(REFERENCES, FIRST)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_different_images_are_named() -> None:
+    references = {image_id: ["a dog"] for image_id in range(10)}
+    with pytest.raises(ValueError, match=r"missing 0, 1, 2, 3, 4 and 2 more, extra 99\.$"):
+        score_captions(references, {7: "", 8: "", 9: "", 99: ""})
+    with pytest.raises(ValueError, match=r"missing none, extra 3\.$"):
+        score_captions({1: ["a"]}, {1: "a", 3: "b"})
+
+
+def test_an_image_without_references_is_named() -> None:
+    with pytest.raises(ValueError, match=r"at least one reference caption: without, 4\.$"):
+        score_captions({1: ["a"], 4: []}, {1: "a", 4: "b"})
+
+
+def test_no_captions_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no captions to score"):
+        score_captions({}, {})
+
+
+def test_pope_counts_yes_as_the_positive_answer() -> None:
+    labels = ["yes", "yes", "yes", "yes", "no", "no", "no", "no", "no", "no"]
+    answers = ["Yes", "yes.", "No", "Yes, it is", "No", "no", "not here", "Yes", "No.", "no"]
+    assert score_pope(labels, answers) == pytest.approx(
+        {"accuracy": 8 / 10, "precision": 3 / 4, "recall": 3 / 4, "f1": 3 / 4, "yes_rate": 4 / 10}
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("No", "no"),
+        ("no, there is none", "no"),
+        ("There is not a dog", "no"),
+        ("Yes. But no cat", "yes"),
+        ("There is no, dog", "no"),
+        ("NO", "yes"),
+        ("nothing", "yes"),
+        ("", "yes"),
+    ],
+)
+def test_pope_reads_an_answer_as_the_official_script(answer: str, says: str) -> None:
+    assert score_pope([says], [answer])["accuracy"] == 1.0
+
+
+def test_pope_ratios_without_cases_are_zero() -> None:
+    assert score_pope(["no"], ["no"]) == {
+        "accuracy": 1.0,
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+        "yes_rate": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers", "message"),
+    [
+        (["yes"], [], "found 1 labels and 0 answers"),
+        ([], [], "no questions to score"),
+        (["yes", "Maybe"], ["a", "b"], "found 'Maybe'"),
+    ],
+)
+def test_pope_refuses_what_it_cannot_score(
+    labels: list[str], answers: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        score_pope(labels, answers)
+
+
+def test_normalizing_drops_case_articles_punctuation_and_spaces() -> None:
+    assert normalize_answer("  The  Red-dog, an\napple & A theory! ") == "reddog apple theory"
+
+
+def test_exact_match_ignores_what_normalizing_drops() -> None:
+    assert exact_match("A red dog.", "red dog") == 1.0
+    assert exact_match("A red dog.", "red dogs") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("target", "prediction", "score"),
+    [
+        ("red dog", "The red dog!", 1.0),
+        ("red dog", "red cat", 1 / 2),
+        ("dog dog dog", "dog", 1 / 2),
+        ("red dog", "boat", 0.0),
+        ("the", "", 1.0),
+        ("dog", "the", 0.0),
+    ],
+)
+def test_token_f1_counts_shared_words(target: str, prediction: str, score: float) -> None:
+    assert token_f1(target, prediction) == pytest.approx(score)
+    assert token_f1(prediction, target) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("texts", "share"),
+    [
+        ([], 0.0),
+        (["a b c"], 0.0),
+        (["a b c d e"], 0.0),
+        (["A b c d a B c d"], 1 / 5),
+        (["x x x x x x"], 2 / 3),
+        (["a b c d", "a b c d"], 0.0),
+        (["x x x x x x", "a b c d e"], 2 / 5),
+    ],
+)
+def test_repetition_is_counted_within_each_text(texts: list[str], share: float) -> None:
+    assert repeated_4grams(texts) == pytest.approx(share)
