@@ -3,14 +3,27 @@
 Owns which names are allowed and where they are looked up. Does not decode anything.
 """
 
+import lzma
 import os
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from cache.errors import StageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger file is refused before it is read: a zip member can claim any size."""
+
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+)
+"""What zipfile raises on damaged, encrypted or oddly compressed archives."""
 
 
 class ImageNameError(ValueError):
@@ -51,7 +64,7 @@ class ImageArchive:
     def _open_zip(self, key: str) -> None:
         try:
             archive = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError) as error:
+        except _ZIP_ERRORS as error:
             raise StageError(
                 f"{key}: {self.path} is neither a folder nor a readable zip ({error}). "
                 f"Fetch it again."
@@ -80,11 +93,15 @@ class ImageArchive:
         return self._read_member(file_name)
 
     def _read_file(self, path: Path) -> bytes:
-        if not path.is_file():
-            raise ImageNameError(f"no file {path.name!r} in {self.path}")
-        if path.stat().st_size > MAX_IMAGE_BYTES:
-            raise ImageNameError(f"{path.name!r} has more than {MAX_IMAGE_BYTES} bytes")
-        return path.read_bytes()
+        try:
+            if not path.is_file():
+                raise ImageNameError(f"no file {path.name!r} in {self.path}")
+            if path.stat().st_size > MAX_IMAGE_BYTES:
+                raise ImageNameError(f"{path.name!r} has more than {MAX_IMAGE_BYTES} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            # A name that the file system cannot hold, or a file that may not be read.
+            raise ImageNameError(f"{path.name!r} in {self.path}: {error.strerror}") from None
 
     def _read_member(self, file_name: str) -> bytes:
         if file_name not in self._members:
@@ -96,8 +113,7 @@ class ImageArchive:
             raise ImageNameError(f"{file_name!r} has more than {MAX_IMAGE_BYTES} bytes")
         try:
             return self._zip.read(member)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-            # Bad checksum, encrypted, or a compression method that Python lacks.
+        except _ZIP_ERRORS as error:
             raise ImageNameError(f"{file_name!r} in {self.path}: {error}") from None
 
     def __getstate__(self) -> dict[str, object]:
