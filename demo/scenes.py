@@ -25,6 +25,8 @@ _MOST_THINGS = 5
 _RIM = 0.02
 """Share of the side along each edge that stays free."""
 
+CELL_SIDE = (1 - 2 * _RIM) / GRID
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -116,13 +118,12 @@ def _sample_place(rng: random.Random, cell: tuple[int, int], size: str) -> Place
     row, column = cell
     side = SIZES[size] * rng.uniform(0.92, 1.08)
     # Far enough from the next cell's things that none covers another.
-    cell_side = (1 - 2 * _RIM) / GRID
-    slack = max(0.0, (cell_side - side) / 2)
+    slack = max(0.0, (CELL_SIDE - side) / 2)
     return Place(
         row=row,
         column=column,
-        x=_RIM + (column + 0.5) * cell_side + rng.uniform(-slack, slack),
-        y=_RIM + (row + 0.5) * cell_side + rng.uniform(-slack, slack),
+        x=_RIM + (column + 0.5) * CELL_SIDE + rng.uniform(-slack, slack),
+        y=_RIM + (row + 0.5) * CELL_SIDE + rng.uniform(-slack, slack),
         side=side,
         turn=rng.uniform(-12, 12),
     )

@@ -1,0 +1,63 @@
+"""The demo's tokenizer: byte-level BPE like Phi-2's, learnt from the world's own text.
+
+As with Phi-2, one token begins, ends and stands for the unknown, it is the last of the
+tokenizer, there is none for padding, and nothing is added to a text.
+"""
+
+import random
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from demo.captions import captions
+from demo.contexts import inventory, notes, raster
+from demo.questions import ask
+from demo.scenes import scene_at
+
+END_OF_TEXT = "<|endoftext|>"
+
+_NUM_SCENES = 3000
+_MOST_TOKENS = 1024
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Learn the tokenizer from the text of some scenes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=_MOST_TOKENS - 1,
+        min_frequency=20,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(seed), trainer)
+    # Added last, so that it has the largest number: CLIP's text tower finds the end by that.
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _texts(seed: int) -> Iterator[str]:
+    for index in range(_NUM_SCENES):
+        rng = random.Random(f"{seed}/tokenizer/{index}")
+        scene = scene_at(seed, "tokenizer", index)
+        yield from captions(scene, rng)
+        yield notes(scene, rng)
+        yield inventory(scene, rng)
+        yield "".join(" " + word for cell in raster(scene, rng, 4, 1) for word in cell)
+        for question, answer in ask(scene, rng, num_turns=4):
+            yield prompt(question)
+            yield f" {answer}"
+
+
+def prompt(question: str) -> str:
+    """Return a question as Phi-2 is asked; its answer follows after a space."""
+    return f"Instruct: {question}\nOutput:"

@@ -1,0 +1,201 @@
+"""Trains the tiny Phi on the world's text alone: to say what follows from what it has read.
+
+A document is a scene written down in one of several forms, followed directly by captions and by
+questions with their answers. No picture is involved: that patches can take the place of the
+writing is what the projector learns later.
+
+Letters: B documents, T positions, W words at one position, H width.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+
+from demo.captions import caption
+from demo.contexts import inventory, notes, raster
+from demo.questions import ask
+from demo.scenes import Scene, scene_at
+from demo.tokenizer import prompt
+
+_STEPS = 1800
+_BATCH = 64
+_LEARNING_RATE = 2e-3
+_WARM_UP = 100
+_WEIGHT_DECAY = 0.02
+_NUM_TURNS = 5
+_CONTEXT_WEIGHT = 0.05
+"""Weight of a context's or question's token in the loss; a caption's or answer's has 1."""
+
+_NOISE = 0.01
+"""Standard deviation of what is added to every embedding, so that near it is good enough."""
+
+_SPARE_ROWS = 64
+"""Embedding rows beyond the tokenizer, which Phi-2 has too."""
+
+
+@dataclass
+class Document:
+    """A text by positions; a position holds one token, or the words of a raster's cell."""
+
+    words: list[list[int]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    """How much the loss minds that this position is predicted."""
+
+    def add(self, tokens: Sequence[int], weight: float) -> None:
+        """Append tokens, one a position."""
+        self.words += [[token] for token in tokens]
+        self.weights += [weight] * len(tokens)
+
+    def add_mixed(self, cells: Sequence[Sequence[int]]) -> None:
+        """Append cells, each one position of several tokens, which no loss minds."""
+        self.words += [list(cell) for cell in cells]
+        self.weights += [0.0] * len(cells)
+
+
+def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
+    """Return Phi-2's configuration in small: same layout, same odd vocabulary."""
+    rows = -(-(len(tokenizer) + _SPARE_ROWS) // 64) * 64
+    return PhiConfig(
+        vocab_size=rows,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        # Phi-2's "gelu_new" in one fused step: the same numbers, several times faster here.
+        hidden_act="gelu_pytorch_tanh",
+        max_position_embeddings=512,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        },
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attention_dropout=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    )
+
+
+def train_phi(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Train and write model (float16) and tokenizer to a folder, as `save_pretrained` does."""
+    torch.manual_seed(seed)
+    model = PhiForCausalLM(phi_config(tokenizer))
+    writer = Writer(tokenizer)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), _LEARNING_RATE, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_at)
+    progress = tqdm(range(_STEPS), desc="phi")
+    for step in progress:
+        documents = [writer.document(seed, step * _BATCH + index) for index in range(_BATCH)]
+        loss = document_loss(model, documents, _NOISE)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+class Writer:
+    """Writes documents; remembers the tokens of texts that come again and again."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def document(self, seed: int, index: int) -> Document:
+        """Return one document of an endless list: a pure function of its arguments."""
+        rng = random.Random(f"{seed}/document/{index}")
+        scene = scene_at(seed, "phi", index)
+        document = Document()
+        self.add_context(document, scene, rng)
+        parts = [self.add_captions, self.add_turns]
+        rng.shuffle(parts)
+        for add in parts:
+            add(document, scene, rng)
+        return document
+
+    def add_context(self, document: Document, scene: Scene, rng: random.Random) -> None:
+        """Append a scene in one of the forms, most often as a raster of mixed words."""
+        form = rng.random()
+        if form < 0.1:
+            document.add(self.ids(notes(scene, rng)), _CONTEXT_WEIGHT)
+        elif form < 0.2:
+            document.add(self.ids(inventory(scene, rng)), _CONTEXT_WEIGHT)
+        elif form < 0.35:
+            cells = raster(scene, rng, side=rng.randint(4, 7), most_words=1)
+            document.add([self.ids(" " + cell[0])[0] for cell in cells], _CONTEXT_WEIGHT)
+        else:
+            cells = raster(scene, rng, side=rng.choice((5, 6, 6, 7)), most_words=4)
+            document.add_mixed([[self.ids(" " + word)[0] for word in cell] for cell in cells])
+
+    def add_captions(self, document: Document, scene: Scene, rng: random.Random) -> None:
+        """Append a caption with its end."""
+        document.add([*self.ids(caption(scene, rng)), self._tokenizer.eos_token_id], 1.0)
+
+    def add_turns(self, document: Document, scene: Scene, rng: random.Random) -> None:
+        """Append questions, each with its answer and that answer's end."""
+        for question, answer in ask(scene, rng, _NUM_TURNS):
+            document.add(self.ids(prompt(question)), _CONTEXT_WEIGHT)
+            document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], 1.0)
+
+    def ids(self, text: str) -> list[int]:
+        """Return a text's tokens."""
+        if text not in self._known:
+            self._known[text] = self._tokenizer(text)["input_ids"]
+        return self._known[text]
+
+
+def document_loss(
+    model: PhiForCausalLM, documents: Sequence[Document], noise: float
+) -> torch.Tensor:
+    """Return the weighted mean of the next-token losses over all documents."""
+    words_BTW, weights_BT = _padded(documents)
+    present_BTW = (words_BTW >= 0).float()
+    # A sum of words grows with the root of their number; a projector may scale as it likes.
+    scale_BT1 = present_BTW.sum(-1, keepdim=True).clamp(min=1).rsqrt()
+    embeddings_BTWH = model.get_input_embeddings()(words_BTW.clamp(min=0))
+    embeds_BTH = (embeddings_BTWH * present_BTW[..., None]).sum(2) * scale_BT1
+    embeds_BTH = embeds_BTH + noise * torch.randn_like(embeds_BTH)
+    hidden_BTH = model.model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
+    minded_BT = weights_BT[:, 1:] > 0
+    logits = model.lm_head(hidden_BTH[:, :-1][minded_BT])
+    losses = torch.nn.functional.cross_entropy(
+        logits, words_BTW[:, 1:, 0][minded_BT], reduction="none"
+    )
+    weights = weights_BT[:, 1:][minded_BT]
+    return (losses * weights).sum() / weights.sum()
+
+
+def _padded(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return words [B, T, W] with -1 where there is none, and weights [B, T]."""
+    length = max(len(document.words) for document in documents)
+    most = max(len(cell) for document in documents for cell in document.words)
+    words = [
+        [cell + [-1] * (most - len(cell)) for cell in document.words]
+        + [[-1] * most] * (length - len(document.words))
+        for document in documents
+    ]
+    weights = [
+        document.weights + [0.0] * (length - len(document.weights)) for document in documents
+    ]
+    return torch.tensor(words), torch.tensor(weights)
+
+
+def _learning_rate_at(step: int) -> float:
+    """Return the share of the full learning rate: a linear start, then a half cosine."""
+    if step < _WARM_UP:
+        return (step + 1) / _WARM_UP
+    return 0.5 * (1 + math.cos(math.pi * (step - _WARM_UP) / (_STEPS - _WARM_UP)))
