@@ -48,12 +48,21 @@ class Download:
     unpack: tuple[str, ...] = ()
     """Members of a zip to unpack into `path`, without their folders."""
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")) or self.url.endswith("/"):
+            raise ValueError(f"url is {self.url}, wanted the http or https address of a file")
+        _check_at_least_one("bytes", self.bytes)
+        _check_distinct("unpack", self.unpack)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FetchSettings:
     """Section `fetch`: what the source `coco` downloads."""
 
     files: tuple[Download, ...]
+
+    def __post_init__(self) -> None:
+        _check_distinct("files", tuple(item.url for item in self.files))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,3 +115,10 @@ def _check_share(name: str, value: float) -> None:
 def _check_at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}, wanted 1 or more")
+
+
+def _check_distinct(name: str, paths: tuple[str, ...]) -> None:
+    last_names = [path.rsplit("/", 1)[-1] for path in paths]
+    for last_name in last_names:
+        if last_name in ("", ".", "..") or last_names.count(last_name) > 1:
+            raise ValueError(f"{name} ends in {last_name!r}, wanted file names that all differ")

@@ -1,0 +1,131 @@
+"""Stage `fetch`: brings images and annotations to where section `data` says they are.
+
+Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, `local`
+takes what is there. Files are made below `.work/fetch` and published whole in `data/raw`.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from cache.command import run_stage
+from cache.errors import StageError
+from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
+from cache.settings import Params
+from pipeline.download import check_free_space, download, problem
+from pipeline.settings import DataSettings, Download, FetchSettings
+
+RAW = Path("data/raw")
+FETCH_WORK = WORK / "fetch"
+
+
+def fetch(params: Params) -> None:
+    """Run the stage.
+
+    Raises:
+        StageError: The demo cannot be rendered, a file cannot be downloaded, or a file that
+            section `data` names is not there in the end.
+    """
+    data = params.section("data", DataSettings)
+    RAW.mkdir(parents=True, exist_ok=True)
+    if data.source == "demo":
+        render_demo(FETCH_WORK / "demo")
+    elif data.source == "coco":
+        fetch_files(params.section("fetch", FetchSettings).files)
+    check_paths(data)
+
+
+def render_demo(work: Path) -> None:
+    """Render the demo's world in a process of its own and publish its files.
+
+    Raises:
+        StageError: The process failed.
+    """
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    # A process, not an import: the pipeline does not depend on the demo.
+    command = [sys.executable, "-m", "demo.world", str(work)]
+    checkout = str(Path(__file__).resolve().parents[1])
+    search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
+    finished = subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, check=False)
+    if finished.returncode != 0:
+        raise StageError(
+            f"data.source demo: {' '.join(command[1:])} ended with exit code "
+            f"{finished.returncode}. Its own message stands above."
+        )
+    for file in sorted(path for path in work.rglob("*") if path.is_file()):
+        link_or_copy(file, RAW / file.relative_to(work))
+    shutil.rmtree(work)
+
+
+def fetch_files(items: tuple[Download, ...]) -> None:
+    """Download what is not there yet and publish it.
+
+    Raises:
+        StageError: No space, no such file on the server, or not the published size or hash.
+    """
+    missing = tuple(item for item in items if not _is_published(item))
+    check_free_space(missing, FETCH_WORK)
+    for item in missing:
+        file = download(item, FETCH_WORK)
+        if item.unpack:
+            unpack(file, item.unpack, Path(item.path))
+        else:
+            link_or_copy(file, Path(item.path))
+
+
+def _is_published(item: Download) -> bool:
+    path = Path(item.path)
+    # The unpacked members have no published hash, so the zip decides for them.
+    return not item.unpack and path.is_file() and problem(path, item) is None
+
+
+def unpack(archive: Path, members: tuple[str, ...], folder: Path) -> None:
+    """Unpack some members of a zip into a folder, under their last names.
+
+    Raises:
+        StageError: A member that is not there or is damaged.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            for member in members:
+                with replacing(folder / PurePosixPath(member).name) as temporary:
+                    _copy_member(opened, member, temporary)
+    except KeyError as error:
+        raise StageError(f"{archive}: {error.args[0]} Correct unpack in fetch.files.") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise StageError(f"{archive}: {error}. Delete it and run again.") from None
+
+
+def _copy_member(archive: zipfile.ZipFile, member: str, target: Path) -> None:
+    with archive.open(member) as source, target.open("wb") as file:
+        shutil.copyfileobj(source, file, CHUNK_BYTES)
+
+
+def check_paths(data: DataSettings) -> None:
+    """Refuse settings that name files which are not there.
+
+    Raises:
+        StageError: Names the settings key and the path.
+    """
+    named = {
+        "data.train.images": data.train.images,
+        "data.train.captions": data.train.captions,
+        "data.val.images": data.val.images,
+        "data.val.captions": data.val.captions,
+        "data.instruct": data.instruct,
+    }
+    for key, path in named.items():
+        if not Path(path).exists():
+            raise StageError(
+                f"{key}: {path} does not exist (data.source is {data.source}). "
+                f"Put it there, or name another path."
+            )
+
+
+if __name__ == "__main__":
+    run_stage(fetch, __doc__)

@@ -1,0 +1,81 @@
+import hashlib
+import json
+import os
+
+import pytest
+
+from cache.files import canonical_json, link_or_copy, replacing, sha256_of, write_json, write_text
+
+
+def test_a_file_appears_whole_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_as_it_was(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+
+    def fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_published_file_is_replaced_not_written_into(tmp_path):
+    path, reader = tmp_path / "a.txt", tmp_path / "link.txt"
+    write_text(path, "old")
+    os.link(path, reader)
+    write_text(path, "new")
+    assert (path.read_text(), reader.read_text()) == ("new", "old")
+
+
+def test_json_reads_back_and_refuses_what_json_has_no_word_for(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, "ü"]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, "ü"]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": [1, "ü"]}
+
+
+def test_canonical_json_does_not_depend_on_the_order_of_keys():
+    assert canonical_json({"b": 1, "a": [2]}) == canonical_json({"a": [2], "b": 1})
+    assert canonical_json({"b": 1, "a": [2]}) == b'{"a":[2],"b":1}\n'
+
+
+def test_a_link_is_the_same_file_and_replaces_without_writing(tmp_path):
+    source, target, reader = (tmp_path / name for name in ("source", "deep/target", "reader"))
+    source.write_text("new")
+    target.parent.mkdir()
+    target.write_text("old")
+    os.link(target, reader)
+    link_or_copy(source, target)
+    assert target.samefile(source)
+    assert reader.read_text() == "old"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_without_hard_links_it_copies(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "source").write_text("text")
+    link_or_copy(tmp_path / "source", tmp_path / "target")
+    assert (tmp_path / "target").read_text() == "text"
+    assert not (tmp_path / "target").samefile(tmp_path / "source")
+
+
+def test_the_hash_is_that_of_the_whole_file(tmp_path):
+    data = bytes(3 * 2**20 + 7)
+    (tmp_path / "a").write_bytes(data)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()

@@ -1,0 +1,211 @@
+import functools
+import threading
+import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from cache.errors import SettingsError, StageError
+from cache.files import sha256_of
+from cache.settings import Params
+from pipeline.fetch import fetch, unpack
+
+DATA = {
+    "train": {"images": "data/raw/train.zip", "captions": "data/raw/annotations/train.json"},
+    "val": {"images": "data/raw/val.zip", "captions": "data/raw/annotations/val.json"},
+    "instruct": "data/raw/instruct.json",
+    "instruct_holdout": 0.1,
+    "max_reject_rate": 0.1,
+}
+NAMED = [
+    *[DATA[split][name] for split in ("train", "val") for name in ("images", "captions")],
+    DATA["instruct"],
+]
+
+FAKE_WORLD = """
+import pathlib, sys
+root = pathlib.Path(sys.argv[1])
+for name in {names}:
+    path = root / pathlib.Path(name).relative_to("data/raw")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name)
+sys.exit({code})
+"""
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(source, **sections):
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({"data": {"source": source, **DATA}, **sections}, file)
+    fetch(Params.read(Path("params.yaml")))
+
+
+def touch(names):
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+
+
+def write_world(code=0):
+    Path("demo").mkdir(exist_ok=True)
+    Path("demo/__init__.py").touch()
+    Path("demo/world.py").write_text(FAKE_WORLD.format(names=NAMED, code=code))
+
+
+def test_local_takes_what_is_there_and_makes_the_folder():
+    touch(NAMED)
+    before = {name: Path(name).stat().st_ino for name in NAMED}
+    run("local")
+    assert {name: Path(name).stat().st_ino for name in NAMED} == before
+    assert Path("data/raw").is_dir()
+
+
+KEYS = ["train.images", "train.captions", "val.images", "val.captions", "instruct"]
+
+
+@pytest.mark.parametrize(("missing", "key"), list(zip(NAMED, KEYS, strict=True)))
+def test_a_path_that_is_not_there_is_named_by_its_key(missing, key):
+    touch(name for name in NAMED if name != missing)
+    with pytest.raises(StageError, match=rf"^data\.{key}: {missing} does not exist"):
+        run("local")
+
+
+def test_the_demo_is_rendered_by_another_process_and_published():
+    write_world()
+    run("demo")
+    assert [Path(name).read_text() for name in NAMED] == NAMED
+    assert not list(Path(".work/fetch").iterdir())
+
+
+def test_a_demo_that_fails_publishes_nothing():
+    write_world(code=7)
+    with pytest.raises(StageError, match=r"demo\.world \.work/fetch/demo ended with exit code 7"):
+        run("demo")
+    assert not list(Path("data/raw").iterdir())
+
+
+@pytest.fixture
+def remote(tmp_path_factory):
+    """A folder and the address it is served at; `asked` lists the requests."""
+    folder = tmp_path_factory.mktemp("remote")
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_request(self, *args):
+            asked.append(self.path)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as archive:
+        for name in ("train.json", "val.json", "instances.json"):
+            archive.writestr(f"annotations/{name}", f"{name} " * 500)
+    for name in ("train.zip", "val.zip", "instruct.json"):
+        (folder / name).write_bytes(name.encode() * 999)
+    yield folder, f"http://127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def listed(folder, address, name, path, **more):
+    size, sha256 = (folder / name).stat().st_size, sha256_of(folder / name)
+    return {"url": f"{address}/{name}", "path": path, "bytes": size, "sha256": sha256, **more}
+
+
+def all_files(folder, address):
+    members = ["annotations/train.json", "annotations/val.json"]
+    files = [
+        listed(folder, address, name, f"data/raw/{name}")
+        for name in ("train.zip", "val.zip", "instruct.json")
+    ]
+    zipped = listed(folder, address, "annotations.zip", "data/raw/annotations", unpack=members)
+    return {"files": [*files, zipped]}
+
+
+def test_coco_downloads_unpacks_and_publishes(remote):
+    folder, address, asked = remote
+    run("coco", fetch=all_files(folder, address))
+    for name in ("train.zip", "val.zip", "instruct.json"):
+        assert Path("data/raw", name).read_bytes() == (folder / name).read_bytes()
+    found = {path.name: path.read_text() for path in Path("data/raw/annotations").iterdir()}
+    assert found == {name: f"{name} " * 500 for name in ("train.json", "val.json")}
+    assert len(asked) == 4
+
+
+def test_deleted_outputs_come_back_without_a_request(remote):
+    folder, address, asked = remote
+    files = all_files(folder, address)
+    run("coco", fetch=files)
+    asked.clear()
+    run("coco", fetch=files)
+    for name in NAMED:
+        Path(name).unlink()
+    run("coco", fetch=files)
+    assert not asked
+
+
+def test_files_that_were_put_there_by_hand_are_not_downloaded(remote):
+    folder, address, asked = remote
+    Path("data/raw").mkdir(parents=True)
+    Path("data/raw/train.zip").write_bytes((folder / "train.zip").read_bytes())
+    Path("data/raw/val.zip").write_bytes(b"of another size")
+    run("coco", fetch=all_files(folder, address))
+    assert sorted(asked) == ["/annotations.zip", "/instruct.json", "/val.zip"]
+
+
+def test_unpacking_takes_last_names_only(tmp_path):
+    with zipfile.ZipFile("evil.zip", "w") as archive:
+        archive.writestr("../../evil.txt", "x")
+    unpack(Path("evil.zip"), ("../../evil.txt",), Path("inside/deep"))
+    assert [path.name for path in Path("inside").rglob("*.txt")] == ["evil.txt"]
+    assert not list(tmp_path.parent.glob("evil.txt"))
+
+
+def test_a_member_that_is_not_there_is_named():
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        archive.writestr("a.json", "x")
+    with pytest.raises(StageError, match=r"no item named 'b\.json'.*unpack in fetch\.files"):
+        unpack(Path("some.zip"), ("b.json",), Path("inside"))
+
+
+def test_a_damaged_member_is_no_half_file():
+    with zipfile.ZipFile("some.zip", "w") as archive:
+        archive.writestr("a.json", "x" * 5000)
+    data = Path("some.zip").read_bytes()
+    Path("some.zip").write_bytes(data.replace(b"xxxx", b"xxyx", 1))
+    with pytest.raises(StageError, match=r"Bad CRC-32.*Delete it and run again"):
+        unpack(Path("some.zip"), ("a.json",), Path("inside"))
+    assert not list(Path("inside").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"url": "file:///etc/passwd"}, "wanted the http or https address"),
+        ({"url": "http://host/"}, "wanted the http or https address"),
+        ({"bytes": 0}, "bytes is 0, wanted 1 or more"),
+        ({"unpack": ["a/x.json", "b/x.json"]}, "unpack ends in 'x.json'"),
+        ({"unpack": [".."]}, "unpack ends in '..'"),
+    ],
+)
+def test_entries_that_make_no_sense_are_settings_errors(changes, reason):
+    entry = {"url": "http://host/a.zip", "path": "a.zip", "bytes": 1} | changes
+    with pytest.raises(SettingsError) as error:
+        run("coco", fetch={"files": [entry]})
+    assert reason in str(error.value)
+    assert "fetch.files[0]" in str(error.value)
+
+
+def test_two_downloads_of_one_name_are_a_settings_error():
+    entries = [
+        {"url": f"http://host/{folder}/a.zip", "path": folder, "bytes": 1} for folder in "xy"
+    ]
+    with pytest.raises(SettingsError, match=r"files ends in 'a\.zip'"):
+        run("coco", fetch={"files": entries})

@@ -1,0 +1,336 @@
+import io
+import json
+import math
+import random
+import struct
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from PIL import Image
+from ruamel.yaml import YAML
+
+from cache.errors import StageError
+from cache.settings import Params
+from pipeline.collect import choose_holdout, unique_ids
+from pipeline.index import KINDS, index
+
+NAMES = {"train": [f"{number:012d}.jpg" for number in range(1, 13)], "val": ["000000000100.jpg"]}
+
+
+def jpeg(seed, size=(8, 6)):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (seed % 256, 90, 20)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def captions_file(names):
+    numbers = [int(Path(name).stem) for name in names]
+    return {
+        "images": [
+            {"id": number, "file_name": name} for number, name in zip(numbers, names, strict=True)
+        ],
+        "annotations": [
+            {"id": number * 10 + repeat, "image_id": number, "caption": f"thing {number} \n"}
+            for number in numbers
+            for repeat in range(2)
+        ],
+    }
+
+
+def conversation(number, **changes):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    return {"id": f"{number}", "image": f"{number:012d}.jpg", "conversations": turns} | changes
+
+
+class Workspace:
+    """Small inputs below the working folder; tests change them and run the stage."""
+
+    def __init__(self):
+        self.images = {
+            split: {name: jpeg(int(name[:-4])) for name in names} for split, names in NAMES.items()
+        }
+        self.captions = {split: captions_file(names) for split, names in NAMES.items()}
+        self.instruct = [conversation(number) for number in (1, 2, 2, 3, 4, 5)]
+        self.settings = {"instruct_holdout": 0.2, "max_reject_rate": 1.0}
+        self.seed = 0
+
+    def write(self):
+        for split, files in self.images.items():
+            self.write_images(split, files)
+            Path(f"{split}.json").write_text(json.dumps(self.captions[split]))
+        Path("instruct.json").write_text(json.dumps(self.instruct))
+
+    def write_images(self, split, files):
+        with zipfile.ZipFile(f"{split}.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(f"{split}2017/{name}", data)
+
+    def run(self, write=True):
+        if write:
+            self.write()
+        splits = {
+            split: {"images": f"{split}.zip", "captions": f"{split}.json"}
+            for split in ("train", "val")
+        }
+        data = {"source": "local", **splits, "instruct": "instruct.json", **self.settings}
+        with Path("params.yaml").open("w") as file:
+            YAML().dump({"seed": self.seed, "data": data}, file)
+        index(Params.read(Path("params.yaml")))
+
+
+@pytest.fixture
+def space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return Workspace()
+
+
+def table(name):
+    return pq.read_table(f"data/index/{name}.parquet").to_pylist()
+
+
+def reasons(kind):
+    return [row["reason"] for row in table("rejected") if row["kind"] == kind]
+
+
+def counts():
+    return json.loads(Path("reports/index.json").read_text())
+
+
+def published():
+    return {path.name: path.read_bytes() for path in Path("data/index").iterdir()}
+
+
+def test_every_row_says_what_the_inputs_say(space):
+    space.run()
+    images = table("images")
+    assert [row["image_id"] for row in images] == [*range(1, 13), 100]
+    assert images[0] == {
+        "image_id": 1,
+        "split": "train",
+        "file_name": NAMES["train"][0],
+        "width": 8,
+        "height": 6,
+        "num_bytes": len(jpeg(1)),
+        "source_xxh3": xxhash.xxh3_64_intdigest(jpeg(1)),
+    }
+    assert table("captions")[-1] == {
+        "caption_id": 1001,
+        "image_id": 100,
+        "split": "val",
+        "caption": "thing 100",
+    }
+    turns = [{"role": "user", "text": "What?"}, {"role": "assistant", "text": "A thing."}]
+    names = [(row["conversation_id"], row["image_id"]) for row in table("conversations")]
+    assert names == [("1", 1), ("2", 2), ("2#2", 2), ("3", 3), ("4", 4), ("5", 5)]
+    assert all(row["turns"] == turns for row in table("conversations"))
+    assert counts()["images"] == {
+        "read": 13,
+        "kept": 13,
+        "rejected": 0,
+        "reasons": {},
+        "splits": {"train": 12, "val": 1},
+    }
+
+
+def test_two_runs_are_byte_identical_whatever_the_order_of_the_inputs(space):
+    space.run()
+    first = published()
+    space.run()
+    assert published() == first
+    random.Random(0).shuffle(space.captions["train"]["images"])
+    random.Random(1).shuffle(space.captions["train"]["annotations"])
+    space.run()
+    assert published() == first
+    assert set(first) == {f"{name}.parquet" for name in (*KINDS, "rejected")}
+    assert not Path(".work/index").exists()
+
+
+def test_a_folder_of_images_gives_the_same_tables_as_a_zip(space):
+    space.run()
+    first = published()
+    for split in ("train", "val"):
+        Path(f"{split}.zip").unlink()
+        Path(f"{split}.zip").mkdir()
+        for name, data in space.images[split].items():
+            Path(f"{split}.zip", name).write_bytes(data)
+    space.run(write=False)
+    assert published() == first
+
+
+def damaged(value, dice):
+    """Return a JSON value with one place in it changed to something odd."""
+    odd = [None, True, -1, 2**70, 1.5, "", "../x.jpg", "\ud800", [], {}, "<image>", 3, "7"]
+    if isinstance(value, dict | list) and value and dice.random() < 0.85:
+        changed = deepcopy(value)
+        place = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if dice.random() < 0.1:
+            del changed[place]
+        else:
+            changed[place] = damaged(value[place], dice)
+        return changed
+    return dice.choice(odd)
+
+
+def broken(records, dice):
+    changed = [damaged(record, dice) if dice.random() < 0.4 else record for record in records]
+    return changed + [record for record in records if dice.random() < 0.1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_counts_add_up_however_the_records_are_broken(space, seed):
+    dice = random.Random(seed)
+    for split in ("train", "val"):
+        for records in space.captions[split].values():
+            # One stays whole, because a file without any is an error of another kind.
+            records[1:] = broken(records[1:], dice)
+        for name in list(space.images[split]):
+            if dice.random() < 0.2:
+                space.images[split][name] = dice.choice([b"", b"<html>", jpeg(1)[:50], jpeg(9)])
+    space.images["train"][NAMES["train"][0]] = jpeg(1)
+    space.instruct = broken(space.instruct, dice)
+    space.run()
+    read = {
+        "images": sum(len(file["images"]) for file in space.captions.values()),
+        "captions": sum(len(file["annotations"]) for file in space.captions.values()),
+        "conversations": len(space.instruct),
+    }
+    assert len(table("rejected")) > 0
+    for kind in KINDS:
+        found = counts()[kind]
+        adopted = found["read"] - read[kind]
+        assert adopted == 0 or kind == "images"
+        assert found["read"] == found["kept"] + found["rejected"]
+        assert found["kept"] == len(table(kind)) == sum(found["splits"].values())
+        assert found["rejected"] == len(reasons(kind)) == sum(found["reasons"].values())
+    known = {row["image_id"] for row in table("images")}
+    assert {row["image_id"] for row in table("captions") + table("conversations")} <= known
+    for kind, column in zip(KINDS, ("image_id", "caption_id", "conversation_id"), strict=True):
+        identities = [row[column] for row in table(kind)]
+        assert len(set(identities)) == len(identities)
+    places = [(row["kind"], row["record"]) for row in table("rejected")]
+    assert len(set(places)) == len(places)
+
+
+def test_images_that_cannot_be_used_say_why(space):
+    bad = space.images["train"]
+    bad[NAMES["train"][1]] = b"<html>not found</html>"
+    del bad[NAMES["train"][2]]
+    space.captions["train"]["images"].append({"id": 1, "file_name": NAMES["train"][3]})
+    space.run()
+    first, second, third = reasons("images")
+    assert first.startswith("not an image: none of the formats")
+    assert second.startswith(f"image missing or unreadable: no file '{NAMES['train'][2]}'")
+    assert third == "image id repeated: 1"
+    assert reasons("captions") == [
+        f"image unknown or rejected: {number}" for number in (2, 2, 3, 3)
+    ]
+    assert [reason.partition(":")[0] for reason in reasons("conversations")] == [
+        "image rejected"
+    ] * 3
+
+
+def test_an_image_in_both_splits_stays_in_train_with_the_captions_of_train(space):
+    space.captions["val"] = captions_file(["000000000100.jpg", NAMES["train"][0]])
+    space.images["val"][NAMES["train"][0]] = jpeg(1)
+    for entry in space.captions["val"]["annotations"]:
+        entry["id"] += 5000
+    space.run()
+    assert [row["split"] for row in table("images") if row["image_id"] == 1] == ["train"]
+    assert reasons("images") == ["image id repeated: 1"]
+    assert {row["split"] for row in table("captions") if row["image_id"] == 1} == {"train"}
+
+
+def test_images_only_the_conversations_name_are_taken_from_the_archive(space):
+    space.images["train"]["000000000077.jpg"] = jpeg(77)
+    space.images["train"]["cat.jpg"] = jpeg(78)
+    space.images["train"]["000000000079.jpg"] = b"junk"
+    space.instruct = [
+        conversation(77, image="coco/train2017/000000000077.jpg"),
+        conversation(77),
+        conversation(1, image="coco/train2017/000000000001.jpg"),
+        conversation(78, image="cat.jpg"),
+        conversation(79),
+        conversation(79),
+        conversation(80),
+    ]
+    space.run()
+    assert {row["image_id"] for row in table("images")} == {*range(1, 13), 77, 100}
+    assert [row["image_id"] for row in table("conversations")] == [1, 77, 77]
+    assert counts()["images"]["read"] == 15
+    assert [reason.partition(":")[0] for reason in reasons("conversations")] == [
+        "image without an id",
+        "image rejected",
+        "image rejected",
+        "image missing",
+    ]
+
+
+def test_the_holdout_is_the_smallest_hashes_of_its_images(space):
+    space.instruct = [conversation(number) for number in [*range(1, 12)] * 2]
+    space.seed = 3
+    space.run()
+
+    def rank(image_id):
+        return xxhash.xxh3_64_intdigest(struct.pack("<qq", 3, image_id))
+
+    expected = set(sorted(range(1, 12), key=rank)[: math.ceil(0.2 * 11)])
+    held = {row["image_id"] for row in table("conversations") if row["split"] == "holdout"}
+    trained = {row["image_id"] for row in table("conversations") if row["split"] == "train"}
+    assert held == expected
+    assert held.isdisjoint(trained)
+
+
+def test_conversations_about_images_of_val_are_never_trained_on(space):
+    space.settings["instruct_holdout"] = 0.0
+    space.instruct.append(conversation(100))
+    space.run()
+    splits = {row["image_id"]: row["split"] for row in table("conversations")}
+    assert splits == {1: "train", 2: "train", 3: "train", 4: "train", 5: "train", 100: "holdout"}
+
+
+def test_a_share_is_taken_as_the_decimal_number_it_is_written_as():
+    assert len(choose_holdout(range(100), 0.07, 0)) == 7
+    assert len(choose_holdout(range(100), 0.0, 0)) == 0
+    assert len(choose_holdout(range(3), 0.01, 0)) == 1
+    assert choose_holdout(range(50), 0.2, 0) != choose_holdout(range(50), 0.2, 1)
+
+
+def test_repeated_ids_become_unique_and_never_collide():
+    names = ["a", "a", "a#2", "a", "b", "a#2", "a"]
+    assert list(unique_ids(names)) == ["a", "a#3", "a#2", "a#4", "b", "a#2#2", "a#5"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_many_rejections_fail_name_reasons_and_touch_nothing(space, kind):
+    space.run()
+    before, report = published(), counts()
+    space.settings["max_reject_rate"] = 0.1
+    if kind == "images":
+        space.captions["train"]["images"][4:6] = [7, {}]
+    elif kind == "captions":
+        space.captions["train"]["annotations"][:4] = [7, {}, 8, 9]
+    else:
+        space.instruct[:3] = [7, {}, 8]
+    with pytest.raises(StageError) as error:
+        space.run()
+    text = str(error.value)
+    assert text.startswith(f"{kind}: ")
+    assert "data.max_reject_rate allows 0.1" in text
+    assert "x not an object (" in text
+    assert ".work/index/rejected.parquet" in text
+    assert published() == before
+    assert counts() == report
+    rows = pq.read_table(".work/index/rejected.parquet").to_pylist()
+    assert {row["kind"] for row in rows} >= {kind}
+
+
+def test_no_usable_image_is_an_error_whatever_the_limit(space):
+    for files in space.images.values():
+        for name in files:
+            files[name] = b"junk"
+    with pytest.raises(StageError, match=r"not one usable image.*13 x not an image"):
+        space.run()
