@@ -253,7 +253,7 @@ def test_bytes_that_are_no_picture_are_an_error(data: bytes) -> None:
 
 
 def test_loss_lines_keep_within_the_axes_and_fall_with_the_loss() -> None:
-    rows = [{"step": n, "loss": 5 / (n + 1), "validation_loss": ""} for n in range(1000)]
+    rows = [{"step": n, "loss": 5 / (n + 1), "validation_loss": ""} for n in range(1001)]
     rows[-1] |= {"validation_loss": 0.5}
     chart = loss_chart(rows)
     assert chart is not None
@@ -265,7 +265,7 @@ def test_loss_lines_keep_within_the_axes_and_fall_with_the_loss() -> None:
     assert LEFT <= min(xs) < max(xs) <= RIGHT
     assert TOP <= min(ys) < max(ys) <= BOTTOM
     assert [tick.label for tick in chart.x_ticks] == ["0", "200", "400", "600", "800", "1,000"]
-    assert "0.005 at step 999" in chart.summary
+    assert "0.005 at step 1,000" in chart.summary
 
 
 @pytest.mark.parametrize("loss", [0.0, 2.5, 1e-9, 1e9])
