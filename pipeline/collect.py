@@ -99,9 +99,9 @@ class ImageCollection:
     def _adopt(
         self, conversation: ConversationRecord, names: tuple[str, str], archive: ImageArchive
     ) -> None:
-        name = next((name for name in names if _is_there(archive, name)), None)
+        name = next((name for name in names if _is_readable(archive, name)), None)
         if name is None:
-            raise RecordError(f"image missing: {names[0]!r} is not in {archive.path}")
+            raise RecordError(f"image missing or unreadable: {names[0]!r} in {archive.path}")
         number = re.search("[0-9]+$", PurePosixPath(name).stem)
         if number is None or len(number[0]) > 18:
             raise RecordError(f"image without an id: no number at the end of {name!r}")
@@ -123,7 +123,7 @@ class ImageCollection:
                 self._ids[record.file_name] = record.image_id
 
 
-def _is_there(archive: ImageArchive, name: str) -> bool:
+def _is_readable(archive: ImageArchive, name: str) -> bool:
     try:
         archive.read(name)
     except ImageNameError:

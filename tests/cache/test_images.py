@@ -113,7 +113,7 @@ def test_damaged_zips_raise_only_named_errors(tmp_path, method):
 
 
 def _send_all(archive, connection):
-    connection.send(read_all(archive))
+    connection.send((read_all(archive), archive._owner == os.getpid()))
     connection.close()
 
 
@@ -128,7 +128,7 @@ def test_other_processes_read_with_a_file_position_of_their_own(zipped, method):
     process.start()
     for _ in range(50):
         assert read_all(archive) == FILES
-    assert receiver.recv() == FILES
+    assert receiver.recv() == (FILES, True)
     process.join()
 
 

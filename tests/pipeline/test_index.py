@@ -249,7 +249,7 @@ def test_images_only_the_conversations_name_are_taken_from_the_archive(space):
     space.images["train"]["cat.jpg"] = jpeg(78)
     space.images["train"]["000000000079.jpg"] = b"junk"
     space.instruct = [
-        conversation(77, image="coco/train2017/000000000077.jpg"),
+        conversation(77, image="train2017/000000000077.jpg"),
         conversation(77),
         conversation(1, image="coco/train2017/000000000001.jpg"),
         conversation(78, image="cat.jpg"),
@@ -265,7 +265,7 @@ def test_images_only_the_conversations_name_are_taken_from_the_archive(space):
         "image without an id",
         "image rejected",
         "image rejected",
-        "image missing",
+        "image missing or unreadable",
     ]
 
 
