@@ -82,6 +82,7 @@ def write_shard(
             "w",
             libver=LIBRARY_VERSIONS,
             track_order=False,
+            # Of any size: a last shard of one small row is aligned too.
             alignment_threshold=1,
             alignment_interval=ALIGNMENT,
         ) as file,

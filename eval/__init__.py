@@ -1,0 +1,1 @@
+"""Evaluation: generation, scores beside their controls, the report."""

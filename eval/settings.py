@@ -1,0 +1,29 @@
+"""The settings of the evaluation: section `evaluate`."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """Section `evaluate`."""
+
+    caption_images: int
+    """Most validation images that are captioned."""
+    questions: int
+    """Most held-out questions that are asked."""
+    caption_question: str
+    """How the fine-tuned model is asked for a caption; stage 1 alone needs no question."""
+    caption_tokens: int
+    """Most tokens of a caption."""
+    answer_tokens: int
+    """Most tokens of an answer."""
+    batch_size: int
+    """Texts that are generated at the same time."""
+    gallery: int
+    """Best, worst and random examples of each kind in the report."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} is {value}, wanted 1 or more")

@@ -1,0 +1,1 @@
+"""Everything before training: fetch, index, decode, encode, extract."""

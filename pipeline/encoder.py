@@ -1,0 +1,239 @@
+"""The vision tower: loads it through open_clip, and turns pixels into patch embeddings.
+
+The feature is the output of one block before the final norm, class token dropped: the
+`hidden_states[layer][:, 1:]` of the transformers CLIP vision model with the same weights.
+
+Letters: B images, S side of the input in pixels, P patches, D width of the tower.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cache.errors import SettingsError, StageError
+from cache.files import canonical_json
+from cache.spec import FORMAT, Spec
+from pipeline.settings import EncoderSettings
+
+PREPROCESS_VERSION = 1
+"""Raised whenever a change here or in `pipeline.decode` gives an image other pixels."""
+
+RANDOM_SEED = 0
+"""Seed of the weights of `pretrained: random`, so that they are the same in every process."""
+
+
+class Encoder:
+    """A vision tower in evaluation mode, with the spec of the features that it makes."""
+
+    def __init__(self, visual: nn.Module, spec: Spec, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision]
+        self._visual = visual.to(device, self._dtype)
+        self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
+        self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
+
+    @torch.inference_mode()
+    def encode(self, pixels_BSSC: Tensor) -> NDArray[np.float16]:
+        """Encode some images.
+
+        Args:
+            pixels_BSSC: uint8 [B, S, S, 3], RGB.
+
+        Returns:
+            float16 [B, P, D].
+
+        Raises:
+            StageError: A value does not fit float16.
+        """
+        x = pixels_BSSC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+        x = ((x - self._mean) / self._std).to(self._dtype)
+        features_BPD = patch_tokens(self._visual, x, self.spec.layer).to(torch.float16)
+        if not torch.isfinite(features_BPD).all():
+            raise StageError(
+                f"encoder: block {self.spec.layer} of {self.spec.model} gives values outside "
+                f"float16 (65504), or not finite ones. Check encoder.pretrained, or take another "
+                f"encoder.layer."
+            )
+        return features_BPD.cpu().numpy()
+
+
+def patch_tokens(visual: nn.Module, x_BCSS: Tensor, layer: int) -> Tensor:
+    """Return the patch tokens that leave a block: [B, P, D], not normalised, no class token."""
+    output = visual.forward_intermediates(  # type: ignore[operator]
+        x_BCSS,
+        indices=[layer],
+        stop_early=True,
+        normalize_intermediates=False,
+        intermediates_only=True,
+        output_fmt="NLC",
+    )
+    tokens: Tensor = output["image_intermediates"][0]
+    return tokens
+
+
+def load_encoder(settings: EncoderSettings) -> Encoder:
+    """Load the vision tower that the settings name.
+
+    Raises:
+        SettingsError: Unknown architecture or weights, an activation other than the one the
+            weights were trained with, or a tower without patch tokens or without such a layer.
+        StageError: A checkpoint that cannot be read.
+    """
+    name, config = _architecture(settings.model)
+    _check_activation(name, config, settings)
+    model = _create(name, settings)
+    visual: nn.Module = model.eval().visual  # type: ignore[assignment]
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    _check_preprocess(preprocess, settings.model)
+    image_size = _square(preprocess["size"])
+    features_BPD = _try_layer(visual, image_size, settings)
+    spec = Spec(
+        format=FORMAT,
+        model=_identity(settings.model, config),
+        weights_sha256=weights_sha256(visual),
+        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
+        layer=settings.layer,
+        tokens="patch",
+        normalized=False,
+        image_size=image_size,
+        resize=preprocess["resize_mode"],
+        crop="center",
+        interpolation=preprocess["interpolation"],
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        precision=settings.precision,
+        batch_size=settings.batch_size,
+        dtype="float16",
+        patches=features_BPD.shape[1],
+        width=features_BPD.shape[2],
+        preprocess_version=PREPROCESS_VERSION,
+    )
+    return Encoder(visual, spec, pick_device(settings.device))
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve the setting `device`: "auto" is the first GPU, or the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise SettingsError(f"encoder.device: {str(error).splitlines()[0]}") from None
+
+
+def weights_sha256(visual: nn.Module) -> str:
+    """Hash names, types, shapes and values of a tower's tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(visual.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _architecture(model: str) -> tuple[str, dict[str, Any]]:
+    """Return the name under which open_clip knows an architecture, and its config."""
+    if not model.endswith(".json"):
+        config = open_clip.get_model_config(model)
+        if config is None:
+            raise SettingsError(
+                f"encoder.model: open_clip {open_clip.__version__} has no {model!r}. Wanted one "
+                f"of open_clip.list_models(), or the path of an open_clip config JSON."
+            )
+        return model, config
+    try:
+        config = json.loads(Path(model).read_bytes())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"encoder.model: cannot read {model}: {error}") from None
+    wanted = {"embed_dim", "vision_cfg", "text_cfg"}
+    if not isinstance(config, dict) or not wanted <= config.keys():
+        raise SettingsError(f"encoder.model: {model} is no open_clip config: it lacks {wanted}.")
+    open_clip.add_model_config(model)
+    return Path(model).stem, config
+
+
+def _identity(model: str, config: dict[str, Any]) -> str:
+    """Name an architecture; one from a file gets a hash, since its name alone says little."""
+    if not model.endswith(".json"):
+        return model
+    return f"{Path(model).stem}-{hashlib.sha256(canonical_json(config)).hexdigest()[:8]}"
+
+
+def _check_activation(name: str, config: dict[str, Any], settings: EncoderSettings) -> None:
+    """Refuse weights under another activation than theirs; open_clip only warns of it."""
+    tag = open_clip.get_pretrained_cfg(name, settings.pretrained)
+    if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
+        wanted = "QuickGELU" if tag.get("quick_gelu") else "GELU"
+        raise SettingsError(
+            f"encoder: the weights {settings.pretrained!r} were trained with {wanted}, {name} has "
+            f"the other activation. Take the architecture with or without '-quickgelu'."
+        )
+
+
+def _create(name: str, settings: EncoderSettings) -> nn.Module:
+    pretrained = settings.pretrained
+    if pretrained == "random":
+        with torch.random.fork_rng():
+            torch.manual_seed(RANDOM_SEED)
+            return _created(name, None)
+    is_tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if not is_tag and not Path(pretrained).is_file():
+        if pretrained.count("/") != 1 or Path(pretrained).suffix:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+            raise SettingsError(
+                f"encoder.pretrained: {pretrained!r} is no file and no tag of {name}. Tags: {tags}."
+            )
+        pretrained = str(open_clip.download_pretrained_from_hf(pretrained))
+    return _created(name, pretrained)
+
+
+def _created(name: str, pretrained: str | None) -> nn.Module:
+    try:
+        model: nn.Module = open_clip.create_model(name, pretrained, pretrained_text=False)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        # Wrong names or shapes, a broken file, no network.
+        detail = " ".join(str(error).split())[:500]
+        raise StageError(
+            f"encoder: cannot load {pretrained!r} into {name}: {detail}. Check encoder.model and "
+            f"encoder.pretrained."
+        ) from None
+    return model
+
+
+def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) -> Tensor:
+    """Encode one black image to learn P and D, and that the tower has such a layer."""
+    if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
+        raise SettingsError(
+            f"encoder.model: {settings.model} has no patch tokens: it is no vision transformer. "
+            f"Wanted a ViT."
+        )
+    with torch.inference_mode():
+        try:
+            return patch_tokens(visual, torch.zeros(1, 3, image_size, image_size), settings.layer)
+        except (AssertionError, IndexError) as error:
+            raise SettingsError(
+                f"encoder.layer: {settings.model} has no block {settings.layer} ({error})."
+            ) from None
+
+
+def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:
+    found = preprocess["resize_mode"], preprocess["interpolation"]
+    if found[0] not in ("shortest", "squash") or found[1] != "bicubic":
+        raise SettingsError(
+            f"encoder.model: {model} wants images resized by {found}; known are 'shortest' and "
+            f"'squash' with 'bicubic'."
+        )
+
+
+def _square(size: int | tuple[int, int]) -> int:
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise SettingsError(f"encoder.model: image size is {height} x {width}, wanted a square.")
+    return height

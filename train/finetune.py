@@ -1,0 +1,74 @@
+"""Stage finetune: projector and LoRA learn to answer, over a frozen language model."""
+
+from pathlib import Path
+
+import torch
+
+from cache import FeatureStore
+from cache.command import run_stage
+from cache.files import write_json
+from cache.settings import Params
+from train.data import FEATURES, read_conversation_examples, with_features
+from train.language_model import add_lora, load_language_model, load_tokenizer
+from train.loop import Task
+from train.loop import train as run_loop
+from train.model import CaptionModel
+from train.projector import Projector, load_projector
+from train.run import RUNS, RunDirectory, pick_device, provenance
+from train.settings import FinetuneSettings, LlmSettings, TrackingSettings
+from train.tracking import Tracker
+
+REPORT = Path("reports/finetune.json")
+
+
+def finetune(params: Params) -> None:
+    """Train projector and LoRA on the conversations of the training images, publish the run."""
+    settings = params.section("finetune", FinetuneSettings)
+    llm = params.section("llm", LlmSettings)
+    tracking = params.section("tracking", TrackingSettings)
+    seed = params.seed()
+    store = FeatureStore(FEATURES)
+    device = pick_device()
+    language_model = load_language_model(llm, device)
+    adapter = add_lora(language_model, settings.lora, seed)
+    width = language_model.config.hidden_size
+    start = RUNS / "pretrain" / "projector.safetensors"
+    projector = load_projector(start, store.spec.width, width).to(device)
+    examples = read_conversation_examples("train")
+    held_out = read_conversation_examples("holdout")
+    task = Task(
+        model=CaptionModel(projector, language_model),
+        tokenizer=load_tokenizer(llm),
+        store=store,
+        train=with_features(examples, store, "conversations of split train"),
+        validation=[example for example in held_out if example.image_id in store],
+        batch_size=settings.batch_examples,
+        optimizer=make_optimizer(projector, adapter, settings),
+        seed=seed,
+    )
+    run = RunDirectory("finetune")
+    tracker = Tracker(tracking, run.stage, params.values)
+    metrics = run_loop(task, settings, run, tracker)
+    tracker.finish()
+    projector.save(run.path / "projector.safetensors")
+    adapter.save_pretrained(run.path / "adapter", safe_serialization=True)
+    run.publish(params, provenance(store, device), metrics)
+    write_json(REPORT, metrics)
+
+
+def make_optimizer(
+    projector: Projector, adapter: torch.nn.Module, settings: FinetuneSettings
+) -> torch.optim.Optimizer:
+    """Return AdamW with one learning rate for LoRA and another for the projector."""
+    lora = [p for p in adapter.parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": lora, "lr": settings.learning_rate},
+            {"params": list(projector.parameters()), "lr": settings.projector_learning_rate},
+        ],
+        weight_decay=settings.weight_decay,
+    )
+
+
+if __name__ == "__main__":
+    run_stage(finetune, __doc__)

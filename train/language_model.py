@@ -1,0 +1,142 @@
+"""The language model: loads it, quantises it, freezes it, and adds LoRA.
+
+Its weights never change; stage 2 learns LoRA matrices beside them. It stays in `eval()` in both
+stages, because Phi-2's config has a dropout of 0.1 that would make a frozen model random.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from cache.errors import SettingsError, StageError
+from train.settings import LlmSettings, LoraSettings
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
+"""Every linear layer of a Phi block; not the embeddings, not lm_head."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
+    """Load the language model's tokenizer.
+
+    Raises:
+        SettingsError: None there, or one without an EOS token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings.model, error) from None
+    if tokenizer.eos_token_id is None:
+        raise SettingsError(f"llm.model: the tokenizer of {settings.model} has no EOS token.")
+    return tokenizer
+
+
+def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
+    """Load the language model frozen, in `eval()`, quantised where the settings say so.
+
+    Raises:
+        SettingsError: No such model, or not in the layout of a causal language model.
+    """
+    quantization = None
+    if settings.quantize == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[settings.dtype],
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            settings.model,
+            dtype=DTYPES[settings.dtype],
+            quantization_config=quantization,
+            device_map={"": device},
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(settings.model, error) from None
+    _keep_trainable_layout(model)
+    return model.requires_grad_(False).eval()
+
+
+def _keep_trainable_layout(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking weights on the CPU.
+
+    Where the CPU has AVX512-BF16, the first pass without gradients would repack an NF4 layer for
+    inference, for good; no gradient goes through it from then on.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
+    """Put fresh LoRA matrices beside every linear layer of the blocks; they alone learn.
+
+    The layers of `model` itself are replaced; what is returned serves to save them.
+
+    Raises:
+        StageError: The model has none of the layers, so it is no Phi.
+    """
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # PEFT 0.21 reads a property that transformers 5 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.manual_seed(seed)
+        try:
+            peft_model: PeftModel = get_peft_model(model, config)
+        except ValueError as error:
+            raise StageError(f"llm.model: cannot take LoRA on {LORA_TARGETS}: {error}") from None
+    return peft_model
+
+
+def load_lora(model: PreTrainedModel, folder: Path) -> None:
+    """Put trained LoRA matrices into the layers of `model`, from a folder in PEFT's format.
+
+    Raises:
+        StageError: No adapter there, or one of another model.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        # PEFT would go on to a pickled file, or to the network.
+        raise StageError(f"{folder}: holds no adapter_model.safetensors. Run the finetune stage.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            PeftModel.from_pretrained(model, folder, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise StageError(f"{folder}: no adapter for this model ({detail}).") from None
+
+
+def lora_dropouts(model: nn.Module) -> list[nn.Module]:
+    """Return the dropout modules of LoRA: the only ones that run while training."""
+    return [module for name, module in model.named_modules() if name.endswith("lora_dropout")]
+
+
+def _cannot_load(model: str, error: Exception) -> SettingsError:
+    detail = " ".join(str(error).split())[:300]
+    return SettingsError(
+        f"llm.model: cannot load {model!r}: {detail}. Wanted a hub id that can be reached, or a "
+        f"directory with config.json, safetensors and tokenizer files."
+    )

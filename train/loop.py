@@ -1,0 +1,182 @@
+"""The one training loop: both stages call it with other parts.
+
+The loss of an optimizer step is the sum over its supervised tokens divided by their number, so
+that it does not depend on how the step is cut into forward passes.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from cache import FeatureStore
+from cache.errors import StageError
+from train.batching import plan_steps
+from train.data import Example
+from train.generate import generate
+from train.history import History
+from train.model import CaptionModel
+from train.prompts import Text
+from train.run import RunDirectory
+from train.settings import LoopSettings
+from train.step import StepData, build_step, mean_loss
+from train.tracking import Tracker
+
+SAMPLE_TOKENS = 48
+"""Most tokens of a text that is generated while training."""
+
+NAMED_IMAGES = 8
+"""How many image ids an error names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The parts in which the two stages differ."""
+
+    model: CaptionModel
+    tokenizer: PreTrainedTokenizerBase
+    store: FeatureStore
+    train: list[Example]
+    validation: list[Example]
+    batch_size: int
+    """Texts of an optimizer step."""
+    optimizer: torch.optim.Optimizer
+    seed: int
+
+
+def train(
+    task: Task, settings: LoopSettings, run: RunDirectory, tracker: Tracker
+) -> dict[str, Any]:
+    """Train the parameters of the task's optimizer.
+
+    Returns:
+        The run's metrics.
+
+    Raises:
+        StageError: A loss is not finite; names the step and its images.
+    """
+    sizes = [len(example.texts) for example in task.train]
+    steps = plan_steps(sizes, task.batch_size, settings.epochs, task.seed)
+    warmup = math.ceil(settings.warmup_share * len(steps))
+    schedule = get_cosine_schedule_with_warmup(task.optimizer, warmup, len(steps))
+    history = History(run, tracker)
+    torch.manual_seed(task.seed)
+    with tqdm(total=len(steps), desc=run.stage, unit="step", disable=None) as bar:
+        for step, (data, waited) in enumerate(_prefetched(task, settings, steps), start=1):
+            loss_sum = optimizer_step(task, data, settings.clip_norm, step)
+            history.add(
+                loss_sum=loss_sum,
+                learned=data.num_learned,
+                positions=data.num_positions,
+                images=len(data.image_ids),
+                waited=waited,
+            )
+            learning_rate = schedule.get_last_lr()[0]
+            schedule.step()
+            is_last = step == len(steps)
+            if is_last or step % settings.validate_every_steps == 0:
+                history.write(step, learning_rate, validation_loss(task, settings))
+                tracker.log_samples(step, samples(task, settings))
+            elif step % settings.log_every_steps == 0:
+                history.write(step, learning_rate, None)
+            bar.set_postfix(loss=f"{loss_sum / data.num_learned:.3f}", refresh=False)
+            bar.update()
+    return history.summary() | {"images": len(task.train), "texts": sum(sizes)}
+
+
+def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> float:
+    """Make one optimizer step over all its forward passes.
+
+    Returns:
+        Cross entropy summed over the supervised tokens.
+
+    Raises:
+        StageError: It is not finite.
+    """
+    task.model.train()
+    task.optimizer.zero_grad(set_to_none=True)
+    loss_sum = 0.0
+    for patches_RPD, batch in data.parts:
+        loss = task.model(patches_RPD, batch.to(task.model.device))
+        (loss / data.num_learned).backward()
+        loss_sum += loss.item()
+    if not math.isfinite(loss_sum):
+        raise StageError(
+            f"step {step}: the loss is {loss_sum}. Images of the step: "
+            f"{', '.join(map(str, data.image_ids[:NAMED_IMAGES]))}, ... Lower the learning rate, "
+            f"or check their features with FeatureStore.verify()."
+        )
+    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, clip_norm)
+    task.optimizer.step()
+    return loss_sum
+
+
+def validation_loss(task: Task, settings: LoopSettings) -> float | None:
+    """Return the mean loss of a supervised token over the first validation images."""
+    examples = task.validation[: settings.validation_images]
+    return mean_loss(task.model, _step_data(task, settings, examples)) if examples else None
+
+
+def samples(task: Task, settings: LoopSettings) -> list[tuple[int, str, str]]:
+    """Generate a text for a few validation images: image id, wanted, generated."""
+    chosen = task.validation[: settings.samples]
+    if not chosen:
+        return []
+    asked = [_first_question(example.texts[0]) for example in chosen]
+    made = generate(
+        task.model,
+        task.tokenizer,
+        task.store,
+        [example.image_id for example in chosen],
+        [prompt for prompt, _ in asked],
+        max_tokens=SAMPLE_TOKENS,
+        batch_size=len(chosen),
+        description="samples",
+    )
+    return [
+        (example.image_id, prompt + wanted, prompt + " " + generation.text)
+        for example, (prompt, wanted), generation in zip(chosen, asked, made, strict=True)
+    ]
+
+
+def _first_question(text: Text) -> tuple[str, str]:
+    """Return what stands before the first learned segment, and that segment."""
+    first = next(number for number, segment in enumerate(text) if segment.learned)
+    return "".join(segment.text for segment in text[:first]), text[first].text
+
+
+def _prefetched(
+    task: Task, settings: LoopSettings, steps: list[list[int]]
+) -> Iterator[tuple[StepData, float]]:
+    """Yield each step's data and the seconds waited for it; the next is built meanwhile."""
+
+    def build(numbers: list[int]) -> StepData:
+        return _step_data(task, settings, [task.train[number] for number in numbers])
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(build, steps[0])
+        for following in [*steps[1:], None]:
+            started = time.perf_counter()
+            data = ahead.result()
+            waited = time.perf_counter() - started
+            if following is not None:
+                ahead = thread.submit(build, following)
+            yield data, waited
+
+
+def _step_data(task: Task, settings: LoopSettings, examples: Sequence[Example]) -> StepData:
+    return build_step(
+        examples,
+        task.tokenizer,
+        task.store,
+        max_tokens=settings.micro_batch_tokens,
+        max_text_tokens=settings.max_text_tokens,
+    )

@@ -1,0 +1,95 @@
+"""The projector: patches of width D to embeddings of the language model's width H.
+
+Its parameters stay in float32 whatever the language model computes in.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from cache.errors import StageError
+from cache.files import replacing
+
+
+class Residual(nn.Module):
+    """Pre-norm residual block: x + MLP(norm(x)), width kept."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., H] to [..., H]."""
+        residual: Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return x + residual
+
+
+class Projector(nn.Module):
+    """Maps patches [..., D] to embeddings [..., H].
+
+    linear    one linear layer
+    mlp       linear, GELU, linear: LLaVA-1.5's projector, layer for layer
+    resblock  linear, then a pre-norm residual block
+    """
+
+    def __init__(self, kind: str, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.kind, self.vision_width, self.text_width = kind, vision_width, text_width
+        first = nn.Linear(vision_width, text_width)
+        rest: dict[str, list[nn.Module]] = {
+            "linear": [],
+            "mlp": [nn.GELU(), nn.Linear(text_width, text_width)],
+            "resblock": [Residual(text_width)],
+        }
+        self.layers = nn.Sequential(first, *rest[kind])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [..., P, D] to [..., P, H]."""
+        embeds: Tensor = self.layers(patches)
+        return embeds
+
+    def save(self, path: Path) -> None:
+        """Write safetensors with kind and widths in the metadata, whole or not at all."""
+        metadata = {
+            "kind": self.kind,
+            "vision_width": str(self.vision_width),
+            "text_width": str(self.text_width),
+        }
+        with replacing(path) as temporary:
+            save_model(self, str(temporary), metadata)
+
+
+def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
+    """Read a projector back and check that it fits its two sides.
+
+    Raises:
+        StageError: No such file, not a projector, or of other widths.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        found = (int(metadata["vision_width"]), int(metadata["text_width"]))
+        if found != (vision_width, text_width):
+            raise StageError(
+                f"{path}: maps width {found[0]} to {found[1]}, wanted {vision_width} (features) "
+                f"to {text_width} (language model). Run the stage that made it again."
+            )
+        projector = Projector(metadata["kind"], *found)
+        load_model(projector, path)
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, StageError):
+            raise
+        raise StageError(f"{path}: no projector ({error}). Run the stage that makes it.") from None
+    return projector
+
+
+def seeded_projector(kind: str, vision_width: int, text_width: int, seed: int) -> Projector:
+    """Make a fresh projector whose weights depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Projector(kind, vision_width, text_width)

@@ -1,0 +1,94 @@
+"""The settings of both training stages: `llm`, `projector`, `pretrain`, `finetune`, `tracking`."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlmSettings:
+    """Section `llm`: the language model."""
+
+    model: str
+    """A hub id, or a local directory in the same layout."""
+    quantize: Literal["nf4", "none"]
+    """NF4 with double quantisation through bitsandbytes, or weights as they are."""
+    dtype: Literal["bf16", "fp32"]
+    """What the language model computes in. Not fp16: Phi-2's attention overflows in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorSettings:
+    """Section `projector`: what maps patches to the language model's embeddings."""
+
+    kind: Literal["linear", "mlp", "resblock"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """Section `tracking`."""
+
+    wandb: Literal["online", "offline", "disabled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """What both stages set for the one training loop."""
+
+    epochs: float
+    """Passes over the images; 0.5 is half of them."""
+    learning_rate: float
+    """Peak, after the warm-up; of the projector in stage 1, of LoRA in stage 2."""
+    weight_decay: float
+    warmup_share: float
+    """Share of the optimizer steps in which the learning rate rises from 0."""
+    clip_norm: float
+    """Gradients are scaled down to this norm."""
+    micro_batch_tokens: int
+    """Positions, patches and padding included, of one forward pass: what fits the memory."""
+    max_text_tokens: int
+    """Longest text behind an image; of a longer one whole turns are left out from the end."""
+    log_every_steps: int
+    validate_every_steps: int
+    """Optimizer steps between two validations; there is always one at the end."""
+    validation_images: int
+    """Images of the validation loss."""
+    samples: int
+    """Images whose text is generated at every validation."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "learning_rate", "clip_norm", "micro_batch_tokens", "max_text_tokens")
+        for name in (*positive, "log_every_steps", "validate_every_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted more than 0")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share is {self.warmup_share}, wanted 0 or more, below 1")
+        for name in ("weight_decay", "validation_images", "samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(LoopSettings):
+    """Section `pretrain`: stage 1, image to caption, the projector learns."""
+
+    batch_captions: int
+    """Captions of one optimizer step; the last image's captions may exceed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Section `finetune.lora`."""
+
+    r: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(LoopSettings):
+    """Section `finetune`: stage 2, image and question to answer, projector and LoRA learn."""
+
+    projector_learning_rate: float
+    batch_examples: int
+    """Conversations of one optimizer step; the last image's conversations may exceed it."""
+    lora: LoraSettings

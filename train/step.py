@@ -1,0 +1,72 @@
+"""The data of one optimizer step: texts tokenised, features gathered, both laid out as tensors.
+
+Letters: R rows of a forward pass, P patches, D width of the vision tower.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cache import FeatureStore
+from train.batching import MicroBatch, Row, collate, micro_batches
+from train.data import Example
+from train.model import CaptionModel
+from train.prompts import tokenize
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one optimizer step learns from."""
+
+    parts: list[tuple[Tensor, MicroBatch]]
+    """Patches [R, P, D] float16 and the texts behind them, for each forward pass."""
+    image_ids: list[int]
+    num_learned: int
+    """Supervised tokens of all parts."""
+    num_positions: int
+    """Positions read, padding not counted."""
+
+
+def build_step(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    store: FeatureStore,
+    *,
+    max_tokens: int,
+    max_text_tokens: int,
+) -> StepData:
+    """Prepare some images and all their texts.
+
+    Args:
+        examples: At least one.
+        tokenizer: Of the language model.
+        store: Holds the features.
+        max_tokens: Positions of one forward pass, padding included.
+        max_text_tokens: Longest text behind an image.
+    """
+    texts = [text for example in examples for text in example.texts]
+    branches = iter(tokenize(texts, tokenizer, max_text_tokens))
+    rows = [Row(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
+    patches = store.spec.patches
+    parts = []
+    for part in micro_batches(rows, patches, max_tokens):
+        features_RPD = store.gather(np.array([row.image_id for row in part]))
+        parts.append((torch.from_numpy(features_RPD), collate(part, patches)))
+    return StepData(
+        parts,
+        [row.image_id for row in rows],
+        sum(branch.num_learned for row in rows for branch in row.branches),
+        sum(patches + row.num_text_tokens for row in rows),
+    )
+
+
+@torch.inference_mode()
+def mean_loss(model: CaptionModel, data: StepData) -> float:
+    """Return the mean loss of a supervised token."""
+    model.eval()
+    total = sum(float(model(x_RPD, batch.to(model.device))) for x_RPD, batch in data.parts)
+    return total / data.num_learned
