@@ -153,18 +153,21 @@ def _read_image(record: ImageRecord, split: Split, archive: ImageArchive) -> Ima
 def collect_captions(
     files: dict[Split, list[CaptionRecord]], images: dict[int, ImageRow]
 ) -> tuple[list[CaptionRow], list[Rejection]]:
-    """Keep the captions whose image is kept in the split of their own file."""
-    kept: dict[int, CaptionRow] = {}
+    """Keep the captions whose image is kept in the split of their own file.
+
+    Caption ids are unique in a file, not over several: makers of files number from 1.
+    """
+    kept: dict[tuple[Split, int], CaptionRow] = {}
     rejected = []
     for split, records in files.items():
         for record in records:
             image = images.get(record.image_id)
             if image is None or image.split != split:
                 reason = f"image unknown or rejected: {record.image_id}"
-            elif record.caption_id in kept:
+            elif (split, record.caption_id) in kept:
                 reason = f"caption id repeated: {record.caption_id}"
             else:
-                kept[record.caption_id] = CaptionRow(
+                kept[split, record.caption_id] = CaptionRow(
                     record.caption_id, record.image_id, split, record.caption
                 )
                 continue

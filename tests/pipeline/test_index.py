@@ -209,7 +209,8 @@ def test_the_counts_add_up_however_the_records_are_broken(space, seed):
     known = {row["image_id"] for row in table("images")}
     assert {row["image_id"] for row in table("captions") + table("conversations")} <= known
     for kind, column in zip(KINDS, ("image_id", "caption_id", "conversation_id"), strict=True):
-        identities = [row[column] for row in table(kind)]
+        # Of captions, the ids are those of their file, which the split tells apart.
+        identities = [(kind == "captions" and row["split"], row[column]) for row in table(kind)]
         assert len(set(identities)) == len(identities)
     places = [(row["kind"], row["record"]) for row in table("rejected")]
     assert len(set(places)) == len(places)
@@ -236,12 +237,19 @@ def test_images_that_cannot_be_used_say_why(space):
 def test_an_image_in_both_splits_stays_in_train_with_the_captions_of_train(space):
     space.captions["val"] = captions_file(["000000000100.jpg", NAMES["train"][0]])
     space.images["val"][NAMES["train"][0]] = jpeg(1)
-    for entry in space.captions["val"]["annotations"]:
-        entry["id"] += 5000
     space.run()
     assert [row["split"] for row in table("images") if row["image_id"] == 1] == ["train"]
     assert reasons("images") == ["image id repeated: 1"]
     assert {row["split"] for row in table("captions") if row["image_id"] == 1} == {"train"}
+
+
+def test_each_file_may_number_its_captions_from_one(space):
+    for split in ("train", "val"):
+        for position, entry in enumerate(space.captions[split]["annotations"]):
+            entry["id"] = position + 1
+    space.captions["train"]["annotations"][3]["id"] = 1
+    space.run()
+    assert reasons("captions") == ["caption id repeated: 1"]
 
 
 def test_images_only_the_conversations_name_are_taken_from_the_archive(space):
