@@ -63,11 +63,14 @@ def raster(scene: Scene, rng: random.Random, side: int, most_words: int) -> Cell
 
 def _facts_at(scene: Scene, x: float, y: float, reach: float) -> list[str]:
     """Return the words for a point: its thing's facts, or its ground and where it lies."""
-    for kind in scene.kinds:
-        for place in kind.places:
-            left, top, right, bottom = place.box
-            if left - reach < x < right + reach and top - reach < y < bottom + reach:
-                return [*_kind_words(kind), ROW_WORDS[place.row], COLUMN_WORDS[place.column]]
+    near = [
+        (max(abs(x - place.x), abs(y - place.y)) - place.side / 2, kind, place)
+        for kind in scene.kinds
+        for place in kind.places
+    ]
+    distance, kind, place = min(near, key=lambda thing: thing[0])
+    if distance < reach:
+        return [*_kind_words(kind), ROW_WORDS[place.row], COLUMN_WORDS[place.column]]
     row, column = int(y * GRID), int(x * GRID)
     ground = GROUNDS.get(scene.background, scene.background)
     return [ground, ground, ROW_WORDS[row], COLUMN_WORDS[column]]

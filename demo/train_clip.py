@@ -32,10 +32,10 @@ NAME = "ViT-demo-16"
 
 IMAGE_SIZE = 96
 _CONTEXT = 32
-_NUM_SCENES = 12_000
-_STEPS = 900
-_BATCH = 256
-_LEARNING_RATE = 2e-3
+_NUM_SCENES = 9_000
+_STEPS = 1000
+_BATCH = 128
+_LEARNING_RATE = 1.5e-3
 _WEIGHT_DECAY = 0.02
 _WARM_UP = 60
 _NOTES_SHARE = 0.75
@@ -80,7 +80,7 @@ def train_clip(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None
     for rows in progress:
         rng = random.Random(f"{seed}/clip texts/{rows[0]}/{schedule.last_epoch}")
         tokens_BT = _tokens([scenes[row] for row in rows], tokenizer, rng)
-        loss = _contrast(model, _normalised(pixels[rows]), tokens_BT)
+        loss = _contrast(model, normalised(pixels[rows]), tokens_BT)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -138,7 +138,8 @@ def _tokens(
     return tokens_BT
 
 
-def _normalised(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+def normalised(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Return pixels [B, 3, 96, 96] as the tower takes them."""
     mean = torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
     return (torch.from_numpy(pixels).float() / 255 - mean) / std

@@ -23,9 +23,9 @@ from demo.questions import ask
 from demo.scenes import Scene, scene_at
 from demo.tokenizer import prompt
 
-_STEPS = 1800
-_BATCH = 64
-_LEARNING_RATE = 2e-3
+_STEPS = 1400
+_BATCH = 32
+_LEARNING_RATE = 1.5e-3
 _WARM_UP = 100
 _WEIGHT_DECAY = 0.02
 _NUM_TURNS = 5
@@ -65,7 +65,7 @@ def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
         vocab_size=rows,
         hidden_size=128,
         intermediate_size=512,
-        num_hidden_layers=5,
+        num_hidden_layers=4,
         num_attention_heads=4,
         # Phi-2's "gelu_new" in one fused step: the same numbers, several times faster here.
         hidden_act="gelu_pytorch_tanh",

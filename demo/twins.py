@@ -11,7 +11,9 @@ Change = Callable[[Scene, random.Random], Scene]
 
 def near_twin(scene: Scene, rng: random.Random) -> Scene:
     """Return a scene that differs from the given one in a fact taken by chance."""
-    changed = rng.choice(_CHANGES)(scene, rng)
+    changed = scene
+    while changed == scene:
+        changed = rng.choice(_CHANGES)(scene, rng)
     return replace(changed, texture=rng.getrandbits(32))
 
 
