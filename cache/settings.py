@@ -50,7 +50,7 @@ class Params:
         """
         try:
             values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise SettingsError(
                 f"{path}: no such settings file. Run in a folder that has one, "
                 f"or name one with --params."

@@ -1,6 +1,6 @@
 """Scores of texts: captions, yes-no answers, free answers, and repetition.
 
-Owns what a score means; running the model is the work of `eval.generate`. Caption scores are those
+Owns what a score means; running the model is the work of `train.generate`. Caption scores are those
 of the official COCO evaluation (Chen et al. 2015, arXiv 1504.00325) without its Java tokenizer.
 """
 
@@ -38,16 +38,21 @@ def score_captions(
     Raises:
         ValueError: No image at all, an image without references, or different image ids.
     """
-    _check_images(references, candidates)
-    # One order of images, because the last digits of a mean depend on it.
-    image_ids = sorted(references)
-    wanted = {i: [_tokenized(text) for text in references[i]] for i in image_ids}
-    found = {i: [_tokenized(candidates[i])] for i in image_ids}
+    wanted, found = _tokenized_pairs(references, candidates)
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
     rouge, _ = Rouge().compute_score(wanted, found)
     cider, _ = Cider().compute_score(wanted, found)
     scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
     return scores | {"ROUGE-L": float(rouge), "CIDEr": float(cider)}
+
+
+def cider_by_image(
+    references: dict[int, list[str]], candidates: dict[int, str]
+) -> dict[int, float]:
+    """Return the CIDEr of each image, whose mean is the CIDEr of `score_captions`."""
+    wanted, found = _tokenized_pairs(references, candidates)
+    _, scores = Cider().compute_score(wanted, found)
+    return {image_id: float(score) for image_id, score in zip(wanted, scores, strict=True)}
 
 
 def score_pope(labels: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -125,6 +130,16 @@ def repeated_4grams(texts: Iterable[str]) -> float:
         repeated += len(grams) - len(set(grams))
         total += len(grams)
     return _ratio(repeated, total)
+
+
+def _tokenized_pairs(
+    references: dict[int, list[str]], candidates: dict[int, str]
+) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    _check_images(references, candidates)
+    # One order of images, because the last digits of a mean depend on it.
+    image_ids = sorted(references)
+    wanted = {i: [_tokenized(text) for text in references[i]] for i in image_ids}
+    return wanted, {i: [_tokenized(candidates[i])] for i in image_ids}
 
 
 def _tokenized(caption: str) -> str:

@@ -17,10 +17,10 @@ class EvaluateSettings:
     """Most tokens of a caption."""
     answer_tokens: int
     """Most tokens of an answer."""
+    max_text_tokens: int
+    """Longest text behind an image when the loss of answers is measured."""
     batch_size: int
     """Texts that are generated at the same time."""
-    gallery: int
-    """Best, worst and random examples of each kind in the report."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.command import run_stage
+from cache.data_settings import DataSettings
 from cache.errors import CacheError, StageError
 from cache.files import WORK, link_or_copy, replacing, sha256_of, write_json
 from cache.images import ImageArchive
@@ -24,7 +25,7 @@ from cache.store import check_rows
 from cache.table import ShardFile, StoreTable
 from pipeline.encode import Encoding, ImageSource, encode_shards
 from pipeline.encoder import Encoder, load_encoder
-from pipeline.settings import DataSettings, EncoderSettings, ExtractSettings
+from pipeline.settings import EncoderSettings, ExtractSettings
 
 IMAGES = Path("data/index/images.parquet")
 FEATURES = Path("data/features")

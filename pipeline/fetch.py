@@ -13,11 +13,12 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from cache.command import run_stage
+from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
 from cache.settings import Params
 from pipeline.download import check_free_space, download, problem
-from pipeline.settings import DataSettings, Download, FetchSettings
+from pipeline.settings import Download, FetchSettings
 
 RAW = Path("data/raw")
 FETCH_WORK = WORK / "fetch"

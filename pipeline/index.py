@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.command import run_stage
+from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import WORK, link_or_copy, replacing, write_json
 from cache.images import ImageArchive
@@ -27,7 +28,6 @@ from pipeline.collect import (
     collect_captions,
     collect_conversations,
 )
-from pipeline.settings import DataSettings
 
 INDEX = Path("data/index")
 REPORT = Path("reports/index.json")

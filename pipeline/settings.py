@@ -1,37 +1,9 @@
-"""The settings of fetch, index and extract: sections `data`, `fetch`, `encoder`, `extract`."""
+"""The settings of fetch, index and extract: sections `fetch`, `encoder`, `extract`."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-
-@dataclass(frozen=True, kw_only=True)
-class SplitSettings:
-    """Where the images and the captions of one split lie."""
-
-    images: str
-    """A folder, or a zip that is read in place."""
-    captions: str
-    """Captions in the official COCO layout."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Section `data`: what is fetched and indexed."""
-
-    source: Literal["demo", "coco", "local"]
-    """Who makes the files below: the embedded world, a download, or nobody."""
-    train: SplitSettings
-    val: SplitSettings
-    instruct: str
-    """Conversations in the official LLaVA-Instruct layout, about images of `train`."""
-    instruct_holdout: float
-    """Share of the images with conversations that are kept for evaluation."""
-    max_reject_rate: float
-    """Share of rejected records of a kind above which the index stage fails."""
-
-    def __post_init__(self) -> None:
-        _check_share("instruct_holdout", self.instruct_holdout)
-        _check_share("max_reject_rate", self.max_reject_rate)
+from cache.data_settings import check_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +76,7 @@ class ExtractSettings:
         if self.workers < 0:
             raise ValueError(f"workers is {self.workers}, wanted 0 or more")
         _check_at_least_one("shard_rows", self.shard_rows)
-        _check_share("max_failure_rate", self.max_failure_rate)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is {value}, wanted a share from 0 to 1")
+        check_share("max_failure_rate", self.max_failure_rate)
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -1,0 +1,33 @@
+# Every target does its own set-up in .venv; nothing is installed anywhere else.
+
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name))))
+VENV := .venv
+INSTALLED := $(VENV)/installed
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: demo test lint bench
+
+demo: $(INSTALLED)
+	@echo "dependencies: those of requirements.lock are in $(VENV)"
+	dvc repro
+	@echo "report: $(CURDIR)/reports/index.html"
+
+test: lint
+	pytest
+
+lint: $(INSTALLED)
+	ruff check
+	ruff format --check
+	mypy
+
+bench: $(INSTALLED)
+	python -m bench.read
+
+$(INSTALLED): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: wanted Python 3.11 or newer, found $(PYTHON). Set PYTHON=..."; exit 2; }
+	@echo "dependencies: installing those of requirements.lock into $(VENV)"
+	$(PYTHON) -m venv --clear $(VENV)
+	pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	@touch $@
