@@ -1,5 +1,6 @@
 """The settings of both training stages: `llm`, `projector`, `pretrain`, `finetune`, `tracking`."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,13 +58,10 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "learning_rate", "clip_norm", "micro_batch_tokens", "max_text_tokens")
-        for name in (*positive, "log_every_steps", "validate_every_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, wanted more than 0")
-        if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"warmup_share is {self.warmup_share}, wanted 0 or more, below 1")
+        _check_positive(self, *positive, "log_every_steps", "validate_every_steps")
+        _check_share(self, "warmup_share")
         for name in ("weight_decay", "validation_images", "samples"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
 
 
@@ -74,6 +72,10 @@ class PretrainSettings(LoopSettings):
     batch_captions: int
     """Captions of one optimizer step; the last image's captions may exceed it."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "batch_captions")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
@@ -82,6 +84,10 @@ class LoraSettings:
     r: int
     alpha: int
     dropout: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "r", "alpha")
+        _check_share(self, "dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +98,19 @@ class FinetuneSettings(LoopSettings):
     batch_examples: int
     """Conversations of one optimizer step; the last image's conversations may exceed it."""
     lora: LoraSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive(self, "projector_learning_rate", "batch_examples")
+
+
+def _check_positive(settings: object, *names: str) -> None:
+    for name in names:
+        # Written so that NaN is refused too.
+        if not 0 < getattr(settings, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(settings, name)}, wanted more than 0")
+
+
+def _check_share(settings: object, name: str) -> None:
+    if not 0 <= getattr(settings, name) < 1:
+        raise ValueError(f"{name} is {getattr(settings, name)}, wanted 0 or more, below 1")
