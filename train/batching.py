@@ -68,13 +68,13 @@ def plan_steps(sizes: Sequence[int], batch_size: int, epochs: float, seed: int) 
     Args:
         sizes: Texts of each example.
         batch_size: Texts of a step; examples are added until there are as many.
-        epochs: Passes over the examples.
+        epochs: Passes over the examples; there is always one example at least.
         seed: Of the order; each epoch's order is a function of (seed, epoch).
 
     Returns:
         Example numbers of each step, in order.
     """
-    wanted = round(epochs * len(sizes))
+    wanted = max(1, round(epochs * len(sizes)))
     steps: list[list[int]] = [[]]
     texts = 0
     for number in _order(len(sizes), wanted, seed):
@@ -135,7 +135,9 @@ def collate(rows: list[Row], patches: int) -> MicroBatch:
             segments[number, start:stop] = segment
             targets += [(number, *t) for t in _targets(branch, start, patches)]
             start = stop
-    target_rows, target_positions, target_ids = torch.tensor(targets).T
+    # Of this shape too when a question was too long for its answer, and nothing is learned.
+    table = torch.tensor(targets, dtype=torch.int64).reshape(-1, 3)
+    target_rows, target_positions, target_ids = table.T
     return MicroBatch(
         [row.image_id for row in rows],
         token_ids,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
+from cache.errors import StageError
 from train.batching import MicroBatch, Row, collate, micro_batches
 from train.data import Example
 from train.model import CaptionModel
@@ -47,9 +48,19 @@ def build_step(
         store: Holds the features.
         max_tokens: Positions of one forward pass, padding included.
         max_text_tokens: Longest text behind an image.
+
+    Raises:
+        StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
     """
     texts = [text for example in examples for text in example.texts]
-    branches = iter(tokenize(texts, tokenizer, max_text_tokens))
+    tokenized = tokenize(texts, tokenizer, max_text_tokens)
+    num_learned = sum(branch.num_learned for branch in tokenized)
+    if not num_learned:
+        raise StageError(
+            f"image {examples[0].image_id} and {len(examples) - 1} others: max_text_tokens is "
+            f"{max_text_tokens}, which cuts off every answer of the step. Raise it."
+        )
+    branches = iter(tokenized)
     rows = [Row(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
     patches = store.spec.patches
     parts = []
@@ -59,7 +70,7 @@ def build_step(
     return StepData(
         parts,
         [row.image_id for row in rows],
-        sum(branch.num_learned for row in rows for branch in row.branches),
+        num_learned,
         sum(patches + row.num_text_tokens for row in rows),
     )
 
