@@ -3,6 +3,7 @@
 Its parameters stay in float32 whatever the language model computes in.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -55,11 +56,13 @@ class Projector(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write safetensors with kind and widths in the metadata, whole or not at all."""
-        metadata = {
+        about = {
             "kind": self.kind,
-            "vision_width": str(self.vision_width),
-            "text_width": str(self.text_width),
+            "vision_width": self.vision_width,
+            "text_width": self.text_width,
         }
+        # One entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"projector": json.dumps(about)}
         with replacing(path) as temporary:
             save_model(self, str(temporary), metadata)
 
@@ -72,18 +75,18 @@ def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
     """
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        found = (int(metadata["vision_width"]), int(metadata["text_width"]))
+            about = json.loads(file.metadata()["projector"])
+        found = (about["vision_width"], about["text_width"])
         if found != (vision_width, text_width):
             raise StageError(
                 f"{path}: maps width {found[0]} to {found[1]}, wanted {vision_width} (features) "
                 f"to {text_width} (language model). Run the stage that made it again."
             )
-        projector = Projector(metadata["kind"], *found)
+        projector = Projector(about["kind"], *found)
         load_model(projector, path)
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, StageError):
-            raise
+    except StageError:
+        raise
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise StageError(f"{path}: no projector ({error}). Run the stage that makes it.") from None
     return projector
 
