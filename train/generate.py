@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from train.model import CaptionModel
+from train.prompts import encode
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _prompt_embeds(
 ) -> tuple[Tensor, Tensor]:
     """Embed patches and prompts, padded on the left: [B, T, H] and the mask [B, T]."""
     patches_BPH = model.embed_patches(torch.from_numpy(patches_BPD))
-    prompt_ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    prompt_ids = encode(prompts, tokenizer)
     num_patches, width = patches_BPH.shape[1:]
     length = num_patches + max(map(len, prompt_ids))
     embeds_BTH = patches_BPH.new_zeros(len(prompts), length, width)

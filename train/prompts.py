@@ -76,10 +76,21 @@ def tokenize(
     Returns:
         A branch a text.
     """
-    flat = [segment.text for text in texts for segment in text]
-    encoded = iter(tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+    encoded = iter(encode([segment.text for text in texts for segment in text], tokenizer))
     eos = tokenizer.eos_token_id
     return [_branch(text, [next(encoded) for _ in text], eos, max_tokens) for text in texts]
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokenise pieces of text as training and generation both do.
+
+    A special token that is written out in a text is text: an EOS in a caption ends nothing.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+    token_ids: list[list[int]] = encoded["input_ids"]
+    return token_ids
 
 
 def _branch(text: Text, pieces: list[list[int]], eos: int, max_tokens: int) -> Branch:
