@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -48,7 +50,7 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
     """Load the language model frozen, in `eval()`, quantised where the settings say so.
 
     Raises:
-        SettingsError: No such model, or not in the layout of a causal language model.
+        SettingsError: No such model, not in the layout of a causal language model, or not whole.
     """
     quantization = None
     if settings.quantize == "nf4":
@@ -60,16 +62,23 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
         )
     transformers_logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, loading = AutoModelForCausalLM.from_pretrained(
             settings.model,
             dtype=DTYPES[settings.dtype],
             quantization_config=quantization,
             device_map={"": device},
             attn_implementation="sdpa",
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+        if loading["missing_keys"]:
+            # Transformers would go on with random numbers in their place.
+            raise ValueError(f"its files lack {', '.join(sorted(loading['missing_keys']))}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _cannot_load(settings.model, error) from None
+    # What the checkpoint recommends (sampling, penalties, beams) would mix into greedy decoding.
+    model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
     return model.requires_grad_(False).eval()
 
@@ -117,14 +126,22 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         StageError: No adapter there, or one of another model.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
         # PEFT would go on to a pickled file, or to the network.
         raise StageError(f"{folder}: holds no adapter_model.safetensors. Run the finetune stage.")
     try:
         with warnings.catch_warnings():
+            # PEFT only warns of matrices that are missing, and keeps quiet on those too many.
             warnings.simplefilter("ignore", FutureWarning)
-            PeftModel.from_pretrained(model, folder, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            warnings.simplefilter("ignore", UserWarning)
+            peft_model = PeftModel.from_pretrained(model, folder, is_trainable=False)
+        wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+        with safe_open(weights, "pt") as file:
+            unmatched = sorted(wanted ^ set(file.keys()))
+        if unmatched:
+            raise ValueError(f"{len(unmatched)} matrices without a match: {unmatched[0]}, ...")
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:300]
         raise StageError(f"{folder}: no adapter for this model ({detail}).") from None
 
