@@ -46,13 +46,13 @@ def finetune(params: Params) -> None:
         optimizer=make_optimizer(projector, adapter, settings),
         seed=seed,
     )
-    run = RunDirectory("finetune")
+    run = RunDirectory("finetune", params, provenance(store, device))
     tracker = Tracker(tracking, run.stage, params.values)
     metrics = run_loop(task, settings, run, tracker)
     tracker.finish()
     projector.save(run.path / "projector.safetensors")
     adapter.save_pretrained(run.path / "adapter", safe_serialization=True)
-    run.publish(params, provenance(store, device), metrics)
+    run.publish(metrics)
     write_json(REPORT, metrics)
 
 

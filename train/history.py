@@ -65,13 +65,17 @@ class History:
         self._reset()
 
     def summary(self) -> dict[str, float]:
-        """Return the last losses, and speed and waiting over the whole run."""
+        """Return the last losses, and speed and waiting over the whole run.
+
+        Without `validation_loss` where nothing was there to validate on.
+        """
         seconds = time.perf_counter() - self._started
         last = self._rows[-1]
+        validation = {name: last[name] for name in ("validation_loss",) if name in last}
         return {
             "steps": last["step"],
             "loss": last["loss"],
-            "validation_loss": last.get("validation_loss", float("nan")),
+            **validation,
             "seconds": round(seconds, 1),
             "tokens_per_second": round(self._total_positions / seconds, 1),
             "data_wait_share": round(self._total_wait / seconds, 4),

@@ -48,12 +48,12 @@ def pretrain(params: Params) -> None:
         ),
         seed=seed,
     )
-    run = RunDirectory("pretrain")
+    run = RunDirectory("pretrain", params, provenance(store, device))
     tracker = Tracker(tracking, run.stage, params.values)
     metrics = run_loop(task, settings, run, tracker)
     tracker.finish()
     projector.save(run.path / "projector.safetensors")
-    run.publish(params, provenance(store, device), metrics)
+    run.publish(metrics)
     write_json(REPORT, metrics)
 
 

@@ -40,11 +40,17 @@ HISTORY_COLUMNS = (
 class RunDirectory:
     """The folder of one run while it is made."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, params: Params, provenance: dict[str, Any]) -> None:
+        """Start the folder with what the run is made from.
+
+        Written now: settings, code and tables may be others by the time that a long run ends.
+        """
         self.stage = stage
         self.path = WORK / "runs" / stage
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir(parents=True)
+        shutil.copyfile(params.path, self.path / "params.yaml")
+        write_json(self.path / "provenance.json", provenance)
 
     def write_history(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Write history.csv; a number that a step does not have is an empty cell."""
@@ -54,16 +60,17 @@ class RunDirectory:
         writer.writerows(rows)
         write_text(self.path / "history.csv", text.getvalue())
 
-    def publish(self, params: Params, provenance: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """Add settings, provenance and metrics, and move the folder to `runs/<stage>`."""
-        shutil.copyfile(params.path, self.path / "params.yaml")
-        write_json(self.path / "provenance.json", provenance)
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Add the metrics and move the folder to `runs/<stage>`, in place of an older run."""
         write_json(self.path / "metrics.json", metrics)
-        target = RUNS / self.stage
+        target, old = RUNS / self.stage, self.path.with_suffix(".old")
         target.parent.mkdir(exist_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
-            shutil.rmtree(target)
+            # Moved before it is deleted: at no moment is half a run there.
+            os.replace(target, old)
         os.replace(self.path, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def provenance(store: FeatureStore, device: torch.device) -> dict[str, Any]:
