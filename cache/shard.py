@@ -7,6 +7,8 @@ make a reader follow links, external files and filters; none of that is followed
 Letters: N rows, P patches, D width of the vision tower.
 """
 
+import contextlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +17,15 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import CorruptShardError, SpecMismatchError, UnsafeShardError
+from cache.errors import (
+    CacheError,
+    CorruptShardError,
+    IncompleteStoreError,
+    SpecMismatchError,
+    UnsafeShardError,
+)
 from cache.files import replacing
-from cache.spec import Spec
+from cache.spec import Spec, check_same_spec
 
 ALIGNMENT = 4096
 """File offset of the features is a multiple of this many bytes: a page of memory."""
@@ -70,11 +78,6 @@ def write_shard(
         "image_id": image_ids.astype("<i8", copy=False),
         "row_xxh3": hash_rows(features_NPD),
     }
-    attributes = {
-        "format": spec.format.encode(),
-        "fingerprint": spec.fingerprint.encode(),
-        "spec": spec.to_json(),
-    }
     with (
         replacing(path) as temporary,
         h5py.File(
@@ -89,7 +92,7 @@ def write_shard(
     ):
         for name, values in contents.items():
             file.create_dataset(name, data=values, track_times=False)
-        for name, text in attributes.items():
+        for name, text in _attributes(spec).items():
             utf8 = h5py.string_dtype("utf-8", len(text))
             file.attrs.create(name, np.array(text, dtype=utf8), dtype=utf8)
 
@@ -105,8 +108,10 @@ def open_shard(path: Path, spec: Spec) -> Shard:
     try:
         with h5py.File(path, "r", locking=False) as file:
             return _read_checked(file, path, spec)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
-        # What h5py raises on damaged files; our own errors are of other types.
+    except CacheError:
+        raise
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
+        # What h5py and numpy raise on damaged files.
         detail = " ".join(str(error).split())
         raise CorruptShardError(
             f"{path}: HDF5 cannot read it ({detail}). Fetch it again, or run "
@@ -150,7 +155,8 @@ def _check_dataset(file: h5py.File, name: str, path: Path) -> None:
         raise _unsafe(path, f"{name} is not contiguous, or external, virtual or filtered")
     if dataset.dtype.str != dtype or dataset.ndim != num_dimensions:
         raise _unsafe(path, f"{name} is {dataset.dtype.str} with {dataset.ndim} dimensions")
-    offset, num_bytes = dataset.id.get_offset(), dataset.nbytes
+    # Not `dataset.nbytes`, which wraps around at 2**64.
+    offset, num_bytes = dataset.id.get_offset(), math.prod(dataset.shape) * dataset.dtype.itemsize
     if offset is None or offset + num_bytes > path.stat().st_size:
         raise CorruptShardError(f"{path}: {name} reaches beyond the end of the file.")
     if name == "features" and offset % ALIGNMENT:
@@ -159,14 +165,34 @@ def _check_dataset(file: h5py.File, name: str, path: Path) -> None:
 
 def _check_spec(file: h5py.File, path: Path, spec: Spec) -> None:
     for name in ATTRIBUTES:
-        if file.attrs.get_id(name).get_type().is_variable_str():
-            raise _unsafe(path, f"attribute {name} has no fixed length")
-    found = file.attrs["fingerprint"]
-    if found != spec.fingerprint.encode():
-        raise SpecMismatchError(
-            f"{path}: fingerprint is {found!r}, the store has {spec.fingerprint!r}. "
-            f"Another encoder wrote this shard: delete it and run the extract stage."
-        )
+        attribute = file.attrs.get_id(name)
+        kind = attribute.get_type()
+        if (
+            not isinstance(kind, h5py.h5t.TypeStringID)
+            or kind.is_variable_str()
+            or attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR
+        ):
+            raise _unsafe(path, f"attribute {name} is not one text of fixed length")
+    found = {name: bytes(file.attrs[name]) for name in ATTRIBUTES}
+    wanted = _attributes(spec)
+    if found["fingerprint"] != wanted["fingerprint"]:
+        # Says which fields differ, where the shard's own spec can be read.
+        with contextlib.suppress(IncompleteStoreError):
+            check_same_spec(Spec.from_json(found["spec"], f"{path}: spec"), spec, str(path))
+    for name in sorted(ATTRIBUTES):
+        if found[name] != wanted[name]:
+            raise SpecMismatchError(
+                f"{path}: {name} is {found[name]!r}, the store has {wanted[name]!r}. "
+                f"Another encoder wrote this shard: delete it and run the extract stage."
+            )
+
+
+def _attributes(spec: Spec) -> dict[str, bytes]:
+    return {
+        "format": spec.format.encode(),
+        "fingerprint": spec.fingerprint.encode(),
+        "spec": spec.to_json(),
+    }
 
 
 def _unsafe(path: Path, detail: str) -> UnsafeShardError:

@@ -7,6 +7,7 @@ never mixed.
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ class Spec:
                 f"{where}: fields that differ from a spec's: {sorted(values.keys() ^ names)}. "
                 f"Run the extract stage again."
             )
+        _check_types(values, where)
         values |= {name: tuple(values[name]) for name in ("mean", "std")}
         spec = cls(**values)
         if spec.fingerprint != fingerprint:
@@ -99,6 +101,29 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise IncompleteStoreError(f"{where}: not the JSON of a spec. Fetch the store again.")
     return values
+
+
+def _check_types(values: dict[str, Any], where: str) -> None:
+    """Refuse values that no spec holds: a fitting fingerprint can be made for any of them."""
+    wrong = [
+        field.name
+        for field in dataclasses.fields(Spec)
+        if field.name not in ("mean", "std") and type(values[field.name]) is not field.type
+    ]
+    wrong += [
+        name
+        for name in ("mean", "std")
+        if not isinstance(values[name], list)
+        or not all(type(v) in (int, float) and math.isfinite(v) for v in values[name])
+    ]
+    wrong += [
+        name
+        for name in ("image_size", "batch_size", "patches", "width")
+        if name not in wrong and values[name] < 1
+    ]
+    if wrong:
+        details = "; ".join(f"{name} is {values[name]!r}" for name in wrong)
+        raise IncompleteStoreError(f"{where}: no spec has that: {details}. Fetch the store again.")
 
 
 def check_same_spec(found: Spec, wanted: Spec, where: str) -> None:

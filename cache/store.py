@@ -92,8 +92,13 @@ class FeatureStore:
     def __contains__(self, image_id: object) -> bool:
         if not isinstance(image_id, int | np.integer):
             return False
-        position = int(np.searchsorted(self.image_ids, image_id))
-        return position < len(self) and bool(self.image_ids[position] == image_id)
+        try:
+            # As int64: against uint64 or a larger int, numpy would compare rounded floats.
+            wanted = np.int64(int(image_id))
+        except OverflowError:
+            return False
+        position = int(np.searchsorted(self.image_ids, wanted))
+        return position < len(self) and bool(self.image_ids[position] == wanted)
 
     def gather(
         self,
@@ -113,9 +118,9 @@ class FeatureStore:
         Raises:
             MissingImageError: An id is not in the store; names up to five.
             CorruptShardError: A shard is not what the index says.
-            ValueError: `out` has another shape, type or layout.
+            ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
-        positions = self._positions(np.asarray(image_ids, dtype=np.int64))
+        positions = self._positions(_checked_ids(image_ids))
         shape = (len(positions), self.spec.patches, self.spec.width)
         if out is None:
             out = np.empty(shape, dtype=np.float16)
@@ -226,6 +231,14 @@ class FeatureStore:
         FeatureStore.__init__(self, state["root"])
 
 
+def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    ids = np.asarray(image_ids)
+    # numpy would quietly cut off fractions, and take a mask for the ids 0 and 1.
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(f"image_ids is {ids.dtype} {ids.shape}, wanted integers in one dimension")
+    return ids.astype(np.int64)
+
+
 def check_rows(shard: Shard) -> None:
     """Read every feature of a shard and hold it against the shard's own hashes.
 
@@ -236,7 +249,8 @@ def check_rows(shard: Shard) -> None:
     wrong = hash_rows(features_NPD) != shard.row_xxh3
     if not wrong.any():
         # A sum is not finite when a value is not; float32 holds 65504 * 2**100.
-        wrong = ~np.isfinite(features_NPD.sum(axis=(1, 2), dtype=np.float32))
+        with np.errstate(invalid="ignore"):
+            wrong = ~np.isfinite(features_NPD.sum(axis=(1, 2), dtype=np.float32))
     if wrong.any():
         ids = ", ".join(map(str, shard.image_ids[wrong][:NAMED_IDS]))
         raise CorruptShardError(

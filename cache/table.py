@@ -85,9 +85,10 @@ class StoreTable:
     @classmethod
     def _from_arrow(cls, table: pa.Table, path: Path) -> "StoreTable":
         if table.schema.names != SCHEMA.names or any(
-            found.type != wanted.type
+            not pa.types.is_dictionary(found.type)
+            if wanted.name == "shard"
+            else found.type != wanted.type
             for found, wanted in zip(table.schema, SCHEMA, strict=True)
-            if wanted.name != "shard"
         ):
             raise _bad(path, f"its columns are {table.schema.names}, wanted {SCHEMA.names}")
         if any(column.null_count for column in table.columns):
@@ -123,7 +124,7 @@ def _read_metadata(metadata: dict[bytes, bytes], path: Path) -> tuple[str, tuple
             ShardFile(name, int(file["bytes"]), str(file["sha256"]))
             for name, file in sorted(files.items())
         )
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise _bad(path, "its metadata lack the fingerprint or the shards") from None
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard.name):
