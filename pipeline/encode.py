@@ -70,7 +70,8 @@ class Encoding:
 
     failures: dict[int, str] = field(default_factory=dict)
     """Image id to the reason why it could not be decoded."""
-    shards_encoded: int = 0
+    encoded_shards: set[str] = field(default_factory=set)
+    """File names. One that a later failure displaced is among them, but not in the last plan."""
     images_encoded: int = 0
     elapsed: float = 0.0
     """Seconds on the wall."""
@@ -242,6 +243,6 @@ def _write(
 ) -> None:
     started = time.perf_counter()
     write_shard(folder / shard.name, encoder.spec, shard.image_ids, features_NPD)
-    totals.shards_encoded += 1
+    totals.encoded_shards.add(shard.name)
     totals.images_encoded += len(shard.image_ids)
     totals.write_seconds += time.perf_counter() - started

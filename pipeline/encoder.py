@@ -8,6 +8,7 @@ Letters: B images, S side of the input in pixels, P patches, D width of the towe
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 import open_clip
 import torch
 from numpy.typing import NDArray
+from open_clip.pretrained import download_pretrained_from_hf
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache.errors import SettingsError, StageError
@@ -27,6 +30,24 @@ PREPROCESS_VERSION = 1
 
 RANDOM_SEED = 0
 """Seed of the weights of `pretrained: random`, so that they are the same in every process."""
+
+_LOADING_ERRORS = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    EOFError,
+    StopIteration,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
+"""What open_clip, torch and safetensors raise on no network, on files that are no checkpoint or
+are cut short, and on configs with unknown or impossible values.
+"""
 
 
 class Encoder:
@@ -124,8 +145,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
+        # Made there, because a device that this machine lacks has a valid name too.
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingsError(f"encoder.device: {str(error).splitlines()[0]}") from None
 
 
@@ -141,7 +163,7 @@ def weights_sha256(visual: nn.Module) -> str:
 def _architecture(model: str) -> tuple[str, dict[str, Any]]:
     """Return the name under which open_clip knows an architecture, and its config."""
     if not model.endswith(".json"):
-        config = open_clip.get_model_config(model)
+        config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
         if config is None:
             raise SettingsError(
                 f"encoder.model: open_clip {open_clip.__version__} has no {model!r}. Wanted one "
@@ -190,19 +212,22 @@ def _create(name: str, settings: EncoderSettings) -> nn.Module:
             raise SettingsError(
                 f"encoder.pretrained: {pretrained!r} is no file and no tag of {name}. Tags: {tags}."
             )
-        pretrained = str(open_clip.download_pretrained_from_hf(pretrained))
+        return _created(name, pretrained, from_hub=True)
     return _created(name, pretrained)
 
 
-def _created(name: str, pretrained: str | None) -> nn.Module:
+def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Module:
     try:
-        model: nn.Module = open_clip.create_model(name, pretrained, pretrained_text=False)
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        # Wrong names or shapes, a broken file, no network.
-        detail = " ".join(str(error).split())[:500]
+        path = str(download_pretrained_from_hf(pretrained)) if from_hub else pretrained
+        model: nn.Module = open_clip.create_model(name, path, pretrained_text=False)
+    except _LOADING_ERRORS as error:
+        detail = " ".join(str(error).split())[:500] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            # Its own text advises to run whatever code the file holds.
+            detail = "not a file of tensors alone"
         raise StageError(
-            f"encoder: cannot load {pretrained!r} into {name}: {detail}. Check encoder.model and "
-            f"encoder.pretrained."
+            f"encoder: cannot load {pretrained or 'random'!r} into {name}: {detail}. Check "
+            f"encoder.model and encoder.pretrained."
         ) from None
     return model
 

@@ -28,6 +28,7 @@ from pipeline.encoder import Encoder, load_encoder
 from pipeline.settings import EncoderSettings, ExtractSettings
 
 IMAGES = Path("data/index/images.parquet")
+COLUMNS = ("image_id", "split", "file_name", "source_xxh3")
 FEATURES = Path("data/features")
 REPORT = Path("reports/extract.json")
 FINISHED = WORK / "shards"
@@ -55,8 +56,8 @@ def read_source(data: DataSettings) -> ImageSource:
         StageError: No index, an empty one, or no images where the settings say.
     """
     try:
-        table = pq.read_table(IMAGES)
-    except (FileNotFoundError, pa.ArrowException) as error:
+        table = pq.read_table(IMAGES, columns=list(COLUMNS))
+    except (OSError, pa.ArrowException) as error:
         raise StageError(f"{IMAGES}: {error}. Run the index stage first.") from None
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
@@ -155,7 +156,9 @@ def publish(plan: list[PlannedShard], spec: Spec) -> None:
         temporary.write_bytes(spec.to_json())
     table.write(FEATURES / "index.parquet")
     names = {shard.name for shard in plan}
-    for path in FEATURES.glob("*.h5"):
+    # A kill leaves partial files. So does the rename of a link onto another link of the same
+    # file, which does nothing (rename(2)).
+    for path in [*FEATURES.glob("*.h5"), *FEATURES.glob(".*.partial")]:
         if path.name not in names:
             path.unlink()
 
@@ -181,14 +184,15 @@ def describe(plan: list[PlannedShard], spec: Spec) -> StoreTable:
 def write_report(plan: list[PlannedShard], spec: Spec, totals: Encoding) -> None:
     """Write what the run did, and say it in a line."""
     images = sum(len(shard.image_ids) for shard in plan)
+    encoded = len(totals.encoded_shards & {shard.name for shard in plan})
     rate = totals.images_encoded / totals.elapsed if totals.elapsed else 0.0
     report = {
         "images": images,
         "failed": len(totals.failures),
         "failures": {str(image_id): reason for image_id, reason in totals.failures.items()},
         "shards": len(plan),
-        "shards_encoded": totals.shards_encoded,
-        "shards_reused": len(plan) - totals.shards_encoded,
+        "shards_encoded": encoded,
+        "shards_reused": len(plan) - encoded,
         "images_per_second": round(rate, 2),
         "seconds": {
             "decode": round(totals.decode_seconds, 3),
@@ -199,7 +203,7 @@ def write_report(plan: list[PlannedShard], spec: Spec, totals: Encoding) -> None
     }
     write_json(REPORT, report)
     print(
-        f"extract: {images} images in {len(plan)} shards, {totals.shards_encoded} encoded now "
+        f"extract: {images} images in {len(plan)} shards, {encoded} encoded now "
         f"({rate:.0f} images/s), {len(totals.failures)} failed"
     )
 
