@@ -98,7 +98,7 @@ def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> f
         Cross entropy summed over the supervised tokens.
 
     Raises:
-        StageError: It is not finite.
+        StageError: It or its gradient is not finite; the weights are as before.
     """
     task.model.train()
     task.optimizer.zero_grad(set_to_none=True)
@@ -107,14 +107,15 @@ def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> f
         loss = task.model(patches_RPD, batch.to(task.model.device))
         (loss / data.num_learned).backward()
         loss_sum += loss.item()
-    if not math.isfinite(loss_sum):
-        raise StageError(
-            f"step {step}: the loss is {loss_sum}. Images of the step: "
-            f"{', '.join(map(str, data.image_ids[:NAMED_IMAGES]))}, ... Lower the learning rate, "
-            f"or check their features with FeatureStore.verify()."
-        )
     parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, clip_norm)
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        names = ", ".join(map(str, data.image_ids[:NAMED_IMAGES]))
+        raise StageError(
+            f"step {step}: the loss is {loss_sum}, its gradient's norm {norm}. Images of the step "
+            f"({len(data.image_ids)}): {names}{', ...' * (len(data.image_ids) > NAMED_IMAGES)}. "
+            f"Lower the learning rate, or check their features with FeatureStore.verify()."
+        )
     task.optimizer.step()
     return loss_sum
 
