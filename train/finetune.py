@@ -51,7 +51,8 @@ def finetune(params: Params) -> None:
     metrics = run_loop(task, settings, run, tracker)
     tracker.finish()
     projector.save(run.path / "projector.safetensors")
-    adapter.save_pretrained(run.path / "adapter", safe_serialization=True)
+    # Left to itself, PEFT asks the hub whether embeddings were added.
+    adapter.save_pretrained(run.path / "adapter", save_embedding_layers=False)
     run.publish(metrics)
     write_json(REPORT, metrics)
 
