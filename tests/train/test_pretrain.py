@@ -1,0 +1,136 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train.loop
+import train.pretrain
+from cache.errors import StageError
+from cache.files import sha256_of
+from train.pretrain import pretrain
+from train.projector import load_projector, seeded_projector
+from train.run import HISTORY_COLUMNS
+
+ROOT = Path(__file__).parents[2]
+FILES = {"projector.safetensors", "metrics.json", "history.csv", "params.yaml", "provenance.json"}
+TRAIN, HOLDOUT = set(range(100, 112)), set(range(116, 120))
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Record every language model that a stage loads, as it was loaded."""
+    made = []
+    load = train.pretrain.load_language_model
+
+    def recording(*arguments):
+        model = load(*arguments)
+        made.append((model, {n: t.clone() for n, t in model.state_dict().items()}))
+        return model
+
+    monkeypatch.setattr(train.pretrain, "load_language_model", recording)
+    return made
+
+
+@pytest.fixture
+def learned_images(monkeypatch):
+    """Record the images of every optimizer step."""
+    seen = []
+    step = train.loop.optimizer_step
+
+    def recording(task, data, *rest):
+        seen.extend(data.image_ids)
+        return step(task, data, *rest)
+
+    monkeypatch.setattr(train.loop, "optimizer_step", recording)
+    return seen
+
+
+def projector_bytes():
+    return Path("runs/pretrain/projector.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "resblock"])
+@pytest.mark.parametrize(
+    ("quantize", "dtype"), [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")]
+)
+def test_a_run_is_complete_and_only_the_projector_has_learned(
+    workspace, models, quantize, dtype, kind
+):
+    params = workspace.params(llm={"quantize": quantize, "dtype": dtype}, projector={"kind": kind})
+    pretrain(params)
+    assert {path.name for path in Path("runs/pretrain").iterdir()} == FILES
+    metrics = workspace.json("runs/pretrain/metrics.json")
+    assert workspace.json("reports/pretrain.json") == metrics
+    assert (metrics["images"], metrics["texts"], metrics["steps"]) == (12, 24, 3)
+    history = workspace.history("pretrain")
+    assert tuple(history[0]) == HISTORY_COLUMNS
+    assert [row["step"] for row in history] == ["1", "2", "3"]
+    assert float(history[-1]["validation_loss"]) == metrics["validation_loss"]
+    assert Path("runs/pretrain/params.yaml").read_text() == Path("params.yaml").read_text()
+    ((model, before),) = models
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    fresh = seeded_projector(kind, 8, 64, 0).state_dict()
+    found = load_projector(Path("runs/pretrain/projector.safetensors"), 8, 64).state_dict()
+    assert not any(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def test_held_out_images_are_never_learned_from(workspace, learned_images):
+    pretrain(workspace.params(pretrain={"epochs": 2}))
+    assert set(learned_images) == TRAIN
+    assert len(learned_images) == 2 * len(TRAIN)
+    assert not set(learned_images) & HOLDOUT
+
+
+def test_the_same_inputs_give_the_same_files(workspace):
+    pretrain(workspace.params())
+    first = projector_bytes()
+    torch.manual_seed(99)
+    pretrain(workspace.params())
+    assert projector_bytes() == first
+    pretrain(workspace.params(seed=1))
+    assert projector_bytes() != first
+
+
+def test_a_run_without_validation_is_published_too(workspace):
+    pretrain(workspace.params(pretrain={"validation_images": 0, "samples": 0}))
+    assert "validation_loss" not in workspace.json("runs/pretrain/metrics.json")
+
+
+def test_provenance_is_that_of_the_inputs(workspace):
+    pretrain(workspace.params())
+    made = workspace.json("runs/pretrain/provenance.json")
+    for name in ("captions", "conversations"):
+        path = Path(f"data/index/{name}.parquet")
+        assert made["index_sha256"][path.name] == sha256_of(path)
+    assert made["features_fingerprint"] == workspace.json("data/features/spec.json")["fingerprint"]
+
+
+def test_a_failed_run_leaves_the_one_before(workspace):
+    pretrain(workspace.params())
+    before = {path: sha256_of(path) for path in Path("runs/pretrain").iterdir()}
+    workspace.write_index([(100, "train", "x"), (112, "val", "y")], [])
+    failing = {"micro_batch_tokens": 1, "learning_rate": 1e30, "epochs": 9}
+    with pytest.raises(StageError, match="the loss is"):
+        pretrain(workspace.params(pretrain=failing))
+    assert {path: sha256_of(path) for path in Path("runs/pretrain").iterdir()} == before
+
+
+def test_missing_features_are_one_line_and_exit_code_1(workspace):
+    Path("data/features/index.parquet").unlink()
+    done = subprocess.run(
+        [sys.executable, "-m", "train.pretrain"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert lines[-1].startswith("error: data/features/index.parquet: missing")
+    assert "extract" in lines[-1]
+    assert "Traceback" not in done.stderr
+    assert not Path("runs").exists()
+    assert load_file(workspace.phi_dir / "model.safetensors")

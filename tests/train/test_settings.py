@@ -1,0 +1,75 @@
+import pytest
+
+from cache.errors import SettingsError
+from train.settings import FinetuneSettings, LlmSettings, PretrainSettings, ProjectorSettings
+
+POSITIVE = (
+    "epochs",
+    "learning_rate",
+    "clip_norm",
+    "micro_batch_tokens",
+    "max_text_tokens",
+    "log_every_steps",
+    "validate_every_steps",
+)
+NOT_NEGATIVE = ("weight_decay", "validation_images", "samples", "warmup_share")
+
+BAD = [
+    *((name, value) for name in POSITIVE for value in (0, -1)),
+    *((name, -1) for name in NOT_NEGATIVE),
+    ("warmup_share", 1.0),
+    ("epochs", float("nan")),
+    ("epochs", float("inf")),
+    ("learning_rate", float("nan")),
+    ("weight_decay", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD, ("batch_captions", 0)])
+def test_a_bad_value_in_pretrain_is_named_with_file_and_section(workspace, name, value):
+    params = workspace.params(pretrain={name: value})
+    with pytest.raises(SettingsError, match=rf"params.yaml: pretrain.*{name} is") as error:
+        params.section("pretrain", PretrainSettings)
+    assert error.value.exit_code == 2
+
+
+FINETUNE_BAD = [*BAD, ("batch_examples", 0), ("projector_learning_rate", -1.0)]
+
+
+@pytest.mark.parametrize(("name", "value"), FINETUNE_BAD)
+def test_a_bad_value_in_finetune_is_named_with_file_and_section(workspace, name, value):
+    params = workspace.params(finetune={name: value})
+    with pytest.raises(SettingsError, match=rf"params.yaml: finetune.*{name} is"):
+        params.section("finetune", FinetuneSettings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("r", 0), ("alpha", 0), ("dropout", 1.0), ("dropout", -0.1)]
+)
+def test_a_bad_value_of_lora_is_named(workspace, name, value):
+    lora = {"r": 4, "alpha": 8, "dropout": 0.05} | {name: value}
+    params = workspace.params(finetune={"lora": lora})
+    with pytest.raises(SettingsError, match=rf"finetune.lora: {name} is"):
+        params.section("finetune", FinetuneSettings)
+
+
+@pytest.mark.parametrize(
+    ("section", "cls", "name", "value"),
+    [
+        ("llm", LlmSettings, "quantize", "int8"),
+        ("llm", LlmSettings, "dtype", "fp16"),
+        ("projector", ProjectorSettings, "kind", "conv"),
+    ],
+)
+def test_a_word_that_is_not_allowed_is_answered_with_those_that_are(
+    workspace, section, cls, name, value
+):
+    params = workspace.params(**{section: {name: value}})
+    with pytest.raises(SettingsError, match=rf"{section}.{name} is '{value}'.*wanted one of"):
+        params.section(section, cls)
+
+
+def test_what_the_workspace_writes_is_allowed(workspace):
+    params = workspace.params()
+    assert params.section("pretrain", PretrainSettings).batch_captions == 8
+    assert params.section("finetune", FinetuneSettings).lora.alpha == 8

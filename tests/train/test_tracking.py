@@ -1,0 +1,49 @@
+import socket
+from pathlib import Path
+
+import pytest
+
+from train.settings import TrackingSettings
+from train.tracking import Tracker
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path, monkeypatch):
+    """An empty home, no account, no network."""
+
+    def refuse(self, address, *rest):
+        # wandb talks to its own process on this machine.
+        if self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "localhost", "::1"):
+            return real(self, address, *rest)
+        raise AssertionError(f"connects to {address}")
+
+    real = socket.socket.connect
+    home = tmp_path / "home"
+    home.mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NETRC", str(home / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def log_something(mode):
+    tracker = Tracker(TrackingSettings(wandb=mode), "pretrain", {"seed": 0, "llm": {"model": "x"}})
+    tracker.log(1, {"loss": 2.0})
+    tracker.log_samples(1, [(7, "a cat", "a dog")])
+    tracker.finish()
+
+
+def test_offline_needs_no_account_and_writes_below_the_work_directory():
+    log_something("offline")
+    assert [path.name for path in Path().iterdir()] == [".work"]
+    assert [path.name for path in Path(".work").iterdir()] == ["wandb"]
+    (run,) = Path(".work/wandb").glob("offline-run-*")
+    assert [path for path in run.glob("*.wandb") if path.stat().st_size > 0]
+
+
+def test_disabled_writes_nothing():
+    log_something("disabled")
+    assert [path for path in Path().rglob("*") if path.is_file()] == []
