@@ -7,7 +7,7 @@ one; the language model meets that again in a projector's outputs.
 
 import random
 
-from demo.scenes import GRID, Kind, Scene
+from demo.scenes import GRID, Scene
 from demo.words import NUMBERS, listing, noun_of, plural, quantity, sentence
 
 Cells = list[list[str]]
@@ -42,22 +42,23 @@ def inventory(scene: Scene, rng: random.Random) -> str:
     return "\n".join(lines) + "\n"
 
 
-def raster(scene: Scene, rng: random.Random, side: int, most_words: int) -> Cells:
+def raster(scene: Scene, rng: random.Random, side: int, share: float) -> Cells:
     """Return what is seen in each cell of a grid laid over a scene, in reading order.
 
     Args:
         scene: What to look at.
-        rng: Chooses which facts a cell tells; each is told by some cells only.
+        rng: Chooses which facts a cell tells, and in which order.
         side: Cells in a row, and rows.
-        most_words: Each cell holds from one to so many words.
+        share: How likely a cell tells each of its facts; it tells at least one.
     """
     cells = []
     for row in range(side):
         for column in range(side):
             x, y = (column + 0.5) / side, (row + 0.5) / side
             facts = _facts_at(scene, x, y, reach=0.35 / side)
-            num_words = min(len(facts), rng.randint(1, most_words))
-            cells.append(rng.sample(facts, num_words))
+            rng.shuffle(facts)
+            told = [fact for fact in facts if rng.random() < share]
+            cells.append(told or facts[:1])
     return cells
 
 
@@ -70,15 +71,11 @@ def _facts_at(scene: Scene, x: float, y: float, reach: float) -> list[str]:
     ]
     distance, kind, place = min(near, key=lambda thing: thing[0])
     if distance < reach:
-        return [*_kind_words(kind), ROW_WORDS[place.row], COLUMN_WORDS[place.column]]
+        own = [kind.noun, kind.colour, kind.size, NUMBERS[kind.count]]
+        return [*own, ROW_WORDS[place.row], COLUMN_WORDS[place.column]]
     row, column = int(y * GRID), int(x * GRID)
     ground = GROUNDS.get(scene.background, scene.background)
-    return [ground, ground, ROW_WORDS[row], COLUMN_WORDS[column]]
-
-
-def _kind_words(kind: Kind) -> list[str]:
-    # What it is and its colour matter most, so they are told twice as often.
-    return [kind.noun, kind.noun, kind.colour, kind.colour, kind.size, NUMBERS[kind.count]]
+    return [ground, ROW_WORDS[row], COLUMN_WORDS[column]]
 
 
 def _cell_words(row: int, column: int) -> str:

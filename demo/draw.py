@@ -31,14 +31,18 @@ BACKGROUND_VALUES: dict[str, Rgb] = {
     "sand": (222, 198, 152),
     "snow": (222, 232, 242),
     "water": (104, 168, 196),
-    "night sky": (36, 40, 84),
+    "night sky": (78, 84, 150),
     "bricks": (172, 106, 84),
 }
+OUTLINE: Rgb = (18, 18, 24)
+"""The same around all things, so that a shape looks alike in any colour."""
+
 SHORT_SIDE = 112
 """Pixels along a picture's shorter side."""
 
 _LONG_SIDES = (112, 120, 128)
 _TILE = 256
+_OUTLINE_WIDTH = 2
 _SHARPNESS = 4
 """How many times larger a thing is drawn than it appears."""
 
@@ -96,18 +100,18 @@ def _tile(name: str) -> npt.NDArray[np.float32]:
     grain = noise.normal(0, 1, (_TILE, _TILE)).astype(np.float32)
     rows, columns = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
     if name == "grass":
-        pattern = 9 * (grain + np.roll(grain, 1, 0) + np.roll(grain, 2, 0))
+        pattern = 6 * (grain + np.roll(grain, 1, 0) + np.roll(grain, 2, 0))
     elif name == "sand":
-        pattern = 7 * grain + 5 * np.sin((rows + 4 * np.sin(columns / 17)) / 4)
+        pattern = 5 * grain + 4 * np.sin((rows + 4 * np.sin(columns / 17)) / 4)
     elif name == "snow":
         pattern = 3 * grain - 10 * (_smooth(grain, 6) > 1)
     elif name == "water":
-        pattern = 3 * grain + 13 * np.sin((rows + 3 * np.sin(columns / 6)) / 2.6)
+        pattern = 3 * grain + 8 * np.sin((rows + 3 * np.sin(columns / 6)) / 2.6)
     elif name == "night sky":
         pattern = 3 * grain + 120 * (grain > 2.8)
     else:
         shifted = columns + 10 * ((rows // 10) % 2)
-        pattern = 6 * grain + 38 * ((rows % 10 < 2) | (shifted % 20 < 2))
+        pattern = 4 * grain + 20 * ((rows % 10 < 2) | (shifted % 20 < 2))
     return np.asarray(BACKGROUND_VALUES[name], np.float32) + pattern[:, :, None].astype(np.float32)
 
 
@@ -120,11 +124,11 @@ def _smooth(grain: npt.NDArray[np.float32], reach: int) -> npt.NDArray[np.float3
 def _sprite(kind: Kind, place: Place, tint: Rgb) -> Image.Image:
     """Draw one thing on a transparent square a little larger than its own."""
     side = round(place.side * SHORT_SIDE) * _SHARPNESS
-    margin = 2 * _SHARPNESS
-    canvas = Image.new("RGBA", (side + 2 * margin,) * 2, (*_shade(tint), 0))
+    margin = (_OUTLINE_WIDTH + 1) * _SHARPNESS
+    canvas = Image.new("RGBA", (side + 2 * margin,) * 2, (*OUTLINE, 0))
     pen = ImageDraw.Draw(canvas)
     for part in SHAPES[kind.noun]:
-        _fill(pen, part, side, margin, _outline(tint), grow=_SHARPNESS)
+        _fill(pen, part, side, margin, OUTLINE, grow=_OUTLINE_WIDTH * _SHARPNESS)
     for part in SHAPES[kind.noun]:
         _fill(pen, part, side, margin, _tone(part, tint), grow=0)
     return canvas.rotate(place.turn, Image.Resampling.BILINEAR).reduce(_SHARPNESS)
@@ -154,9 +158,4 @@ def _shade(colour: Rgb) -> Rgb:
     """Return a colour as it looks in the shade; black has none, so it gets lighter."""
     factor, lift = (0.8, 0) if sum(colour) > 150 else (1.0, 28)
     red, green, blue = (min(255, int(channel * factor) + lift) for channel in colour)
-    return red, green, blue
-
-
-def _outline(colour: Rgb) -> Rgb:
-    red, green, blue = (int(channel * 0.45) for channel in colour)
     return red, green, blue

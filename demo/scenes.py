@@ -22,6 +22,9 @@ SIZES = {"small": 0.2, "large": 0.3}
 _KINDS_WEIGHTS = (0.25, 0.45, 0.30)
 _COUNT_WEIGHTS = (0.55, 0.25, 0.20)
 _MOST_THINGS = 5
+_MOST_SHIFT = 0.02
+"""How far a thing stands from its cell's middle, along each axis."""
+
 _RIM = 0.02
 """Share of the side along each edge that stays free."""
 
@@ -118,12 +121,12 @@ def _sample_place(rng: random.Random, cell: tuple[int, int], size: str) -> Place
     row, column = cell
     side = SIZES[size] * rng.uniform(0.92, 1.08)
     # Far enough from the next cell's things that none covers another.
-    slack = max(0.0, (CELL_SIDE - side) / 2)
+    slack = min(_MOST_SHIFT, max(0.0, (CELL_SIDE - side) / 2))
     return Place(
         row=row,
         column=column,
         x=_RIM + (column + 0.5) * CELL_SIDE + rng.uniform(-slack, slack),
         y=_RIM + (row + 0.5) * CELL_SIDE + rng.uniform(-slack, slack),
         side=side,
-        turn=rng.uniform(-12, 12),
+        turn=rng.uniform(-6, 6),
     )

@@ -70,7 +70,15 @@ def _swap(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, kinds=(*pair, *rest))
 
 
-_CHANGES: tuple[Change, ...] = (_background, _colour, _noun, _count_or_place, _place, _swap)
+# Nouns are the hardest to see and therefore the most often changed.
+_CHANGES: tuple[Change, ...] = (
+    *(_noun, _noun, _noun),
+    _background,
+    _colour,
+    _count_or_place,
+    _place,
+    _swap,
+)
 
 
 def _with(scene: Scene, rng: random.Random, change: Callable[[Kind], Kind]) -> Scene:
