@@ -246,6 +246,11 @@ def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) ->
             raise SettingsError(
                 f"encoder.layer: {settings.model} has no block {settings.layer} ({error})."
             ) from None
+        except RuntimeError as error:
+            raise SettingsError(
+                f"encoder.model: {settings.model} cannot encode an image of {image_size} x "
+                f"{image_size} pixels: {' '.join(str(error).split())}"
+            ) from None
 
 
 def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:
