@@ -1,0 +1,121 @@
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from cache.errors import CacheError, IncompleteStoreError, SpecMismatchError
+from cache.spec import Spec, check_same_spec
+
+FIELDS = [field.name for field in dataclasses.fields(Spec)]
+
+
+def other(value):
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else value * 2
+
+
+def tampered(spec, **changes):
+    return json.dumps(json.loads(spec.to_json()) | changes).encode()
+
+
+def test_the_design_names_all_fields():
+    wanted = (
+        "format model weights_sha256 activation layer tokens normalized image_size resize crop "
+        "interpolation mean std precision batch_size dtype patches width preprocess_version"
+    )
+    assert sorted(FIELDS) == sorted(wanted.split())
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_changes_the_fingerprint(spec, name):
+    changed = dataclasses.replace(spec, **{name: other(getattr(spec, name))})
+    assert changed.fingerprint != spec.fingerprint
+
+
+def test_the_fingerprint_is_sha256_of_canonical_json_without_itself(spec):
+    values = json.loads(spec.to_json())
+    found = values.pop("fingerprint")
+    text = json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
+    assert found == spec.fingerprint == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_spec_json_is_canonical(spec):
+    values = json.loads(spec.to_json())
+    text = json.dumps(values, sort_keys=True, separators=(",", ":")) + "\n"
+    assert spec.to_json() == text.encode()
+
+
+def test_a_spec_survives_its_json(spec):
+    again = Spec.from_json(spec.to_json(), "here")
+    assert again == spec
+    assert again.to_json() == spec.to_json()
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "format"])
+def test_an_edited_field_is_refused(spec, name):
+    value = getattr(spec, name)
+    changed = [v / 2 for v in value] if isinstance(value, tuple) else other(value)
+    with pytest.raises(SpecMismatchError, match=r"somewhere.*fingerprint is"):
+        Spec.from_json(tampered(spec, **{name: changed}), "somewhere")
+
+
+def test_another_format_is_refused_by_its_name(spec):
+    newer = dataclasses.replace(spec, format="patchcache/2")
+    with pytest.raises(SpecMismatchError, match=r"'patchcache/2', wanted 'patchcache/1'"):
+        Spec.from_json(newer.to_json(), "here")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_field_is_named(spec, name):
+    values = json.loads(spec.to_json())
+    del values[name]
+    with pytest.raises(CacheError, match=name):
+        Spec.from_json(json.dumps(values).encode(), "here")
+
+
+def test_an_unknown_field_is_named(spec):
+    with pytest.raises(IncompleteStoreError, match="colour"):
+        Spec.from_json(tampered(spec, colour="red"), "here")
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000]
+)
+def test_what_is_no_json_object_is_refused(text):
+    with pytest.raises(IncompleteStoreError, match="not the JSON of a spec"):
+        Spec.from_json(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mean", 5),
+        ("mean", None),
+        ("std", ["a"]),
+        ("std", [float("nan")]),
+        ("layer", float("nan")),
+        ("layer", float("inf")),
+        ("layer", -2.0),
+        ("patches", "49"),
+        ("patches", 0),
+        ("width", -1),
+        ("normalized", 0),
+        ("model", {}),
+    ],
+)
+def test_a_value_no_spec_holds_is_refused_whatever_the_fingerprint(spec, name, value):
+    with pytest.raises(IncompleteStoreError, match=f"{name} is"):
+        Spec.from_json(tampered(spec, **{name: value}), "here")
+
+
+def test_a_mismatch_names_every_field_that_differs_and_no_other(spec):
+    found = dataclasses.replace(spec, layer=-1, model="other", std=(1.0, 1.0, 1.0))
+    with pytest.raises(SpecMismatchError) as caught:
+        check_same_spec(found, spec, "there")
+    text = str(caught.value)
+    assert all(f"{name} is" in text for name in ("layer", "model", "std"))
+    assert not any(f"{name} is" in text for name in set(FIELDS) - {"layer", "model", "std"})
+    assert "'other', wanted 'tiny'" in text
+    check_same_spec(dataclasses.replace(spec), spec, "there")

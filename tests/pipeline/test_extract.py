@@ -1,0 +1,493 @@
+import io
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import xxhash
+
+from cache import FeatureStore
+from cache.errors import IncompleteStoreError, StageError
+from cache.plan import plan_shards
+from cache.table import StoreTable
+from pipeline import extract as module
+from pipeline.decode import decode_rgb
+from pipeline.encoder import Encoder, load_encoder
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from cache.settings import Params
+from pipeline.encoder import Encoder
+from pipeline.extract import extract
+real = Encoder.encode
+Encoder.encode = lambda self, x: (time.sleep(0.2), real(self, x))[1]
+extract(Params.read(Path("params.yaml")))
+"""
+
+
+def plan_of(workspace, images=None):
+    store = FeatureStore(workspace.features)
+    images = workspace.images if images is None else images
+    return plan_shards(
+        np.array(list(images)),
+        np.array([xxhash.xxh3_64_intdigest(data) for data in images.values()], "u8"),
+        store.fingerprint,
+        workspace.extract["shard_rows"],
+    )
+
+
+def keys(plan):
+    return {shard.key for shard in plan}
+
+
+def states(folder):
+    """What changes when a file is written again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def replace_bytes(path, change):
+    """Damage a file as another file of that name, so that its hard links stay whole."""
+    data = change(path.read_bytes())
+    path.unlink()
+    path.write_bytes(data)
+
+
+def flip_feature(data):
+    with h5py.File(io.BytesIO(data)) as file:
+        place = file["features"].id.get_offset() + 8
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+# What the store holds
+
+
+def test_the_store_holds_each_images_features(workspace, settings):
+    report = workspace.run()
+    store = FeatureStore(workspace.features)
+    assert store.verify().ok
+    assert store.image_ids.tolist() == sorted(workspace.images)
+    encoder = load_encoder(settings(batch_size=3))
+    assert encoder.spec == store.spec
+    for shard in plan_of(workspace):
+        for start in range(0, len(shard.image_ids), 3):
+            ids = shard.image_ids[start : start + 3]
+            pixels = [decode_rgb(workspace.images[i], 32, "shortest") for i in ids.tolist()]
+            features = encoder.encode(torch.from_numpy(np.stack(pixels)))
+            assert np.array_equal(store.gather(ids), features)
+    assert report["images"] == len(workspace.images)
+
+
+def test_the_files_are_those_of_the_plan(workspace):
+    workspace.run()
+    plan = plan_of(workspace)
+    assert len(plan) > 4
+    wanted = {shard.name for shard in plan} | {"spec.json", "index.parquet"}
+    assert set(workspace.store_bytes()) == wanted
+    table = StoreTable.read(workspace.features / "index.parquet")
+    assert np.array_equal(table.source_xxh3, np.concatenate([s.source_xxh3 for s in plan]))
+
+
+def test_the_report_has_the_keys_of_the_design(workspace):
+    report = workspace.run()
+    seconds = report["seconds"]
+    assert set(seconds) == {"decode", "encode", "write"}
+    assert all(value > 0 for value in seconds.values())
+    shards = len(plan_of(workspace))
+    found = {
+        name: report[name]
+        for name in ("images", "failed", "shards", "shards_encoded", "shards_reused")
+    }
+    assert found == {
+        "images": 30,
+        "failed": 0,
+        "shards": shards,
+        "shards_encoded": shards,
+        "shards_reused": 0,
+    }
+    assert report["images_per_second"] > 0
+
+
+# Nothing but the images and the encoder decides a byte
+
+
+@pytest.mark.parametrize(
+    ("archives", "order", "workers"),
+    [("folder", 1, 0), ("folder", 2, 1), ("zip", 3, 2), ("zip", 0, 0)],
+)
+def test_sources_order_and_workers_change_no_byte(make_workspace, wanted, archives, order, workers):
+    workspace = make_workspace(archives=archives, order=order, extract={"workers": workers})
+    workspace.run()
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_second_run_writes_no_shard_and_changes_no_byte(workspace, wanted):
+    workspace.run()
+    before = states(workspace.finished)
+    report = workspace.run()
+    assert workspace.store_bytes() == wanted
+    assert states(workspace.finished) == before
+    assert (report["shards_encoded"], report["shards_reused"]) == (0, len(before))
+    assert report["images_per_second"] == 0
+
+
+def test_outputs_deleted_as_dvc_does_are_linked_again(workspace, wanted):
+    workspace.run()
+    shutil.rmtree(workspace.features)
+    assert workspace.run()["shards_encoded"] == 0
+    assert workspace.store_bytes() == wanted
+
+
+def test_shards_are_not_stored_twice(workspace):
+    workspace.run()
+    for path in workspace.finished.glob("*.h5"):
+        assert path.samefile(workspace.features / path.name)
+
+
+def test_work_without_hard_links_is_copied(workspace, wanted, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    workspace.run()
+    assert workspace.store_bytes() == wanted
+
+
+# Interrupted
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(make_workspace, wanted):
+    workspace = make_workspace(extract={"workers": 1})
+    workspace.write()
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW],
+        cwd=workspace.root,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list(workspace.finished.glob("*.h5")) and time.monotonic() < deadline:
+            assert child.poll() is None
+            time.sleep(0.02)
+    finally:
+        # The decoding process too.
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    before = {name: state for name, state in states(workspace.finished).items() if name[0] != "."}
+    assert before
+    assert not workspace.features.exists()
+    report = workspace.run(write=False)
+    after = states(workspace.finished)
+    assert {name: after[name] for name in before} == before
+    assert report["shards_reused"] == len(before)
+    assert report["shards_encoded"] == report["shards"] - len(before) > 0
+    assert workspace.store_bytes() == wanted
+    # Half a file of the kill is gone too.
+    assert all(path.suffix == ".h5" for path in workspace.finished.iterdir())
+
+
+def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
+    real, calls = Encoder.encode, itertools.count()
+
+    def encode(self, pixels):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    monkeypatch.setattr(Encoder, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run()
+    monkeypatch.undo()
+    kept = len(list(workspace.finished.glob("*.h5")))
+    assert kept > 0
+    assert workspace.run()["shards_reused"] == kept
+    assert workspace.store_bytes() == wanted
+
+
+def test_the_index_is_written_last(workspace, monkeypatch):
+    published = []
+    real = os.replace
+
+    def replace(source, target):
+        real(source, target)
+        target = workspace.root / target
+        if target.parent == workspace.features:
+            published.append(target.name)
+
+    monkeypatch.setattr(os, "replace", replace)
+    workspace.run()
+    assert published[-1] == "index.parquet"
+    assert sorted(published) == sorted(workspace.store_bytes())
+
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_first_publishing_cut_off_is_no_store(workspace, wanted, monkeypatch):
+    monkeypatch.setattr(StoreTable, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run()
+    with pytest.raises(IncompleteStoreError):
+        FeatureStore(workspace.features)
+    monkeypatch.undo()
+    assert workspace.run()["shards_encoded"] == 0
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_later_publishing_cut_off_leaves_the_store_of_before(workspace, monkeypatch, jpeg):
+    workspace.run()
+    before = FeatureStore(workspace.features).gather(sorted(workspace.images))
+    image_id = sorted(workspace.images)[7]
+    workspace.images[image_id] = jpeg(1)
+    monkeypatch.setattr(StoreTable, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run()
+    store = FeatureStore(workspace.features)
+    assert store.verify().ok
+    assert np.array_equal(store.gather(sorted(workspace.images)), before)
+    monkeypatch.undo()
+    workspace.run()
+    assert {shard.name for shard in plan_of(workspace)} == {
+        path.name for path in workspace.features.glob("*.h5")
+    }
+
+
+def test_partial_files_of_a_kill_are_gone_after_the_next_run(workspace, wanted):
+    workspace.run()
+    name = next(workspace.features.glob("*.h5")).name
+    (workspace.features / f".{name}.partial").write_bytes(b"x")
+    (workspace.features / ".index.parquet.partial").write_bytes(b"x")
+    workspace.run()
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_reader_of_the_old_store_goes_on(workspace, jpeg):
+    workspace.run()
+    image_ids = sorted(workspace.images)
+    reader = FeatureStore(workspace.features)
+    before = reader.gather(image_ids)
+    workspace.images[image_ids[7]] = jpeg(1)
+    workspace.run()
+    assert np.array_equal(reader.gather(image_ids), before)
+    after = FeatureStore(workspace.features).gather(image_ids)
+    changed = [n for n in range(len(image_ids)) if not np.array_equal(before[n], after[n])]
+    assert changed == [7]
+
+
+def test_a_reader_that_had_not_mapped_a_dropped_shard_says_so(workspace, jpeg):
+    workspace.run()
+    image_ids = sorted(workspace.images)
+    reader = FeatureStore(workspace.features)
+    workspace.images[image_ids[7]] = jpeg(1)
+    workspace.run()
+    with pytest.raises(IncompleteStoreError, match="missing"):
+        reader.gather(image_ids)
+
+
+# Changed inputs
+
+
+def change_one(images, kind, jpeg):
+    """The images after one is changed, added or removed."""
+    image_ids = sorted(images)
+    if kind == "changed":
+        return images | {image_ids[11]: jpeg(1)}
+    if kind == "removed":
+        return {i: data for i, data in images.items() if i != image_ids[11]}
+    added = image_ids[11] + 1
+    return images | {added: jpeg(added)}
+
+
+@pytest.mark.parametrize("kind", ["changed", "added", "removed"])
+def test_one_image_costs_its_own_shards(make_workspace, workspace, kind, jpeg):
+    workspace.run()
+    before, kept = plan_of(workspace), states(workspace.finished)
+    workspace.images = change_one(workspace.images, kind, jpeg)
+    report = workspace.run()
+    new = keys(plan_of(workspace)) - keys(before)
+    assert 1 <= len(new) <= 2
+    assert report["shards_encoded"] == len(new)
+    assert report["shards_reused"] == report["shards"] - len(new)
+    after = states(workspace.finished)
+    assert {name: after[name] for name in kept} == kept
+    scratch = make_workspace("scratch")
+    scratch.images = workspace.images
+    scratch.run()
+    assert workspace.store_bytes() == scratch.store_bytes()
+
+
+def test_another_layer_is_another_store_and_the_way_back_is_free(workspace, wanted):
+    workspace.run()
+    workspace.encoder["layer"] = -1
+    report = workspace.run()
+    assert report["shards_reused"] == 0
+    other = workspace.store_bytes()
+    assert not {name for name in other if name.endswith(".h5")} & set(wanted)
+    workspace.encoder["layer"] = -2
+    assert workspace.run()["shards_encoded"] == 0
+    assert workspace.store_bytes() == wanted
+
+
+def test_an_image_that_changed_since_the_index_is_an_error(workspace):
+    workspace.write()
+    path = next((workspace.root / "train").iterdir())
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(StageError, match=f"{path.name} is not the file that was indexed"):
+        workspace.run(write=False)
+    assert not workspace.features.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [flip_feature, lambda data: data[:-1], lambda data: data[: len(data) // 3], lambda data: b""],
+    ids=["flipped", "a byte short", "a third", "empty"],
+)
+def test_a_finished_shard_that_was_damaged_is_encoded_again(workspace, wanted, change, capsys):
+    workspace.run()
+    path = sorted(workspace.finished.glob("*.h5"))[2]
+    replace_bytes(path, change)
+    report = workspace.run()
+    assert report["shards_encoded"] == 1
+    assert path.name in capsys.readouterr().out
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_shard_under_the_name_of_another_is_encoded_again(workspace, wanted):
+    workspace.run()
+    first, second = sorted(workspace.finished.glob("*.h5"))[:2]
+    data = second.read_bytes()
+    replace_bytes(first, lambda _: data)
+    assert workspace.run()["shards_encoded"] == 1
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_published_shard_that_was_damaged_in_place_is_mended(workspace, wanted):
+    workspace.run()
+    path = next(workspace.features.glob("*.h5"))
+    path.write_bytes(flip_feature(path.read_bytes()))
+    assert not FeatureStore(workspace.features).verify().ok
+    workspace.run()
+    assert workspace.store_bytes() == wanted
+
+
+# Images that do not decode
+
+
+def break_some(workspace, positions):
+    image_ids = sorted(workspace.images)
+    for position in positions:
+        workspace.images[image_ids[position]] = b"\xff\xd8 no picture %d" % position
+    return [image_ids[position] for position in positions]
+
+
+@pytest.mark.parametrize("positions", [[0], [11], [29], [3, 4, 5, 6, 20]])
+def test_the_store_is_the_one_without_the_images_that_failed(make_workspace, positions):
+    workspace = make_workspace(extract={"max_failure_rate": 0.2})
+    broken = break_some(workspace, positions)
+    report = workspace.run()
+    assert report["failed"] == len(broken)
+    assert report["images"] == 30 - len(broken)
+    assert set(report["failures"]) == {str(image_id) for image_id in broken}
+    assert report["shards"] == report["shards_encoded"] + report["shards_reused"]
+    store = FeatureStore(workspace.features)
+    assert not any(image_id in store for image_id in broken)
+    without = make_workspace("without")
+    without.images = {i: data for i, data in workspace.images.items() if i not in broken}
+    without.run()
+    assert workspace.store_bytes() == without.store_bytes()
+    again = workspace.run()
+    assert (again["failed"], again["shards_encoded"]) == (len(broken), 0)
+
+
+def test_counts_hold_when_a_failure_moves_every_later_cut(make_workspace):
+    """Without a cut by hash, each shard is full, and one image less shifts all behind it."""
+    uncut = (i for i in itertools.count(1) if xxhash.xxh3_64_intdigest(i.to_bytes(8, "little")) % 4)
+    image_ids = list(itertools.islice(uncut, 30))
+    workspace = make_workspace(image_ids=image_ids, extract={"max_failure_rate": 0.1})
+    break_some(workspace, [2])
+    report = workspace.run()
+    counts = [report[name] for name in ("shards", "shards_encoded", "shards_reused")]
+    assert counts == [4, 4, 0]
+    assert {path.name for path in workspace.features.glob("*.h5")} == {
+        shard.name
+        for shard in plan_of(
+            workspace, {i: d for i, d in workspace.images.items() if i != image_ids[2]}
+        )
+    }
+
+
+def test_too_many_failures_stop_the_stage_and_are_named(make_workspace):
+    workspace = make_workspace(extract={"max_failure_rate": 0.07})
+    broken = break_some(workspace, [3, 9, 20])
+    with pytest.raises(StageError, match=r"3 images failed .* at most 2 of 30") as caught:
+        workspace.run()
+    assert all(f"image {image_id}: " in str(caught.value) for image_id in broken)
+    assert not workspace.features.exists()
+    assert not (workspace.root / "reports").exists()
+
+
+def test_no_image_that_decodes_is_an_error(make_workspace):
+    workspace = make_workspace(extract={"max_failure_rate": 1.0})
+    break_some(workspace, range(30))
+    with pytest.raises(StageError, match="none of its 30 images could be decoded"):
+        workspace.run()
+
+
+# What the stage refuses
+
+
+def test_without_an_index_it_says_what_to_run(workspace):
+    workspace.write()
+    path = workspace.root / "data/index/images.parquet"
+    whole = path.read_bytes()
+    path.unlink()
+    with pytest.raises(StageError, match=r"images.parquet: .*Run the index stage first"):
+        workspace.run(write=False)
+    for content in (b"", b"no parquet", whole[:-10]):
+        path.write_bytes(content)
+        with pytest.raises(StageError, match=r"images.parquet: .*Run the index stage first"):
+            workspace.run(write=False)
+    path.write_bytes(whole)
+    pq.write_table(pq.read_table(path).drop_columns(["source_xxh3"]), path)
+    with pytest.raises(StageError, match="source_xxh3"):
+        workspace.run(write=False)
+
+
+def test_an_index_of_no_images_is_refused(workspace):
+    workspace.write()
+    workspace.images = {}
+    workspace.write_index()
+    with pytest.raises(StageError, match="holds no image"):
+        workspace.run(write=False)
+
+
+def test_without_images_it_says_which_setting(workspace):
+    workspace.write()
+    shutil.rmtree(workspace.root / "val")
+    with pytest.raises(StageError, match=r"data\.val\.images: val does not exist"):
+        workspace.run(write=False)
+
+
+def test_a_disk_too_small_is_said_before_the_work(workspace, monkeypatch):
+    usage = shutil.disk_usage(workspace.root.parent)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StageError, match=r"the features need .* GiB"):
+        workspace.run()
+    assert not list(workspace.finished.glob("*.h5"))
