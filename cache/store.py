@@ -44,11 +44,13 @@ class VerifyReport:
 class FeatureStore:
     """Read access to the features of a store."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, check_sizes: bool = True) -> None:
         """Open a store and check its spec, its index and the sizes of its shards.
 
         Args:
             root: Folder or fsspec URL. Of a URL, each file is copied here on first use.
+            check_sizes: Whether a shard that is missing or of another size is an error already
+                now; `verify` finds it in any case.
 
         Raises:
             IncompleteStoreError: A part is missing or not what it should be.
@@ -70,7 +72,7 @@ class FeatureStore:
                 f"of {self.fingerprint!r}. Run the extract stage."
             )
         self._is_remote = "://" in self.root
-        if not self._is_remote:
+        if check_sizes and not self._is_remote:
             for number in range(len(self._table.shards)):
                 self._check_size(number)
         self._maps: list[NDArray[np.float16] | None] = [None] * len(self._table.shards)
@@ -80,6 +82,16 @@ class FeatureStore:
     def fingerprint(self) -> str:
         """Identity of the encoder: sha256 over the spec, in hexadecimal."""
         return self.spec.fingerprint
+
+    @property
+    def num_shards(self) -> int:
+        """How many shard files the store has."""
+        return len(self._table.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all shard files together."""
+        return sum(shard.num_bytes for shard in self._table.shards)
 
     @property
     def image_ids(self) -> NDArray[np.int64]:

@@ -1,0 +1,48 @@
+"""Command: says what is in a store, on one screen.
+
+    python -m cache.inspect data/features
+"""
+
+import argparse
+import dataclasses
+
+from cache.command import run_guarded
+from cache.store import FeatureStore
+
+
+def inspect(root: str) -> None:
+    """Print spec, counts and sizes of a store.
+
+    Args:
+        root: Folder or fsspec URL.
+
+    Raises:
+        CacheError: Not a store.
+    """
+    store = FeatureStore(root)
+    image_ids = store.image_ids
+    print(f"{root}: {len(store)} images in {store.num_shards} shards, {_size(store.num_bytes)}")
+    if len(store):
+        print(f"image ids    {image_ids[0]} to {image_ids[-1]}")
+    print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")
+    print(f"fingerprint  {store.fingerprint}")
+    for name, value in dataclasses.asdict(store.spec).items():
+        print(f"  {name:<20} {value}")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def main() -> None:
+    """Read the command line and inspect."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("root", help="folder or fsspec URL of a store")
+    arguments = parser.parse_args()
+    run_guarded(lambda: inspect(arguments.root))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""All six stages under DVC, in a clone, on a few dozen images: what `make demo` does, smaller."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from ruamel.yaml import YAML
+
+from cache import FeatureStore
+from demo.world import write_world
+
+ROOT = Path(__file__).parents[1]
+
+SMALL = {
+    "data": {
+        "source": "local",
+        "train": {
+            "images": "../world/train2017.zip",
+            "captions": "../world/annotations/captions_train2017.json",
+        },
+        "val": {
+            "images": "../world/val2017.zip",
+            "captions": "../world/annotations/captions_val2017.json",
+        },
+        "instruct": "../world/llava_instruct_150k.json",
+    },
+    "encoder": {"batch_size": 4},
+    "extract": {"shard_rows": 8, "workers": 0},
+    "pretrain": {"epochs": 1, "batch_captions": 50},
+    "finetune": {"epochs": 1, "batch_examples": 16},
+    "evaluate": {"questions": 20},
+    "tracking": {"wandb": "disabled"},
+}
+
+
+def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=clone,
+        env=environment(clone),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def environment(clone: Path) -> dict[str, str]:
+    """What `make` sets: this Python first on the path, the clone's modules importable."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(clone)}
+
+
+def repro(clone: Path) -> str:
+    done = run(clone, "dvc", "repro")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def change_params(clone: Path, changes: dict[str, dict[str, object]]) -> None:
+    yaml = YAML()
+    path = clone / "params.yaml"
+    values = yaml.load(path.read_text())
+    for section, keys in changes.items():
+        values[section].update(keys)
+    yaml.dump(values, path)
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A git clone of the files as they are now, with a small world beside it."""
+    folder = tmp_path_factory.mktemp("newcomer")
+    write_world(folder / "world", num_train=60, num_val=12, seed=3)
+    clone = folder / "patchcache"
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    subprocess.run(["git", "init", "-q", "."], cwd=clone, check=True)
+    change_params(clone, SMALL)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def killed_then_finished(clone) -> dict[str, object]:
+    """Kill extract in the middle with SIGKILL, then let `dvc repro` do everything."""
+    finished = clone / ".work" / "shards"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "extract"],
+        cwd=clone,
+        env=environment(clone),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and not list(finished.glob("*.h5")):
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    survived = {path.name: path.stat().st_ino for path in finished.glob("*.h5")}
+    stdout = repro(clone)
+    return {"survived": survived, "stdout": stdout}
+
+
+def test_every_stage_leaves_its_outputs(clone, killed_then_finished):
+    wanted = [
+        "data/index/images.parquet",
+        "data/index/captions.parquet",
+        "data/index/conversations.parquet",
+        "data/index/rejected.parquet",
+        "data/features/spec.json",
+        "data/features/index.parquet",
+        "runs/pretrain/projector.safetensors",
+        "runs/pretrain/history.csv",
+        "runs/finetune/adapter/adapter_model.safetensors",
+        "runs/finetune/provenance.json",
+        "reports/eval.json",
+        "reports/predictions.parquet",
+        "reports/index.html",
+    ]
+    assert [name for name in wanted if not (clone / name).is_file()] == []
+
+
+def test_finished_shards_of_a_killed_extract_are_not_encoded_again(clone, killed_then_finished):
+    survived = killed_then_finished["survived"]
+    report = json.loads((clone / "reports/extract.json").read_text())
+    assert 0 < len(survived) < report["shards"], "the kill came too late or too early"
+    assert report["shards_reused"] == len(survived)
+    now = {name: (clone / ".work/shards" / name).stat().st_ino for name in survived}
+    assert now == survived
+
+
+def test_the_store_of_a_killed_extract_equals_one_built_at_once(
+    clone, killed_then_finished, tmp_path
+):
+    shutil.copytree(clone / "data/index", tmp_path / "data/index")
+    shutil.copytree(clone.parent / "world", tmp_path.parent / "world", dirs_exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.extract", "--params", "params.yaml"],
+        cwd=workspace(clone, tmp_path),
+        env=environment(clone),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert bytes_of(tmp_path / "data/features") == bytes_of(clone / "data/features")
+
+
+def workspace(clone: Path, folder: Path) -> Path:
+    """Another working directory for the same code, whose settings name files by full paths."""
+    shutil.copy(clone / "params.yaml", folder / "params.yaml")
+    checkpoints = clone / "demo/checkpoints/clip"
+    values = YAML(typ="safe", pure=True).load((clone / "params.yaml").read_text())["encoder"]
+    change_params(
+        folder,
+        {
+            "encoder": {
+                key: str(checkpoints / Path(values[key]).name) for key in ("model", "pretrained")
+            }
+        },
+    )
+    return folder
+
+
+def test_every_image_has_features_and_every_text_was_scored(clone, killed_then_finished):
+    images = pq.read_table(clone / "data/index/images.parquet")
+    store = FeatureStore(clone / "data/features")
+    assert store.image_ids.tolist() == images["image_id"].to_pylist()
+    scores = json.loads((clone / "reports/eval.json").read_text())
+    assert scores["captions"]["count"] == scores["pretrain_only"]["captions"]["count"] == 12
+    assert scores["answers"]["count"] > 0
+    for section in (scores["captions"], scores["answers"], scores["pretrain_only"]["captions"]):
+        assert section["blind"].keys() == section.keys() - {"blind"}
+
+
+def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
+    stdout = repro(clone)
+    assert "Running stage" not in stdout
+    assert "up to date" in stdout
+
+
+def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
+    change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
+    stdout = repro(clone)
+    ran = [s for s in ("fetch", "index", "extract", "pretrain", "finetune", "evaluate")
+           if f"Running stage '{s}'" in stdout]
+    assert ran == ["pretrain", "finetune", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "module", "exit_code", "words"),
+    [
+        ({"pretrain": {"learing_rate": 1}}, "train.pretrain", 2, "unknown key learing_rate"),
+        ({"encoder": {"layer": "-2"}}, "pipeline.extract", 2, "encoder.layer is '-2' (str)"),
+        (
+            {"data": {"train": {"images": "nowhere", "captions": "nothing.json"}}},
+            "pipeline.index",
+            1,
+            "nowhere does not exist",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_line(clone, tmp_path, changes, module, exit_code, words):
+    shutil.copy(clone / "params.yaml", tmp_path / "params.yaml")
+    change_params(tmp_path, changes)
+    done = run(clone, module, "--params", str(tmp_path / "params.yaml"))
+    assert done.returncode == exit_code
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
