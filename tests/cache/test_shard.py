@@ -506,3 +506,32 @@ def test_forged_metadata_with_fitting_checksums_raise_nothing_but_our_errors(tmp
             # Whatever was accepted can be mapped and read to its last byte.
             assert found.map().tobytes()
     assert refused > 100
+
+
+def forge(data, old, new):
+    """Replace a number in the one header that holds it, and mend that header's checksum."""
+    forged = bytearray(data)
+    for start, end in list(metadata_blocks(data))[1:]:
+        place = data.find(old.to_bytes(8, "little"), start, end - 4)
+        if place >= 0:
+            forged[place : place + 8] = new.to_bytes(8, "little")
+            forged[end - 4 : end] = lookup3(bytes(forged[start : end - 4])).to_bytes(4, "little")
+    assert forged != data
+    return bytes(forged)
+
+
+@pytest.mark.parametrize("pages", [0, 1, 2**40])
+def test_features_forged_to_lie_beyond_the_end_are_corrupt(tmp_path, spec, shard, pages):
+    data = shard.read_bytes()
+    offset = open_shard(shard, spec).offset
+    beyond = (len(data) // 4096 + pages) * 4096
+    (tmp_path / "forged.h5").write_bytes(forge(data, offset, beyond))
+    with pytest.raises(CorruptShardError, match=r"forged.h5: "):
+        open_shard(tmp_path / "forged.h5", spec)
+
+
+@pytest.mark.parametrize("count", [0, 6, 2**40, 2**61 + 5, 2**63, 2**64 - 2])
+def test_forged_numbers_of_rows_are_refused(tmp_path, spec, shard, count):
+    (tmp_path / "forged.h5").write_bytes(forge(shard.read_bytes(), len(IDS), count))
+    with pytest.raises(CacheError, match=r"forged.h5: "):
+        open_shard(tmp_path / "forged.h5", spec)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from cache.errors import SettingsError, StageError
 from pipeline.decode import decode_rgb
 from pipeline.encoder import Encoder, load_encoder, patch_tokens, weights_sha256
+from pipeline.settings import EncoderSettings
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -114,12 +115,13 @@ def to_transformers(state_dict, layers, width):
 
 @pytest.fixture(scope="module")
 def real_size():
-    """ViT-B/32 with random weights in open_clip's and in transformers' classes."""
+    """ViT-B/32 with the same random weights as an encoder and in transformers' class."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    name, kinds = "ViT-B-32-quickgelu", {"layer": -2, "precision": "fp32"}
+    encoder = load_encoder(
+        EncoderSettings(model=name, pretrained="random", batch_size=4, device="cpu", **kinds)
+    )
     config = CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
@@ -131,31 +133,33 @@ def real_size():
         projection_dim=512,
     )
     theirs = CLIPVisionModel(config).eval()
-    weights = to_transformers(model.visual.state_dict(), 12, 768)
+    weights = to_transformers(encoder._visual.state_dict(), 12, 768)
     own = theirs.state_dict()
     prefix = "vision_model." if next(iter(own)).startswith("vision_model.") else ""
     weights = {prefix + name: tensor for name, tensor in weights.items()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected
     assert all(name.endswith("position_ids") for name in missing)
-    return theirs
+    return encoder, theirs
 
 
 @pytest.mark.parametrize("backend", ["CLIPImageProcessorPil", "CLIPImageProcessor"])
-def test_real_size_features_are_those_of_transformers(real_size, settings, jpeg, backend):
+def test_real_size_features_are_those_of_transformers(real_size, jpeg, backend):
     import transformers
 
     processor_class = getattr(transformers, backend, None)
     if processor_class is None:
         pytest.skip(f"this transformers has no {backend}")
+    ours, theirs = real_size
     images = [jpeg(1, (320, 240)), jpeg(2, (200, 300))]
     processor = processor_class()
     pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
     inputs = processor(images=pictures, return_tensors="pt")
     with torch.no_grad():
-        states = real_size(**inputs, output_hidden_states=True).hidden_states
+        states = theirs(**inputs, output_hidden_states=True).hidden_states
     for layer in (-2, -1):
-        encoder = load_encoder(settings(model="ViT-B-32-quickgelu", layer=layer))
+        spec = dataclasses.replace(ours.spec, layer=layer)
+        encoder = Encoder(ours._visual, spec, ours.device)
         found = encoder.encode(pixels(encoder, images))
         assert found.shape == (2, 49, 768)
         assert relative(found, states[layer][:, 1:].numpy()) < 2e-3
