@@ -7,7 +7,7 @@ one; the language model meets that again in a projector's outputs.
 
 import random
 
-from demo.scenes import GRID, Scene
+from demo.scenes import GRID, NOUNS, Scene
 from demo.words import NUMBERS, listing, noun_of, plural, quantity, sentence
 
 Cells = list[list[str]]
@@ -40,6 +40,19 @@ def inventory(scene: Scene, rng: random.Random) -> str:
         lines.append(f"{plural(kind.noun)}: {NUMBERS[kind.count]}")
     rng.shuffle(lines)
     return "\n".join(lines) + "\n"
+
+
+def facts(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
+    """Return nouns, each with all that is to be told about it, or "none" where it is not there."""
+    absent = [noun for noun in NOUNS if noun not in {kind.noun for kind in scene.kinds}]
+    told = [(rng.choice(absent), "none")]
+    for kind in scene.kinds:
+        words = [kind.colour, kind.size, NUMBERS[kind.count]]
+        if kind.count == 1:
+            words += [ROW_WORDS[kind.places[0].row], COLUMN_WORDS[kind.places[0].column]]
+        told.append((kind.noun, " ".join(words)))
+    rng.shuffle(told)
+    return told
 
 
 def raster(scene: Scene, rng: random.Random, side: int, share: float) -> Cells:

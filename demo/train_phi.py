@@ -18,13 +18,13 @@ from tqdm import tqdm
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from demo.captions import caption
-from demo.contexts import inventory, notes, raster
+from demo.contexts import facts, inventory, notes, raster
 from demo.questions import ask
 from demo.scenes import Scene, scene_at
 from demo.tokenizer import prompt
 
-_STEPS = 1200
-_BATCH = 32
+_STEPS = 2000
+_BATCH = 20
 _LEARNING_RATE = 2e-3
 _WARM_UP = 100
 _WEIGHT_DECAY = 0.02
@@ -127,6 +127,7 @@ class Writer:
         rng.shuffle(parts)
         for add in parts:
             add(document, scene, rng)
+        self.add_facts(document, scene, rng)
         return document
 
     def add_context(self, document: Document, scene: Scene, rng: random.Random) -> None:
@@ -159,6 +160,16 @@ class Writer:
         for question, answer in ask(scene, rng, _NUM_TURNS):
             document.add(self.ids(prompt(question)), _CONTEXT_WEIGHT)
             document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], 1.0)
+
+    def add_facts(self, document: Document, scene: Scene, rng: random.Random) -> None:
+        """Append nouns, each with what is known of it.
+
+        To go on after a noun takes one look at where it was seen. An answer takes the same look,
+        but needs its result some words later; having learnt the one first, it comes much sooner.
+        """
+        for noun, told in facts(scene, rng):
+            document.add(self.ids(f" {noun}:"), _CONTEXT_WEIGHT)
+            document.add(self.ids(f" {told}\n"), 1.0)
 
     def ids(self, text: str) -> list[int]:
         """Return a text's tokens."""

@@ -27,9 +27,9 @@ def test_a_text_in_full_tells_every_fact(write):
 @pytest.mark.parametrize("side", [6, 7])
 def test_a_raster_names_each_thing_where_it_is_and_nothing_else(side):
     for index, scene in enumerate(SCENES):
-        cells = raster(scene, random.Random(index), side, most_words=8)
+        cells = raster(scene, random.Random(index), side, share=0.7)
         assert len(cells) == side * side
-        assert all(1 <= len(cell) <= 8 for cell in cells)
+        assert all(1 <= len(cell) <= 6 for cell in cells)
         assert {word for cell in cells for word in cell} & set(NOUNS) <= {
             kind.noun for kind in scene.kinds
         }
