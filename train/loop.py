@@ -121,9 +121,19 @@ def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> f
 
 
 def validation_loss(task: Task, settings: LoopSettings) -> float | None:
-    """Return the mean loss of a supervised token over the first validation images."""
+    """Return the mean loss of a supervised token over the first validation images.
+
+    Raises:
+        StageError: It is not finite.
+    """
     examples = task.validation[: settings.validation_images]
-    return mean_loss(task.model, _step_data(task, settings, examples)) if examples else None
+    if not examples:
+        return None
+    loss = mean_loss(task.model, _step_data(task, settings, examples))
+    if not math.isfinite(loss):
+        # The last step may have done it, after which no training loss would tell.
+        raise StageError(f"the validation loss is {loss}. Lower the learning rate.")
+    return loss
 
 
 def samples(task: Task, settings: LoopSettings) -> list[tuple[int, str, str]]:
