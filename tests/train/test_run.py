@@ -87,7 +87,8 @@ def test_what_a_killed_run_left_is_not_taken_over(workspace):
     assert "left.txt" not in names(RUNS / "pretrain")
 
 
-def test_provenance_names_code_features_texts_libraries_and_device(workspace):
+@pytest.mark.usefixtures("workspace")
+def test_provenance_names_code_features_texts_libraries_and_device():
     store = FeatureStore(FEATURES)
     made = provenance(store, torch.device("cpu"))
     assert set(made) == {
@@ -100,7 +101,6 @@ def test_provenance_names_code_features_texts_libraries_and_device(workspace):
     assert set(made["versions"]) == set(LIBRARIES)
     assert made["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert made["device"].startswith("CPU")
-    assert workspace.root.exists()
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, subprocess.CalledProcessError(128, "git")])
