@@ -78,6 +78,8 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
         sync(temporary)
     os.replace(temporary, target)
+    # The rename of a link onto another link of the same file does nothing (rename(2)).
+    temporary.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

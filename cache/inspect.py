@@ -1,6 +1,6 @@
 """Command: says what is in a store, on one screen.
 
-    python -m cache.inspect data/features
+python -m cache.inspect data/features
 """
 
 import argparse

@@ -76,7 +76,10 @@ class Params:
     def seed(self) -> int:
         """Return the seed of all random choices."""
         self._require("seed")
-        return typing.cast(int, _build(self.values["seed"], int, "seed", self.path))
+        seed = typing.cast(int, _build(self.values["seed"], int, "seed", self.path))
+        if seed < 0:
+            raise SettingsError(f"{self.path}: seed is {seed}, wanted 0 or more.")
+        return seed
 
     def _require(self, name: str) -> None:
         if name not in self.values:

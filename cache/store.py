@@ -6,10 +6,10 @@ it is not pickled, so that a spawned process makes its own.
 Letters: B images asked for, P patches, D width of the vision tower.
 """
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -58,6 +58,7 @@ class FeatureStore:
             CorruptShardError: A shard's size is not the one in the index.
         """
         self.root = str(root)
+        self._check_sizes = check_sizes
         spec_path = self._local("spec.json")
         if not spec_path.is_file():
             raise IncompleteStoreError(
@@ -76,7 +77,6 @@ class FeatureStore:
             for number in range(len(self._table.shards)):
                 self._check_size(number)
         self._maps: list[NDArray[np.float16] | None] = [None] * len(self._table.shards)
-        self._lock = threading.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -191,11 +191,9 @@ class FeatureStore:
     def _map(self, number: int) -> NDArray[np.float16]:
         mapped = self._maps[number]
         if mapped is None:
-            with self._lock:
-                # HDF5 serves one thread at a time, and the other may have mapped it by now.
-                mapped = self._maps[number]
-                if mapped is None:
-                    mapped = self._maps[number] = self._open(number).map()
+            # Two threads may both map a shard: h5py lets one at a time into HDF5, and a second
+            # mapping does no harm. A lock of our own could be held by no one after a fork.
+            mapped = self._maps[number] = self._open(number).map()
         return mapped
 
     def _open(self, number: int) -> Shard:
@@ -237,10 +235,11 @@ class FeatureStore:
             raise IncompleteStoreError(f"{self.root}: has no {name}. Push it again.") from None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"root": self.root}
+        # A process that receives it reads spec and index again, instead of a copy of the index.
+        return {"root": self.root, "check_sizes": self._check_sizes}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        FeatureStore.__init__(self, state["root"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        FeatureStore.__init__(self, **state)
 
 
 def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

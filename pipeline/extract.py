@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import CacheError, StageError
-from cache.files import WORK, link_or_copy, replacing, sha256_of, write_json
+from cache.files import WORK, write_json
 from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
+from cache.publish import publish
 from cache.settings import Params
 from cache.shard import open_shard
 from cache.spec import Spec
 from cache.store import check_rows
-from cache.table import ShardFile, StoreTable
 from pipeline.encode import Encoding, ImageSource, encode_shards
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.settings import EncoderSettings, ExtractSettings
@@ -42,10 +42,9 @@ def extract(params: Params) -> None:
     encoder_settings = params.section("encoder", EncoderSettings)
     source = read_source(data)
     encoder = load_encoder(encoder_settings)
-    check_space(len(source.image_ids), encoder.spec)
     totals = Encoding()
     plan = make_shards(source, encoder, settings, totals)
-    publish(plan, encoder.spec)
+    publish(FEATURES, plan, FINISHED, encoder.spec)
     write_report(plan, encoder.spec, totals)
 
 
@@ -75,21 +74,20 @@ def read_source(data: DataSettings) -> ImageSource:
     )
 
 
-def check_space(num_images: int, spec: Spec) -> None:
-    """Say how large the store becomes, and refuse to start where it cannot fit.
+def check_space(missing: list[PlannedShard], spec: Spec) -> None:
+    """Say how much is to be made, and refuse to start where it cannot fit.
 
     Raises:
         StageError: The file system has less free space than the features need.
     """
-    FINISHED.mkdir(parents=True, exist_ok=True)
-    finished = sum(path.stat().st_size for path in FINISHED.glob("*.h5"))
+    num_images = sum(len(shard.image_ids) for shard in missing)
     needed = num_images * spec.patches * spec.width * 2
     free = shutil.disk_usage(FINISHED).free
-    print(f"extract: {num_images} images, {needed / 2**20:.0f} MiB of features", flush=True)
-    if needed - finished > free:
+    print(f"extract: {num_images} images to encode, {needed / 2**20:.0f} MiB", flush=True)
+    if needed > free:
         raise StageError(
-            f"{FINISHED}: the features need {needed / 2**30:.1f} GiB, {finished / 2**30:.1f} are "
-            f"there and {free / 2**30:.1f} are free. Make room and run the same command again."
+            f"{FINISHED}: the features need {needed / 2**30:.1f} GiB more, "
+            f"{free / 2**30:.1f} are free. Make room and run the same command again."
         )
 
 
@@ -107,6 +105,7 @@ def make_shards(
     Raises:
         StageError: More images failed than the settings allow.
     """
+    FINISHED.mkdir(parents=True, exist_ok=True)
     while True:
         kept = ~np.isin(source.image_ids, list(totals.failures))
         plan = plan_shards(
@@ -118,6 +117,7 @@ def make_shards(
         missing = [shard for shard in plan if not is_finished(shard, encoder.spec)]
         if not missing:
             break
+        check_space(missing, encoder.spec)
         encode_shards(
             missing,
             source,
@@ -144,41 +144,6 @@ def is_finished(planned: PlannedShard, spec: Spec) -> bool:
         print(f"extract: encoding again, because {error}")
         return False
     return np.array_equal(shard.image_ids, planned.image_ids)
-
-
-def publish(plan: list[PlannedShard], spec: Spec) -> None:
-    """Link the planned shards into the store, the index last, and drop shards of before."""
-    FEATURES.mkdir(parents=True, exist_ok=True)
-    for shard in plan:
-        link_or_copy(FINISHED / shard.name, FEATURES / shard.name)
-    table = describe(plan, spec)
-    with replacing(FEATURES / "spec.json") as temporary:
-        temporary.write_bytes(spec.to_json())
-    table.write(FEATURES / "index.parquet")
-    names = {shard.name for shard in plan}
-    # A kill leaves partial files. So does the rename of a link onto another link of the same
-    # file, which does nothing (rename(2)).
-    for path in [*FEATURES.glob("*.h5"), *FEATURES.glob(".*.partial")]:
-        if path.name not in names:
-            path.unlink()
-
-
-def describe(plan: list[PlannedShard], spec: Spec) -> StoreTable:
-    """Read the published shards back and make the index of them."""
-    shards = [open_shard(FEATURES / planned.name, spec) for planned in plan]
-    files = [ShardFile(s.path.name, s.path.stat().st_size, sha256_of(s.path)) for s in shards]
-    by_name = sorted(files, key=lambda file: file.name)
-    numbers = {file.name: number for number, file in enumerate(by_name)}
-    sizes = [len(shard.image_ids) for shard in shards]
-    return StoreTable(
-        fingerprint=spec.fingerprint,
-        shards=tuple(by_name),
-        image_ids=np.concatenate([shard.image_ids for shard in shards]),
-        shard_number=np.repeat([numbers[file.name] for file in files], sizes).astype(np.int32),
-        row=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
-        row_xxh3=np.concatenate([shard.row_xxh3 for shard in shards]),
-        source_xxh3=np.concatenate([planned.source_xxh3 for planned in plan]),
-    )
 
 
 def write_report(plan: list[PlannedShard], spec: Spec, totals: Encoding) -> None:

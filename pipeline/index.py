@@ -93,7 +93,10 @@ def index(params: Params) -> None:
     for kind in KINDS:
         _write_table(work / f"{kind}.parquet", getattr(built, kind))
     _publish(work, INDEX)
-    write_json(REPORT, report(built))
+    counts = report(built)
+    write_json(REPORT, counts)
+    kept = ", ".join(f"{counts[kind]['kept']} {kind}" for kind in KINDS)
+    print(f"index: {kept} kept, {len(built.rejected)} records rejected")
 
 
 def build_index(data: DataSettings, seed: int) -> Index:

@@ -200,8 +200,11 @@ def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
 def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
     change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
     stdout = repro(clone)
-    ran = [s for s in ("fetch", "index", "extract", "pretrain", "finetune", "evaluate")
-           if f"Running stage '{s}'" in stdout]
+    ran = [
+        s
+        for s in ("fetch", "index", "extract", "pretrain", "finetune", "evaluate")
+        if f"Running stage '{s}'" in stdout
+    ]
     assert ran == ["pretrain", "finetune", "evaluate"]
 
 
@@ -211,7 +214,7 @@ def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_
         ({"pretrain": {"learing_rate": 1}}, "train.pretrain", 2, "unknown key learing_rate"),
         ({"encoder": {"layer": "-2"}}, "pipeline.extract", 2, "encoder.layer is '-2' (str)"),
         (
-            {"data": {"train": {"images": "nowhere", "captions": "nothing.json"}}},
+            {"data": {"train": SMALL["data"]["train"] | {"images": "nowhere"}}},
             "pipeline.index",
             1,
             "nowhere does not exist",

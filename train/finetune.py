@@ -35,21 +35,21 @@ def finetune(params: Params) -> None:
     start = RUNS / "pretrain" / "projector.safetensors"
     projector = load_projector(start, store.spec.width, width).to(device)
     examples = read_conversation_examples("train")
-    held_out = read_conversation_examples("holdout")
     task = Task(
         model=CaptionModel(projector, language_model),
         tokenizer=load_tokenizer(llm),
         store=store,
         train=with_features(examples, store, "conversations of split train"),
-        validation=[example for example in held_out if example.image_id in store],
+        validation=with_features(
+            read_conversation_examples("holdout"), store, "conversations of split holdout"
+        ),
         batch_size=settings.batch_examples,
         optimizer=make_optimizer(projector, adapter, settings),
         seed=seed,
     )
     run = RunDirectory("finetune", params, provenance(store, device))
-    tracker = Tracker(tracking, run.stage, params.values)
-    metrics = run_loop(task, settings, run, tracker)
-    tracker.finish()
+    with Tracker(tracking, run.stage, params.values) as tracker:
+        metrics = run_loop(task, settings, run, tracker)
     projector.save(run.path / "projector.safetensors")
     # Left to itself, PEFT asks the hub whether embeddings were added.
     adapter.save_pretrained(run.path / "adapter", save_embedding_layers=False)

@@ -6,6 +6,7 @@ import time
 import torch
 
 from train.run import RunDirectory
+from train.step import StepData
 from train.tracking import Tracker
 
 
@@ -16,7 +17,7 @@ class History:
         self._run, self._tracker = run, tracker
         self._rows: list[dict[str, float]] = []
         self._started = time.perf_counter()
-        self._total_positions = 0
+        self._total_positions = self._total_cut = 0
         self._total_wait = 0.0
         self._reset()
 
@@ -25,22 +26,19 @@ class History:
         self._loss_sum = self._wait = 0.0
         self._learned = self._positions = self._images = 0
 
-    def add(
-        self, *, loss_sum: float, learned: int, positions: int, images: int, waited: float
-    ) -> None:
+    def add(self, data: StepData, *, loss_sum: float, waited: float) -> None:
         """Count one optimizer step.
 
         Args:
+            data: What it learned from.
             loss_sum: Cross entropy summed over the supervised tokens.
-            learned: Supervised tokens.
-            positions: Positions read, padding not counted.
-            images: Images in the step.
             waited: Seconds in which there was no data to work on.
         """
         self._loss_sum += loss_sum
-        self._learned += learned
-        self._positions += positions
-        self._images += images
+        self._learned += data.num_learned
+        self._positions += data.num_positions
+        self._images += len(data.image_ids)
+        self._total_cut += data.num_cut
         self._wait += waited
 
     def write(self, step: int, learning_rate: float, validation_loss: float | None) -> None:
@@ -76,6 +74,7 @@ class History:
             "steps": last["step"],
             "loss": last["loss"],
             **validation,
+            "texts_cut": self._total_cut,
             "seconds": round(seconds, 1),
             "tokens_per_second": round(self._total_positions / seconds, 1),
             "data_wait_share": round(self._total_wait / seconds, 4),

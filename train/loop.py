@@ -60,8 +60,10 @@ def train(
         The run's metrics.
 
     Raises:
-        StageError: A loss is not finite; names the step and its images.
+        StageError: Nothing to learn from, or a loss that is not finite; names step and images.
     """
+    if not task.train:
+        raise StageError(f"{run.stage}: no text to learn from. Look at reports/index.json.")
     sizes = [len(example.texts) for example in task.train]
     steps = plan_steps(sizes, task.batch_size, settings.epochs, task.seed)
     warmup = math.ceil(settings.warmup_share * len(steps))
@@ -71,13 +73,7 @@ def train(
     with tqdm(total=len(steps), desc=run.stage, unit="step", disable=None) as bar:
         for step, (data, waited) in enumerate(_prefetched(task, settings, steps), start=1):
             loss_sum = optimizer_step(task, data, settings.clip_norm, step)
-            history.add(
-                loss_sum=loss_sum,
-                learned=data.num_learned,
-                positions=data.num_positions,
-                images=len(data.image_ids),
-                waited=waited,
-            )
+            history.add(data, loss_sum=loss_sum, waited=waited)
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
             is_last = step == len(steps)
@@ -88,7 +84,11 @@ def train(
                 history.write(step, learning_rate, None)
             bar.set_postfix(loss=f"{loss_sum / data.num_learned:.3f}", refresh=False)
             bar.update()
-    return history.summary() | {"images": len(task.train), "texts": sum(sizes)}
+    metrics = history.summary() | {"images": len(task.train), "texts": sum(sizes)}
+    print(
+        f"{run.stage}: {len(steps)} steps, loss {metrics['loss']:.3f}, {metrics['seconds']:.0f} s"
+    )
+    return metrics
 
 
 def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> float:

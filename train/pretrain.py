@@ -49,9 +49,8 @@ def pretrain(params: Params) -> None:
         seed=seed,
     )
     run = RunDirectory("pretrain", params, provenance(store, device))
-    tracker = Tracker(tracking, run.stage, params.values)
-    metrics = run_loop(task, settings, run, tracker)
-    tracker.finish()
+    with Tracker(tracking, run.stage, params.values) as tracker:
+        metrics = run_loop(task, settings, run, tracker)
     projector.save(run.path / "projector.safetensors")
     run.publish(metrics)
     write_json(REPORT, metrics)

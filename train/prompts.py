@@ -30,6 +30,8 @@ class Branch:
 
     token_ids: list[int]
     learned: list[bool]
+    cut: bool = False
+    """Whether the text was longer."""
 
     @property
     def num_learned(self) -> int:
@@ -103,4 +105,4 @@ def _branch(text: Text, pieces: list[list[int]], eos: int, max_tokens: int) -> B
         if segment.learned and len(token_ids) <= max_tokens:
             kept = len(token_ids)
     end = kept or max_tokens
-    return Branch(token_ids[:end], learned[:end])
+    return Branch(token_ids[:end], learned[:end], cut=end < len(token_ids))

@@ -30,6 +30,8 @@ class StepData:
     """Supervised tokens of all parts."""
     num_positions: int
     """Positions read, padding not counted."""
+    num_cut: int
+    """Texts of which turns, or the end of the first one, were left out for their length."""
 
 
 def build_step(
@@ -72,6 +74,7 @@ def build_step(
         [row.image_id for row in rows],
         num_learned,
         sum(patches + row.num_text_tokens for row in rows),
+        sum(branch.cut for branch in tokenized),
     )
 
 

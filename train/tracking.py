@@ -12,7 +12,10 @@ from train.settings import TrackingSettings
 
 
 class Tracker:
-    """One wandb run. `wandb sync .work/wandb/offline-run-*` uploads an offline one later."""
+    """One wandb run, finished on leaving the `with`.
+
+    `wandb sync .work/wandb/offline-run-*` uploads an offline one later.
+    """
 
     def __init__(self, settings: TrackingSettings, stage: str, config: Mapping[str, Any]) -> None:
         WORK.mkdir(exist_ok=True)
@@ -41,6 +44,8 @@ class Tracker:
         )
         self._run.log({"samples": table}, step=step)
 
-    def finish(self) -> None:
-        """Write out what is buffered."""
-        self._run.finish()
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._run.finish(exit_code=int(exception[0] is not None))

@@ -76,11 +76,12 @@ def examples(known, unknown):
     ]
 
 
-def test_up_to_one_in_a_hundred_images_may_lack_features(workspace):
+def test_up_to_half_of_the_images_may_lack_features(workspace):
     store = FeatureStore(FEATURES)
-    assert with_features(examples(200, 0), store, "x") == examples(200, 0)
-    assert with_features(examples(198, 2), store, "x") == examples(198, 0)
-    for known, unknown in ((197, 3), (98, 1), (0, 5), (0, 0)):
+    for known, unknown in ((200, 0), (198, 2), (5, 5), (0, 0)):
+        found = with_features(examples(known, unknown), store, "x")
+        assert found == examples(known, 0)
+    for known, unknown in ((4, 5), (98, 99), (0, 5)):
         text = f"x: {unknown} of {known + unknown} images have no features in data/features"
         with pytest.raises(StageError, match=text):
             with_features(examples(known, unknown), store, "x")

@@ -4,8 +4,12 @@ import pytest
 
 from train.history import History
 from train.run import HISTORY_COLUMNS, RunDirectory
+from train.step import StepData
 
-COUNTS = {"positions": 40, "images": 2, "waited": 0.0}
+
+def data(learned, positions=40, images=2, cut=0):
+    """The counts of a step, without tensors."""
+    return StepData([], list(range(images)), learned, positions, cut)
 
 
 @pytest.fixture
@@ -28,7 +32,7 @@ def test_the_columns_are_those_that_plots_and_report_read():
 def test_a_row_without_validation_has_an_empty_cell(run, tracker):
     history = History(run, tracker)
     for step, validation in ((1, None), (2, 1.5), (3, None)):
-        history.add(loss_sum=6.0, learned=3, **COUNTS)
+        history.add(data(3), loss_sum=6.0, waited=0.0)
         history.write(step, 0.1, validation)
     rows = read(run)
     assert tuple(rows[0]) == HISTORY_COLUMNS
@@ -40,10 +44,10 @@ def test_a_row_without_validation_has_an_empty_cell(run, tracker):
 
 def test_a_row_is_the_token_mean_of_its_own_steps(run, tracker):
     history = History(run, tracker)
-    history.add(loss_sum=10.0, learned=1, **COUNTS)
-    history.add(loss_sum=2.0, learned=5, **COUNTS)
+    history.add(data(1), loss_sum=10.0, waited=0.0)
+    history.add(data(5), loss_sum=2.0, waited=0.0)
     history.write(2, 0.1, None)
-    history.add(loss_sum=9.0, learned=3, **COUNTS)
+    history.add(data(3), loss_sum=9.0, waited=0.0)
     history.write(3, 0.1, None)
     assert [float(row["loss"]) for row in read(run)] == [2.0, 3.0]
 
@@ -51,7 +55,7 @@ def test_a_row_is_the_token_mean_of_its_own_steps(run, tracker):
 def test_the_file_is_whole_after_every_row(run, tracker):
     history = History(run, tracker)
     for step in (1, 2, 3):
-        history.add(loss_sum=1.0, learned=1, **COUNTS)
+        history.add(data(1), loss_sum=1.0, waited=0.0)
         history.write(step, 0.1, None)
         assert len(read(run)) == step
         assert not list(run.path.glob(".*"))
@@ -59,11 +63,12 @@ def test_the_file_is_whole_after_every_row(run, tracker):
 
 def test_the_summary_is_the_last_row_and_the_whole_runs_speed(run, tracker):
     history = History(run, tracker)
-    history.add(loss_sum=1.0, learned=1, **COUNTS)
+    history.add(data(1), loss_sum=1.0, waited=0.0)
     history.write(1, 0.1, 0.5)
     assert history.summary()["validation_loss"] == 0.5
-    history.add(loss_sum=4.0, learned=2, **COUNTS)
+    history.add(data(2, cut=3), loss_sum=4.0, waited=0.0)
     history.write(2, 0.1, None)
     summary = history.summary()
+    assert summary["texts_cut"] == 3
     assert (summary["steps"], summary["loss"]) == (2, 2.0)
     assert "validation_loss" not in summary

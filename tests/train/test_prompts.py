@@ -69,7 +69,9 @@ def test_a_limit_leaves_out_whole_turns_from_the_end(tokenizer):
     for limit in range(lengths[0], lengths[2] + 3):
         (branch,) = tokenize([conversation_text(turns)], tokenizer, limit)
         whole = max(n for n in (1, 2, 3) if lengths[n - 1] <= limit)
-        assert branch == tokenize([conversation_text(turns[:whole])], tokenizer, 999)[0]
+        (kept,) = tokenize([conversation_text(turns[:whole])], tokenizer, 999)
+        assert (branch.token_ids, branch.learned) == (kept.token_ids, kept.learned)
+        assert branch.cut == (whole < 3)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,7 @@ def test_a_first_turn_that_is_too_long_is_cut_and_does_not_learn_to_stop(tokeniz
         assert branch.token_ids == whole.token_ids[:limit]
         assert branch.learned == whole.learned[:limit]
         assert tokenizer.eos_token_id not in branch.token_ids
+        assert branch.cut
     assert tokenize([text], tokenizer, len(whole.token_ids)) == [whole]
 
 

@@ -30,10 +30,10 @@ def _alone(tmp_path, monkeypatch):
 
 
 def log_something(mode):
-    tracker = Tracker(TrackingSettings(wandb=mode), "pretrain", {"seed": 0, "llm": {"model": "x"}})
-    tracker.log(1, {"loss": 2.0})
-    tracker.log_samples(1, [(7, "a cat", "a dog")])
-    tracker.finish()
+    config = {"seed": 0, "llm": {"model": "x"}}
+    with Tracker(TrackingSettings(wandb=mode), "pretrain", config) as tracker:
+        tracker.log(1, {"loss": 2.0})
+        tracker.log_samples(1, [(7, "a cat", "a dog")])
 
 
 def test_offline_needs_no_account_and_writes_below_the_work_directory():

@@ -1,0 +1,55 @@
+"""Makes a store out of finished shards: links them into a folder, writes the index last.
+
+A reader that has the folder's older store open keeps it: published files are replaced by
+rename, never written into.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from cache.files import link_or_copy, replacing, sha256_of
+from cache.plan import PlannedShard
+from cache.shard import open_shard
+from cache.spec import Spec
+from cache.table import ShardFile, StoreTable
+
+
+def publish(root: Path, plan: list[PlannedShard], finished: Path, spec: Spec) -> None:
+    """Publish a store, and drop the shards that it had before and has no more.
+
+    Args:
+        root: The store's folder.
+        plan: Its shards, in order of image id.
+        finished: The folder in which a valid file of each of them lies.
+        spec: Of the features.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for shard in plan:
+        link_or_copy(finished / shard.name, root / shard.name)
+    table = _describe(root, plan, spec)
+    with replacing(root / "spec.json") as temporary:
+        temporary.write_bytes(spec.to_json())
+    table.write(root / "index.parquet")
+    names = {shard.name for shard in plan}
+    for path in [*root.glob("*.h5"), *root.glob(".*.partial")]:
+        if path.name not in names:
+            path.unlink()
+
+
+def _describe(root: Path, plan: list[PlannedShard], spec: Spec) -> StoreTable:
+    """Read the published shards back and make the index of them."""
+    shards = [open_shard(root / planned.name, spec) for planned in plan]
+    files = [ShardFile(s.path.name, s.path.stat().st_size, sha256_of(s.path)) for s in shards]
+    by_name = sorted(files, key=lambda file: file.name)
+    numbers = {file.name: number for number, file in enumerate(by_name)}
+    sizes = [len(shard.image_ids) for shard in shards]
+    return StoreTable(
+        fingerprint=spec.fingerprint,
+        shards=tuple(by_name),
+        image_ids=np.concatenate([shard.image_ids for shard in shards]),
+        shard_number=np.repeat([numbers[file.name] for file in files], sizes).astype(np.int32),
+        row=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+        row_xxh3=np.concatenate([shard.row_xxh3 for shard in shards]),
+        source_xxh3=np.concatenate([planned.source_xxh3 for planned in plan]),
+    )
