@@ -29,5 +29,5 @@ $(INSTALLED): requirements.lock
 		{ echo "error: wanted Python 3.11 or newer, found $(PYTHON). Set PYTHON=..."; exit 2; }
 	@echo "dependencies: installing those of requirements.lock into $(VENV)"
 	$(PYTHON) -m venv --clear $(VENV)
-	pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	pip install --quiet --quiet --disable-pip-version-check --requirement requirements.lock
 	@touch $@
