@@ -3,6 +3,7 @@
 The second is the blind control: what a model reaches with it, it did not learn from the pictures.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,11 @@ def ask_questions(
 def answer_losses(
     asked: Model, examples: Sequence[Example], max_text_tokens: int
 ) -> tuple[float, float]:
-    """Return the mean loss of an answer's token: with the image, and with another one."""
+    """Return the mean loss of an answer's token: with the image, and with another one.
+
+    Raises:
+        StageError: No other image, no answer within `max_text_tokens`, or a loss that is no number.
+    """
     others = other_images([example.image_id for example in examples], asked.store)
     blind = [Example(others[example.image_id], example.texts) for example in examples]
     seen_loss, blind_loss = (
@@ -142,6 +147,11 @@ def answer_losses(
         )
         for part in (examples, blind)
     )
+    if not math.isfinite(seen_loss + blind_loss):
+        raise StageError(
+            f"{asked.name}: the loss of the answers is {seen_loss}, blind {blind_loss}, wanted "
+            f"finite numbers. Weights or features are damaged: run the {asked.name} stage again."
+        )
     return seen_loss, blind_loss
 
 

@@ -65,6 +65,9 @@ def evaluate(params: Params) -> None:
     settings = params.section("evaluate", EvaluateSettings)
     data = params.section("data", DataSettings)
     llm = params.section("llm", LlmSettings)
+    # Read before the models run for hours: a run that is not there is found at once.
+    histories = {stage: read_history(stage) for stage in ("pretrain", "finetune")}
+    provenance = read_provenance(params)
     store = FeatureStore(FEATURES)
     scores, said = score_runs(settings, llm, store, params.seed())
     write_json(REPORTS / "eval.json", scores)
@@ -73,8 +76,8 @@ def evaluate(params: Params) -> None:
     page = render_report(
         scores=scores,
         examples=examples,
-        histories={stage: read_history(stage) for stage in ("pretrain", "finetune")},
-        provenance=read_provenance() | {"settings": params.values},
+        histories=histories,
+        provenance=provenance,
     )
     write_text(REPORTS / "index.html", page)
     print_summary(scores)
@@ -101,10 +104,10 @@ def score_runs(
     said: Said = {}
     references = choose_references(settings.caption_images, store, seed)
     model = load("pretrain")
-    stage_1, said["pretrain", "caption"] = ask_captions(model, references, "", settings)
+    stage_1, said["pretrain", "caption"] = score_captions(model, references, "", settings)
     load_lora(language_model, RUNS / "finetune" / "adapter")
     model = load("finetune")
-    captions, said["finetune", "caption"] = ask_captions(
+    captions, said["finetune", "caption"] = score_captions(
         model, references, settings.caption_question, settings
     )
     answers, said["finetune", "answer"] = score_answers(model, settings, seed)
@@ -112,17 +115,30 @@ def score_runs(
     return scores, said
 
 
+def score_captions(
+    model: Model, references: dict[int, list[str]], question: str, settings: EvaluateSettings
+) -> tuple[dict[str, Any], list[Asked]]:
+    """Let a model caption images; without any, the count is 0 and there are no scores."""
+    if not references:
+        return {"count": 0, "blind": {"count": 0}}, []
+    return ask_captions(model, references, question, settings)
+
+
 def score_answers(
     model: Model, settings: EvaluateSettings, seed: int
 ) -> tuple[dict[str, Any], list[Asked]]:
     """Ask about held-out images; without any, the count is 0 and there are no scores."""
-    questions = [q for q in read_questions("holdout") if q.image_id in model.store]
+    examples = with_features(
+        read_conversation_examples("holdout"), model.store, "conversations of split holdout"
+    )
+    known = {example.image_id for example in examples}
+    questions = [q for q in read_questions("holdout") if q.image_id in known]
     questions = choose(questions, settings.questions, seed)
     if not questions:
         return {"count": 0, "blind": {"count": 0}}, []
     scores, answers = ask_questions(model, questions, settings)
     asked = {question.image_id for question in questions}
-    examples = [e for e in read_conversation_examples("holdout") if e.image_id in asked]
+    examples = [e for e in examples if e.image_id in asked]
     loss, blind_loss = answer_losses(model, examples, settings.max_text_tokens)
     blind: dict[str, Any] = {**scores["blind"], "loss": blind_loss}
     return {**scores, "loss": loss, "blind": blind}, answers
@@ -185,25 +201,39 @@ def write_predictions(said: Said) -> None:
 
 
 def read_history(stage: str) -> list[dict[str, float]]:
-    """Return the rows of a run's history.csv; what a step does not have is left out."""
+    """Return the rows of a run's history.csv; what a step does not have is left out.
+
+    Raises:
+        StageError: No such file, or not a table of numbers.
+    """
+    path = RUNS / stage / "history.csv"
     try:
-        with (RUNS / stage / "history.csv").open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except FileNotFoundError as error:
-        raise StageError(f"{error.filename}: missing. Run the {stage} stage.") from None
+    except (FileNotFoundError, csv.Error, ValueError, TypeError) as error:
+        raise StageError(f"{path}: no history ({error}). Run the {stage} stage.") from None
 
 
-def read_provenance() -> dict[str, Any]:
-    """Return the provenance of the fine-tuned run."""
+def read_provenance(params: Params) -> dict[str, Any]:
+    """Return the provenance of the fine-tuned run, and the settings.
+
+    Raises:
+        StageError: No such file, or not a JSON object.
+    """
     path = RUNS / "finetune" / "provenance.json"
-    values: dict[str, Any] = json.loads(path.read_text())
-    return values
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return values | {"settings": params.values}
+    except (FileNotFoundError, ValueError, TypeError) as error:
+        raise StageError(f"{path}: no provenance ({error}). Run the finetune stage.") from None
 
 
 def print_summary(scores: dict[str, Any]) -> None:
     """Say the main scores beside their blind controls, and where the page is."""
     captions, answers = scores["captions"], scores["answers"]
-    print(f"captions: CIDEr {captions['CIDEr']:.3f} (blind {captions['blind']['CIDEr']:.3f})")
+    if captions["count"]:
+        blind = captions["blind"]["CIDEr"]
+        print(f"captions: CIDEr {captions['CIDEr']:.3f} (blind {blind:.3f})")
     if answers["count"]:
         blind = answers["blind"]["exact_match"]
         print(f"answers:  exact match {answers['exact_match']:.3f} (blind {blind:.3f})")

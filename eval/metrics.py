@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
+import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
@@ -25,7 +26,8 @@ def score_captions(
 ) -> dict[str, float]:
     """Score one caption an image as the official COCO evaluation does.
 
-    CIDEr is CIDEr-D, whose word weights come from these references: one image alone scores 0.
+    CIDEr is CIDEr-D, whose word weights come from these references: one image alone scores 0, and
+    so does everything if no reference has a word, which the official program stops at.
 
     Args:
         references: For each image id, at least one caption that a person wrote.
@@ -41,9 +43,8 @@ def score_captions(
     wanted, found = _tokenized_pairs(references, candidates)
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
     rouge, _ = Rouge().compute_score(wanted, found)
-    cider, _ = Cider().compute_score(wanted, found)
     scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    return scores | {"ROUGE-L": float(rouge), "CIDEr": float(cider)}
+    return scores | {"ROUGE-L": float(rouge), "CIDEr": float(np.mean(_ciders(wanted, found)))}
 
 
 def cider_by_image(
@@ -51,8 +52,7 @@ def cider_by_image(
 ) -> dict[int, float]:
     """Return the CIDEr of each image, whose mean is the CIDEr of `score_captions`."""
     wanted, found = _tokenized_pairs(references, candidates)
-    _, scores = Cider().compute_score(wanted, found)
-    return {image_id: float(score) for image_id, score in zip(wanted, scores, strict=True)}
+    return dict(zip(wanted, _ciders(wanted, found), strict=True))
 
 
 def score_pope(labels: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -140,6 +140,13 @@ def _tokenized_pairs(
     image_ids = sorted(references)
     wanted = {i: [_tokenized(text) for text in references[i]] for i in image_ids}
     return wanted, {i: [_tokenized(candidates[i])] for i in image_ids}
+
+
+def _ciders(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> list[float]:
+    if not any(text for texts in wanted.values() for text in texts):
+        return [0.0] * len(wanted)
+    _, scores = Cider().compute_score(wanted, found)
+    return [float(score) for score in scores]
 
 
 def _tokenized(caption: str) -> str:

@@ -1,18 +1,34 @@
 """Small copies of the pictures for the report page, where the images are at hand."""
 
 import dataclasses
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.images import ImageArchive, ImageNameError
+from cache.images import ImageArchive
 from eval.report import Example, choose_examples, thumbnail_uri
 
 IMAGES = Path("data/index/images.parquet")
+
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""A name that no file has, and what Pillow raises on broken files: a damaged PNG is a SyntaxError,
+damaged EXIF a TypeError."""
 
 
 def with_thumbnails(examples: Sequence[Example], data: DataSettings) -> list[Example]:
@@ -25,17 +41,26 @@ def with_thumbnails(examples: Sequence[Example], data: DataSettings) -> list[Exa
     archives = {split: _archive(split, data) for split in ("train", "val")}
     return [
         dataclasses.replace(example, thumbnail=_thumbnail(*names[example.image_id], archives))
+        if example.image_id in names
+        else example
         for example in chosen
     ]
 
 
 def _files(image_ids: set[int]) -> dict[int, tuple[str, str]]:
-    """Return split and file name of some images."""
-    rows = pq.read_table(
-        IMAGES,
-        columns=["image_id", "split", "file_name"],
-        filters=[("image_id", "in", sorted(image_ids))],
-    ).to_pylist()
+    """Return split and file name of some images; an image that the index lacks is left out.
+
+    Raises:
+        StageError: No such table, or a damaged one.
+    """
+    try:
+        rows = pq.read_table(
+            IMAGES,
+            columns=["image_id", "split", "file_name"],
+            filters=[("image_id", "in", sorted(image_ids))],
+        ).to_pylist()
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise StageError(f"{IMAGES}: {error}. Run the index stage, or `dvc pull`.") from None
     return {row["image_id"]: (row["split"], row["file_name"]) for row in rows}
 
 
@@ -48,11 +73,11 @@ def _archive(split: str, data: DataSettings) -> ImageArchive | None:
 
 
 def _thumbnail(split: str, file_name: str, archives: dict[str, ImageArchive | None]) -> str | None:
-    archive = archives[split]
+    archive = archives.get(split)
     if archive is None:
         return None
     try:
         return thumbnail_uri(archive.read(file_name))
-    except (ImageNameError, OSError, Image.DecompressionBombError):
-        # The features were received from elsewhere and this image was not.
+    except _UNREADABLE:
+        # The features were received from elsewhere and this image was not, or came damaged.
         return None

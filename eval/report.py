@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
-from PIL import Image
+from PIL import Image, ImageOps
 
 from eval.loss_chart import loss_chart
 from eval.report_scores import score_cards, score_tables, section_of
@@ -67,7 +67,8 @@ def thumbnail_uri(image_bytes: bytes, side: int = 192) -> str:
         OSError: The bytes are no picture, or a cut one.
     """
     with Image.open(io.BytesIO(image_bytes)) as image:
-        picture = image.convert("RGB")
+        # Upright, as the encoder saw it.
+        picture = ImageOps.exif_transpose(image).convert("RGB")
     picture.thumbnail((side, side))
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=_JPEG_QUALITY, optimize=True)

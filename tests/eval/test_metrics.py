@@ -4,6 +4,7 @@ import random
 import pytest
 
 from eval.metrics import (
+    cider_by_image,
     exact_match,
     normalize_answer,
     repeated_4grams,
@@ -83,6 +84,23 @@ def test_empty_candidates_score_nothing() -> None:
     scores = score_captions(REFERENCES, dict.fromkeys(REFERENCES, ""))
     assert scores.keys() == {"BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"}
     assert list(scores.values()) == pytest.approx([0.0] * 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("candidate", ["", "a cat"])
+def test_references_without_a_word_give_no_cider(candidate: str) -> None:
+    references, candidates = {1: ["", "."], 2: ["\U0001f370"]}, {1: candidate, 2: candidate}
+    assert score_captions(references, candidates)["CIDEr"] == 0
+    assert cider_by_image(references, candidates) == {1: 0, 2: 0}
+
+
+def test_the_cider_of_the_images_has_the_whole_cider_as_its_mean() -> None:
+    candidates = {7: "A dog runs.", 2: "Two red boats lie on a lake.", 5: ""}
+    found = cider_by_image(REFERENCES, dict(reversed(candidates.items())))
+    assert found.keys() == candidates.keys()
+    assert max(found, key=found.__getitem__) == 2
+    assert found[5] == 0
+    mean = sum(found.values()) / len(found)
+    assert mean == pytest.approx(score_captions(REFERENCES, candidates)["CIDEr"])
 
 
 def test_one_image_alone_has_no_cider() -> None:

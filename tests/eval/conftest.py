@@ -1,0 +1,120 @@
+"""What the tests of evaluation need beside the tiny world: two finished runs, pictures, limits."""
+
+import io
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from cache import FeatureStore
+from cache.settings import Params
+from eval.settings import EvaluateSettings
+from train.language_model import add_lora, load_language_model
+from train.projector import seeded_projector
+from train.run import RunDirectory, provenance
+from train.settings import LlmSettings, LoraSettings
+
+LIMITS = {
+    "caption_images": 99,
+    "questions": 99,
+    "caption_question": "What is in the box",
+    "caption_tokens": 6,
+    "answer_tokens": 5,
+    "max_text_tokens": 64,
+    "batch_size": 3,
+}
+DATA = {
+    "source": "local",
+    "train": {"images": "data/raw/train", "captions": "unused"},
+    "val": {"images": "data/raw/val.zip", "captions": "unused"},
+    "instruct": "unused",
+    "instruct_holdout": 0.5,
+    "max_reject_rate": 0.0,
+}
+HISTORY = [
+    {"step": 1, "loss": 3.5, "learning_rate": 1e-3},
+    {"step": 2, "loss": 2.5, "learning_rate": 0.0, "validation_loss": 2.75},
+]
+IMAGES = pa.schema([("image_id", pa.int64()), ("split", pa.string()), ("file_name", pa.string())])
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def limits():
+    def make(**changes):
+        return EvaluateSettings(**{**LIMITS, **changes})
+
+    return make
+
+
+def jpeg(image_id):
+    data = io.BytesIO()
+    Image.new("RGB", (30, 20), (image_id, 0, 0)).save(data, "JPEG")
+    return data.getvalue()
+
+
+@dataclass
+class World:
+    """A working directory as the stages before evaluate leave it."""
+
+    workspace: object
+
+    def params(self, *, evaluate=(), data=(), **sections) -> Params:
+        return self.workspace.params(
+            evaluate={**LIMITS, **dict(evaluate)}, data={**DATA, **dict(data)}, **sections
+        )
+
+    def write_images(self, splits):
+        """Write the index's table of images, and the pictures: a folder and a zip."""
+        rows = [
+            {"image_id": i, "split": split, "file_name": f"{i}.jpg"} for i, split in splits.items()
+        ]
+        pq.write_table(pa.Table.from_pylist(rows, IMAGES), "data/index/images.parquet")
+        Path("data/raw/train").mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile("data/raw/val.zip", "w") as archive:
+            for i, split in splits.items():
+                if split == "val":
+                    archive.writestr(f"val/{i}.jpg", jpeg(i))
+                else:
+                    Path(f"data/raw/train/{i}.jpg").write_bytes(jpeg(i))
+
+    def write_run(self, stage, seed, **llm):
+        """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
+        params = self.params(llm=llm)
+        run = RunDirectory(stage, params, provenance(self.store, torch.device("cpu")))
+        run.write_history(HISTORY)
+        seeded_projector("mlp", 8, 64, seed).save(run.path / "projector.safetensors")
+        if stage == "finetune":
+            settings = params.section("llm", LlmSettings)
+            model = load_language_model(settings, torch.device("cpu"))
+            adapter = add_lora(model, LoraSettings(r=4, alpha=8, dropout=0.5), seed)
+            generator = torch.Generator().manual_seed(seed)
+            for name, parameter in adapter.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.normal_(std=0.1, generator=generator)
+            adapter.save_pretrained(run.path / "adapter", save_embedding_layers=False)
+        run.publish({"loss": 2.5})
+
+    @property
+    def store(self):
+        return FeatureStore("data/features")
+
+
+@pytest.fixture
+def world(workspace):
+    """Both runs, and the pictures of all images: 112-115 in a zip (val), the rest in a folder."""
+    made = World(workspace)
+    made.write_images({i: "val" if 112 <= i <= 115 else "train" for i in range(100, 140)})
+    made.write_run("pretrain", 1)
+    made.write_run("finetune", 2)
+    made.params()
+    return made

@@ -1,0 +1,466 @@
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval.evaluate
+from cache.command import run_stage
+from cache.errors import CacheError, SettingsError, StageError
+from eval.asking import other_images
+from eval.evaluate import PREDICTIONS, choose, evaluate
+from eval.metrics import exact_match
+from train.data import read_questions
+from train.generate import generate
+from train.language_model import load_language_model, load_lora, load_tokenizer
+from train.model import CaptionModel
+from train.projector import load_projector
+from train.prompts import question_text
+from train.settings import LlmSettings
+
+SCORES, TABLE, PAGE = (
+    Path("reports", name) for name in ("eval.json", "predictions.parquet", "index.html")
+)
+FORM = {"stop_rate", "repeated_4grams", "mean_tokens", "count"}
+CAPTION = {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"} | FORM
+ANSWER = {"exact_match", "token_f1", "loss"} | FORM
+QUANTIZE = [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")]
+VAL, HOLDOUT = range(112, 116), range(116, 120)
+GONE = "The picture is not on this machine."
+
+
+def scores():
+    return json.loads(SCORES.read_text())
+
+
+def rows(model=None, kind=None):
+    return [
+        row
+        for row in pq.read_table(TABLE).to_pylist()
+        if model in (None, row["model"]) and kind in (None, row["kind"])
+    ]
+
+
+def write_index(world, captions=None, conversations=None):
+    """Replace the texts of val and of the holdout; of other images nothing is asked."""
+    if captions is None:
+        captions = [(i, "a red cat in the box") for i in VAL]
+    if conversations is None:
+        conversations = [(i, [("how many", "two")]) for i in HOLDOUT]
+    world.workspace.write_index(
+        [(i, "val", text) for i, text in captions],
+        [(i, "holdout", turns) for i, turns in conversations],
+    )
+
+
+def one_line(caught):
+    return "\n" not in str(caught.value)
+
+
+def test_every_promised_score_is_there_and_has_a_blind_twin(world):
+    evaluate(world.params())
+    found = scores()
+    assert found.keys() == {"captions", "answers", "pretrain_only"}
+    sections = {
+        "captions": (found["captions"], CAPTION, 4),
+        "answers": (found["answers"], ANSWER, 8),
+        "stage 1": (found["pretrain_only"]["captions"], CAPTION, 4),
+    }
+    for section, keys, count in sections.values():
+        assert section.keys() == keys | {"blind"}
+        assert section["blind"].keys() == keys
+        assert section["count"] == section["blind"]["count"] == count
+        assert all(np.isfinite(section[key]) and np.isfinite(section["blind"][key]) for key in keys)
+    assert found["answers"]["loss"] != found["answers"]["blind"]["loss"]
+
+
+def test_every_text_is_one_row_of_the_table(world):
+    evaluate(world.params())
+    assert pq.read_schema(TABLE).equals(PREDICTIONS)
+    found = [(r["model"], r["kind"], r["image_id"], r["question"], r["targets"]) for r in rows()]
+    captions = ["a red cat in the box", "a blue dog in the box"]
+    turns = [("What is on the box", "a red cat"), ("how many", "the dog")]
+    assert found == (
+        [("pretrain", "caption", i, "", captions) for i in VAL]
+        + [("finetune", "caption", i, "What is in the box", captions) for i in VAL]
+        + [("finetune", "answer", i, q, [a]) for i in HOLDOUT for q, a in turns]
+    )
+    for model, kind, section in (
+        ("pretrain", "caption", scores()["pretrain_only"]["captions"]),
+        ("finetune", "caption", scores()["captions"]),
+        ("finetune", "answer", scores()["answers"]),
+    ):
+        made = rows(model, kind)
+        assert section["count"] == len(made)
+        assert section["stop_rate"] == np.mean([r["stopped"] for r in made])
+        assert section["mean_tokens"] == np.mean([r["num_tokens"] for r in made])
+        main = "CIDEr" if kind == "caption" else "exact_match"
+        assert section[main] == pytest.approx(np.mean([r["score"] for r in made]))
+
+
+@pytest.mark.parametrize(("quantize", "dtype"), QUANTIZE)
+def test_stage_1_is_asked_without_lora_and_stage_2_with_it(world, quantize, dtype):
+    llm = {"quantize": quantize, "dtype": dtype}
+    for stage, seed in (("pretrain", 1), ("finetune", 2)):
+        world.write_run(stage, seed, **llm)
+    evaluate(world.params(llm=llm, evaluate={"caption_tokens": 12}))
+    settings = LlmSettings(model=str(world.workspace.phi_dir), **llm)
+    others = other_images(list(VAL), world.store)
+    said = {}
+    for stage, prompt in (("pretrain", ""), ("finetune", question_text("What is in the box"))):
+        language_model = load_language_model(settings, torch.device("cpu"))
+        if stage == "finetune":
+            load_lora(language_model, Path("runs/finetune/adapter"))
+        projector = load_projector(Path(f"runs/{stage}/projector.safetensors"), 8, 64)
+        said[stage], said[stage, "blind"] = (
+            [
+                generation.text
+                for generation in generate(
+                    CaptionModel(projector, language_model), load_tokenizer(settings), world.store,
+                    image_ids, [prompt] * 4, max_tokens=12, batch_size=3, description="test",
+                )
+            ]
+            for image_ids in (list(VAL), [others[i] for i in VAL])
+        )  # fmt: skip
+        made = rows(stage, "caption")
+        assert [row["prediction"] for row in made] == said[stage]
+        assert [row["blind_prediction"] for row in made] == said[stage, "blind"]
+    assert said["pretrain"] != said["finetune"]
+    assert said["finetune"] != said["finetune", "blind"]
+
+
+def test_two_runs_give_the_same_bytes(world):
+    made = []
+    for _ in range(2):
+        torch.manual_seed(len(made))
+        evaluate(world.params())
+        # Parquet too: the table has no time in it.
+        made.append([path.read_bytes() for path in (SCORES, TABLE, PAGE)])
+        shutil.rmtree("reports")
+    assert made[0] == made[1]
+
+
+def test_the_page_holds_everything_it_shows(world):
+    evaluate(world.params())
+    page = PAGE.read_text(encoding="utf-8")
+    links = re.findall(r"(?:src|href|srcset|data|action)=\"([^\"]*)\"", page)
+    assert len(links) > 12
+    assert all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?://|url\(|@import|<script", page)
+    assert page.count("data:image/jpeg;base64,") == 4 + 8
+    assert GONE not in page
+    assert world.store.fingerprint in page
+    assert "Stage 1: projector" in page
+    assert "2.500 at step 2" in page
+
+
+def test_the_summary_names_scores_blind_scores_and_the_page(world, capsys):
+    evaluate(world.params())
+    captions, answers, report = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(blind \d\.\d{3}\)", captions)
+    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(blind \d\.\d{3}\)", answers)
+    assert report == f"report:   {PAGE.resolve().as_uri()}"
+
+
+def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, capsys):
+    write_index(world, conversations=[])
+    evaluate(world.params())
+    assert scores()["answers"] == {"count": 0, "blind": {"count": 0}}
+    assert scores()["captions"]["count"] == 4
+    assert rows(kind="answer") == []
+    assert "No answers were scored: the evaluation data holds none." in PAGE.read_text()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "captions",
+        "report",
+    ]
+
+
+def test_without_captions_there_are_only_answers_and_the_page_says_so(world, capsys):
+    write_index(world, captions=[])
+    evaluate(world.params())
+    assert scores()["captions"] == {"count": 0, "blind": {"count": 0}}
+    assert scores()["pretrain_only"]["captions"] == {"count": 0, "blind": {"count": 0}}
+    assert scores()["answers"]["count"] == 4
+    assert {row["kind"] for row in rows()} == {"answer"}
+    assert "No captions were scored: the evaluation data holds none." in PAGE.read_text()
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "answers",
+        "report",
+    ]
+
+
+def test_with_nothing_to_ask_the_page_is_made_all_the_same(world):
+    write_index(world, captions=[], conversations=[])
+    evaluate(world.params())
+    assert rows() == []
+    assert pq.read_schema(TABLE).equals(PREDICTIONS)
+    assert "Nothing was scored." in PAGE.read_text()
+
+
+def test_of_more_texts_than_the_limits_exactly_so_many_are_asked(world):
+    write_index(
+        world,
+        captions=[(i, "a cat") for i in range(112, 140)],
+        conversations=[(i, [("how many", f"{i}"), ("is it red", "no")]) for i in range(112, 140)],
+    )
+    limits = {"caption_images": 5, "questions": 7}
+
+    def chosen(seed):
+        evaluate(world.params(seed=seed, evaluate=limits))
+        assert scores()["captions"]["count"] == scores()["pretrain_only"]["captions"]["count"] == 5
+        assert scores()["answers"]["count"] == 7
+        images = [row["image_id"] for row in rows("finetune", "caption")]
+        assert images == [row["image_id"] for row in rows("pretrain", "caption")]
+        questions = [(row["image_id"], row["question"]) for row in rows("finetune", "answer")]
+        assert (len(set(images)), len(set(questions))) == (5, 7)
+        return images, questions
+
+    first = chosen(0)
+    assert chosen(1) != first
+    # Neither other weights nor another question change what is chosen.
+    world.write_run("pretrain", 8)
+    world.write_run("finetune", 9)
+    limits |= {"caption_question": "where", "answer_tokens": 2, "batch_size": 1}
+    assert chosen(0) == first
+
+
+@pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
+def test_choosing_keeps_the_order_takes_none_twice_and_follows_the_seed(most):
+    items = list("abcdefghijklmnopqrst")
+    found = choose(items, most, 3)
+    assert len(found) == len(set(found)) == min(most, 20)
+    assert found == sorted(found) == choose(items, most, 3)
+    if most < 20:
+        assert any(choose(items, most, seed) != found for seed in range(9))
+    assert choose([], most, 3) == []
+
+
+def test_images_without_features_are_not_asked_about(world):
+    write_index(
+        world,
+        captions=[(i, "a cat") for i in (112, 113, 9000)],
+        conversations=[(i, [("how many", "two")]) for i in (116, 9001, 117)],
+    )
+    evaluate(world.params())
+    assert {row["image_id"] for row in rows()} == {112, 113, 116, 117}
+
+
+@pytest.mark.parametrize("what", ["captions of split val", "conversations of split holdout"])
+def test_a_store_of_other_images_is_an_error_and_no_empty_score(world, what):
+    if what.startswith("captions"):
+        write_index(world, captions=[(9000, "a cat")])
+    else:
+        write_index(world, conversations=[(9000, [("how many", "two")])])
+    with pytest.raises(StageError, match=f"{what}: 1 of 1 images have no features") as caught:
+        evaluate(world.params())
+    assert one_line(caught)
+
+
+def test_a_single_image_is_scored_against_another_of_the_store(world):
+    write_index(world, captions=[(139, "a cat")], conversations=[(120, [("where", "here")])])
+    evaluate(world.params())
+    assert scores()["captions"]["CIDEr"] == 0
+    assert scores()["answers"]["count"] == 1
+
+
+HARD = [
+    "",
+    " ",
+    ".",
+    "\u00e9t\u00e9 \u4f60\u597d \U0001f370",
+    "a\nb\x00c",
+    "</script><b>&{{ 7 }}",
+    "x " * 40,
+]
+
+
+def test_hard_texts_come_through_whole(world):
+    write_index(
+        world,
+        captions=[(i, text) for i in VAL for text in HARD],
+        conversations=[(i, [(text, text)]) for i, text in zip(range(116, 140), HARD, strict=False)],
+    )
+    evaluate(world.params())
+    assert all(row["targets"] == HARD for row in rows(kind="caption"))
+    answers = rows(kind="answer")
+    assert [row["question"] for row in answers] == [row["targets"][0] for row in answers] == HARD
+    for row in answers:
+        assert row["score"] == exact_match(row["targets"][0], row["prediction"])
+    page = PAGE.read_text(encoding="utf-8")
+    assert "\u4f60\u597d \U0001f370" in page
+    assert "<b>&" not in page
+
+
+def test_only_texts_without_a_word_are_scored_too(world):
+    write_index(world, captions=[(i, ".") for i in VAL], conversations=[(116, [("", "")])])
+    evaluate(world.params())
+    assert scores()["captions"]["CIDEr"] == 0
+
+
+@pytest.mark.parametrize("shown", ["none", "no zip", "no row"])
+def test_without_pictures_the_page_has_their_places(world, shown):
+    if shown == "none":
+        shutil.rmtree("data/raw")
+    elif shown == "no zip":
+        Path("data/raw/val.zip").unlink()
+    else:
+        world.write_images(dict.fromkeys(range(116, 140), "train"))
+    evaluate(world.params())
+    page = PAGE.read_text()
+    assert page.count(GONE) == (12 if shown == "none" else 4)
+    assert page.count("data:image/jpeg;base64,") == (0 if shown == "none" else 8)
+
+
+def no_model(monkeypatch):
+    """Make sure that a mistake is found before a model runs."""
+
+    def loaded(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(eval.evaluate, "load_language_model", loaded)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_missing_run_is_found_before_a_model_runs(world, monkeypatch, stage):
+    no_model(monkeypatch)
+    shutil.rmtree(f"runs/{stage}")
+    with pytest.raises(StageError, match=rf"runs/{stage}/history.csv: .*Run the {stage}") as caught:
+        evaluate(world.params())
+    assert one_line(caught)
+    assert not Path("reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("history.csv", b"step,loss\n1,much\n"),
+        ("history.csv", b"step,loss\n1,2,3\n"),
+        ("history.csv", b"\xff\xfe\x00\n1\n"),
+        ("provenance.json", None),
+        ("provenance.json", b""),
+        ("provenance.json", b'{"git_commit": "ab'),
+        ("provenance.json", b"[]"),
+        ("provenance.json", b"null"),
+        ("provenance.json", b"\xff\xfe"),
+    ],
+)
+def test_a_damaged_run_is_one_line_and_found_before_a_model_runs(world, monkeypatch, name, content):
+    no_model(monkeypatch)
+    path = Path("runs/finetune", name)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StageError, match=f"runs/finetune/{name}: .*Run the finetune") as caught:
+        evaluate(world.params())
+    assert one_line(caught)
+
+
+def test_a_history_with_empty_cells_or_no_row_is_drawn_as_far_as_it_goes(world):
+    Path("runs/pretrain/history.csv").write_text("step,loss,validation_loss\n1,3.5,\n2,,2.75\n3\n")
+    Path("runs/finetune/history.csv").write_text("step,loss,validation_loss\n")
+    evaluate(world.params())
+    page = PAGE.read_text()
+    assert "Train loss: 3.500 at first, 3.500 at step 1" in page
+    assert "Validation loss: 2.750 at first, 2.750 at step 2" in page
+    assert "No loss was logged." in page
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def widen(path):
+    save_file({"w": torch.zeros(3, 3)}, path, {"projector": json.dumps(
+        {"kind": "mlp", "vision_width": 9, "text_width": 64})})  # fmt: skip
+
+
+def fill_nan(path):
+    with Path(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        metadata = json.loads(file.read(size))["__metadata__"]
+    save_file({n: t.fill_(float("nan")) for n, t in load_file(path).items()}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        ("runs/pretrain/projector.safetensors", Path.unlink, "no projector"),
+        ("runs/pretrain/projector.safetensors", cut, "no projector"),
+        ("runs/finetune/projector.safetensors", widen, "maps width 9 to 64, wanted 8"),
+        ("runs/finetune/projector.safetensors", fill_nan, "loss of the answers is nan"),
+        ("runs/finetune/adapter", shutil.rmtree, "holds no adapter_model.safetensors"),
+        ("runs/finetune/adapter/adapter_model.safetensors", cut, "no adapter for this model"),
+        ("runs/finetune/adapter/adapter_config.json", Path.unlink, "no adapter for this model"),
+        ("data/index/captions.parquet", Path.unlink, "Run the index stage"),
+        ("data/index/conversations.parquet", cut, "Run the index stage"),
+        ("data/index/images.parquet", cut, "Run the index stage"),
+        ("data/features/index.parquet", Path.unlink, "index.parquet"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_named_in_one_line(world, path, change, words):
+    change(Path(path))
+    with pytest.raises(CacheError, match=words) as caught:
+        evaluate(world.params())
+    assert one_line(caught)
+    assert not PAGE.exists()
+
+
+def test_a_store_of_one_image_has_no_control(world, make_store):
+    shutil.rmtree("data/features")
+    shutil.move(make_store([112]).root, "data/features")
+    write_index(world, captions=[(112, "a cat")])
+    with pytest.raises(StageError, match="holds one image, so there is none for the blind"):
+        evaluate(world.params())
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"evaluate": {"questions": 0}}, "evaluate: questions is 0"),
+        ({"evaluate": {"max_text_tokens": 1}}, "max_text_tokens is 1, which cuts off every answer"),
+        ({"data": {"source": "web"}}, "data.source is 'web'"),
+        ({"llm": {"model": "/nowhere"}}, "llm.model: cannot load '/nowhere'"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(world, sections, words):
+    with pytest.raises((SettingsError, StageError), match=re.escape(words)) as caught:
+        evaluate(world.params(**sections))
+    assert one_line(caught)
+
+
+def test_the_command_ends_with_1_and_says_one_line(world, monkeypatch, capsys):
+    shutil.rmtree("runs/finetune")
+    monkeypatch.setattr(sys, "argv", ["evaluate"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as caught:
+        run_stage(evaluate, "x")
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_images_are_never_opened_for_scores(world):
+    """A machine that only received features gets the same scores."""
+    evaluate(world.params())
+    wanted = SCORES.read_bytes()
+    shutil.rmtree("data/raw")
+    evaluate(world.params())
+    assert SCORES.read_bytes() == wanted
+
+
+def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
+    seen = []
+
+    def recording(model, tokenizer, store, image_ids, prompts, **limits):
+        seen.extend(prompts)
+        return generate(model, tokenizer, store, image_ids, prompts, **limits)
+
+    monkeypatch.setattr("eval.asking.generate", recording)
+    evaluate(world.params())
+    asked = [question_text(q.question) for q in read_questions("holdout")]
+    assert seen[-2 * len(asked) :] == asked * 2

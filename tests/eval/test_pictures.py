@@ -1,0 +1,149 @@
+import base64
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from cache.data_settings import DataSettings
+from cache.errors import StageError
+from eval.pictures import with_thumbnails
+from eval.report import Example, choose_examples
+
+INDEX = Path("data/index/images.parquet")
+
+
+def example(image_id, score=0.5, kind="caption"):
+    return Example(
+        image_id=image_id, kind=kind, question="" if kind == "caption" else "What?", targets=("x",),
+        prediction="y", blind_prediction="z", score=score, thumbnail=None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def shown(world):
+    """Return the thumbnail that the page shows for each image."""
+
+    def shown(image_ids, **data):
+        settings = world.params(data=data).section("data", DataSettings)
+        made = with_thumbnails([example(i) for i in image_ids], settings)
+        assert sorted(e.image_id for e in made) == sorted(image_ids), "nothing is lost"
+        return {e.image_id: e.thumbnail for e in made}
+
+    return shown
+
+
+def red_of(thumbnail):
+    head, _, body = thumbnail.partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+        return image.getpixel((0, 0))[0]
+
+
+def test_each_image_gets_its_own_picture_from_folder_and_zip(shown):
+    found = shown([101, 113, 115, 139])
+    assert {i: red_of(t) for i, t in found.items()} == pytest.approx(
+        {i: i for i in (101, 113, 115, 139)}, abs=2
+    )
+
+
+def test_only_what_the_page_shows_is_read(world, monkeypatch):
+    read = []
+    monkeypatch.setattr("eval.pictures.thumbnail_uri", lambda data: read.append(data))
+    examples = [
+        example(i, i / 140, kind) for i in range(100, 140) for kind in ("caption", "answer")
+    ]
+    settings = world.params().section("data", DataSettings)
+    made = with_thumbnails(examples, settings)
+    assert len(made) == len(read) == 36
+    assert choose_examples(made) == choose_examples(examples), "choosing again changes nothing"
+
+
+def test_nothing_to_show_is_nothing(shown):
+    assert shown([]) == {}
+
+
+@pytest.mark.parametrize("place", ["nowhere", "nowhere.zip", "params.yaml", "data/empty"])
+def test_without_the_images_of_a_split_the_others_are_shown(shown, place):
+    Path("data/empty").mkdir()
+    found = shown([101, 113], train={"images": place, "captions": "unused"})
+    assert found[101] is None
+    assert found[113] is not None
+    found = shown([101, 113], val={"images": place, "captions": "unused"})
+    assert found[101] is not None
+    assert found[113] is None
+
+
+def broken_png():
+    data = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(data, "PNG")
+    return data.getvalue().replace(b"IDAT", b"\xfb\xfa\xfa\x0c")
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"no picture", broken_png()], ids=["gone", "empty", "text", "png"]
+)
+def test_a_picture_that_is_gone_or_damaged_leaves_its_place_empty(shown, content):
+    path = Path("data/raw/train/101.jpg")
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    found = shown([101, 102])
+    assert found[101] is None
+    assert found[102] is not None
+
+
+def test_an_image_of_an_impossible_size_leaves_its_place_empty(shown, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 20 // 2 - 1)
+    assert shown([101]) == {101: None}
+
+
+def test_the_picture_is_upright_as_the_encoder_saw_it(shown):
+    wide = Image.new("RGB", (60, 20))
+    exif = wide.getexif()
+    exif[0x0112] = 6
+    wide.save("data/raw/train/101.jpg", exif=exif)
+    _, _, body = shown([101])[101].partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+        assert image.size == (20, 60)
+
+
+def rewrite(path, change):
+    rows = pq.read_table(path).to_pylist()
+    schema = pq.read_schema(path)
+    pq.write_table(pa.Table.from_pylist(change(rows), schema), path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: None,
+        lambda row: row | {"split": "test"},
+        lambda row: row | {"file_name": "../../../etc/passwd"},
+        lambda row: row | {"file_name": "/etc/passwd"},
+        lambda row: row | {"file_name": ""},
+        lambda row: row | {"file_name": "\u00e9t\u00e9 " * 99},
+    ],
+    ids=["no row", "unknown split", "leaves the root", "absolute", "no name", "long name"],
+)
+def test_an_image_that_the_index_cannot_place_leaves_its_place_empty(world, shown, change):
+    rewrite(INDEX, lambda rows: [r for r in rows if r["image_id"] != 101 or change(r)])
+    rewrite(
+        INDEX,
+        lambda rows: [change(r) if r["image_id"] == 101 else r for r in rows],
+    )
+    found = shown([101, 102])
+    assert found[101] is None
+    assert found[102] is not None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PAR1 no table PAR1"])
+def test_without_a_table_of_images_it_says_what_to_run(shown, content):
+    INDEX.unlink()
+    if content is not None:
+        INDEX.write_bytes(content)
+    with pytest.raises(StageError, match=r"images.parquet: .* Run the index stage") as caught:
+        shown([101])
+    assert "\n" not in str(caught.value)
