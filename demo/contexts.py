@@ -1,7 +1,7 @@
 """Scenes written down in full, for the checkpoints' training: prose, inventories, rasters.
 
-A raster goes over the picture's cells in reading order, as a vision tower's patches do, and has
-some words for each: what is seen there. Several words share one position when they are read as
+A raster goes over the places of the grid in reading order, as a vision tower's patches do, and
+has some words for each: what is seen there. Several words share one position when they are read as
 one; the language model meets that again in a projector's outputs.
 """
 
@@ -45,7 +45,7 @@ def inventory(scene: Scene, rng: random.Random) -> str:
 def facts(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Return nouns, each with all that is to be told about it, or "none" where it is not there."""
     absent = [noun for noun in NOUNS if noun not in {kind.noun for kind in scene.kinds}]
-    told = [(rng.choice(absent), "none")]
+    told = [(noun, "none") for noun in rng.sample(absent, 3)]
     for kind in scene.kinds:
         words = [kind.colour, kind.size, NUMBERS[kind.count]]
         if kind.count == 1:
@@ -55,40 +55,35 @@ def facts(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     return told
 
 
-def raster(scene: Scene, rng: random.Random, side: int, share: float) -> Cells:
-    """Return what is seen in each cell of a grid laid over a scene, in reading order.
+def raster(scene: Scene, rng: random.Random, share: float, seen_only: bool) -> Cells:
+    """Return what is in each of the grid's places, row by row from the top left.
 
     Args:
         scene: What to look at.
         rng: Chooses which facts a cell tells, and in which order.
-        side: Cells in a row, and rows.
         share: How likely a cell tells each of its facts; it tells at least one.
+        seen_only: Tell only what can be seen in that cell alone, as a patch would; where it lies
+            and how many of its kind there are then follows from the other cells alone.
     """
     cells = []
-    for row in range(side):
-        for column in range(side):
-            x, y = (column + 0.5) / side, (row + 0.5) / side
-            facts = _facts_at(scene, x, y, reach=0.35 / side)
-            rng.shuffle(facts)
-            told = [fact for fact in facts if rng.random() < share]
-            cells.append(told or facts[:1])
+    for row in range(GRID):
+        for column in range(GRID):
+            words = _words_at(scene, row, column)
+            if not seen_only:
+                words += [ROW_WORDS[row], COLUMN_WORDS[column]]
+                words += [NUMBERS[kind.count] for kind in scene.kinds if kind.noun in words]
+            rng.shuffle(words)
+            told = [word for word in words if rng.random() < share]
+            cells.append(told or words[:1])
     return cells
 
 
-def _facts_at(scene: Scene, x: float, y: float, reach: float) -> list[str]:
-    """Return the words for a point: its thing's facts, or its ground and where it lies."""
-    near = [
-        (max(abs(x - place.x), abs(y - place.y)) - place.side / 2, kind, place)
-        for kind in scene.kinds
-        for place in kind.places
-    ]
-    distance, kind, place = min(near, key=lambda thing: thing[0])
-    if distance < reach:
-        own = [kind.noun, kind.colour, kind.size, NUMBERS[kind.count]]
-        return [*own, ROW_WORDS[place.row], COLUMN_WORDS[place.column]]
-    row, column = int(y * GRID), int(x * GRID)
-    ground = GROUNDS.get(scene.background, scene.background)
-    return [ground, ROW_WORDS[row], COLUMN_WORDS[column]]
+def _words_at(scene: Scene, row: int, column: int) -> list[str]:
+    """Return the words for a cell: its thing's, or its ground's."""
+    for kind in scene.kinds:
+        if (row, column) in [(place.row, place.column) for place in kind.places]:
+            return [kind.noun, kind.colour, kind.size]
+    return [GROUNDS.get(scene.background, scene.background)]
 
 
 def _cell_words(row: int, column: int) -> str:

@@ -52,7 +52,9 @@ def _texts(seed: int) -> Iterator[str]:
         yield from captions(scene, rng)
         yield notes(scene, rng)
         yield inventory(scene, rng)
-        yield "".join(" " + word for cell in raster(scene, rng, side=3, share=1.0) for word in cell)
+        yield "".join(
+            " " + word for cell in raster(scene, rng, share=1.0, seen_only=False) for word in cell
+        )
         for question, answer in ask(scene, rng, num_turns=4):
             yield prompt(question)
             yield f" {answer}"

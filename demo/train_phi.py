@@ -19,18 +19,21 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from demo.captions import caption
 from demo.contexts import facts, inventory, notes, raster
-from demo.questions import ask
+from demo.questions import CAPTION_REQUEST, ask
 from demo.scenes import Scene, scene_at
 from demo.tokenizer import prompt
 
-_STEPS = 2000
+_STEPS = 3500
 _BATCH = 20
 _LEARNING_RATE = 2e-3
 _WARM_UP = 100
 _WEIGHT_DECAY = 0.02
 _NUM_TURNS = 5
 _CONTEXT_WEIGHT = 0.05
-"""Weight of a context's or question's token in the loss; a caption's or answer's has 1."""
+"""Weight of a context's or question's token in the loss; an answer's has 1."""
+
+_CAPTION_WEIGHT = 0.4
+"""Weight of a caption's token: much about it is the describer's choice, which is only noise."""
 
 _NOISE = 0.02
 """Standard deviation of what is added to every embedding, so that near it is good enough."""
@@ -123,11 +126,10 @@ class Writer:
         scene = scene_at(seed, "phi", index)
         document = Document()
         self.add_context(document, scene, rng)
-        parts = [self.add_captions, self.add_turns]
+        parts = [self.add_captions, self.add_turns, self.add_facts]
         rng.shuffle(parts)
         for add in parts:
             add(document, scene, rng)
-        self.add_facts(document, scene, rng)
         return document
 
     def add_context(self, document: Document, scene: Scene, rng: random.Random) -> None:
@@ -135,37 +137,33 @@ class Writer:
         form = rng.random()
         if form < 0.05:
             document.add(self.ids(notes(scene, rng)), _CONTEXT_WEIGHT)
-            return
-        if form < 0.1:
+        elif form < 0.1:
             document.add(self.ids(inventory(scene, rng)), _CONTEXT_WEIGHT)
-            return
-        share = rng.uniform(0.8, 1.0)
-        if form < 0.2:
-            cells = raster(scene, rng, side=3, share=share)
-            document.add(
-                self.ids("".join(f" {word}" for cell in cells for word in cell)), _CONTEXT_WEIGHT
-            )
+        elif form < 0.15:
+            cells = raster(scene, rng, share=0.95, seen_only=False)
+            words = "".join(f" {word}" for cell in cells for word in cell)
+            document.add(self.ids(words), _CONTEXT_WEIGHT)
         else:
-            # A finer raster has several cells for a thing, so each may tell less.
-            side = rng.choice((3, 3, 3, 4, 6))
-            cells = raster(scene, rng, side, share if side == 3 else 0.6)
+            cells = raster(scene, rng, share=0.95, seen_only=form > 0.3)
             document.add_mixed([[self.ids(f" {word}")[0] for word in cell] for cell in cells])
 
     def add_captions(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append a caption with its end."""
-        document.add([*self.ids(caption(scene, rng)), self._tokenizer.eos_token_id], 1.0)
+        end = self._tokenizer.eos_token_id
+        document.add([*self.ids(caption(scene, rng)), end], _CAPTION_WEIGHT)
 
     def add_turns(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append questions, each with its answer and that answer's end."""
         for question, answer in ask(scene, rng, _NUM_TURNS):
             document.add(self.ids(prompt(question)), _CONTEXT_WEIGHT)
-            document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], 1.0)
+            weight = _CAPTION_WEIGHT if question == CAPTION_REQUEST else 1.0
+            document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], weight)
 
     def add_facts(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append nouns, each with what is known of it.
 
         To go on after a noun takes one look at where it was seen. An answer takes the same look,
-        but needs its result some words later; having learnt the one first, it comes much sooner.
+        but needs its result some words later: the one is a step on the way to the other.
         """
         for noun, told in facts(scene, rng):
             document.add(self.ids(f" {noun}:"), _CONTEXT_WEIGHT)

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from demo.contexts import COLUMN_WORDS, GROUNDS, ROW_WORDS, inventory, notes, raster
+from demo.contexts import COLUMN_WORDS, GROUNDS, ROW_WORDS, facts, inventory, notes, raster
 from demo.scenes import GRID, Scene, scene_at
 from demo.twins import near_twin
 from demo.words import NUMBERS, noun_of
@@ -22,6 +22,14 @@ def test_a_text_in_full_tells_every_fact(write):
         for kind in scene.kinds:
             assert f"{kind.size} {kind.colour} {kind.noun}" in text
         assert all(noun in text for noun in map(noun_of, scene.kinds))
+
+
+def test_facts_tell_of_every_noun_there_and_of_some_that_are_not():
+    for index, scene in enumerate(SCENES):
+        told = dict(facts(scene, random.Random(index)))
+        for kind in scene.kinds:
+            assert told.pop(kind.noun).startswith(f"{kind.colour} {kind.size} ")
+        assert set(told.values()) == {"none"}
 
 
 def test_a_raster_tells_of_each_cell_what_is_there_and_nothing_else():
