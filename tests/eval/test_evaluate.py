@@ -77,7 +77,20 @@ def test_every_promised_score_is_there_and_has_a_blind_twin(world):
         assert section["blind"].keys() == keys
         assert section["count"] == section["blind"]["count"] == count
         assert all(np.isfinite(section[key]) and np.isfinite(section["blind"][key]) for key in keys)
-    assert found["answers"]["loss"] != found["answers"]["blind"]["loss"]
+
+
+def test_loss_and_answers_are_about_the_images_that_are_asked_about(world):
+    write_index(world, conversations=[(i, [("how many", f"{i}" * (i - 115))]) for i in HOLDOUT])
+    evaluate(world.params(seed=2, evaluate={"questions": 2}))
+    asked = {row["image_id"] for row in rows(kind="answer")}
+    found = scores()["answers"]
+    assert abs(found["loss"] - found["blind"]["loss"]) > 1e-4
+    write_index(
+        world, conversations=[(i, [("how many", f"{i}" * (i - 115))]) for i in sorted(asked)]
+    )
+    evaluate(world.params())
+    assert len(asked) == 2
+    assert scores()["answers"] == found
 
 
 def test_every_text_is_one_row_of_the_table(world):

@@ -77,9 +77,12 @@ def test_without_the_images_of_a_split_the_others_are_shown(shown, place):
 
 
 def broken_png():
+    """A PNG whose second chunk of pixels has no name: Pillow calls that a SyntaxError."""
     data = io.BytesIO()
-    Image.new("RGB", (40, 30)).save(data, "PNG")
-    return data.getvalue().replace(b"IDAT", b"\xfb\xfa\xfa\x0c")
+    Image.effect_noise((300, 300), 99).save(data, "PNG")
+    pieces = data.getvalue().split(b"IDAT")
+    assert len(pieces) > 2
+    return b"IDAT".join(pieces[:2]) + b"\xfb\xfa\xfa\x0c" + b"IDAT".join(pieces[2:])
 
 
 @pytest.mark.parametrize(
