@@ -127,12 +127,19 @@ def score_captions(
 def score_answers(
     model: Model, settings: EvaluateSettings, seed: int
 ) -> tuple[dict[str, Any], list[Asked]]:
-    """Ask about held-out images; without any, the count is 0 and there are no scores."""
+    """Ask about held-out images; without any, the count is 0 and there are no scores.
+
+    A turn that asks for a caption is left out: captions are scored as captions.
+    """
     examples = with_features(
         read_conversation_examples("holdout"), model.store, "conversations of split holdout"
     )
     known = {example.image_id for example in examples}
-    questions = [q for q in read_questions("holdout") if q.image_id in known]
+    questions = [
+        q
+        for q in read_questions("holdout")
+        if q.image_id in known and q.question != settings.caption_question
+    ]
     questions = choose(questions, settings.questions, seed)
     if not questions:
         return {"count": 0, "blind": {"count": 0}}, []
