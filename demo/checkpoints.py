@@ -1,7 +1,7 @@
 """Rebuilds the demo's two tiny checkpoints: `python -m demo.checkpoints [OUT]`.
 
 Writes `clip/` (an open_clip architecture and its weights) and `phi/` (a transformers model with
-its tokenizer). Takes about 20 minutes on two CPU cores and needs no network. The same machine
+its tokenizer). Takes 20 to 25 minutes on two CPU cores and needs no network. The same machine
 and library versions give the same files again.
 """
 
