@@ -51,9 +51,6 @@ class SilentTracker:
     def log_samples(self, step, rows):
         self.samples.append((step, list(rows)))
 
-    def finish(self):
-        pass
-
 
 @pytest.fixture
 def tracker():
