@@ -48,7 +48,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         # Full disk, no permission: the system's own words say it best.
         sys.exit(_fail(str(error), 1))
     except KeyboardInterrupt:
-        message = "interrupted; finished work is kept, run the same command again"
+        message = "interrupted; run the same command again"
         sys.exit(_fail(message, INTERRUPTED))
     sys.exit(0)
 

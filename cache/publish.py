@@ -1,7 +1,7 @@
 """Makes a store out of finished shards: links them into a folder, writes the index last.
 
-A reader that has the folder's older store open keeps it: published files are replaced by
-rename, never written into.
+Published files are replaced by rename, never written into, so that what a reader has mapped stays
+as it is. A shard that it has not mapped yet may be gone.
 """
 
 from pathlib import Path

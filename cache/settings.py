@@ -50,12 +50,12 @@ class Params:
         """
         try:
             values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError:
             raise SettingsError(
-                f"{path}: no such settings file. Run in a folder that has one, "
+                f"{path}: no settings file that can be read. Run in a folder that has one, "
                 f"or name one with --params."
             ) from None
-        except (YAMLError, UnicodeDecodeError) as error:
+        except (YAMLError, ValueError, RecursionError) as error:
             detail = " ".join(str(error).split())
             raise SettingsError(f"{path}: not a YAML file: {detail}") from None
         if not isinstance(values, dict):

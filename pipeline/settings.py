@@ -61,7 +61,7 @@ class EncoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings:
-    """Section `extract`: how the features are made; none of it changes their values."""
+    """Section `extract`: how the features are made, and in which shards they lie."""
 
     workers: int
     """Decoding processes; 0 decodes in the encoding process."""

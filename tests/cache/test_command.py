@@ -68,4 +68,4 @@ def test_wrong_calls_end_with_2(tmp_path):
     assert command(tmp_path, "pass", "--none").returncode == 2
     missing = command(tmp_path, "pass", "--params", str(tmp_path / "none.yaml"))
     assert missing.returncode == 2
-    assert "no such settings file" in missing.stderr
+    assert "no settings file that can be read" in missing.stderr

@@ -81,6 +81,8 @@ def test_what_does_not_fit_names_key_and_file(tmp_path, text, reason):
         ("a: [", "not a YAML file: "),
         ("seed: 1\nseed: 2", "not a YAML file: "),
         (b"seed: \xff", "not a YAML file: "),
+        ("seed: 2024-13-45", "not a YAML file: "),
+        ("[" * 5000, "not a YAML file: "),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, reason):
@@ -91,7 +93,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, reason):
 
 
 def test_a_file_or_section_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SettingsError, match=r"none\.yaml: no such settings file"):
+    with pytest.raises(SettingsError, match=r"none\.yaml: no settings file that can be read"):
         Params.read(tmp_path / "none.yaml")
     with pytest.raises(SettingsError, match=r"section 'data' is missing\. Found: seed\."):
         params(tmp_path, "seed: 3").section("data", Outer)
