@@ -6,6 +6,7 @@ one more thread hashes and writes the shard before. At most two shards are in me
 Letters: B images of a batch, S side of the input in pixels, P patches, D width of the tower.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cache.errors import StageError
+from cache.files import sha256_of, write_text
 from cache.images import ImageArchive, ImageNameError
 from cache.plan import PlannedShard
 from cache.shard import write_shard
@@ -234,6 +236,11 @@ def _timed_encode(encoder: Encoder, pixels_BSSC: Tensor, totals: Encoding) -> ND
     return features_BPD
 
 
+def hash_file(folder: Path, shard: PlannedShard) -> Path:
+    """Return where the sha256 of a finished shard is kept, beside it."""
+    return folder / f"{shard.key}.sha256"
+
+
 def _write(
     folder: Path,
     shard: PlannedShard,
@@ -242,7 +249,11 @@ def _write(
     totals: Encoding,
 ) -> None:
     started = time.perf_counter()
-    write_shard(folder / shard.name, encoder.spec, shard.image_ids, features_NPD)
+    fresh = folder / f".{shard.name}.new"
+    write_shard(fresh, encoder.spec, shard.image_ids, features_NPD)
+    # Before the shard has its name, so that a shard without its hash is never there.
+    write_text(hash_file(folder, shard), sha256_of(fresh))
+    os.replace(fresh, folder / shard.name)
     totals.encoded_shards.add(shard.name)
     totals.images_encoded += len(shard.image_ids)
     totals.write_seconds += time.perf_counter() - started

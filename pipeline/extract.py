@@ -14,16 +14,14 @@ import pyarrow.parquet as pq
 
 from cache.command import run_stage
 from cache.data_settings import DataSettings
-from cache.errors import CacheError, StageError
-from cache.files import WORK, write_json
+from cache.errors import StageError
+from cache.files import WORK, sha256_of, write_json
 from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
-from cache.shard import open_shard
 from cache.spec import Spec
-from cache.store import check_rows
-from pipeline.encode import Encoding, ImageSource, encode_shards
+from pipeline.encode import Encoding, ImageSource, encode_shards, hash_file
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.settings import EncoderSettings, ExtractSettings
 
@@ -114,7 +112,7 @@ def make_shards(
             encoder.spec.fingerprint,
             settings.shard_rows,
         )
-        missing = [shard for shard in plan if not is_finished(shard, encoder.spec)]
+        missing = [shard for shard in plan if not is_finished(shard)]
         if not missing:
             break
         check_space(missing, encoder.spec)
@@ -132,18 +130,15 @@ def make_shards(
     return plan
 
 
-def is_finished(planned: PlannedShard, spec: Spec) -> bool:
-    """Tell whether the work directory has this shard, whole and undamaged."""
-    path = FINISHED / planned.name
-    if not path.exists():
+def is_finished(planned: PlannedShard) -> bool:
+    """Tell whether the work directory has this shard, with the bytes that were written."""
+    path, hashed = FINISHED / planned.name, hash_file(FINISHED, planned)
+    if not path.exists() or not hashed.exists():
         return False
-    try:
-        shard = open_shard(path, spec)
-        check_rows(shard)
-    except CacheError as error:
-        print(f"extract: encoding again, because {error}")
-        return False
-    return np.array_equal(shard.image_ids, planned.image_ids)
+    if sha256_of(path) == hashed.read_text():
+        return True
+    print(f"extract: encoding {path} again: its bytes are not those that were written")
+    return False
 
 
 def write_report(plan: list[PlannedShard], spec: Spec, totals: Encoding) -> None:

@@ -56,7 +56,9 @@ def keys(plan):
 
 def states(folder):
     """What changes when a file is written again."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    return {
+        path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.glob("*.h5")
+    }
 
 
 def replace_bytes(path, change):
@@ -64,6 +66,12 @@ def replace_bytes(path, change):
     data = change(path.read_bytes())
     path.unlink()
     path.write_bytes(data)
+
+
+def flip_padding(data):
+    """A byte that no reader looks at, but that makes another file."""
+    place = data.index(bytes(512))
+    return data[: place + 256] + b"x" + data[place + 257 :]
 
 
 def flip_feature(data):
@@ -199,7 +207,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(make_workspace, wanted)
     assert report["shards_encoded"] == report["shards"] - len(before) > 0
     assert workspace.store_bytes() == wanted
     # Half a file of the kill is gone too.
-    assert all(path.suffix == ".h5" for path in workspace.finished.iterdir())
+    assert {path.suffix for path in workspace.finished.iterdir()} == {".h5", ".sha256"}
 
 
 def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
@@ -356,8 +364,14 @@ def test_an_image_that_changed_since_the_index_is_an_error(workspace):
 
 @pytest.mark.parametrize(
     "change",
-    [flip_feature, lambda data: data[:-1], lambda data: data[: len(data) // 3], lambda data: b""],
-    ids=["flipped", "a byte short", "a third", "empty"],
+    [
+        flip_feature,
+        flip_padding,
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 3],
+        lambda data: b"",
+    ],
+    ids=["flipped", "padding", "a byte short", "a third", "empty"],
 )
 def test_a_finished_shard_that_was_damaged_is_encoded_again(workspace, wanted, change, capsys):
     workspace.run()
