@@ -234,23 +234,36 @@ def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Mo
 
 def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) -> Tensor:
     """Encode one black image to learn P and D, and that the tower has such a layer."""
-    if not hasattr(visual, "transformer") and not hasattr(visual, "trunk"):
+    num_blocks = _num_blocks(visual, settings.model)
+    if num_blocks < -settings.layer:
         raise SettingsError(
-            f"encoder.model: {settings.model} has no patch tokens: it is no vision transformer. "
-            f"Wanted a ViT."
+            f"encoder.layer: {settings.model} has no block {settings.layer} (it has {num_blocks})."
         )
     with torch.inference_mode():
         try:
             return patch_tokens(visual, torch.zeros(1, 3, image_size, image_size), settings.layer)
-        except (AssertionError, IndexError) as error:
-            raise SettingsError(
-                f"encoder.layer: {settings.model} has no block {settings.layer} ({error})."
-            ) from None
-        except RuntimeError as error:
+        except (AssertionError, RuntimeError) as error:
             raise SettingsError(
                 f"encoder.model: {settings.model} cannot encode an image of {image_size} x "
                 f"{image_size} pixels: {' '.join(str(error).split())}"
             ) from None
+
+
+def _num_blocks(visual: nn.Module, model: str) -> int:
+    """Count the blocks of a tower that keeps one grid of patches from the first to the last."""
+    transformer: Any = getattr(visual, "transformer", None)
+    if transformer is not None:
+        return len(transformer.resblocks)
+    trunk: Any = getattr(visual, "trunk", visual)
+    embed = getattr(trunk, "patch_embed", None)
+    # timm's networks of stages lack the one or the other.
+    if not (hasattr(trunk, "blocks") and hasattr(embed, "dynamic_feat_size")):
+        raise SettingsError(
+            f"encoder.model: {model} has no patch tokens: {type(trunk).__name__} is a "
+            f"convolutional network, merges patches on the way, or is otherwise no plain vision "
+            f"transformer. Wanted a ViT."
+        )
+    return len(trunk.blocks)
 
 
 def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:
