@@ -84,6 +84,9 @@ SIDE = dict.fromkeys(KINDS, 4) | {"large-336": 24}
 PREFIX = dict.fromkeys(KINDS, 1) | {"siglip": 0, "registers": 5, "registers-alone": 2}
 """Tokens before the patches."""
 
+POOL = dict.fromkeys(THROUGH_TIMM, "token") | {"siglip": "map", "registers-alone": "map"}
+"""Never the mean, for which timm leaves out the final norm."""
+
 SIGLIP_TAG = {
     "mean": INCEPTION_MEAN,
     "std": INCEPTION_STD,
@@ -96,8 +99,8 @@ def config(kind, vision):
     if kind in OWN:
         vision = PLAIN | OWN[kind] | vision
     else:
-        pool = "map" if kind == "siglip" else "avg"
-        vision = {"image_size": 32, "timm_pool": pool, "timm_proj": "none"} | vision
+        pool = {"timm_pool": POOL.get(kind, "avg"), "timm_proj": "none"}
+        vision = {"image_size": 32} | pool | vision
         vision["timm_model_name"] = f"small_{kind}"
     top = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": TEXT}
     if kind == "coca":
@@ -110,7 +113,7 @@ def model(tmp_path, monkeypatch):
     """Writes the config of a small tower and returns its path; timm learns of its trunk."""
     for kind, trunk in (THROUGH_TIMM | WITHOUT_PATCHES).items():
 
-        def create(trunk=trunk, num_classes=0, global_pool="avg", **options):
+        def create(trunk=trunk, *, num_classes, global_pool, **options):
             made = trunk(num_classes=num_classes, global_pool=global_pool)
             # New blocks of timm change their input by next to nothing.
             for block_weights in getattr(made, "blocks", nn.Module()).parameters():
@@ -156,6 +159,10 @@ def normalised(encoder, pixels):
 
 def blocks_of(visual):
     return visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks
+
+
+def embed_of(visual):
+    return visual.trunk.patch_embed if hasattr(visual, "trunk") else visual.conv1
 
 
 def relative(found, wanted):
@@ -247,9 +254,9 @@ def test_the_spec_and_the_pixels_follow_the_preprocess_of_the_tag(settings, mode
     assert (spec.mean, spec.std) == (INCEPTION_MEAN, INCEPTION_STD) == ((0.5,) * 3, (0.5,) * 3)
     assert (spec.resize, spec.interpolation) == ("squash", "bicubic")
     seen = []
-    encoder._visual.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    embed_of(encoder._visual).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     pixels = random_pixels(encoder, 1)
-    encoder._visual(normalised(encoder, pixels))
+    encoder.encode(pixels)
     assert torch.allclose(seen[0], pixels.permute(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
 
 
