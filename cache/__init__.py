@@ -1,5 +1,6 @@
 """The feature store: patch embeddings of images in HDF5 shards, read at the speed of memory."""
 
+from cache.audit import VerifyReport
 from cache.errors import (
     CacheError,
     CorruptShardError,
@@ -11,7 +12,7 @@ from cache.errors import (
     UnsafeShardError,
 )
 from cache.spec import Spec
-from cache.store import FeatureStore, VerifyReport
+from cache.store import FeatureStore
 
 __all__ = [
     "CacheError",

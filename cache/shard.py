@@ -8,9 +8,13 @@ Letters: N rows, P patches, D width of the vision tower.
 """
 
 import contextlib
+import functools
 import math
+import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -25,7 +29,7 @@ from cache.errors import (
     UnsafeShardError,
 )
 from cache.files import replacing
-from cache.spec import Spec, check_same_spec
+from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
 ALIGNMENT = 4096
 """File offset of the features is a multiple of this many bytes: a page of memory."""
@@ -33,10 +37,15 @@ ALIGNMENT = 4096
 LIBRARY_VERSIONS = ("v110", "v110")
 """Both bounds of the HDF5 file format, so that any library writes the same bytes."""
 
-DATASETS = {"features": ("<f2", 3), "image_id": ("<i8", 1), "row_xxh3": ("<u8", 1)}
+DATASETS = {
+    b"features": (h5py.h5t.IEEE_F16LE, 3),
+    b"image_id": (h5py.h5t.STD_I64LE, 1),
+    b"row_xxh3": (h5py.h5t.STD_U64LE, 1),
+}
 """Type and number of dimensions of each dataset."""
 
-ATTRIBUTES = frozenset({"format", "fingerprint", "spec"})
+MAX_NAMED = 8
+"""How many names of a root an error names."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +60,11 @@ class Shard:
     image_ids: NDArray[np.int64]
     row_xxh3: NDArray[np.uint64]
 
-    def map(self) -> NDArray[np.float16]:
-        """Memory-map the features: float16 [N, P, D], read-only, nothing read yet."""
-        return np.memmap(self.path, dtype="<f2", mode="r", offset=self.offset, shape=self.shape)
 
-
-def hash_rows(features_NPD: NDArray[np.float16]) -> NDArray[np.uint64]:
-    """Return xxh3_64 of each row's bytes: uint64 [N]."""
-    hashes = (xxhash.xxh3_64_intdigest(row.data) for row in features_NPD)
-    return np.fromiter(hashes, dtype="<u8", count=len(features_NPD))
+def hash_rows(rows: NDArray[Any]) -> NDArray[np.uint64]:
+    """Return xxh3_64 of the bytes of each entry of the first dimension: uint64 [N]."""
+    hashes = (xxhash.xxh3_64_intdigest(row.data) for row in rows)
+    return np.fromiter(hashes, dtype="<u8", count=len(rows))
 
 
 def write_shard(
@@ -105,9 +110,16 @@ def open_shard(path: Path, spec: Spec) -> Shard:
         UnsafeShardError: Anything but three plain contiguous datasets.
         SpecMismatchError: Another encoder wrote it.
     """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    # Readers never write, and some shared file systems refuse locks.
+    access.set_file_locking(False, True)
     try:
-        with h5py.File(path, "r", locking=False) as file:
+        file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
+        try:
             return _read_checked(file, path, spec)
+        finally:
+            file.close()
     except CacheError:
         raise
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
@@ -119,67 +131,81 @@ def open_shard(path: Path, spec: Spec) -> Shard:
         ) from None
 
 
-def _read_checked(file: h5py.File, path: Path, spec: Spec) -> Shard:
-    if file.userblock_size or set(file) != DATASETS.keys():
-        raise _unsafe(path, f"its root holds {sorted(file)}, wanted {sorted(DATASETS)}")
-    if set(file.attrs) != ATTRIBUTES:
-        raise _unsafe(path, f"its attributes are {sorted(file.attrs)}, wanted {sorted(ATTRIBUTES)}")
-    for name in DATASETS:
-        _check_dataset(file, name, path)
-    _check_spec(file, path, spec)
-    features = file["features"]
-    image_ids, row_xxh3 = file["image_id"][:], file["row_xxh3"][:]
-    wanted = (len(image_ids), spec.patches, spec.width)
-    if features.shape != wanted or len(row_xxh3) != len(image_ids):
+def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
+    # h5py's low level: a store of a thousand shards opens within a second.
+    root = h5py.h5g.open(file, b"/")
+    if file.get_create_plist().get_userblock():
+        raise _unsafe(path, "it starts with a user block")
+    if root.get_num_objs() != len(DATASETS) or set(root) != DATASETS.keys():
+        names = sorted(name.decode(errors="replace") for name in islice(root, MAX_NAMED))
+        raise _unsafe(path, f"its root holds {names}, wanted {sorted(DATASETS)}")
+    _check_attributes(root, path, spec)
+    features, image_id, row_xxh3 = (_checked_dataset(root, name, path) for name in DATASETS)
+    if features.shape[1:] != (spec.patches, spec.width) or not (
+        features.shape[:1] == image_id.shape == row_xxh3.shape
+    ):
         raise CorruptShardError(
-            f"{path}: features are {features.shape} beside {len(image_ids)} ids and "
-            f"{len(row_xxh3)} hashes, wanted {wanted}. Fetch it again."
+            f"{path}: features are {features.shape} beside {image_id.shape[0]} ids and "
+            f"{row_xxh3.shape[0]} hashes, wanted {spec.patches} x {spec.width} for each. "
+            f"Fetch it again."
         )
-    return Shard(path, features.id.get_offset(), features.shape, image_ids, row_xxh3)
+    image_ids, hashes = _read(image_id, "<i8"), _read(row_xxh3, "<u8")
+    if np.any(np.diff(image_ids) <= 0):
+        raise CorruptShardError(f"{path}: its image ids do not ascend. Fetch it again.")
+    return Shard(path, features.get_offset() or 0, features.shape, image_ids, hashes)
 
 
-def _check_dataset(file: h5py.File, name: str, path: Path) -> None:
+def _read(dataset: h5py.h5d.DatasetID, dtype: str) -> NDArray[Any]:
+    values = np.empty(dataset.shape, dtype)
+    if values.size:
+        dataset.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
+def _checked_dataset(root: h5py.h5g.GroupID, name: bytes, path: Path) -> h5py.h5d.DatasetID:
+    text = name.decode()
     # The link is looked at before it is followed: it may lead into another file.
-    if type(file.get(name, getlink=True)) is not h5py.HardLink:
-        raise _unsafe(path, f"{name} is a link")
-    if file.get(name, getclass=True) is not h5py.Dataset:
-        raise _unsafe(path, f"{name} is no dataset")
-    dataset = file[name]
-    dtype, num_dimensions = DATASETS[name]
-    properties = dataset.id.get_create_plist()
+    if root.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+        raise _unsafe(path, f"{text} is a link")
+    if h5py.h5o.get_info(root, name).type != h5py.h5o.TYPE_DATASET:
+        raise _unsafe(path, f"{text} is no dataset")
+    dataset = h5py.h5d.open(root, name)
+    properties = dataset.get_create_plist()
     if (
         properties.get_layout() != h5py.h5d.CONTIGUOUS
         or properties.get_external_count()
         or properties.get_nfilters()
     ):
-        raise _unsafe(path, f"{name} is not contiguous, or external, virtual or filtered")
-    if dataset.dtype.str != dtype or dataset.ndim != num_dimensions:
-        raise _unsafe(path, f"{name} is {dataset.dtype.str} with {dataset.ndim} dimensions")
-    # Not `dataset.nbytes`, which wraps around at 2**64.
-    offset, num_bytes = dataset.id.get_offset(), math.prod(dataset.shape) * dataset.dtype.itemsize
-    if offset is None or offset + num_bytes > path.stat().st_size:
+        raise _unsafe(path, f"{text} is not contiguous, or external, virtual or filtered")
+    kind, num_dimensions = DATASETS[name]
+    if not dataset.get_type().equal(kind) or len(dataset.shape) != num_dimensions:
+        raise _unsafe(path, f"{text} is {dataset.dtype.str} with {len(dataset.shape)} dimensions")
+    if h5py.h5a.get_num_attrs(dataset):
+        raise _unsafe(path, f"{text} has attributes")
+    _check_extent(dataset, text, path)
+    return dataset
+
+
+def _check_extent(dataset: h5py.h5d.DatasetID, name: str, path: Path) -> None:
+    """Refuse a dataset that the file does not hold as a whole."""
+    num_bytes = math.prod(dataset.shape) * dataset.dtype.itemsize
+    offset = dataset.get_offset()
+    if num_bytes and (offset is None or offset + num_bytes > path.stat().st_size):
         raise CorruptShardError(f"{path}: {name} reaches beyond the end of the file.")
-    if name == "features" and offset % ALIGNMENT:
+    if name == "features" and num_bytes and offset % ALIGNMENT:
         raise _unsafe(path, f"features start at byte {offset}, wanted a multiple of {ALIGNMENT}")
 
 
-def _check_spec(file: h5py.File, path: Path, spec: Spec) -> None:
-    for name in ATTRIBUTES:
-        attribute = file.attrs.get_id(name)
-        kind = attribute.get_type()
-        if (
-            not isinstance(kind, h5py.h5t.TypeStringID)
-            or kind.is_variable_str()
-            or attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR
-        ):
-            raise _unsafe(path, f"attribute {name} is not one text of fixed length")
-    found = {name: bytes(file.attrs[name]) for name in ATTRIBUTES}
+def _check_attributes(root: h5py.h5g.GroupID, path: Path, spec: Spec) -> None:
     wanted = _attributes(spec)
+    if h5py.h5a.get_num_attrs(root) != len(wanted):
+        raise _unsafe(path, f"its root has not exactly the attributes {sorted(wanted)}")
+    found = {name: _read_text(root, name, path) for name in wanted}
     if found["fingerprint"] != wanted["fingerprint"]:
         # Says which fields differ, where the shard's own spec can be read.
         with contextlib.suppress(IncompleteStoreError):
             check_same_spec(Spec.from_json(found["spec"], f"{path}: spec"), spec, str(path))
-    for name in sorted(ATTRIBUTES):
+    for name in sorted(wanted):
         if found[name] != wanted[name]:
             raise SpecMismatchError(
                 f"{path}: {name} is {found[name]!r}, the store has {wanted[name]!r}. "
@@ -187,6 +213,24 @@ def _check_spec(file: h5py.File, path: Path, spec: Spec) -> None:
             )
 
 
+def _read_text(root: h5py.h5g.GroupID, name: str, path: Path) -> bytes:
+    if not h5py.h5a.exists(root, name.encode()):
+        raise _unsafe(path, f"its root lacks the attribute {name}")
+    attribute = h5py.h5a.open(root, name.encode())
+    kind = attribute.get_type()
+    if (
+        not isinstance(kind, h5py.h5t.TypeStringID)
+        or kind.is_variable_str()
+        or kind.get_size() > MAX_JSON_BYTES
+        or attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR
+    ):
+        raise _unsafe(path, f"attribute {name} is not one text of fixed length")
+    value = np.empty((), f"S{kind.get_size()}")
+    attribute.read(value, mtype=kind)
+    return bytes(value[()])
+
+
+@functools.lru_cache
 def _attributes(spec: Spec) -> dict[str, bytes]:
     return {
         "format": spec.format.encode(),

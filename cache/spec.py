@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from cache.errors import IncompleteStoreError, SpecMismatchError
@@ -16,6 +18,10 @@ from cache.files import canonical_json
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
+
+
+MAX_JSON_BYTES = 1 << 16
+"""A spec's JSON has about 700 bytes; no more than this is ever read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +53,7 @@ class Spec:
     width: int
     preprocess_version: int
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON of all fields, in hexadecimal."""
         return hashlib.sha256(canonical_json(dataclasses.asdict(self))).hexdigest()
@@ -55,6 +61,12 @@ class Spec:
     def to_json(self) -> bytes:
         """Return the canonical JSON of all fields and the fingerprint: the bytes of spec.json."""
         return canonical_json(dataclasses.asdict(self) | {"fingerprint": self.fingerprint})
+
+    @classmethod
+    def read(cls, path: Path) -> "Spec":
+        """Read a store's spec.json; the errors are those of `from_json`."""
+        with path.open("rb") as file:
+            return cls.from_json(file.read(MAX_JSON_BYTES), str(path))
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Spec":

@@ -1,82 +1,74 @@
-"""Reads features back: opens a store, gathers batches, verifies files.
+"""Reads features back: opens a store and gathers batches.
 
-Each shard is memory-mapped on first use. A mapping survives a fork and is shared by threads;
-it is not pickled, so that a spawned process makes its own.
+All shards lie in one range of addresses (`cache.rows`), each mapped on its first use. A mapping
+survives a fork and is shared by threads; it is not pickled, so that a spawned process makes its
+own.
 
-Letters: B images asked for, P patches, D width of the vision tower.
+Letters: B images asked for, N images of the store, P patches, D width of the vision tower.
 """
 
+import os
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import (
-    CacheError,
-    CorruptShardError,
-    IncompleteStoreError,
-    MissingImageError,
-    SpecMismatchError,
-)
-from cache.files import sha256_of
-from cache.shard import Shard, hash_rows, open_shard
+from cache.audit import VerifyReport, audit
+from cache.errors import MissingImageError
+from cache.location import Location
+from cache.rows import RowSpace
+from cache.shard import open_shard
 from cache.spec import Spec
-from cache.table import StoreTable
+from cache.table import INDEX, StoreTable
 
 NAMED_IDS = 5
 """How many ids an error names."""
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What a verification found."""
-
-    ok: bool
-    problems: list[str] = field(default_factory=list)
-    bad_shards: list[str] = field(default_factory=list)
-    """File names of the shards that have a problem."""
-
-
 class FeatureStore:
     """Read access to the features of a store."""
 
-    def __init__(self, root: str | Path, *, check_sizes: bool = True) -> None:
-        """Open a store and check its spec, its index and the sizes of its shards.
+    def __init__(self, root: str | Path, *, partial: bool = False) -> None:
+        """Open a store and check its spec, its index, and size and structure of its shards.
 
         Args:
-            root: Folder or fsspec URL. Of a URL, each file is copied here on first use.
-            check_sizes: Whether a shard that is missing or of another size is an error already
-                now; `verify` finds it in any case.
+            root: Folder or fsspec URL. Of a URL, each shard is copied here, and checked, on its
+                first use; the copies go when the store does.
+            partial: Whether shards may be missing. Their images are then not in the store, and
+                `missing_shards` names them.
 
         Raises:
             IncompleteStoreError: A part is missing or not what it should be.
-            SpecMismatchError: Spec and index are of different encoders.
-            CorruptShardError: A shard's size is not the one in the index.
+            SpecMismatchError: Spec, index and shards are of different encoders.
+            CorruptShardError: The index contradicts itself, or a shard is not what it says.
+            UnsafeShardError: A shard is not built as shards are built.
         """
         self.root = str(root)
-        self._check_sizes = check_sizes
-        spec_path = self._local("spec.json")
-        if not spec_path.is_file():
-            raise IncompleteStoreError(
-                f"{spec_path}: missing, so {root} is not a store. Run the extract stage, "
-                f"or `dvc pull`."
-            )
-        self.spec = Spec.from_json(spec_path.read_bytes(), str(spec_path))
-        self._table = StoreTable.read(self._local("index.parquet"))
-        if self._table.fingerprint != self.fingerprint:
-            raise SpecMismatchError(
-                f"{root}: index.parquet is of the encoder {self._table.fingerprint!r}, spec.json "
-                f"of {self.fingerprint!r}. Run the extract stage."
-            )
-        self._is_remote = "://" in self.root
-        if check_sizes and not self._is_remote:
-            for number in range(len(self._table.shards)):
-                self._check_size(number)
-        self._maps: list[NDArray[np.float16] | None] = [None] * len(self._table.shards)
+        self._partial = partial
+        self._location = Location(root)
+        self.spec = Spec.read(self._location.path("spec.json"))
+        table = self._read_table()
+        self._shards = table.shards
+        is_here = np.array([not partial or self._has(file.name) for file in table.shards], bool)
+        self.missing_shards: tuple[str, ...] = tuple(
+            table.shards[number].name for number in np.flatnonzero(~is_here)
+        )
+        """File names of the shards that the index names and the folder lacks."""
+        self._sizes = [len(positions) for positions in table.by_shard]
+        self._space = RowSpace(self._sizes, self.spec.patches, self.spec.width)
+        kept = is_here[table.shard_number]
+        self._image_ids: NDArray[np.int64] = table.image_ids[kept]
+        self._image_ids.flags.writeable = False
+        self._slots = (self._space.starts[table.shard_number] + table.row)[kept]
+        self._offsets: list[int | None] = [None] * len(self._shards)
+        self._is_attached = np.zeros(len(self._shards), dtype=bool)
+        self._locks: dict[int, threading.Lock] = {}
+        if not self._location.is_remote:
+            for number in np.flatnonzero(is_here).tolist():
+                self._check(number, table)
 
     @property
     def fingerprint(self) -> str:
@@ -85,21 +77,21 @@ class FeatureStore:
 
     @property
     def num_shards(self) -> int:
-        """How many shard files the store has."""
-        return len(self._table.shards)
+        """How many shard files the index names."""
+        return len(self._shards)
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shard files together."""
-        return sum(shard.num_bytes for shard in self._table.shards)
+        """Size of all shard files of the index together."""
+        return sum(shard.num_bytes for shard in self._shards)
 
     @property
     def image_ids(self) -> NDArray[np.int64]:
-        """All image ids: int64 [N], ascending."""
-        return self._table.image_ids
+        """All image ids: int64 [N], ascending, read-only."""
+        return self._image_ids
 
     def __len__(self) -> int:
-        return len(self._table.image_ids)
+        return len(self.image_ids)
 
     def __contains__(self, image_id: object) -> bool:
         if not isinstance(image_id, int | np.integer):
@@ -117,7 +109,7 @@ class FeatureStore:
         image_ids: Sequence[int] | NDArray[np.int64],
         out: NDArray[np.float16] | None = None,
     ) -> NDArray[np.float16]:
-        """Read the features of some images.
+        """Read the features of some images, without the GIL while bytes are copied.
 
         Args:
             image_ids: B ids in any order; repeats are allowed.
@@ -132,111 +124,100 @@ class FeatureStore:
             CorruptShardError: A shard is not what the index says.
             ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
-        positions = self._positions(_checked_ids(image_ids))
-        shape = (len(positions), self.spec.patches, self.spec.width)
+        slots = self._slots[self._positions(_checked_ids(image_ids))]
+        shape = (len(slots), self.spec.patches, self.spec.width)
         if out is None:
             out = np.empty(shape, dtype=np.float16)
         elif out.shape != shape or out.dtype != np.float16 or not out.flags.c_contiguous:
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous"
             )
-        shard_numbers, rows = self._table.shard_number[positions], self._table.row[positions]
-        for slot, (number, row) in enumerate(zip(shard_numbers, rows, strict=True)):
-            out[slot] = self._map(number)[row]
+        self._attach(self._shard_numbers(slots))
+        # Slots are in range: "clip" keeps numpy from gathering into a buffer first.
+        np.take(self._space.rows, slots, axis=0, out=out, mode="clip")
         return out
 
+    def shards_of(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the shard in which each image lies: int64 [B].
+
+        Raises:
+            MissingImageError: An id is not in the store.
+        """
+        return self._shard_numbers(self._slots[self._positions(_checked_ids(image_ids))])
+
     def verify(self, deep: bool = True) -> VerifyReport:
-        """Check every shard against the index.
+        """Check every file of the store against the index, as `cache.audit.audit` does.
 
         Args:
             deep: Also re-hash every file and every row, and look for values that are not finite.
                 Without it, sizes and structure.
         """
-        problems: list[str] = []
-        bad_shards: list[str] = []
-        for number, file in enumerate(self._table.shards):
-            try:
-                self._verify_shard(number, deep)
-            except CacheError as error:
-                problems.append(str(error))
-                bad_shards.append(file.name)
-        return VerifyReport(not problems, problems, bad_shards)
-
-    def _verify_shard(self, number: int, deep: bool) -> None:
-        shard = self._open(number)
-        if not deep:
-            return
-        found = sha256_of(shard.path)
-        if found != self._table.shards[number].sha256:
-            raise CorruptShardError(
-                f"{shard.path}: sha256 is {found}, the index has "
-                f"{self._table.shards[number].sha256}. Fetch it again."
-            )
-        check_rows(shard)
+        return audit(self._location, deep=deep, partial=self._partial)
 
     def _positions(self, image_ids: NDArray[np.int64]) -> NDArray[np.intp]:
         positions = np.searchsorted(self.image_ids, image_ids)
         known = positions < len(self)
         known[known] = self.image_ids[positions[known]] == image_ids[known]
         if not known.all():
-            missing = image_ids[~known]
-            names = ", ".join(map(str, missing[:NAMED_IDS]))
-            raise MissingImageError(
-                f"{self.root}: {len(missing)} of {len(image_ids)} images asked for are not among "
-                f"its {len(self)}: {names}{', ...' if len(missing) > NAMED_IDS else ''}. "
-                f"Index and extract them first."
-            )
+            raise MissingImageError(self._missing_text(image_ids, ~known))
         return positions
 
-    def _map(self, number: int) -> NDArray[np.float16]:
-        mapped = self._maps[number]
-        if mapped is None:
-            # Two threads may both map a shard: h5py lets one at a time into HDF5, and a second
-            # mapping does no harm. A lock of our own could be held by no one after a fork.
-            mapped = self._maps[number] = self._open(number).map()
-        return mapped
+    def _missing_text(self, image_ids: NDArray[np.int64], missing: NDArray[np.bool_]) -> str:
+        ids = image_ids[missing]
+        names = ", ".join(map(str, ids[:NAMED_IDS])) + ", ..." * (len(ids) > NAMED_IDS)
+        remedy = "Index and extract them first."
+        if self.missing_shards:
+            table = self._read_table()
+            shards = table.shard_number[np.isin(table.image_ids, ids)]
+            lacking = ", ".join(table.shards[number].name for number in np.unique(shards))
+            remedy = f"Get the shards that are not here: {lacking}." if lacking else remedy
+        return (
+            f"{self.root}: {len(ids)} of {len(image_ids)} images asked for are not among its "
+            f"{len(self)}: {names}. {remedy}"
+        )
 
-    def _open(self, number: int) -> Shard:
-        """Check a shard against the index and open it."""
-        self._check_size(number)
-        shard = open_shard(self._local(self._table.shards[number].name), self.spec)
-        mine = self._table.shard_number == number
-        order = np.argsort(self._table.row[mine])
-        if not (
-            np.array_equal(self._table.row[mine][order], np.arange(len(order)))
-            and np.array_equal(self.image_ids[mine][order], shard.image_ids)
-            and np.array_equal(self._table.row_xxh3[mine][order], shard.row_xxh3)
-        ):
-            raise CorruptShardError(
-                f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
-                f"Fetch both again, or run the extract stage."
-            )
-        return shard
+    def _shard_numbers(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._space.starts, slots, side="right") - 1
 
-    def _check_size(self, number: int) -> None:
-        file = self._table.shards[number]
-        path = self._local(file.name)
-        if not path.is_file():
-            raise IncompleteStoreError(
-                f"{path}: missing, but index.parquet names it. Run `dvc pull`, or extract."
-            )
-        if path.stat().st_size != file.num_bytes:
-            raise CorruptShardError(
-                f"{path}: has {path.stat().st_size} bytes, the index says {file.num_bytes}. "
-                f"Fetch it again, or run the extract stage."
-            )
+    def _attach(self, numbers: NDArray[np.int64]) -> None:
+        """Map the shards that were not used yet in this process."""
+        wanted = numbers[~self._is_attached[numbers]]
+        if not len(wanted):
+            return
+        # One lock a process: after a fork, nobody is left to release the parent's.
+        with self._locks.setdefault(os.getpid(), threading.Lock()):
+            for number in np.unique(wanted).tolist():
+                if not self._is_attached[number]:
+                    self._attach_one(number)
 
-    def _local(self, name: str) -> Path:
-        if "://" not in self.root:
-            return Path(self.root) / name
-        try:
-            return Path(fsspec.open_local(f"simplecache::{self.root.rstrip('/')}/{name}"))
-        except FileNotFoundError:
-            raise IncompleteStoreError(f"{self.root}: has no {name}. Push it again.") from None
+    def _attach_one(self, number: int) -> None:
+        file = self._shards[number]
+        offset = self._offsets[number]
+        if offset is None:
+            offset = self._check(number, self._read_table())
+        path = self._location.path(file.name, file.num_bytes)
+        self._space.attach(
+            number, path, num_bytes=file.num_bytes, offset=offset, rows=self._sizes[number]
+        )
+        self._is_attached[number] = True
 
-    def __getstate__(self) -> dict[str, object]:
+    def _check(self, number: int, table: StoreTable) -> int:
+        """Hold a shard against the index; return, and remember, where its features start."""
+        file = self._shards[number]
+        shard = open_shard(self._location.path(file.name, file.num_bytes), self.spec)
+        table.check_shard(number, shard)
+        self._offsets[number] = shard.offset
+        return shard.offset
+
+    def _read_table(self) -> StoreTable:
+        return StoreTable.read(self._location.path(INDEX), self.spec)
+
+    def _has(self, name: str) -> bool:
+        return self._location.size(name) is not None
+
+    def __getstate__(self) -> dict[str, Any]:
         # A process that receives it reads spec and index again, instead of a copy of the index.
-        return {"root": self.root, "check_sizes": self._check_sizes}
+        return {"root": self.root, "partial": self._partial}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         FeatureStore.__init__(self, **state)
@@ -248,23 +229,3 @@ def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"image_ids is {ids.dtype} {ids.shape}, wanted integers in one dimension")
     return ids.astype(np.int64)
-
-
-def check_rows(shard: Shard) -> None:
-    """Read every feature of a shard and hold it against the shard's own hashes.
-
-    Raises:
-        CorruptShardError: A row's hash differs, or a value is not finite; names the images.
-    """
-    features_NPD = shard.map()
-    wrong = hash_rows(features_NPD) != shard.row_xxh3
-    if not wrong.any():
-        # A sum is not finite when a value is not; float32 holds 65504 * 2**100.
-        with np.errstate(invalid="ignore"):
-            wrong = ~np.isfinite(features_NPD.sum(axis=(1, 2), dtype=np.float32))
-    if wrong.any():
-        ids = ", ".join(map(str, shard.image_ids[wrong][:NAMED_IDS]))
-        raise CorruptShardError(
-            f"{shard.path}: {int(wrong.sum())} rows have another hash than when they were "
-            f"written, or values that are not finite: images {ids}. Fetch it again, or extract."
-        )

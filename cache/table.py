@@ -1,11 +1,14 @@
 """`index.parquet` of a store: one row an image, and what each shard file must be.
 
-Read with bounds on everything that later becomes a path, an offset or a size.
+Read with bounds on everything that later becomes a path, an offset or a size. Its bytes carry
+their own sha256, so that a flipped bit is found wherever it is.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import IncompleteStoreError
+from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import replacing
+from cache.shard import Shard
+from cache.spec import Spec
+
+INDEX = "index.parquet"
 
 SCHEMA = pa.schema(
     [
@@ -26,7 +33,19 @@ SCHEMA = pa.schema(
     ]
 )
 
+READ_TYPES = {field.name: field.type for field in SCHEMA} | {
+    "shard": pa.dictionary(pa.int32(), pa.string())
+}
+
 SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
+
+OWN_HASH = b"file_sha256"
+"""Metadata key of the file's own hash, which is taken with `BLANK` in its place."""
+
+BLANK = b"0" * 64
+
+FOREIGN_KEYS = frozenset({b"fingerprint", b"shards", b"probe_sha256", b"ARROW:schema", b"pandas"})
+"""Metadata keys of an index that was written elsewhere, without its own hash."""
 
 
 @dataclass(frozen=True)
@@ -50,73 +69,141 @@ class StoreTable:
     row: NDArray[np.int32]
     row_xxh3: NDArray[np.uint64]
     source_xxh3: NDArray[np.uint64]
+    probe_sha256: str | None = None
+    """Of the file with the encoder's probe, where the store has one."""
 
     def write(self, path: Path) -> None:
         """Write the table, whole or not at all. Equal tables give equal bytes."""
         files = {s.name: {"bytes": s.num_bytes, "sha256": s.sha256} for s in self.shards}
         names = np.array([s.name for s in self.shards], dtype=object)
-        table = pa.table(
-            [self.image_ids, names[self.shard_number], self.row, self.row_xxh3, self.source_xxh3],
-            schema=SCHEMA.with_metadata(
-                {"fingerprint": self.fingerprint, "shards": json.dumps(files, sort_keys=True)}
-            ),
-        )
+        columns = [
+            self.image_ids,
+            names[self.shard_number],
+            self.row,
+            self.row_xxh3,
+            self.source_xxh3,
+        ]
+        metadata = {
+            b"fingerprint": self.fingerprint,
+            b"shards": json.dumps(files, sort_keys=True),
+            OWN_HASH: BLANK,
+        }
+        if self.probe_sha256 is not None:
+            metadata[b"probe_sha256"] = self.probe_sha256
         with replacing(path) as temporary:
-            pq.write_table(table, temporary)
+            # Without the Arrow schema, which would hold the metadata, and the hash, once more.
+            with pq.ParquetWriter(
+                temporary, SCHEMA, store_schema=False, write_page_checksum=True
+            ) as writer:
+                writer.write_table(pa.table(columns, schema=SCHEMA))
+                writer.add_key_value_metadata(metadata)
+            blank = temporary.read_bytes()
+            before, after = _around_hash(blank)
+            digest = hashlib.sha256(blank).hexdigest().encode()
+            temporary.write_bytes(before + digest + after)
+
+    @cached_property
+    def by_shard(self) -> list[NDArray[np.intp]]:
+        """For each shard, the positions of its images in order of row."""
+        order = np.lexsort((self.row, self.shard_number))
+        stops = np.cumsum(np.bincount(self.shard_number, minlength=len(self.shards)))
+        return np.split(order, stops[:-1])
+
+    def check_shard(self, number: int, shard: Shard) -> None:
+        """Hold the rows of an opened shard against those of the index.
+
+        Raises:
+            CorruptShardError: Other images, or other hashes of their features.
+        """
+        mine = self.by_shard[number]
+        if not (
+            np.array_equal(self.image_ids[mine], shard.image_ids)
+            and np.array_equal(self.row_xxh3[mine], shard.row_xxh3)
+        ):
+            raise CorruptShardError(
+                f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
+                f"Fetch both again, or run the extract stage."
+            )
 
     @classmethod
-    def read(cls, path: Path) -> "StoreTable":
+    def read(cls, path: Path, spec: Spec) -> "StoreTable":
         """Read and check a table.
+
+        Args:
+            path: Of the file.
+            spec: Of the store. The size of an image's features bounds how many rows can be true.
 
         Raises:
             IncompleteStoreError: Missing, unreadable, or not such a table.
+            SpecMismatchError: It is of another encoder.
+            CorruptShardError: Its rows contradict each other, or the sizes of the shards.
         """
         try:
-            table = pq.read_table(path, read_dictionary=["shard"], memory_map=False)
-        except FileNotFoundError:
-            raise IncompleteStoreError(
-                f"{path}: missing, so {path.parent} is not a finished store. "
-                f"Run the extract stage, or `dvc pull`."
-            ) from None
-        except (pa.ArrowException, OSError) as error:
-            raise _bad(path, f"not a parquet file ({error})") from None
-        return cls._from_arrow(table, path)
-
-    @classmethod
-    def _from_arrow(cls, table: pa.Table, path: Path) -> "StoreTable":
-        if table.schema.names != SCHEMA.names or any(
-            not pa.types.is_dictionary(found.type)
-            if wanted.name == "shard"
-            else found.type != wanted.type
-            for found, wanted in zip(table.schema, SCHEMA, strict=True)
-        ):
-            raise _bad(path, f"its columns are {table.schema.names}, wanted {SCHEMA.names}")
+            # As a dictionary, each name is there once and not a million times.
+            with pq.ParquetFile(
+                path, read_dictionary=["shard"], page_checksum_verification=True
+            ) as file:
+                fingerprint, shards, probe = _read_header(file, path, spec)
+                table = file.read(use_threads=False)
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+            raise _bad(path, f"not a parquet file of these columns ({error})") from None
         if any(column.null_count for column in table.columns):
             raise _bad(path, "it has nulls")
-        fingerprint, shards = _read_metadata(table.schema.metadata or {}, path)
-        column = table["shard"].combine_chunks()
-        if isinstance(column, pa.ChunkedArray):
-            column = column.unify_dictionaries().chunk(0)
-        names = column.dictionary.to_pylist()
-        numbers = {shard.name: number for number, shard in enumerate(shards)}
-        if not set(names) <= numbers.keys():
-            raise _bad(path, "it names a shard without size and hash")
-        to_number = np.array([numbers[name] for name in names], dtype=np.int32)
-        image_ids = table["image_id"].to_numpy()
-        if np.any(np.diff(image_ids) <= 0):
-            raise _bad(path, "its image ids do not ascend")
-        return cls(
+        read = cls(
             fingerprint,
             shards,
-            image_ids,
-            to_number[column.indices.to_numpy()] if names else np.empty(0, np.int32),
+            table["image_id"].to_numpy(),
+            _shard_numbers(table, shards, path),
             table["row"].to_numpy(),
             table["row_xxh3"].to_numpy(),
             table["source_xxh3"].to_numpy(),
+            probe,
+        )
+        _check_rows(read, path)
+        return read
+
+
+def check_own_hash(path: Path) -> None:
+    """Hold the bytes of an index against the hash that they carry.
+
+    Raises:
+        CorruptShardError: They are not those that were written.
+    """
+    found = path.read_bytes()
+    before, after = _around_hash(found)
+    if not before:
+        # Written elsewhere: the format does not ask for it.
+        return
+    stated = found[len(before) : len(found) - len(after)]
+    digest = hashlib.sha256(before + BLANK + after).hexdigest().encode()
+    if stated != digest:
+        raise CorruptShardError(
+            f"{path}: its sha256 is {digest.decode()}, the one it carries "
+            f"{stated.decode(errors='replace')!r}. Fetch it again, or run the extract stage."
         )
 
 
-def _read_metadata(metadata: dict[bytes, bytes], path: Path) -> tuple[str, tuple[ShardFile, ...]]:
+def _around_hash(data: bytes) -> tuple[bytes, bytes]:
+    """Return the bytes before and behind the file's own hash; before is empty if it has none."""
+    # Thrift writes a key, then a field header and a length below 128, then the value.
+    before, key, _ = data.rpartition(OWN_HASH)
+    if not key:
+        return b"", data
+    start = len(before) + len(key) + 2
+    return data[:start], data[start + len(BLANK) :]
+
+
+def _read_header(
+    file: pq.ParquetFile, path: Path, spec: Spec
+) -> tuple[str, tuple[ShardFile, ...], str | None]:
+    """Check everything that the footer says, before any row is read."""
+    found = {field.name: field.type for field in file.schema_arrow}
+    if found != READ_TYPES or file.schema_arrow.names != SCHEMA.names:
+        raise _bad(path, f"its columns are {found}, wanted {READ_TYPES}")
+    metadata = file.metadata.metadata or {}
+    if OWN_HASH not in metadata and metadata.keys() - FOREIGN_KEYS:
+        # One of them may be the key of its hash, damaged.
+        raise _bad(path, f"its metadata have the unknown keys {metadata.keys() - FOREIGN_KEYS}")
     try:
         fingerprint = metadata[b"fingerprint"].decode()
         files = json.loads(metadata[b"shards"])
@@ -129,7 +216,52 @@ def _read_metadata(metadata: dict[bytes, bytes], path: Path) -> tuple[str, tuple
     for shard in shards:
         if not SHARD_NAME.fullmatch(shard.name):
             raise _bad(path, f"it names a shard {shard.name!r}")
-    return fingerprint, shards
+    if fingerprint != spec.fingerprint:
+        raise SpecMismatchError(
+            f"{path}: is of the encoder {fingerprint!r}, spec.json of {spec.fingerprint!r}. "
+            f"Run the extract stage."
+        )
+    row_bytes = spec.patches * spec.width * np.dtype("<f2").itemsize
+    if file.metadata.num_rows * row_bytes > sum(shard.num_bytes for shard in shards):
+        raise CorruptShardError(
+            f"{path}: has {file.metadata.num_rows} rows of {row_bytes} bytes of features, more "
+            f"than the shards that it names can hold. Fetch the store again, or run extract."
+        )
+    probe = metadata.get(b"probe_sha256")
+    return fingerprint, shards, None if probe is None else probe.decode()
+
+
+def _shard_numbers(table: pa.Table, shards: tuple[ShardFile, ...], path: Path) -> NDArray[np.int32]:
+    column = table["shard"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.unify_dictionaries().chunk(0)
+    names = column.dictionary.to_pylist()
+    numbers = {shard.name: number for number, shard in enumerate(shards)}
+    if not set(names) <= numbers.keys():
+        raise _bad(path, "it names a shard without size and hash")
+    if not names:
+        return np.empty(0, np.int32)
+    to_number = np.array([numbers[name] for name in names], dtype=np.int32)
+    found: NDArray[np.int32] = to_number[column.indices.to_numpy()]
+    return found
+
+
+def _check_rows(table: StoreTable, path: Path) -> None:
+    """Refuse an image that two rows claim, and rows of a shard that are not 0, 1, 2, ..."""
+    steps = np.diff(table.image_ids)
+    if np.any(steps <= 0):
+        first = int(np.argmax(steps <= 0))
+        claims = [table.shards[n].name for n in table.shard_number[first : first + 2]]
+        raise CorruptShardError(
+            f"{path}: image ids must ascend, but {table.image_ids[first + 1]} follows "
+            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). Fetch it again."
+        )
+    for number, positions in enumerate(table.by_shard):
+        if not np.array_equal(table.row[positions], np.arange(len(positions))):
+            raise CorruptShardError(
+                f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
+                f"0, 1, 2, ...; the first is {table.row[positions[0]]}. Fetch it again."
+            )
 
 
 def _bad(path: Path, detail: str) -> IncompleteStoreError:

@@ -2,42 +2,66 @@
 
     python -m cache.verify data/features [--shallow] [--repair]
 
-Prints one line a problem. Exit code 0 when there is none, 1 otherwise.
+Prints one line a problem. Exit code 0 when there is none; 1 when there was one, repaired or not,
+as `fsck` does.
 """
 
 import argparse
 from pathlib import Path
 
+from tqdm import tqdm
+
+from cache.audit import PROBE, VerifyReport, audit
 from cache.command import run_guarded
-from cache.errors import CorruptShardError
-from cache.store import FeatureStore
+from cache.errors import CorruptShardError, SettingsError
+from cache.location import Location
+from cache.spec import Spec
+from cache.table import INDEX, SHARD_NAME, StoreTable
 
 
-def verify(folder: Path, deep: bool, repair: bool) -> None:
+def verify(root: str, deep: bool, repair: bool) -> None:
     """Check a store and say what is wrong with it.
 
     Args:
-        folder: The store.
+        root: Folder or fsspec URL of the store.
         deep: Also re-hash every file and row.
-        repair: Delete the bad shards, so that the extract stage makes exactly those again.
+        repair: Delete what is bad, so that the extract stage makes exactly that again.
 
     Raises:
+        SettingsError: A store behind a URL cannot be repaired.
         CacheError: There are problems.
     """
-    store = FeatureStore(folder, check_sizes=False)
-    report = store.verify(deep)
+    location = Location(root)
+    if repair and location.is_remote:
+        raise SettingsError(f"{root}: is not on this machine. Repair it where it is, or push it.")
+    with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
+        bar.total = sum(location.size(name) or 0 for name in location.names())
+        report = audit(location, deep=deep, progress=bar.update)
     for problem in report.problems:
         print(problem)
-    if repair:
-        for name in report.bad_shards:
-            (folder / name).unlink(missing_ok=True)
     if not report.ok:
-        remedy = "were deleted" if repair else "can be deleted with --repair"
+        dropped = drop(Path(root), report) if repair else []
         raise CorruptShardError(
-            f"{folder}: {len(report.bad_shards)} shards are bad and {remedy}. "
-            f"Run the extract stage to make them again."
+            f"{root}: {len(report.problems)} problems, {len(dropped)} files deleted. "
+            + ("Run the extract stage." if repair else "--repair deletes what is bad.")
         )
-    print(f"{folder}: {len(store)} images in {store.num_shards} shards, all as they were written")
+    table = StoreTable.read(location.path(INDEX), Spec.read(location.path("spec.json")))
+    what = "all bytes are those that were written" if deep else "sizes and structure are right"
+    print(f"{root}: {len(table.image_ids)} images in {len(table.shards)} shards, {what}")
+
+
+def drop(folder: Path, report: VerifyReport) -> list[str]:
+    """Delete the bad files of a store, and return their names; what is not ours stays."""
+    ours = {"spec.json", INDEX, PROBE}
+    dropped = [
+        name
+        for name in report.bad_files
+        if (name in ours or SHARD_NAME.fullmatch(name) or name.endswith(".partial"))
+        and (folder / name).is_file()
+    ]
+    for name in dropped:
+        (folder / name).unlink()
+    return dropped
 
 
 def main() -> None:
@@ -45,11 +69,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("root", help="folder or fsspec URL of a store")
     parser.add_argument("--shallow", action="store_true", help="sizes and structure only")
-    parser.add_argument("--repair", action="store_true", help="delete the shards that are bad")
+    parser.add_argument("--repair", action="store_true", help="delete what is bad")
     arguments = parser.parse_args()
-    run_guarded(lambda: verify(arguments.folder, not arguments.shallow, arguments.repair))
+    run_guarded(lambda: verify(arguments.root, not arguments.shallow, arguments.repair))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_inspect_of_another_folder_is_one_line(tmp_path):
 def test_verify_finds_nothing_in_a_good_store(store):
     done = run("cache.verify", store.root)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{len(store.names)} shards, all as they were written" in done.stdout
+    assert f"{len(store.names)} shards, all bytes are those that were written" in done.stdout
 
 
 def test_verify_gives_each_bad_shard_one_line_and_leaves_it(store):

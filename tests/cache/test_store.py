@@ -13,25 +13,28 @@ import pytest
 
 from cache import store as module
 from cache.errors import (
-    CacheError,
     CorruptShardError,
     IncompleteStoreError,
     MissingImageError,
     SpecMismatchError,
 )
-from cache.shard import open_shard, write_shard
-from cache.store import FeatureStore, check_rows
+from cache.rows import RowSpace
+from cache.shard import open_shard
+from cache.store import FeatureStore
 
 
 @pytest.fixture
 def mapped(monkeypatch):
-    """Paths of the shards opened so far."""
-    paths = []
-    real = module.open_shard
-    monkeypatch.setattr(
-        module, "open_shard", lambda path, spec: paths.append(path.name) or real(path, spec)
-    )
-    return paths
+    """Names of the shards mapped so far."""
+    names = []
+    real = RowSpace.attach
+
+    def attach(space, number, path, **where):
+        names.append(path.name)
+        real(space, number, path, **where)
+
+    monkeypatch.setattr(RowSpace, "attach", attach)
+    return names
 
 
 def wanted(built, image_ids):
@@ -153,7 +156,7 @@ def test_ids_beyond_the_precision_of_float64_are_told_apart(tmp_path, build_stor
     built = build_store(tmp_path / "big", 40)
     found = FeatureStore(built.root)
     big = built.image_ids + 2**62
-    monkeypatch.setattr(found, "_table", dataclasses.replace(found._table, image_ids=big))
+    monkeypatch.setattr(found, "_image_ids", big)
     assert all(np.uint64(i) in found and int(i) in found for i in big)
     assert not any(np.uint64(i + 1) in found for i in big if i + 1 not in big)
 
@@ -161,7 +164,7 @@ def test_ids_beyond_the_precision_of_float64_are_told_apart(tmp_path, build_stor
 # Laziness, processes and threads
 
 
-def test_no_shard_is_opened_before_it_is_asked_for(store, mapped):
+def test_no_shard_is_mapped_before_it_is_asked_for(store, mapped):
     opened = FeatureStore(store.root)
     assert (len(opened), opened.image_ids[0] in opened, mapped) == (60, True, [])
     assert len(store.names) > 5
@@ -171,10 +174,16 @@ def test_no_shard_is_opened_before_it_is_asked_for(store, mapped):
     assert sorted(mapped) == sorted(store.names)
 
 
-def test_one_image_opens_one_shard(store, mapped):
+def test_one_image_maps_one_shard(store, mapped):
     image_id = int(store.image_ids[17])
     FeatureStore(store.root).gather([image_id] * 5)
     assert mapped == [store.shard_of(image_id).name]
+
+
+def test_hdf5_is_asked_on_opening_and_never_again(store, monkeypatch):
+    opened = FeatureStore(store.root)
+    monkeypatch.setattr(module, "open_shard", None)
+    assert np.array_equal(opened.gather(store.image_ids), store.features)
 
 
 def gather_in_child(opened, image_ids, queue):
@@ -290,7 +299,7 @@ def test_a_shard_that_went_after_opening_is_missed_on_use(store):
     (store.root / store.names[2]).unlink()
     with pytest.raises(IncompleteStoreError, match=store.names[2]):
         opened.gather(store.image_ids)
-    assert opened.verify().bad_shards == [store.names[2]]
+    assert opened.verify().bad_files == [store.names[2]]
 
 
 def of_equal_size(built):
@@ -303,19 +312,19 @@ def of_equal_size(built):
 def test_swapped_shards_are_refused(tmp_path, build_store):
     built = build_store(tmp_path / "many", 200)
     first, second = (built.root / name for name in of_equal_size(built))
+    opened = FeatureStore(built.root)
     first.rename(built.root / "x")
     second.rename(first)
     (built.root / "x").rename(second)
-    opened = FeatureStore(built.root)
     with pytest.raises(CorruptShardError, match=r"not those in index\.parquet"):
-        opened.gather(built.image_ids)
-    assert sorted(opened.verify(deep=False).bad_shards) == sorted([first.name, second.name])
+        FeatureStore(built.root)
+    assert sorted(opened.verify(deep=False).bad_files) == sorted([first.name, second.name])
 
 
 def test_an_untouched_store_is_verified(store):
     for deep in (True, False):
         report = FeatureStore(store.root).verify(deep=deep)
-        assert (report.ok, report.problems, report.bad_shards) == (True, [], [])
+        assert (report.ok, report.problems, report.bad_files) == (True, [], [])
 
 
 def test_a_flipped_feature_is_found_by_the_deep_verification_alone(store):
@@ -325,35 +334,18 @@ def test_a_flipped_feature_is_found_by_the_deep_verification_alone(store):
     assert opened.verify(deep=False).ok
     report = opened.verify(deep=True)
     assert not report.ok
-    assert report.bad_shards == [path.name]
+    assert report.bad_files == [path.name]
     assert len(report.problems) == 1
     assert str(path) in report.problems[0]
 
 
-def test_a_flipped_row_is_named_by_its_image(store):
-    path = store.root / store.names[1]
-    flip(path, place_of(path, store.spec, "features"))
-    shard = open_shard(path, store.spec)
-    with pytest.raises(CorruptShardError, match=f"1 rows .*images {shard.image_ids[0]}\\."):
-        check_rows(shard)
-
-
-@pytest.mark.parametrize("values", [[np.nan], [np.inf], [np.inf, -np.inf]])
-def test_values_that_are_not_finite_are_found(tmp_path, spec, make_rows, values):
-    rows = make_rows(3)
-    rows[1, 0, : len(values)] = values
-    write_shard(tmp_path / "a.h5", spec, np.array([1, 22, 3]), rows)
-    with pytest.raises(CorruptShardError, match=r"images 22\."):
-        check_rows(open_shard(tmp_path / "a.h5", spec))
-
-
 def test_a_flipped_id_is_refused(store):
     path = store.root / store.names[1]
-    flip(path, place_of(path, store.spec, "image_id"))
     opened = FeatureStore(store.root)
-    assert opened.verify(deep=False).bad_shards == [path.name]
-    with pytest.raises(CacheError):
-        opened.gather(store.image_ids)
+    flip(path, place_of(path, store.spec, "image_id"))
+    assert opened.verify(deep=False).bad_files == [path.name]
+    with pytest.raises(CorruptShardError, match=path.name):
+        FeatureStore(store.root)
 
 
 def test_every_bad_shard_is_reported(store):
@@ -361,7 +353,7 @@ def test_every_bad_shard_is_reported(store):
         path = store.root / name
         flip(path, place_of(path, store.spec, "features"))
     opened = FeatureStore(store.root)
-    assert sorted(opened.verify().bad_shards) == sorted(store.names[1:4])
+    assert sorted(opened.verify().bad_files) == sorted(store.names[1:4])
 
 
 def test_the_index_of_another_store_is_refused(store, tmp_path, build_store):
@@ -375,7 +367,7 @@ def test_the_index_of_another_encoder_is_refused(store, tmp_path, build_store):
     spec = dataclasses.replace(store.spec, layer=-1)
     other = build_store(tmp_path / "other", spec=spec)
     shutil.copy(other.root / "index.parquet", store.root)
-    with pytest.raises(SpecMismatchError, match=r"index.parquet is of the encoder"):
+    with pytest.raises(SpecMismatchError, match=r"index.parquet: is of the encoder"):
         FeatureStore(store.root)
 
 
@@ -402,9 +394,8 @@ def test_an_index_that_shuffles_rows_is_refused(store, column):
     field = table.schema.field(column)
     changed = table.set_column(place, field, pa.array(values, field.type))
     pq.write_table(changed, path)
-    opened = FeatureStore(store.root)
-    with pytest.raises(CorruptShardError, match=r"not those in index\.parquet"):
-        opened.gather(opened.image_ids)
+    with pytest.raises(CorruptShardError, match=r"not those in index\.parquet|are not 0, 1, 2"):
+        FeatureStore(store.root)
 
 
 @pytest.mark.parametrize("row", [-1, 10**6, -(2**31)])
@@ -419,7 +410,7 @@ def test_a_row_out_of_its_shard_is_refused(store, row):
 
 def test_a_folder_that_is_no_store_says_so(tmp_path):
     for root in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(IncompleteStoreError, match=r"not a store.*extract stage") as caught:
+        with pytest.raises(IncompleteStoreError, match=r"no whole store.*extract stage") as caught:
             FeatureStore(root)
         assert isinstance(caught.value, FileNotFoundError)
 
@@ -464,11 +455,57 @@ def test_a_remote_store_copies_only_the_shards_it_reads(store, in_memory, mapped
     opened = FeatureStore(in_memory)
     ids = open_shard(store.root / store.names[0], store.spec).image_ids
     assert np.array_equal(opened.gather(ids), wanted(store, ids))
-    with pytest.raises(IncompleteStoreError, match=f"has no {unread[0]}"):
+    with pytest.raises(IncompleteStoreError, match="|".join(unread)):
         opened.gather(store.image_ids)
 
 
 def test_a_url_without_a_store_says_so(tmp_path):
     for url in (f"memory://{tmp_path.name}/nothing", (tmp_path / "nothing").as_uri()):
-        with pytest.raises(IncompleteStoreError, match=r"has no spec\.json"):
+        with pytest.raises(IncompleteStoreError, match=r"spec\.json: missing"):
             FeatureStore(url)
+
+
+# Stores that lack shards
+
+
+def test_a_partial_store_holds_the_images_of_its_shards_and_names_the_others(store):
+    lacking = [store.names[1], store.names[4]]
+    gone = np.concatenate([open_shard(store.root / n, store.spec).image_ids for n in lacking])
+    for name in lacking:
+        (store.root / name).unlink()
+    with pytest.raises(IncompleteStoreError, match=f"{min(lacking)}: missing"):
+        FeatureStore(store.root)
+    opened = FeatureStore(store.root, partial=True)
+    here = np.setdiff1d(store.image_ids, gone)
+    assert opened.missing_shards == tuple(sorted(lacking))
+    assert np.array_equal(opened.image_ids, here)
+    assert np.array_equal(opened.gather(here[::-1]), wanted(store, here[::-1]))
+    assert int(gone[0]) not in opened
+    with pytest.raises(MissingImageError, match=f"shards that are not here: {lacking[0]}\\."):
+        opened.gather([int(here[0]), int(gone[0])])
+    with pytest.raises(MissingImageError, match="Index and extract"):
+        opened.gather([-1])
+    assert opened.verify().ok
+    assert pickle.loads(pickle.dumps(opened)).missing_shards == opened.missing_shards
+
+
+def test_a_whole_store_opens_as_a_partial_one_too(store):
+    opened = FeatureStore(store.root, partial=True)
+    assert opened.missing_shards == ()
+    assert np.array_equal(opened.gather(store.image_ids), store.features)
+
+
+def test_a_partial_store_behind_a_url_holds_what_is_there(store, in_memory):
+    fsspec.filesystem("memory").rm(f"{in_memory}/{store.names[0]}")
+    opened = FeatureStore(in_memory, partial=True)
+    assert opened.missing_shards == (store.names[0],)
+    assert np.array_equal(opened.gather(opened.image_ids), wanted(store, opened.image_ids))
+
+
+def test_images_know_their_shard(store):
+    opened = FeatureStore(store.root)
+    asked = sample(store, 30)
+    names = [sorted(store.names)[number] for number in opened.shards_of(asked)]
+    assert names == [store.shard_of(image_id).name for image_id in asked]
+    with pytest.raises(MissingImageError):
+        opened.shards_of([-1])

@@ -1,0 +1,212 @@
+"""Checks every file of a store: what `FeatureStore.verify` and `python -m cache.verify` find.
+
+Shallow looks at sizes, structure and the index. Deep reads each shard once, in blocks, and holds
+the bytes against the file's sha256, each row's hash, and finite numbers; shards are checked side by
+side, since hashing leaves the GIL.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CacheError, CorruptShardError, SpecMismatchError
+from cache.files import sha256_of
+from cache.location import Location
+from cache.plan import shard_key
+from cache.shard import Shard, hash_rows, open_shard
+from cache.spec import Spec
+from cache.table import INDEX, StoreTable, check_own_hash
+
+BLOCK_BYTES = 1 << 18
+"""What is read at a time: small enough for a core's cache, so that memory is read once."""
+
+MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
+"""Of a float16's bits: all but the sign, and the smallest magnitude that is not finite."""
+
+NAMED_IDS = 5
+"""How many ids a problem names."""
+
+PROBE = "probe.safetensors"
+"""Features of known pictures, with which an encoder is compared before it adds to a store."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What a verification found."""
+
+    ok: bool
+    problems: list[str] = field(default_factory=list)
+    """One line each."""
+    bad_files: list[str] = field(default_factory=list)
+    """The name of each problem's file, in the same order."""
+
+
+Problems = list[tuple[str, object]]
+"""File name, and what is wrong with it."""
+
+
+def audit(
+    location: Location,
+    *,
+    deep: bool,
+    partial: bool = False,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> VerifyReport:
+    """Check a store.
+
+    Args:
+        location: Where it is.
+        deep: Also read every byte of the shards.
+        partial: Whether shards may be missing.
+        progress: Told how many more bytes were checked, from several threads.
+    """
+    checked = "spec.json"
+    try:
+        spec = _check_spec(location)
+        checked = INDEX
+        table = _check_index(location, spec)
+    except (CacheError, OSError) as error:
+        # Without them nothing can be said about the shards.
+        return _report([(checked, error)])
+
+    def check(number: int) -> CacheError | OSError | None:
+        file = table.shards[number]
+        try:
+            if not (partial and location.size(file.name) is None):
+                _check_shard(location, spec, table, number, progress if deep else None)
+        except (CacheError, OSError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(check, range(len(table.shards)))
+        bad_shards = [
+            (f.name, error) for f, error in zip(table.shards, found, strict=True) if error
+        ]
+    return _report([*bad_shards, *_check_probe(location, table), *_strays(location, table)])
+
+
+def _report(problems: Problems) -> VerifyReport:
+    lines = [" ".join(str(problem).split()) for _, problem in problems]
+    return VerifyReport(not problems, lines, [name for name, _ in problems])
+
+
+def _check_spec(location: Location) -> Spec:
+    path = location.path("spec.json")
+    spec = Spec.read(path)
+    if path.read_bytes() != spec.to_json():
+        raise SpecMismatchError(
+            f"{path}: is not spelled as canonical JSON, so not as it was written. "
+            f"Fetch it again, or run the extract stage."
+        )
+    return spec
+
+
+def _check_index(location: Location, spec: Spec) -> StoreTable:
+    path = location.path(INDEX)
+    check_own_hash(path)
+    return StoreTable.read(path, spec)
+
+
+def _check_probe(location: Location, table: StoreTable) -> Problems:
+    if table.probe_sha256 is None:
+        return []
+    try:
+        path = location.path(PROBE)
+        if sha256_of(path) == table.probe_sha256:
+            return []
+        return [(PROBE, f"{path}: its sha256 is not the one in {INDEX}. Fetch it again.")]
+    except (CacheError, OSError) as error:
+        return [(PROBE, error)]
+
+
+def _strays(location: Location, table: StoreTable) -> Problems:
+    known = {file.name for file in table.shards} | {"spec.json", INDEX}
+    known |= {PROBE} if table.probe_sha256 is not None else set()
+    return [
+        (name, f"{location.root}/{name}: no part of the store. Delete it, or move it away.")
+        for name in location.names()
+        if name not in known
+    ]
+
+
+def _check_shard(
+    location: Location,
+    spec: Spec,
+    table: StoreTable,
+    number: int,
+    progress: Callable[[int], object] | None,
+) -> None:
+    file = table.shards[number]
+    shard = open_shard(location.path(file.name, file.num_bytes), spec)
+    table.check_shard(number, shard)
+    mine = table.by_shard[number]
+    key = shard_key(spec.fingerprint, table.image_ids[mine], table.source_xxh3[mine])
+    if f"{key}.h5" != file.name:
+        raise CorruptShardError(
+            f"{shard.path}: the images that the index has for it make the name {key}.h5. Ids or "
+            f"hashes of image files are wrong. Fetch both again, or run the extract stage."
+        )
+    if progress:
+        _check_bytes(shard, file.sha256, progress)
+
+
+def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -> None:
+    """Read a shard once, from front to back.
+
+    Raises:
+        CorruptShardError: Its bytes are not those that the hashes were taken of.
+    """
+    digest = hashlib.sha256()
+    row_bytes = math.prod(shard.shape[1:]) * np.dtype("<f2").itemsize
+    buffer = np.empty(max(1, BLOCK_BYTES // row_bytes) * row_bytes, np.uint8)
+    bad = np.zeros(len(shard.image_ids), bool)
+    done = 0
+    with shard.path.open("rb") as file:
+        for block in _blocks(file, buffer, shard.offset):
+            digest.update(block.data)
+        for block in _blocks(file, buffer, len(bad) * row_bytes):
+            digest.update(block.data)
+            rows = block.reshape(-1, row_bytes)
+            mine = slice(done, done + len(rows))
+            bad[mine] = (hash_rows(rows) != shard.row_xxh3[mine]) | ~_finite(rows)
+            done += len(rows)
+            progress(len(block))
+        while rest := file.read(BLOCK_BYTES):
+            digest.update(rest)
+    if bad.any():
+        ids = ", ".join(map(str, shard.image_ids[bad][:NAMED_IDS]))
+        raise CorruptShardError(
+            f"{shard.path}: {int(bad.sum())} rows have another hash than when they were "
+            f"written, or values that are not finite: images {ids}. Fetch it again, or extract."
+        )
+    if digest.hexdigest() != sha256:
+        raise CorruptShardError(
+            f"{shard.path}: its sha256 is {digest.hexdigest()}, the index has {sha256}. "
+            f"Fetch it again, or run the extract stage."
+        )
+
+
+def _blocks(
+    file: BinaryIO, buffer: NDArray[np.uint8], num_bytes: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Read so many bytes through a buffer; each block is overwritten by the next."""
+    while num_bytes:
+        block = buffer[:num_bytes]
+        if file.readinto(block) != len(block):  # type: ignore[attr-defined]
+            raise CorruptShardError(f"{file.name}: ended while it was read. Verify it again.")
+        num_bytes -= len(block)
+        yield block
+
+
+def _finite(rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Tell which rows of float16 bytes hold finite numbers only: bool [rows]."""
+    is_finite: NDArray[np.bool_] = (rows.view("<u2") & MAGNITUDE).max(axis=1) < INFINITY
+    return is_finite

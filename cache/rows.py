@@ -1,0 +1,96 @@
+"""One array over the features of all shards, so that a batch is gathered by a single `numpy.take`.
+
+A range of addresses is reserved first. Each shard's features are then mapped into it, page-aligned
+in the file and a whole number of rows apart here, so that every row lies at a multiple of the
+row's size from the start. Pages are read when they are first touched, and shared by all processes.
+
+Letters: P patches, D width of the vision tower.
+"""
+
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CorruptShardError
+
+MAP_FIXED = 0x10
+"""Put the mapping exactly there: <sys/mman.h> of Linux and macOS."""
+
+MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+class RowSpace:
+    """Addresses for the rows of some shards; a shard's rows can be read once it is attached."""
+
+    def __init__(self, num_rows: Sequence[int], patches: int, width: int) -> None:
+        """Reserve addresses; takes no memory.
+
+        Args:
+            num_rows: Rows of each shard.
+            patches: P.
+            width: D.
+        """
+        self._row_bytes = patches * width * np.dtype("<f2").itemsize
+        # The fewest rows that fill whole pages.
+        unit = math.lcm(self._row_bytes, mmap.ALLOCATIONGRANULARITY) // self._row_bytes
+        sizes = np.array([-(-n // unit) * unit for n in num_rows] or [unit], dtype=np.int64)
+        self.starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
+        """Row of each shard's first row in `rows`."""
+        self._reserved = mmap.mmap(
+            -1,
+            int(sizes.sum()) * self._row_bytes,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0),
+            prot=mmap.PROT_READ,
+        )
+        self.rows: NDArray[np.float16] = np.frombuffer(self._reserved, "<f2").reshape(
+            -1, patches, width
+        )
+        """float16 [rows, P, D], read-only; zeros where no shard is attached."""
+        self._libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
+        self._libc_mmap.restype = ctypes.c_void_p
+        self._libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
+        self._libc_mmap.argtypes += [ctypes.c_longlong]
+
+    def attach(self, number: int, path: Path, *, num_bytes: int, offset: int, rows: int) -> None:
+        """Map the features of a shard to their place.
+
+        Args:
+            number: Of the shard.
+            path: Its file.
+            num_bytes: Size that the file must have.
+            offset: Where in the file the features start, a multiple of the page size.
+            rows: How many there are.
+
+        Raises:
+            CorruptShardError: The file has another size by now.
+        """
+        if not rows:
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            found = os.fstat(descriptor).st_size
+            if found != num_bytes or offset + rows * self._row_bytes > found:
+                raise CorruptShardError(
+                    f"{path}: has {found} bytes, had {num_bytes} when it was checked. Open the "
+                    f"store again; published files must be replaced, never written into."
+                )
+            wanted = self.rows.ctypes.data + int(self.starts[number]) * self._row_bytes
+            address = self._libc_mmap(
+                wanted,
+                rows * self._row_bytes,
+                mmap.PROT_READ,
+                mmap.MAP_SHARED | MAP_FIXED,
+                descriptor,
+                offset,
+            )
+        finally:
+            os.close(descriptor)
+        if address == MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise OSError(ctypes.get_errno(), f"cannot be mapped: {reason}", str(path))
