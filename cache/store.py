@@ -65,6 +65,7 @@ class FeatureStore:
         self._slots = (self._space.starts[table.shard_number] + table.row)[kept]
         self._offsets: list[int | None] = [None] * len(self._shards)
         self._is_attached = np.zeros(len(self._shards), dtype=bool)
+        self._all_attached = False
         self._locks: dict[int, threading.Lock] = {}
         if not self._location.is_remote:
             for number in np.flatnonzero(is_here).tolist():
@@ -132,7 +133,8 @@ class FeatureStore:
             raise ValueError(
                 f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous"
             )
-        self._attach(self._shard_numbers(slots))
+        if not self._all_attached:
+            self._attach(self._shard_numbers(slots))
         # Slots are in range: "clip" keeps numpy from gathering into a buffer first.
         np.take(self._space.rows, slots, axis=0, out=out, mode="clip")
         return out
@@ -155,15 +157,16 @@ class FeatureStore:
         return audit(self._location, deep=deep, partial=self._partial)
 
     def _positions(self, image_ids: NDArray[np.int64]) -> NDArray[np.intp]:
-        positions = np.searchsorted(self.image_ids, image_ids)
-        known = positions < len(self)
-        known[known] = self.image_ids[positions[known]] == image_ids[known]
+        positions = np.searchsorted(self._image_ids, image_ids)
+        if len(self):
+            known = self._image_ids.take(positions, mode="clip") == image_ids
+        else:
+            known = np.zeros(len(image_ids), bool)
         if not known.all():
-            raise MissingImageError(self._missing_text(image_ids, ~known))
+            raise MissingImageError(self._missing_text(image_ids[~known], len(image_ids)))
         return positions
 
-    def _missing_text(self, image_ids: NDArray[np.int64], missing: NDArray[np.bool_]) -> str:
-        ids = image_ids[missing]
+    def _missing_text(self, ids: NDArray[np.int64], num_asked: int) -> str:
         names = ", ".join(map(str, ids[:NAMED_IDS])) + ", ..." * (len(ids) > NAMED_IDS)
         remedy = "Index and extract them first."
         if self.missing_shards:
@@ -172,7 +175,7 @@ class FeatureStore:
             lacking = ", ".join(table.shards[number].name for number in np.unique(shards))
             remedy = f"Get the shards that are not here: {lacking}." if lacking else remedy
         return (
-            f"{self.root}: {len(ids)} of {len(image_ids)} images asked for are not among its "
+            f"{self.root}: {len(ids)} of {num_asked} images asked for are not among its "
             f"{len(self)}: {names}. {remedy}"
         )
 
@@ -189,6 +192,7 @@ class FeatureStore:
             for number in np.unique(wanted).tolist():
                 if not self._is_attached[number]:
                     self._attach_one(number)
+            self._all_attached = bool(self._is_attached.all())
 
     def _attach_one(self, number: int) -> None:
         file = self._shards[number]
