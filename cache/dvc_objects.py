@@ -1,0 +1,76 @@
+"""Drops damaged shards from the cache of DVC, which would bring the damage back.
+
+A published shard and its object in DVC's cache can be one file on the disk, so that damage to one
+is damage to both. DVC trusts an object that is write-protected without reading it: it would link
+the damaged object over a shard that was encoded again, and restore one that was deleted from it.
+"""
+
+import configparser
+import hashlib
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from cache.files import CHUNK_BYTES
+
+
+def drop_damaged_objects(root: Path, names: Collection[str]) -> list[Path]:
+    """Delete the objects of some shards whose bytes are not those that DVC stored.
+
+    A sound object stays, and so does everything that is no object of these shards.
+
+    Args:
+        root: The store's folder, in a DVC repository or not.
+        names: File names of shards. As they tell the content, it does not matter in which of the
+            folders that DVC ever stored they are looked up.
+
+    Returns:
+        The objects that were deleted. Those that DVC needs come back from a remote with
+        `dvc pull`, or when the stage runs.
+    """
+    objects = _objects_folder(root)
+    if objects is None:
+        return []
+    dropped = []
+    for md5 in sorted(_stored_as(objects, names)):
+        path = objects / md5[:2] / md5[2:]
+        if path.is_file() and _md5_of(path) != md5:
+            path.unlink()
+            dropped.append(path)
+    return dropped
+
+
+def _objects_folder(root: Path) -> Path | None:
+    """Return where DVC keeps the objects of the repository around a folder."""
+    folder = root.resolve()
+    for settings in (parent / ".dvc" for parent in [folder, *folder.parents]):
+        if settings.is_dir():
+            return _cache_of(settings) / "files" / "md5"
+    return None
+
+
+def _cache_of(settings: Path) -> Path:
+    """Read `cache.dir`; a path in DVC's settings is relative to the file that has it."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    parser.read([settings / "config", settings / "config.local"], encoding="utf-8")
+    return settings / Path(parser.get("cache", "dir", fallback="cache")).expanduser()
+
+
+def _stored_as(objects: Path, names: Collection[str]) -> set[str]:
+    """Return the md5 of each of the files, in any folder that DVC has stored."""
+    wanted = set(names)
+    return {
+        entry["md5"]
+        for listing in objects.glob("*/*.dir")
+        if _md5_of(listing) == listing.parent.name + listing.stem  # or it is damaged itself
+        for entry in json.loads(listing.read_bytes())
+        if entry["relpath"].rpartition("/")[2] in wanted
+    }
+
+
+def _md5_of(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
