@@ -94,3 +94,8 @@ class RowSpace:
         if address == MAP_FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise OSError(ctypes.get_errno(), f"cannot be mapped: {reason}", str(path))
+
+    def read_ahead(self, number: int, rows: int) -> None:
+        """Ask the system to bring the features of an attached shard into memory; does not wait."""
+        start = int(self.starts[number]) * self._row_bytes
+        self._reserved.madvise(mmap.MADV_WILLNEED, start, rows * self._row_bytes)

@@ -147,6 +147,16 @@ class FeatureStore:
         """
         return self._shard_numbers(self._slots[self._positions(_checked_ids(image_ids))])
 
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Ask the system to bring whole shards into memory; does not wait for a local disk.
+
+        Args:
+            shards: Numbers, as `shards_of` gives them. A remote store copies those shards now.
+        """
+        self._attach(np.asarray(shards, dtype=np.int64))
+        for number in shards:
+            self._space.read_ahead(number, self._sizes[number])
+
     def verify(self, deep: bool = True) -> VerifyReport:
         """Check every file of the store against the index, as `cache.audit.audit` does.
 

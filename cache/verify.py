@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cache.audit import PROBE, VerifyReport, audit
 from cache.command import run_guarded
+from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CorruptShardError, SettingsError
 from cache.location import Location
 from cache.spec import Spec
@@ -61,6 +62,8 @@ def drop(folder: Path, report: VerifyReport) -> list[str]:
     ]
     for name in dropped:
         (folder / name).unlink()
+    # DVC's copy can be the same file on the disk, and would be put back in its place.
+    drop_damaged_objects(folder, dropped)
     return dropped
 
 

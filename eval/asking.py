@@ -143,6 +143,7 @@ def answer_losses(
                 asked.store,
                 max_tokens=LOSS_TOKENS,
                 max_text_tokens=max_text_tokens,
+                device=asked.model.device,
             ),
         )
         for part in (examples, blind)

@@ -112,7 +112,7 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
     _check_activation(name, config, settings)
     model = _create(name, settings)
     visual: nn.Module = model.eval().visual  # type: ignore[assignment]
-    preprocess = open_clip.get_model_preprocess_cfg(model)
+    preprocess = _preprocess(model, name, settings.pretrained)
     _check_preprocess(preprocess, settings.model)
     image_size = _square(preprocess["size"])
     features_BPD = _try_layer(visual, image_size, settings)
@@ -264,6 +264,26 @@ def _num_blocks(visual: nn.Module, model: str) -> int:
             f"transformer. Wanted a ViT."
         )
     return len(trunk.blocks)
+
+
+def _preprocess(model: nn.Module, name: str, pretrained: str) -> dict[str, Any]:
+    """Return how images are made ready for the weights.
+
+    open_clip knows it of a tag and takes OpenAI's for all other weights; here those get what all
+    tags of their architecture agree on.
+    """
+    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+    if open_clip.get_pretrained_cfg(name, pretrained):
+        return preprocess
+    tags = [
+        open_clip.get_pretrained_cfg(name, tag)
+        for tag in open_clip.list_pretrained_tags_by_model(name)
+    ]
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        known = {tag[key] for tag in tags}
+        if len(known) == 1:
+            preprocess[key] = known.pop()
+    return preprocess
 
 
 def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:

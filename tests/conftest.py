@@ -170,6 +170,8 @@ LOOP = {
     "micro_batch_tokens": 128,
     "max_text_tokens": 64,
     "log_every_steps": 1,
+    "order": "global",
+    "window_shards": 2,
     "validate_every_steps": 4,
     "validation_images": 3,
     "samples": 1,

@@ -11,11 +11,12 @@ sequence a text, for a fraction of the tokens.
 Letters: R rows, P patches, T positions of a row, S supervised tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from train.prompts import Branch
@@ -62,14 +63,19 @@ class MicroBatch:
         return MicroBatch(image_ids=self.image_ids, **tensors)
 
 
-def plan_steps(sizes: Sequence[int], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+def plan_steps(
+    sizes: Sequence[int],
+    batch_size: int,
+    epochs: float,
+    order: Callable[[int], NDArray[np.int64]],
+) -> list[list[int]]:
     """Decide which examples make which optimizer step.
 
     Args:
         sizes: Texts of each example.
         batch_size: Texts of a step; examples are added until there are as many.
         epochs: Passes over the examples; there is always one example at least.
-        seed: Of the order; each epoch's order is a function of (seed, epoch).
+        order: From an epoch to the order of all examples in it.
 
     Returns:
         Example numbers of each step, in order.
@@ -77,7 +83,7 @@ def plan_steps(sizes: Sequence[int], batch_size: int, epochs: float, seed: int) 
     wanted = max(1, round(epochs * len(sizes)))
     steps: list[list[int]] = [[]]
     texts = 0
-    for number in _order(len(sizes), wanted, seed):
+    for number in _in_order(len(sizes), wanted, order):
         if texts >= batch_size:
             steps.append([])
             texts = 0
@@ -86,10 +92,11 @@ def plan_steps(sizes: Sequence[int], batch_size: int, epochs: float, seed: int) 
     return [step for step in steps if step]
 
 
-def _order(num_examples: int, wanted: int, seed: int) -> Iterator[int]:
+def _in_order(
+    num_examples: int, wanted: int, order: Callable[[int], NDArray[np.int64]]
+) -> Iterator[int]:
     for epoch in range(-(-wanted // num_examples)):
-        order = np.random.default_rng((seed, epoch)).permutation(num_examples)
-        yield from order[: wanted - epoch * num_examples].tolist()
+        yield from order(epoch)[: wanted - epoch * num_examples].tolist()
 
 
 def micro_batches(rows: list[Row], patches: int, max_tokens: int) -> Iterator[list[Row]]:

@@ -5,19 +5,20 @@ that it does not depend on how the step is cut into forward passes.
 """
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from cache import FeatureStore
 from cache.errors import StageError
+from cache.order import global_order, windowed_order
 from train.batching import plan_steps
 from train.data import Example
 from train.generate import generate
@@ -26,6 +27,7 @@ from train.model import CaptionModel
 from train.prompts import Text
 from train.run import RunDirectory
 from train.settings import LoopSettings
+from train.source import Ahead, ShardsAhead
 from train.step import StepData, build_step, mean_loss
 from train.tracking import Tracker
 
@@ -65,15 +67,16 @@ def train(
     if not task.train:
         raise StageError(f"{run.stage}: no text to learn from. Look at reports/index.json.")
     sizes = [len(example.texts) for example in task.train]
-    steps = plan_steps(sizes, task.batch_size, settings.epochs, task.seed)
+    steps = plan_steps(sizes, task.batch_size, settings.epochs, _order(task, settings))
+    source = _step_source(task, settings, steps)
     warmup = math.ceil(settings.warmup_share * len(steps))
     schedule = get_cosine_schedule_with_warmup(task.optimizer, warmup, len(steps))
     history = History(run, tracker)
     torch.manual_seed(task.seed)
     with tqdm(total=len(steps), desc=run.stage, unit="step", disable=None) as bar:
-        for step, (data, waited) in enumerate(_prefetched(task, settings, steps), start=1):
+        for step, data in enumerate(source, start=1):
             loss_sum = optimizer_step(task, data, settings.clip_norm, step)
-            history.add(data, loss_sum=loss_sum, waited=waited)
+            history.add(data, loss_sum=loss_sum, waited=source.last_wait)
             learning_rate = schedule.get_last_lr()[0]
             schedule.step()
             is_last = step == len(steps)
@@ -164,23 +167,31 @@ def _first_question(text: Text) -> tuple[str, str]:
     return "".join(segment.text for segment in text[:first]), text[first].text
 
 
-def _prefetched(
+def _order(task: Task, settings: LoopSettings) -> Callable[[int], NDArray[np.int64]]:
+    """Return the order of the examples as a function of the epoch."""
+    if settings.order == "global":
+        return lambda epoch: global_order(len(task.train), task.seed, epoch)
+    shards = task.store.shards_of([example.image_id for example in task.train])
+    return lambda epoch: windowed_order(shards, settings.window_shards, task.seed, epoch)
+
+
+def _step_source(
     task: Task, settings: LoopSettings, steps: list[list[int]]
-) -> Iterator[tuple[StepData, float]]:
-    """Yield each step's data and the seconds waited for it; the next is built meanwhile."""
+) -> Ahead[int, StepData]:
+    """Make the steps' data ahead; of a windowed order, bring in the next window's shards too."""
+    examples = [[task.train[number] for number in numbers] for numbers in steps]
+    distance = 0
+    if settings.order == "windowed":
+        windows = task.store.num_shards / settings.window_shards
+        distance = math.ceil(len(steps) / settings.epochs / windows)
+    image_ids = [np.array([example.image_id for example in step]) for step in examples]
+    shards = ShardsAhead(task.store, image_ids, distance)
 
-    def build(numbers: list[int]) -> StepData:
-        return _step_data(task, settings, [task.train[number] for number in numbers])
+    def build(number: int) -> StepData:
+        shards.before(number)
+        return _step_data(task, settings, examples[number])
 
-    with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(build, steps[0])
-        for following in [*steps[1:], None]:
-            started = time.perf_counter()
-            data = ahead.result()
-            waited = time.perf_counter() - started
-            if following is not None:
-                ahead = thread.submit(build, following)
-            yield data, waited
+    return Ahead(build, range(len(steps)))
 
 
 def _step_data(task: Task, settings: LoopSettings, examples: Sequence[Example]) -> StepData:
@@ -190,4 +201,5 @@ def _step_data(task: Task, settings: LoopSettings, examples: Sequence[Example]) 
         task.store,
         max_tokens=settings.micro_batch_tokens,
         max_text_tokens=settings.max_text_tokens,
+        device=task.model.device,
     )

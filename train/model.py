@@ -36,7 +36,9 @@ class CaptionModel(nn.Module):
     def embed_patches(self, patches_RPD: Tensor) -> Tensor:
         """Project patches into the language model's embeddings: [R, P, H]."""
         weight = next(self.projector.parameters())
-        projected: Tensor = self.projector(patches_RPD.to(weight.device, weight.dtype))
+        projected: Tensor = self.projector(
+            patches_RPD.to(weight.device, weight.dtype, non_blocking=True)
+        )
         return projected.to(self.language_model.dtype)
 
     def embed_text(self, token_ids: Tensor) -> Tensor:

@@ -48,6 +48,11 @@ class LoopSettings:
     """Positions, patches and padding included, of one forward pass: what fits the memory."""
     max_text_tokens: int
     """Longest text behind an image; of a longer one whole turns are left out from the end."""
+    order: Literal["global", "windowed"]
+    """How an epoch is shuffled: over the whole store, or within windows of shards, for disks on
+    which random reads are slow. See `cache.order`."""
+    window_shards: int
+    """Shards of a window of the order `windowed`, which memory should hold twice."""
     log_every_steps: int
     validate_every_steps: int
     """Optimizer steps between two validations; there is always one at the end."""
@@ -58,7 +63,7 @@ class LoopSettings:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "learning_rate", "clip_norm", "micro_batch_tokens", "max_text_tokens")
-        _check_positive(self, *positive, "log_every_steps", "validate_every_steps")
+        _check_positive(self, *positive, "window_shards", "log_every_steps", "validate_every_steps")
         _check_share(self, "warmup_share")
         for name in ("weight_decay", "validation_images", "samples"):
             if not 0 <= getattr(self, name) < math.inf:

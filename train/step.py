@@ -17,6 +17,7 @@ from train.batching import MicroBatch, Row, collate, micro_batches
 from train.data import Example
 from train.model import CaptionModel
 from train.prompts import tokenize
+from train.source import gather_tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def build_step(
     *,
     max_tokens: int,
     max_text_tokens: int,
+    device: torch.device,
 ) -> StepData:
     """Prepare some images and all their texts.
 
@@ -50,6 +52,7 @@ def build_step(
         store: Holds the features.
         max_tokens: Positions of one forward pass, padding included.
         max_text_tokens: Longest text behind an image.
+        device: Where the model is; for a GPU, features are gathered into pinned memory.
 
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
@@ -67,8 +70,8 @@ def build_step(
     patches = store.spec.patches
     parts = []
     for part in micro_batches(rows, patches, max_tokens):
-        features_RPD = store.gather(np.array([row.image_id for row in part]))
-        parts.append((torch.from_numpy(features_RPD), collate(part, patches)))
+        patches_RPD = gather_tensor(store, np.array([row.image_id for row in part]), device)
+        parts.append((patches_RPD, collate(part, patches)))
     return StepData(
         parts,
         [row.image_id for row in rows],

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import eval.asking
 from cache.errors import StageError
@@ -204,7 +205,12 @@ EXAMPLES = [
 
 def loss_of(asked, examples, max_text_tokens=64):
     data = build_step(
-        examples, asked.tokenizer, asked.store, max_tokens=9999, max_text_tokens=max_text_tokens
+        examples,
+        asked.tokenizer,
+        asked.store,
+        max_tokens=9999,
+        max_text_tokens=max_text_tokens,
+        device=torch.device("cpu"),
     )
     return mean_loss(asked.model, data)
 

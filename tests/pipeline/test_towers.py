@@ -337,3 +337,14 @@ def test_the_stage_squashes_where_the_tag_says_so(make_workspace, model, tag, se
         pixels = [decode_rgb(workspace.images[n], 32, resize) for n in range(1, 9)]
         features = encoder.encode(torch.from_numpy(np.stack(pixels)))
         assert (relative(store.gather(range(1, 9)), features) < 1e-3) == same
+
+
+@pytest.mark.parametrize("kind", ["plain", "siglip"])
+def test_a_file_gets_the_preprocess_that_all_tags_of_its_architecture_share(
+    settings, model, tag, tmp_path, kind
+):
+    path = model(kind)
+    of_tag = load_encoder(settings(model=path, pretrained=tag(path))).spec
+    for pretrained in (str(tmp_path / "a.safetensors"), "random"):
+        spec = load_encoder(settings(model=path, pretrained=pretrained)).spec
+        assert (spec.mean, spec.std, spec.resize) == (of_tag.mean, of_tag.std, of_tag.resize)

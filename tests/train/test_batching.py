@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from cache.order import global_order
 from train.batching import PADDING, Row, attention_mask, collate, micro_batches, plan_steps
 from train.prompts import Branch
 
@@ -27,10 +28,14 @@ def random_rows(seed, count=9):
     ]
 
 
+def shuffled(seed, sizes=SIZES):
+    return lambda epoch: global_order(len(sizes), seed, epoch)
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
 def test_every_epoch_holds_every_example_once(batch_size, epochs):
-    steps = plan_steps(SIZES, batch_size, epochs, seed=3)
+    steps = plan_steps(SIZES, batch_size, epochs, shuffled(3))
     flat = list(itertools.chain(*steps))
     for epoch in range(epochs):
         part = flat[epoch * len(SIZES) : (epoch + 1) * len(SIZES)]
@@ -41,7 +46,7 @@ def test_every_epoch_holds_every_example_once(batch_size, epochs):
 
 def test_order_is_a_function_of_seed_and_epoch():
     def orders(epochs, seed):
-        flat = list(itertools.chain(*plan_steps(SIZES, 4, epochs, seed)))
+        flat = list(itertools.chain(*plan_steps(SIZES, 4, epochs, shuffled(seed))))
         return [tuple(flat[n : n + len(SIZES)]) for n in range(0, len(flat), len(SIZES))]
 
     np.random.seed(1)
@@ -53,19 +58,19 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 
 def test_a_fraction_of_an_epoch_is_the_beginning_of_the_whole():
-    whole = list(itertools.chain(*plan_steps(SIZES, 4, 2, 0)))
+    whole = list(itertools.chain(*plan_steps(SIZES, 4, 2, shuffled(0))))
     for epochs in (0.5, 1.25, 1.5):
-        part = list(itertools.chain(*plan_steps(SIZES, 4, epochs, 0)))
+        part = list(itertools.chain(*plan_steps(SIZES, 4, epochs, shuffled(0))))
         assert part == whole[: round(epochs * len(SIZES))]
 
 
 def test_even_the_smallest_share_of_an_epoch_is_a_step():
-    assert len(plan_steps([5, 5], 4, 0.01, 0)) == 1
+    assert len(plan_steps([5, 5], 4, 0.01, shuffled(0, [5, 5]))) == 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 9])
 def test_each_step_but_the_last_just_reaches_the_batch_size(batch_size):
-    steps = plan_steps(SIZES, batch_size, 3, 0)
+    steps = plan_steps(SIZES, batch_size, 3, shuffled(0))
     assert len(steps) > 1
     for step in steps[:-1]:
         texts = [SIZES[number] for number in step]

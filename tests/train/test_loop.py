@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -97,6 +98,7 @@ def step_data(task, settings, examples, **changes):
         task.store,
         max_tokens=chosen.micro_batch_tokens,
         max_text_tokens=chosen.max_text_tokens,
+        device=torch.device("cpu"),
     )
 
 
@@ -252,3 +254,26 @@ def test_metrics_count_images_and_texts(run_once):
     assert 0 <= metrics["data_wait_share"] <= 1
     assert 0 < metrics["peak_memory_gib"] <= peak_memory_gib() + 1e-3
     assert metrics["tokens_per_second"] > 0
+
+
+def test_the_windowed_order_trains_on_every_example_and_stays_in_its_window(
+    make_task, settings, tracker, monkeypatch
+):
+    task = make_task(EXAMPLES, batch_size=1)
+    shards = dict(
+        zip(task.store.image_ids, task.store.shards_of(task.store.image_ids), strict=True)
+    )
+    assert len(set(shards.values())) > 1
+    seen, asked = [], []
+    real = optimizer_step
+    monkeypatch.setattr(
+        "train.loop.optimizer_step",
+        lambda task, data, *rest: seen.extend(data.image_ids) or real(task, data, *rest),
+    )
+    monkeypatch.setattr(type(task.store), "read_ahead", lambda store, shards: asked.extend(shards))
+    train(task, settings(epochs=1, order="windowed", window_shards=1), Run(), tracker)
+    assert sorted(seen) == [example.image_id for example in EXAMPLES]
+    visited = [shards[image_id] for image_id in seen]
+    changes = sum(a != b for a, b in itertools.pairwise(visited))
+    assert changes == len(set(visited)) - 1
+    assert asked == list(dict.fromkeys(visited))

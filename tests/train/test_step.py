@@ -21,7 +21,12 @@ EXAMPLES = [
 def build(tokenizer, store):
     def build(examples=EXAMPLES, max_tokens=10_000, max_text_tokens=99):
         return build_step(
-            examples, tokenizer, store, max_tokens=max_tokens, max_text_tokens=max_text_tokens
+            examples,
+            tokenizer,
+            store,
+            max_tokens=max_tokens,
+            max_text_tokens=max_text_tokens,
+            device=torch.device("cpu"),
         )
 
     return build
