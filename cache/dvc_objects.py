@@ -1,4 +1,4 @@
-"""Drops damaged shards from the cache of DVC, which would bring the damage back.
+"""Drops damaged files of a store from the cache of DVC, which would bring the damage back.
 
 A published shard and its object in DVC's cache can be one file on the disk, so that damage to one
 is damage to both. DVC trusts an object that is write-protected without reading it: it would link
@@ -15,14 +15,14 @@ from cache.files import CHUNK_BYTES
 
 
 def drop_damaged_objects(root: Path, names: Collection[str]) -> list[Path]:
-    """Delete the objects of some shards whose bytes are not those that DVC stored.
+    """Delete the objects of some files whose bytes are not those that DVC stored.
 
-    A sound object stays, and so does everything that is no object of these shards.
+    A sound object stays, and so does every object of other files.
 
     Args:
         root: The store's folder, in a DVC repository or not.
-        names: File names of shards. As they tell the content, it does not matter in which of the
-            folders that DVC ever stored they are looked up.
+        names: File names of shards, or of other files of a store. Objects that DVC stored under
+            such a name in any folder and at any time are looked at.
 
     Returns:
         The objects that were deleted. Those that DVC needs come back from a remote with

@@ -15,65 +15,16 @@ from ruamel.yaml import YAML
 
 from cache import FeatureStore
 from demo.world import write_world
-
-ROOT = Path(__file__).parents[1]
-
-SMALL = {
-    "data": {
-        "source": "local",
-        "train": {
-            "images": "../world/train2017.zip",
-            "captions": "../world/annotations/captions_train2017.json",
-        },
-        "val": {
-            "images": "../world/val2017.zip",
-            "captions": "../world/annotations/captions_val2017.json",
-        },
-        "instruct": "../world/llava_instruct_150k.json",
-    },
-    "encoder": {"batch_size": 4},
-    "extract": {"shard_rows": 8, "workers": 0},
-    "pretrain": {"epochs": 1, "batch_captions": 50},
-    "finetune": {"epochs": 1, "batch_examples": 16},
-    "evaluate": {"questions": 20},
-    "tracking": {"wandb": "disabled"},
-}
-
-
-def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=clone,
-        env=environment(clone),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def environment(clone: Path) -> dict[str, str]:
-    """What `make` sets: this Python first on the path, the clone's modules importable."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(clone)}
-
-
-def repro(clone: Path) -> str:
-    done = run(clone, "dvc", "repro")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def change_params(clone: Path, changes: dict[str, dict[str, object]]) -> None:
-    yaml = YAML()
-    path = clone / "params.yaml"
-    values = yaml.load(path.read_text())
-    for section, keys in changes.items():
-        values[section].update(keys)
-    yaml.dump(values, path)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+from tests.checkout import (
+    SMALL,
+    bytes_of,
+    change_params,
+    copy_project,
+    dvc,
+    environment,
+    run,
+    stages_run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +33,7 @@ def clone(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("newcomer")
     write_world(folder / "world", num_train=60, num_val=12, seed=3)
     clone = folder / "patchcache"
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, clone / name)
-    subprocess.run(["git", "init", "-q", "."], cwd=clone, check=True)
-    change_params(clone, SMALL)
+    copy_project(clone)
     return clone
 
 
@@ -115,7 +54,7 @@ def killed_then_finished(clone) -> dict[str, object]:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     survived = {path.name: path.stat().st_ino for path in finished.glob("*.h5")}
-    stdout = repro(clone)
+    stdout = dvc(clone, "repro")
     return {"survived": survived, "stdout": stdout}
 
 
@@ -192,20 +131,15 @@ def test_every_image_has_features_and_every_text_was_scored(clone, killed_then_f
 
 
 def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
-    stdout = repro(clone)
-    assert "Running stage" not in stdout
+    stdout = dvc(clone, "repro")
+    assert stages_run(stdout) == []
     assert "up to date" in stdout
 
 
 def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
     change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
-    stdout = repro(clone)
-    ran = [
-        s
-        for s in ("fetch", "index", "extract", "pretrain", "finetune", "evaluate")
-        if f"Running stage '{s}'" in stdout
-    ]
-    assert ran == ["pretrain", "finetune", "evaluate"]
+    stdout = dvc(clone, "repro")
+    assert stages_run(stdout) == ["pretrain", "finetune", "evaluate"]
 
 
 @pytest.mark.parametrize(
