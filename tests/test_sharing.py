@@ -7,6 +7,7 @@ nor the tower's weights, and `import open_clip` ends its processes.
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -235,3 +236,25 @@ def test_pulling_again_downloads_nothing_that_was_there(second, grown):
     assert {name: now[name] for name in grown.cache_before} == grown.cache_before
     came = now.keys() - grown.cache_before.keys()
     assert came == grown.remote_after - grown.remote_before
+
+
+def test_a_repaired_shard_is_made_again_though_dvc_has_the_damage_too(first, grown):
+    sound = bytes_of(first.features)
+    shard = sorted(first.features.glob("*.h5"))[0]
+    flip_a_byte(shard)
+    assert md5_of(shard) not in first.objects()
+    repaired = run(first.clone, "cache.verify", "data/features", "--repair")
+    assert (repaired.returncode, shard.exists()) == (1, False)
+    assert stages_run(dvc(first.clone, "repro", "extract")) == ["extract"]
+    assert bytes_of(first.features) == sound
+
+
+def flip_a_byte(path: Path) -> None:
+    """Damage a write-protected file in place, as a disk would."""
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    path.chmod(0o444)
