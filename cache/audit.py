@@ -22,7 +22,7 @@ from cache.location import Location
 from cache.plan import shard_key
 from cache.shard import Shard, hash_rows, open_shard
 from cache.spec import Spec
-from cache.table import INDEX, StoreTable, check_own_hash
+from cache.table import INDEX, PROBE, StoreTable, check_own_hash
 
 BLOCK_BYTES = 1 << 18
 """What is read at a time: small enough for a core's cache, so that memory is read once."""
@@ -32,9 +32,6 @@ MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
 
 NAMED_IDS = 5
 """How many ids a problem names."""
-
-PROBE = "probe.safetensors"
-"""Features of known pictures, with which an encoder is compared before it adds to a store."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def audit(
         bad_shards = [
             (f.name, error) for f, error in zip(table.shards, found, strict=True) if error
         ]
-    return _report([*bad_shards, *_check_probe(location, table), *_strays(location, table)])
+    return _report([*bad_shards, *_check_probe(location, table)])
 
 
 def _report(problems: Problems) -> VerifyReport:
@@ -125,16 +122,6 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
         return [(PROBE, f"{path}: its sha256 is not the one in {INDEX}. Fetch it again.")]
     except (CacheError, OSError) as error:
         return [(PROBE, error)]
-
-
-def _strays(location: Location, table: StoreTable) -> Problems:
-    known = {file.name for file in table.shards} | {"spec.json", INDEX}
-    known |= {PROBE} if table.probe_sha256 is not None else set()
-    return [
-        (name, f"{location.root}/{name}: no part of the store. Delete it, or move it away.")
-        for name in location.names()
-        if name not in known
-    ]
 
 
 def _check_shard(

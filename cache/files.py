@@ -5,6 +5,7 @@ is never opened for writing again.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -13,8 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cache.errors import StageError
+
 WORK = Path(".work")
 """Where everything that must survive a kill is built: outside every DVC output."""
+
+SHARDS = WORK / "shards"
+"""Every shard ever encoded here, under its name; of any encoder and any set of images."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -35,6 +41,25 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep a folder, which is made, for one process at a time.
+
+    Raises:
+        StageError: Another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"{folder}: another process works in it. Wait until it is done, then run the same "
+                f"command again."
+            ) from None
+        yield
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ Published files are replaced by rename, never written into, so that what a reade
 as it is. A shard that it has not mapped yet may be gone.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,35 +13,52 @@ from cache.files import link_or_copy, replacing, sha256_of
 from cache.plan import PlannedShard
 from cache.shard import open_shard
 from cache.spec import Spec
-from cache.table import ShardFile, StoreTable
+from cache.table import INDEX, PROBE, ShardFile, StoreTable
 
 
-def publish(root: Path, plan: list[PlannedShard], finished: Path, spec: Spec) -> None:
-    """Publish a store, and drop the shards that it had before and has no more.
+def publish(
+    root: Path,
+    plan: list[PlannedShard],
+    finished: Path,
+    spec: Spec,
+    hashes: Mapping[str, str],
+    probe: Path | None = None,
+) -> None:
+    """Publish a store, and drop the files that it had before and has no more.
 
     Args:
         root: The store's folder.
         plan: Its shards, in order of image id.
         finished: The folder in which a valid file of each of them lies.
         spec: Of the features.
+        hashes: The sha256 of each of these files, by name.
+        probe: A file with the encoder's probe, which becomes a part of the store.
     """
     root.mkdir(parents=True, exist_ok=True)
     for shard in plan:
         link_or_copy(finished / shard.name, root / shard.name)
-    table = _describe(root, plan, spec)
+    if probe:
+        link_or_copy(probe, root / PROBE)
+    table = _describe(root, plan, spec, hashes, sha256_of(probe) if probe else None)
     with replacing(root / "spec.json") as temporary:
         temporary.write_bytes(spec.to_json())
-    table.write(root / "index.parquet")
-    names = {shard.name for shard in plan}
-    for path in [*root.glob("*.h5"), *root.glob(".*.partial")]:
+    table.write(root / INDEX)
+    names = {shard.name for shard in plan} | ({PROBE} if probe else set())
+    for path in [*root.glob("*.h5"), *root.glob(PROBE), *root.glob(".*.partial")]:
         if path.name not in names:
             path.unlink()
 
 
-def _describe(root: Path, plan: list[PlannedShard], spec: Spec) -> StoreTable:
+def _describe(
+    root: Path,
+    plan: list[PlannedShard],
+    spec: Spec,
+    hashes: Mapping[str, str],
+    probe_sha256: str | None,
+) -> StoreTable:
     """Read the published shards back and make the index of them."""
     shards = [open_shard(root / planned.name, spec) for planned in plan]
-    files = [ShardFile(s.path.name, s.path.stat().st_size, sha256_of(s.path)) for s in shards]
+    files = [ShardFile(s.path.name, s.path.stat().st_size, hashes[s.path.name]) for s in shards]
     by_name = sorted(files, key=lambda file: file.name)
     numbers = {file.name: number for number, file in enumerate(by_name)}
     sizes = [len(shard.image_ids) for shard in shards]
@@ -52,4 +70,5 @@ def _describe(root: Path, plan: list[PlannedShard], spec: Spec) -> StoreTable:
         row=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
         row_xxh3=np.concatenate([shard.row_xxh3 for shard in shards]),
         source_xxh3=np.concatenate([planned.source_xxh3 for planned in plan]),
+        probe_sha256=probe_sha256,
     )

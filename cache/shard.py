@@ -68,7 +68,11 @@ def hash_rows(rows: NDArray[Any]) -> NDArray[np.uint64]:
 
 
 def write_shard(
-    path: Path, spec: Spec, image_ids: NDArray[np.int64], features_NPD: NDArray[np.float16]
+    path: Path,
+    spec: Spec,
+    image_ids: NDArray[np.int64],
+    features_NPD: NDArray[np.float16],
+    row_xxh3: NDArray[np.uint64] | None = None,
 ) -> None:
     """Write a shard, whole or not at all. Equal content gives equal bytes.
 
@@ -77,11 +81,12 @@ def write_shard(
         spec: Of the features.
         image_ids: [N], ascending.
         features_NPD: float16 [N, P, D], C-contiguous.
+        row_xxh3: What `hash_rows` gives for them; asked of it when not given.
     """
     contents = {
         "features": features_NPD.astype("<f2", copy=False),
         "image_id": image_ids.astype("<i8", copy=False),
-        "row_xxh3": hash_rows(features_NPD),
+        "row_xxh3": hash_rows(features_NPD) if row_xxh3 is None else row_xxh3,
     }
     with (
         replacing(path) as temporary,

@@ -23,6 +23,9 @@ from cache.spec import Spec
 
 INDEX = "index.parquet"
 
+PROBE = "probe.safetensors"
+"""Features of known pictures, with which an encoder is compared before it adds to a store."""
+
 SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.audit import PROBE, VerifyReport, audit
+from cache.audit import VerifyReport, audit
 from cache.command import run_guarded
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CorruptShardError, SettingsError
 from cache.location import Location
 from cache.spec import Spec
-from cache.table import INDEX, SHARD_NAME, StoreTable
+from cache.table import INDEX, StoreTable
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:
@@ -52,18 +52,12 @@ def verify(root: str, deep: bool, repair: bool) -> None:
 
 
 def drop(folder: Path, report: VerifyReport) -> list[str]:
-    """Delete the bad files of a store, and return their names; what is not ours stays."""
-    ours = {"spec.json", INDEX, PROBE}
-    dropped = [
-        name
-        for name in report.bad_files
-        if (name in ours or SHARD_NAME.fullmatch(name) or name.endswith(".partial"))
-        and (folder / name).is_file()
-    ]
+    """Delete the bad files of a store, and return the names of those that were there."""
+    dropped = [name for name in report.bad_files if (folder / name).exists()]
     for name in dropped:
         (folder / name).unlink()
     # DVC's copy can be the same file on the disk, and would be put back in its place.
-    drop_damaged_objects(folder, dropped)
+    drop_damaged_objects(folder, report.bad_files)
     return dropped
 
 

@@ -15,6 +15,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Resize = Literal["shortest", "squash"]
 
+Interpolation = Literal["bicubic", "bilinear"]
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """What is read at all. Pillow knows more; among them EPS, which it hands to Ghostscript."""
 
@@ -56,7 +60,9 @@ def image_size(data: bytes) -> tuple[int, int]:
         raise DecodeError(_reason(error)) from None
 
 
-def decode_rgb(data: bytes, size: int, resize: Resize) -> np.ndarray:
+def decode_rgb(
+    data: bytes, size: int, resize: Resize, interpolation: Interpolation = "bicubic"
+) -> np.ndarray:
     """Decode an image file, resize and crop it.
 
     Args:
@@ -64,6 +70,7 @@ def decode_rgb(data: bytes, size: int, resize: Resize) -> np.ndarray:
         size: Side of the square, in pixels.
         resize: "shortest" brings the shorter side to `size` and crops the middle; "squash" brings
             both sides to `size`.
+        interpolation: How pixels are resized.
 
     Returns:
         uint8 [size, size, 3].
@@ -78,7 +85,7 @@ def decode_rgb(data: bytes, size: int, resize: Resize) -> np.ndarray:
             image = _open(data)
             image.load()
             image = _to_rgb(ImageOps.exif_transpose(image))
-            return np.array(_to_square(image, size, resize))
+            return np.array(_to_square(image, size, resize, _FILTERS[interpolation]))
     except _PILLOW_ERRORS as error:
         raise DecodeError(_reason(error)) from None
 
@@ -115,15 +122,17 @@ def _gray16_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
 
-def _to_square(image: Image.Image, size: int, resize: Resize) -> Image.Image:
+def _to_square(
+    image: Image.Image, size: int, resize: Resize, resampling: Image.Resampling
+) -> Image.Image:
     if resize == "squash":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), resampling)
     shorter = min(image.size)
     # Cut off, not rounded, as torchvision's Resize does.
     width, height = (int(size * side / shorter) for side in image.size)
     # A long thin strip of few pixels would become gigabytes.
     _check_area(width, height)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), resampling)
     # Half to even, as torchvision's CenterCrop rounds.
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))

@@ -1,87 +1,36 @@
 """Decodes images in worker processes ahead of the encoder, and writes shards behind it.
 
-The three run at the same time: worker processes decode whole batches, this thread encodes them,
-one more thread hashes and writes the shard before. At most two shards are in memory.
+The three run at the same time: worker processes decode whole batches, this thread encodes them (a
+GPU works on one batch while the one before comes back from it), one more thread hashes and writes
+the shard before. At most two shards are in memory.
 
 Letters: B images of a batch, S side of the input in pixels, P patches, D width of the tower.
 """
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from cache.errors import StageError
-from cache.files import sha256_of, write_text
-from cache.images import ImageArchive, ImageNameError
 from cache.plan import PlannedShard
-from cache.shard import write_shard
-from pipeline.decode import DecodeError, Resize, decode_rgb
-from pipeline.encoder import Encoder
+from cache.shard import hash_rows, write_shard
+from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
+from pipeline.encoder import Encoder, Started
+from pipeline.finished import finish
+from pipeline.image_source import ImageSource
+from pipeline.tally import Tally
 
 PREFETCH_BATCHES = 2
 """Decoded batches that wait for the encoder, per worker process."""
-
-
-@dataclass(frozen=True)
-class ImageSource:
-    """The indexed images and where their bytes are; arrays and lists have one entry an image."""
-
-    image_ids: NDArray[np.int64]
-    """Ascending."""
-    source_xxh3: NDArray[np.uint64]
-    file_names: list[str]
-    splits: list[str]
-    archives: dict[str, ImageArchive]
-    """Split to its images."""
-
-    def read(self, image_id: int) -> bytes:
-        """Return the bytes of an image file.
-
-        Raises:
-            StageError: The file is gone, or is not the one that was indexed.
-        """
-        position = int(np.searchsorted(self.image_ids, image_id))
-        archive, name = self.archives[self.splits[position]], self.file_names[position]
-        try:
-            data = archive.read(name)
-        except ImageNameError as error:
-            raise StageError(f"{archive.path}: {error}. Run the index stage again.") from None
-        if xxhash.xxh3_64_intdigest(data) != self.source_xxh3[position]:
-            raise StageError(
-                f"{archive.path}: {name} is not the file that was indexed. "
-                f"Run the index stage again."
-            )
-        return data
-
-
-@dataclass
-class Encoding:
-    """What became of one run: counts, failures and where the time went."""
-
-    failures: dict[int, str] = field(default_factory=dict)
-    """Image id to the reason why it could not be decoded."""
-    encoded_shards: set[str] = field(default_factory=set)
-    """File names. One that a later failure displaced is among them, but not in the last plan."""
-    images_encoded: int = 0
-    elapsed: float = 0.0
-    """Seconds on the wall."""
-    decode_seconds: float = 0.0
-    """Summed over the worker processes, so it can exceed `elapsed`."""
-    encode_seconds: float = 0.0
-    write_seconds: float = 0.0
-    """Hashing and writing, in its own thread."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +47,19 @@ class DecodedBatch:
     """Why the whole run must stop, or empty."""
     seconds: float
 
+    def pin_memory(self) -> "DecodedBatch":
+        """Return the same in memory from which a GPU can copy while it computes."""
+        return replace(self, pixels_BSSC=self.pixels_BSSC.pin_memory())
+
 
 class BatchDecoder(Dataset[DecodedBatch]):
     """Decodes the n-th batch of some shards; a batch never crosses a shard."""
 
     def __init__(self, shards: list[PlannedShard], source: ImageSource, encoder: Encoder) -> None:
         spec = encoder.spec
-        self._source, self._side, self._resize = source, spec.image_size, cast(Resize, spec.resize)
+        self._source, self._side = source, spec.image_size
+        self._resize = cast(Resize, spec.resize)
+        self._interpolation = cast(Interpolation, spec.interpolation)
         self._batches = [
             (number, start, shard.image_ids[start : start + spec.batch_size])
             for number, shard in enumerate(shards)
@@ -113,6 +68,13 @@ class BatchDecoder(Dataset[DecodedBatch]):
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    def batches_of(self, taken: Iterable[int]) -> Iterator[int]:
+        """Yield the numbers of the batches of some shards, in order."""
+        numbers = [shard_number for shard_number, _, _ in self._batches]
+        for shard_number in taken:
+            first = int(np.searchsorted(numbers, shard_number))
+            yield from range(first, int(np.searchsorted(numbers, shard_number, side="right")))
 
     def __getitem__(self, index: int) -> DecodedBatch:
         started = time.perf_counter()
@@ -124,7 +86,7 @@ class BatchDecoder(Dataset[DecodedBatch]):
             for image_id in image_ids.tolist():
                 data = self._source.read(image_id)
                 try:
-                    pixels.append(decode_rgb(data, self._side, self._resize))
+                    pixels.append(decode_rgb(data, self._side, self._resize, self._interpolation))
                 except DecodeError as reason:
                     failures[image_id] = str(reason)
         except StageError as reason:
@@ -145,7 +107,9 @@ def encode_shards(
     *,
     workers: int,
     max_failures: int,
-    totals: Encoding,
+    tally: Tally,
+    taken: Iterable[int] | None = None,
+    progress: Callable[[int], object] = lambda num_images: None,
 ) -> None:
     """Encode some shards into a folder.
 
@@ -159,86 +123,98 @@ def encode_shards(
         folder: Each shard appears in it under its own name, whole, as soon as it is done.
         workers: Decoding processes; 0 decodes here.
         max_failures: More failed images than this stop the run.
-        totals: Added to.
+        tally: Added to.
+        taken: Numbers of the shards that this process takes, all of them when not given. It is
+            asked for the next one when that is about to be decoded.
+        progress: Told how many more images are done with.
 
     Raises:
         StageError: Too many failures, images that are not the indexed ones, or a worker that died.
     """
-    started = time.perf_counter()
     shape = (encoder.spec.patches, encoder.spec.width)
-    broken: set[int] = set()
     features_NPD = np.empty((0, *shape), np.float16)
+    written: Future[None] | None = None
+    decoder = BatchDecoder(shards, source, encoder)
+    numbers = decoder.batches_of(range(len(shards)) if taken is None else taken)
+    decoded = _decoded(decoder, numbers, encoder, workers)
+    healthy = _healthy(decoded, tally, max_failures, len(source.image_ids), progress)
     with ThreadPoolExecutor(1) as writer:
-        written: Future[None] | None = None
-        for batch in _decoded(shards, source, encoder, workers):
-            totals.decode_seconds += batch.seconds
-            _check_batch(batch, totals, max_failures, len(source.image_ids))
+        for batch, features_BPD in _encoded(healthy, encoder, tally):
             shard = shards[batch.shard_number]
-            if batch.failures:
-                broken.add(batch.shard_number)
-            if batch.shard_number in broken:
-                continue
             if batch.start == 0:
                 features_NPD = np.empty((len(shard.image_ids), *shape), np.float16)
-            stop = batch.start + len(batch.pixels_BSSC)
-            features_NPD[batch.start : stop] = _timed_encode(encoder, batch.pixels_BSSC, totals)
+            stop = batch.start + len(features_BPD)
+            features_NPD[batch.start : stop] = features_BPD
             if stop == len(shard.image_ids):
                 if written:
                     written.result()
-                written = writer.submit(_write, folder, shard, encoder, features_NPD, totals)
+                written = writer.submit(_write, folder, shard, encoder, features_NPD, tally)
         if written:
             written.result()
-    totals.elapsed += time.perf_counter() - started
 
 
 def _decoded(
-    shards: list[PlannedShard], source: ImageSource, encoder: Encoder, workers: int
+    decoder: BatchDecoder, numbers: Iterator[int], encoder: Encoder, workers: int
 ) -> Iterator[DecodedBatch]:
     loader = DataLoader(
-        BatchDecoder(shards, source, encoder),
+        decoder,
         batch_size=None,
+        sampler=numbers,
         num_workers=workers,
         prefetch_factor=PREFETCH_BATCHES if workers else None,
         pin_memory=encoder.device.type == "cuda",
     )
-    num_images = sum(len(shard.image_ids) for shard in shards)
-    with tqdm(total=num_images, desc="extract", unit="image", disable=None) as bar:
-        try:
-            for batch in loader:
-                yield batch
-                bar.update(len(batch.pixels_BSSC) + len(batch.failures))
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise StageError(
-                f"extract: a decoding process died ({str(error).splitlines()[0]}). Finished "
-                f"shards are kept; lower extract.workers if memory ran out, and run again."
-            ) from None
-
-
-def _check_batch(batch: DecodedBatch, totals: Encoding, max_failures: int, num_images: int) -> None:
-    if batch.error:
-        raise StageError(batch.error)
-    totals.failures.update(batch.failures)
-    if len(totals.failures) > max_failures:
-        examples = [f"image {id_}: {why}" for id_, why in list(totals.failures.items())[:3]]
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
         raise StageError(
-            f"extract: {len(totals.failures)} images failed to decode so far, at most "
-            f"{max_failures} of {num_images} may (extract.max_failure_rate): "
-            f"{'; '.join(examples)}. Mend or remove them, run index and extract again."
-        )
+            f"extract: a decoding process died ({str(error).splitlines()[0]}). Finished "
+            f"shards are kept; lower extract.workers if memory ran out, and run again."
+        ) from None
 
 
-def _timed_encode(encoder: Encoder, pixels_BSSC: Tensor, totals: Encoding) -> NDArray[np.float16]:
-    started = time.perf_counter()
-    features_BPD = encoder.encode(pixels_BSSC)
-    totals.encode_seconds += time.perf_counter() - started
-    return features_BPD
+def _healthy(
+    batches: Iterator[DecodedBatch],
+    tally: Tally,
+    max_failures: int,
+    num_images: int,
+    progress: Callable[[int], object],
+) -> Iterator[DecodedBatch]:
+    """Yield the batches of shards in which no image failed so far; count the failures."""
+    broken: set[int] = set()
+    for batch in batches:
+        if batch.error:
+            raise StageError(batch.error)
+        tally.seconds["decode"] += batch.seconds
+        tally.failures.update(batch.failures)
+        tally.check(max_failures, num_images)
+        if batch.failures:
+            broken.add(batch.shard_number)
+        if batch.shard_number not in broken:
+            yield batch
+        progress(len(batch.pixels_BSSC) + len(batch.failures))
 
 
-def hash_file(folder: Path, shard: PlannedShard) -> Path:
-    """Return where the sha256 of a finished shard is kept, beside it."""
-    return folder / f"{shard.key}.sha256"
+def _encoded(
+    batches: Iterator[DecodedBatch], encoder: Encoder, tally: Tally
+) -> Iterator[tuple[DecodedBatch, NDArray[np.float16]]]:
+    """Yield each batch with its features, after the next one was given to the device."""
+    before: tuple[DecodedBatch, Started] | None = None
+    for batch in batches:
+        with tally.timed("encode"):
+            started = encoder.start(batch.pixels_BSSC)
+        if before:
+            yield before[0], _finished(before[1], encoder, tally)
+        before = batch, started
+    if before:
+        yield before[0], _finished(before[1], encoder, tally)
+
+
+def _finished(started: Started, encoder: Encoder, tally: Tally) -> NDArray[np.float16]:
+    with tally.timed("encode"):
+        return encoder.finish(started)
 
 
 def _write(
@@ -246,14 +222,13 @@ def _write(
     shard: PlannedShard,
     encoder: Encoder,
     features_NPD: NDArray[np.float16],
-    totals: Encoding,
+    tally: Tally,
 ) -> None:
-    started = time.perf_counter()
     fresh = folder / f".{shard.name}.new"
-    write_shard(fresh, encoder.spec, shard.image_ids, features_NPD)
-    # Before the shard has its name, so that a shard without its hash is never there.
-    write_text(hash_file(folder, shard), sha256_of(fresh))
-    os.replace(fresh, folder / shard.name)
-    totals.encoded_shards.add(shard.name)
-    totals.images_encoded += len(shard.image_ids)
-    totals.write_seconds += time.perf_counter() - started
+    with tally.timed("hash"):
+        row_xxh3 = hash_rows(features_NPD)
+    with tally.timed("write"):
+        write_shard(fresh, encoder.spec, shard.image_ids, features_NPD, row_xxh3)
+    with tally.timed("hash"):
+        tally.encoded_shards[shard.name] = finish(fresh, folder / shard.name)
+    tally.images_encoded += len(shard.image_ids)

@@ -9,8 +9,9 @@ Letters: B images, S side of the input in pixels, P patches, D width of the towe
 import hashlib
 import json
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import open_clip
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from cache.errors import SettingsError, StageError
 from cache.files import canonical_json
 from cache.spec import FORMAT, Spec
+from pipeline.decode import Interpolation, Resize
 from pipeline.settings import EncoderSettings
 
 PREPROCESS_VERSION = 1
@@ -61,7 +63,6 @@ class Encoder:
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
-    @torch.inference_mode()
     def encode(self, pixels_BSSC: Tensor) -> NDArray[np.float16]:
         """Encode some images.
 
@@ -74,16 +75,48 @@ class Encoder:
         Raises:
             StageError: A value does not fit float16.
         """
+        return self.finish(self.start(pixels_BSSC))
+
+    @torch.inference_mode()
+    def start(self, pixels_BSSC: Tensor) -> "Started":
+        """Give a batch to the device, as `encode` does; does not wait for a GPU."""
         x = pixels_BSSC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         x = ((x - self._mean) / self._std).to(self._dtype)
         features_BPD = patch_tokens(self._visual, x, self.spec.layer).to(torch.float16)
-        if not torch.isfinite(features_BPD).all():
+        is_finite = torch.isfinite(features_BPD).all()
+        if self.device.type != "cuda":
+            return Started(features_BPD.cpu(), is_finite.cpu(), None)
+        pinned = _to_pinned(features_BPD), _to_pinned(is_finite)
+        return Started(*pinned, torch.cuda.current_stream(self.device).record_event())
+
+    def finish(self, started: "Started") -> NDArray[np.float16]:
+        """Wait for a batch that was started, and return its features as `encode` does."""
+        if started.arrived:
+            started.arrived.synchronize()
+        if not started.is_finite:
             raise StageError(
                 f"encoder: block {self.spec.layer} of {self.spec.model} gives values outside "
                 f"float16 (65504), or not finite ones. Check encoder.pretrained, or take another "
                 f"encoder.layer."
             )
-        return features_BPD.cpu().numpy()
+        return started.features_BPD.numpy()
+
+
+@dataclass(frozen=True)
+class Started:
+    """A batch that the device works on; its tensors are right once it has arrived."""
+
+    features_BPD: Tensor
+    """float16, in the main memory."""
+    is_finite: Tensor
+    """bool []."""
+    arrived: torch.cuda.Event | None
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    """Copy from a GPU without waiting."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
 
 
 def patch_tokens(visual: nn.Module, x_BCSS: Tensor, layer: int) -> Tensor:
@@ -137,16 +170,17 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
         width=features_BPD.shape[2],
         preprocess_version=PREPROCESS_VERSION,
     )
-    return Encoder(visual, spec, pick_device(settings.device))
+    return Encoder(visual, spec, pick_devices(settings.device)[0])
 
 
-def pick_device(name: str) -> torch.device:
-    """Resolve the setting `device`: "auto" is the first GPU, or the CPU."""
+def pick_devices(name: str) -> list[torch.device]:
+    """Resolve the setting `device`: "auto" is every GPU, or the CPU."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count()
+        return [torch.device("cuda", n) for n in range(count)] or [torch.device("cpu")]
     try:
         # Made there, because a device that this machine lacks has a valid name too.
-        return torch.empty(0, device=name).device
+        return [torch.empty(0, device=each.strip()).device for each in name.split(",")]
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingsError(f"encoder.device: {str(error).splitlines()[0]}") from None
 
@@ -288,10 +322,11 @@ def _preprocess(model: nn.Module, name: str, pretrained: str) -> dict[str, Any]:
 
 def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:
     found = preprocess["resize_mode"], preprocess["interpolation"]
-    if found[0] not in ("shortest", "squash") or found[1] != "bicubic":
+    known = get_args(Resize), get_args(Interpolation)
+    if found[0] not in known[0] or found[1] not in known[1]:
         raise SettingsError(
-            f"encoder.model: {model} wants images resized by {found}; known are 'shortest' and "
-            f"'squash' with 'bicubic'."
+            f"encoder.model: {model} wants images resized by {found}; known are {known[0]} with "
+            f"{known[1]}."
         )
 
 

@@ -2,10 +2,13 @@
 
 Each shard is encoded into the work directory and kept there under a name that says what is in
 it, so that a killed run goes on where it was and a changed image costs one shard. The finished
-shards are then linked into `data/features/`, the index last.
+shards are then linked into `data/features/`, the index last. Where all of them are there already,
+nothing loads the tower, and no image is opened.
 """
 
+import dataclasses
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,42 +18,42 @@ import pyarrow.parquet as pq
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.files import WORK, sha256_of, write_json
+from cache.files import SHARDS, exclusive, write_json
 from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
 from cache.spec import Spec
-from pipeline.encode import Encoding, ImageSource, encode_shards, hash_file
-from pipeline.encoder import Encoder, load_encoder
+from pipeline.finished import checked_hash, checked_hashes, finish, probe_file, recover_finished
+from pipeline.image_source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
+from pipeline.tally import Tally
+from pipeline.tower import Tower
 
 IMAGES = Path("data/index/images.parquet")
 COLUMNS = ("image_id", "split", "file_name", "source_xxh3")
 FEATURES = Path("data/features")
 REPORT = Path("reports/extract.json")
-FINISHED = WORK / "shards"
-"""Every shard ever encoded here, under its name; of any encoder and any set of images."""
 
 
 def extract(params: Params) -> None:
     """Make the store that the settings and the index describe."""
     data = params.section("data", DataSettings)
     settings = params.section("extract", ExtractSettings)
-    encoder_settings = params.section("encoder", EncoderSettings)
-    source = read_source(data)
-    encoder = load_encoder(encoder_settings)
-    totals = Encoding()
-    plan = make_shards(source, encoder, settings, totals)
-    publish(FEATURES, plan, FINISHED, encoder.spec)
-    write_report(plan, encoder.spec, totals)
+    tower = Tower(params.section("encoder", EncoderSettings))
+    source = read_source()
+    tally = Tally()
+    with exclusive(SHARDS):
+        plan, hashes = make_shards(source, data, tower, settings, tally)
+        publish(FEATURES, plan, SHARDS, tower.spec, hashes, probe_file(tower.spec))
+    write_report(plan, tower.spec, tally, settings)
 
 
-def read_source(data: DataSettings) -> ImageSource:
-    """Read the index, and open the images that it speaks of.
+def read_source() -> ImageSource:
+    """Read the index; the images that it speaks of are not looked for yet.
 
     Raises:
-        StageError: No index, an empty one, or no images where the settings say.
+        StageError: No index, or an empty one.
     """
     try:
         table = pq.read_table(IMAGES, columns=list(COLUMNS))
@@ -58,114 +61,197 @@ def read_source(data: DataSettings) -> ImageSource:
         raise StageError(f"{IMAGES}: {error}. Run the index stage first.") from None
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
-    splits = table["split"].to_pylist()
-    paths = {"train": data.train.images, "val": data.val.images}
     return ImageSource(
         image_ids=table["image_id"].to_numpy(),
         source_xxh3=table["source_xxh3"].to_numpy(),
         file_names=table["file_name"].to_pylist(),
-        splits=splits,
-        archives={
-            split: ImageArchive(paths[split], key=f"data.{split}.images")
-            for split in sorted(set(splits))
-        },
+        splits=table["split"].to_pylist(),
+        archives={},
     )
 
 
-def check_space(missing: list[PlannedShard], spec: Spec) -> None:
-    """Say how much is to be made, and refuse to start where it cannot fit.
+def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
+    """Open the images where the settings say.
 
     Raises:
-        StageError: The file system has less free space than the features need.
+        StageError: There are none.
     """
-    num_images = sum(len(shard.image_ids) for shard in missing)
-    needed = num_images * spec.patches * spec.width * 2
-    free = shutil.disk_usage(FINISHED).free
-    print(f"extract: {num_images} images to encode, {needed / 2**20:.0f} MiB", flush=True)
-    if needed > free:
-        raise StageError(
-            f"{FINISHED}: the features need {needed / 2**30:.1f} GiB more, "
-            f"{free / 2**30:.1f} are free. Make room and run the same command again."
-        )
+    paths = {"train": data.train.images, "val": data.val.images}
+    archives = {
+        split: ImageArchive(paths[split], key=f"data.{split}.images")
+        for split in sorted(set(source.splits))
+    }
+    return dataclasses.replace(source, archives=archives)
 
 
 def make_shards(
-    source: ImageSource, encoder: Encoder, settings: ExtractSettings, totals: Encoding
-) -> list[PlannedShard]:
+    source: ImageSource,
+    data: DataSettings,
+    tower: Tower,
+    settings: ExtractSettings,
+    tally: Tally,
+) -> tuple[list[PlannedShard], dict[str, str]]:
     """Encode whatever the work directory lacks.
 
     An image that does not decode leaves the set of images, which changes the shards around it;
     so the plan is made again without it until every planned shard is there.
 
     Returns:
-        The plan; a valid file of each of its shards lies in the work directory.
+        The plan, and the sha256 of each of its shards by file name; all lie in the work directory.
 
     Raises:
-        StageError: More images failed than the settings allow.
+        StageError: More images failed than the settings allow, or the tower is not what it was.
     """
-    FINISHED.mkdir(parents=True, exist_ok=True)
+    hashes: dict[str, str] = {}
     while True:
-        kept = ~np.isin(source.image_ids, list(totals.failures))
+        kept = ~np.isin(source.image_ids, list(tally.failures))
         plan = plan_shards(
             source.image_ids[kept],
             source.source_xxh3[kept],
-            encoder.spec.fingerprint,
+            tower.spec.fingerprint,
             settings.shard_rows,
         )
-        missing = [shard for shard in plan if not is_finished(shard)]
+        missing = look_for(plan, hashes, tower.spec)
+        prepare_probe(tower, must_check=bool(missing))
         if not missing:
             break
-        check_space(missing, encoder.spec)
-        encode_shards(
-            missing,
-            source,
-            encoder,
-            FINISHED,
-            workers=settings.workers,
-            max_failures=int(settings.max_failure_rate * len(source.image_ids)),
-            totals=totals,
-        )
+        check_space(missing, plan, tower.spec)
+        encode(missing, open_images(source, data), tower, settings, tally)
+        hashes |= tally.encoded_shards
     if not plan:
         raise StageError(f"{IMAGES}: none of its {len(kept)} images could be decoded.")
-    return plan
+    return plan, hashes
 
 
-def is_finished(planned: PlannedShard) -> bool:
-    """Tell whether the work directory has this shard, with the bytes that were written."""
-    path, hashed = FINISHED / planned.name, hash_file(FINISHED, planned)
-    if not path.exists() or not hashed.exists():
-        return False
-    if sha256_of(path) == hashed.read_text():
-        return True
-    print(f"extract: encoding {path} again: its bytes are not those that were written")
-    return False
+def look_for(plan: list[PlannedShard], hashes: dict[str, str], spec: Spec) -> list[PlannedShard]:
+    """Look for planned shards in the work directory, and in what DVC has.
+
+    Args:
+        plan: What there must be.
+        hashes: Of the shards that are known to be there; what is found is added.
+        spec: Of the features.
+
+    Returns:
+        The shards that are nowhere.
+    """
+    hashes |= checked_hashes([shard for shard in plan if shard.name not in hashes])
+    missing = [shard for shard in plan if shard.name not in hashes]
+    if missing:
+        recover_finished({shard.name for shard in missing}, spec)
+        hashes |= checked_hashes(missing)
+    return [shard for shard in missing if shard.name not in hashes]
 
 
-def write_report(plan: list[PlannedShard], spec: Spec, totals: Encoding) -> None:
+def prepare_probe(tower: Tower, must_check: bool) -> None:
+    """Hold a loaded tower against the probe that is kept with its features; keep one if there is
+    none.
+
+    Args:
+        tower: Loaded only if there is no probe, or if it must be checked.
+        must_check: Whether features will be added.
+
+    Raises:
+        StageError: The tower makes other features than it did.
+    """
+    path = probe_file(tower.spec)
+    is_kept = checked_hash(path) is not None
+    if is_kept and not (must_check or tower.is_loaded):
+        return
+    # Imports torch.
+    from pipeline.probe import check_probe, read_probe, take_probe, write_probe
+
+    if is_kept:
+        check_probe(tower.encoder, read_probe(path, tower.spec))
+        return
+    fresh = path.with_name(f".{path.name}.new")
+    write_probe(fresh, take_probe(tower.encoder), tower.spec)
+    finish(fresh, path)
+
+
+def check_space(missing: list[PlannedShard], plan: list[PlannedShard], spec: Spec) -> None:
+    """Say how much is to be made, and refuse to start where it cannot fit.
+
+    Raises:
+        StageError: A file system has less free space than the features need.
+    """
+    row_bytes = spec.patches * spec.width * 2
+    num_images = sum(len(shard.image_ids) for shard in missing)
+    needed = num_images * row_bytes
+    print(f"extract: {num_images} images to encode, {needed / 2**20:.0f} MiB", flush=True)
+    _require_space(SHARDS, needed)
+    if SHARDS.stat().st_dev != FEATURES.parent.stat().st_dev:
+        # No hard links from one to the other: the whole store is copied.
+        _require_space(FEATURES.parent, sum(len(shard.image_ids) for shard in plan) * row_bytes)
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StageError(
+            f"{folder}: the features need {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} are "
+            f"free. Make room and run the same command again."
+        )
+
+
+def encode(
+    missing: list[PlannedShard],
+    source: ImageSource,
+    tower: Tower,
+    settings: ExtractSettings,
+    tally: Tally,
+) -> None:
+    """Encode some shards into the work directory."""
+    # Imports torch.
+    from pipeline.devices import Job, encode_job
+
+    allowed = int(settings.max_failure_rate * len(source.image_ids))
+    started = time.perf_counter()
+    done = encode_job(
+        Job(
+            shards=missing,
+            source=source,
+            settings=tower.settings,
+            spec=tower.spec,
+            probe=probe_file(tower.spec),
+            folder=SHARDS,
+            workers=settings.workers,
+            max_failures=allowed - len(tally.failures),
+        ),
+        tower.encoder,
+    )
+    tally.elapsed += time.perf_counter() - started
+    tally.add(done)
+
+
+def write_report(
+    plan: list[PlannedShard], spec: Spec, tally: Tally, settings: ExtractSettings
+) -> None:
     """Write what the run did, and say it in a line."""
     images = sum(len(shard.image_ids) for shard in plan)
-    encoded = len(totals.encoded_shards & {shard.name for shard in plan})
-    rate = totals.images_encoded / totals.elapsed if totals.elapsed else 0.0
+    encoded = len(tally.encoded_shards.keys() & {shard.name for shard in plan})
+    rate = tally.images_encoded / tally.elapsed if tally.elapsed else 0.0
+    work = ("decode", "encode", "hash", "write")
+    shares = tally.shares(settings.workers)
     report = {
         "images": images,
-        "failed": len(totals.failures),
-        "failures": {str(image_id): reason for image_id, reason in totals.failures.items()},
+        "failed": len(tally.failures),
+        "failures": {str(image_id): reason for image_id, reason in tally.failures.items()},
         "shards": len(plan),
         "shards_encoded": encoded,
         "shards_reused": len(plan) - encoded,
         "images_per_second": round(rate, 2),
-        "seconds": {
-            "decode": round(totals.decode_seconds, 3),
-            "encode": round(totals.encode_seconds, 3),
-            "write": round(totals.write_seconds, 3),
-        },
+        "seconds": {name: round(tally.seconds[name], 3) for name in work},
+        "shares": {name: round(shares.get(name, 0.0), 3) for name in work},
         "fingerprint": spec.fingerprint,
     }
     write_json(REPORT, report)
     print(
         f"extract: {images} images in {len(plan)} shards, {encoded} encoded now "
-        f"({rate:.0f} images/s), {len(totals.failures)} failed"
+        f"({rate:.0f} images/s), {len(tally.failures)} failed"
     )
+    if encoded:
+        busy = ", ".join(f"{name} {shares.get(name, 0.0):.0%}" for name in work)
+        print(f"extract: busy {busy}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from PIL import features as pillow_features
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -30,8 +29,9 @@ from cache.errors import (
 )
 from cache.files import canonical_json, replacing
 from cache.spec import Spec
-from pipeline.decode import DecodeError, Resize, decode_rgb
+from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.encoder import Encoder
+from pipeline.versions import library_versions
 
 FOLDER = Path(__file__).with_name("probe_images")
 
@@ -46,9 +46,6 @@ NAMES = (
     "gray16.png",
 )
 """Each passes through another part of the decoder; never change one, kept probes depend on it."""
-
-LIBRARIES = ("numpy", "open_clip_torch", "pillow", "timm", "torch")
-"""What decides the numbers, beside the libjpeg that Pillow was built with."""
 
 FP32_TOLERANCE = 2e-3
 """Largest relative L2 difference of an image's features between two runs in fp32.
@@ -93,11 +90,12 @@ def probe_pixels(spec: Spec) -> Tensor:
     Raises:
         StageError: An image that cannot be decoded any more.
     """
+    resize, interpolation = cast(Resize, spec.resize), cast(Interpolation, spec.interpolation)
     pixels = []
     for name in NAMES:
         data = (FOLDER / name).read_bytes()
         try:
-            pixels.append(decode_rgb(data, spec.image_size, cast(Resize, spec.resize)))
+            pixels.append(decode_rgb(data, spec.image_size, resize, interpolation))
         except DecodeError as error:
             raise StageError(
                 f"probe: {FOLDER / name} cannot be decoded: {error}. Check that it is the file of "
@@ -109,12 +107,6 @@ def probe_pixels(spec: Spec) -> Tensor:
 def take_probe(encoder: Encoder) -> NDArray[np.float16]:
     """Encode the eight images in one batch, whatever the spec's batch size: [B, P, D]."""
     return encoder.encode(probe_pixels(encoder.spec))
-
-
-def library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide the numbers."""
-    versions = {name: version(name) for name in LIBRARIES}
-    return versions | {"libjpeg_turbo": pillow_features.version("libjpeg_turbo") or "absent"}
 
 
 def write_probe(path: Path, features_BPD: NDArray[np.float16], spec: Spec) -> None:

@@ -28,6 +28,9 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
     Returns:
         The names of those that were fetched.
     """
+    lock = Path("dvc.lock")
+    if not lock.is_file() or FEATURES not in lock.read_text():
+        return []
     # Importing DVC takes a second or two.
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException, NotDvcRepoError

@@ -39,23 +39,26 @@ def png_chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-def open_clip_pixels(image, resize_mode):
+def open_clip_pixels(image, resize_mode, interpolation="bicubic"):
     """What open_clip feeds the model, before the normalisation."""
     from open_clip.transform import image_transform
 
-    transform = image_transform(SIZE, is_train=False, resize_mode=resize_mode)
+    transform = image_transform(
+        SIZE, is_train=False, resize_mode=resize_mode, interpolation=interpolation
+    )
     steps = transform.transforms[:-2]
     for step in steps:
         image = step(image)
     return np.array(image)
 
 
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("resize", ["shortest", "squash"])
-def test_pixels_are_those_of_open_clip(resize):
+def test_pixels_are_those_of_open_clip(resize, interpolation):
     for size in SHAPES:
         image = drawn(size)
-        expected = open_clip_pixels(image, resize)
-        found = decode_rgb(encoded(image), SIZE, resize)
+        expected = open_clip_pixels(image, resize, interpolation)
+        found = decode_rgb(encoded(image), SIZE, resize, interpolation)
         assert found.dtype == np.uint8
         assert found.shape == (SIZE, SIZE, 3)
         np.testing.assert_array_equal(found, expected, err_msg=str(size))

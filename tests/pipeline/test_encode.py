@@ -1,5 +1,7 @@
 import os
 import signal
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -7,13 +9,16 @@ import torch
 import xxhash
 
 from cache.errors import StageError
+from cache.files import sha256_of
 from cache.images import ImageArchive
 from cache.plan import plan_shards
 from cache.shard import open_shard
 from pipeline import encode as module
 from pipeline.decode import decode_rgb
-from pipeline.encode import Encoding, ImageSource, encode_shards
+from pipeline.encode import encode_shards
 from pipeline.encoder import load_encoder
+from pipeline.image_source import ImageSource
+from pipeline.tally import Tally
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -50,8 +55,8 @@ def plan(source, encoder):
 
 @pytest.fixture
 def run(source, encoder, tmp_path):
-    def encoded(shards, workers=0, max_failures=0):
-        totals = Encoding()
+    def encoded(shards, workers=0, max_failures=0, **options):
+        tally = Tally()
         encode_shards(
             shards,
             source,
@@ -59,9 +64,10 @@ def run(source, encoder, tmp_path):
             tmp_path / "shards",
             workers=workers,
             max_failures=max_failures,
-            totals=totals,
+            tally=tally,
+            **options,
         )
-        return totals
+        return tally
 
     return encoded
 
@@ -72,13 +78,17 @@ def break_image(source, image_id, data=b"\xff\xd8 no picture"):
     source.source_xxh3[position] = xxhash.xxh3_64_intdigest(data)
 
 
+def features_of(shard):
+    return np.memmap(shard.path, "<f2", "r", shard.offset, shard.shape)
+
+
 def names(folder):
     return {path.name for path in folder.glob("*.h5")}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_row_is_its_own_images_features(run, plan, encoder, images, tmp_path, workers):
-    totals = run(plan, workers)
+    tally = run(plan, workers)
     for planned in plan:
         shard = open_shard(tmp_path / "shards" / planned.name, encoder.spec)
         assert np.array_equal(shard.image_ids, planned.image_ids)
@@ -86,15 +96,17 @@ def test_each_row_is_its_own_images_features(run, plan, encoder, images, tmp_pat
             ids = planned.image_ids[start : start + 3].tolist()
             pixels = np.stack([decode_rgb(images[i], 32, "shortest") for i in ids])
             features = encoder.encode(torch.from_numpy(pixels))
-            assert np.array_equal(shard.map()[start : start + 3], features)
-    assert totals.images_encoded == len(images)
-    assert totals.encoded_shards == {planned.name for planned in plan}
+            assert np.array_equal(features_of(shard)[start : start + 3], features)
+    assert tally.images_encoded == len(images)
+    assert tally.encoded_shards == {
+        planned.name: sha256_of(tmp_path / "shards" / planned.name) for planned in plan
+    }
 
 
 def test_a_batch_never_crosses_a_shard(run, plan, encoder, monkeypatch):
     sizes = []
-    real = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda x: sizes.append(len(x)) or real(x))
+    real = encoder.start
+    monkeypatch.setattr(encoder, "start", lambda x: sizes.append(len(x)) or real(x))
     run(plan)
     wanted = []
     for planned in plan:
@@ -109,8 +121,8 @@ def test_only_the_shards_asked_for_are_written(run, plan, tmp_path):
 
 
 def test_nothing_to_do_is_nothing_done(run, tmp_path):
-    totals = run([])
-    assert (totals.images_encoded, totals.failures) == (0, {})
+    tally = run([])
+    assert (tally.images_encoded, tally.failures) == (0, {})
     assert not names(tmp_path / "shards")
 
 
@@ -118,9 +130,9 @@ def test_nothing_to_do_is_nothing_done(run, tmp_path):
 def test_a_failed_image_costs_its_shard_alone(run, plan, source, tmp_path, workers):
     broken = plan[1].image_ids[-1]
     break_image(source, broken)
-    totals = run(plan, workers, max_failures=1)
-    assert list(totals.failures) == [broken]
-    assert "\n" not in totals.failures[broken]
+    tally = run(plan, workers, max_failures=1)
+    assert list(tally.failures) == [broken]
+    assert "\n" not in tally.failures[broken]
     assert names(tmp_path / "shards") == {p.name for p in plan} - {plan[1].name}
 
 
@@ -128,15 +140,15 @@ def test_one_pass_finds_every_failure(run, plan, source):
     broken = [int(i) for shard in plan for i in (shard.image_ids[0], shard.image_ids[-1])]
     for image_id in set(broken):
         break_image(source, image_id)
-    totals = run(plan, max_failures=len(broken))
-    assert set(totals.failures) == set(broken)
+    tally = run(plan, max_failures=len(broken))
+    assert set(tally.failures) == set(broken)
 
 
 def test_a_shard_of_failures_alone_is_no_shard(run, plan, source, tmp_path):
     for image_id in plan[0].image_ids:
         break_image(source, int(image_id))
-    totals = run(plan, max_failures=len(plan[0].image_ids))
-    assert set(totals.failures) == set(plan[0].image_ids.tolist())
+    tally = run(plan, max_failures=len(plan[0].image_ids))
+    assert set(tally.failures) == set(plan[0].image_ids.tolist())
     assert plan[0].name not in names(tmp_path / "shards")
 
 
@@ -200,6 +212,67 @@ def test_a_value_beyond_float16_stops_the_run(run, plan, encoder):
 
 
 def test_seconds_are_counted(run, plan):
-    totals = run(plan)
-    assert min(totals.decode_seconds, totals.encode_seconds, totals.write_seconds) > 0
-    assert totals.elapsed >= max(totals.encode_seconds, totals.write_seconds)
+    tally = run(plan)
+    assert set(tally.seconds) == {"decode", "encode", "hash", "write"}
+    assert min(tally.seconds.values()) > 0
+    tally.elapsed = 2 * max(tally.seconds.values())
+    shares = tally.shares(workers=2)
+    assert max(shares.values()) <= 0.5
+    assert shares["decode"] == tally.seconds["decode"] / tally.elapsed / 2
+
+
+def test_progress_counts_every_image_once(run, plan, images):
+    done = []
+    run(plan, progress=done.append)
+    assert sum(done) == len(images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_the_shards_taken_are_encoded_and_no_more_are_asked_for(run, plan, tmp_path, workers):
+    tally = run(plan, workers, taken=iter([3, 0]))
+    assert set(tally.encoded_shards) == {plan[3].name, plan[0].name} == names(tmp_path / "shards")
+
+
+def test_a_batch_is_given_to_the_device_before_the_one_before_is_waited_for(
+    run, plan, encoder, monkeypatch
+):
+    calls = []
+    start, finish = encoder.start, encoder.finish
+    monkeypatch.setattr(encoder, "start", lambda x: calls.append("start") or start(x))
+    monkeypatch.setattr(encoder, "finish", lambda x: calls.append("finish") or finish(x))
+    run(plan)
+    count = calls.count("start")
+    assert calls == ["start", *["start", "finish"] * (count - 1), "finish"]
+
+
+@pytest.mark.parametrize("repeats", [2, 12])
+def test_never_more_than_two_shards_are_in_memory(
+    run, source, encoder, repeats, monkeypatch, tmp_path
+):
+    """While one is written, slowly, the next is filled, and then waits."""
+    plan = plan_shards(source.image_ids, source.source_xxh3, encoder.spec.fingerprint, 5)[:1]
+    living = []
+    most = []
+    real = np.empty
+
+    class Watched(np.ndarray):
+        pass
+
+    def empty(shape, dtype=float):
+        made = real(shape, dtype)
+        if len(shape) == 3 and shape[0]:
+            made = made.view(Watched)
+            living.append(weakref.ref(made))
+            most.append(sum(reference() is not None for reference in living))
+        return made
+
+    def write(*args):
+        time.sleep(0.02)
+        return "hash"
+
+    monkeypatch.setattr(module.np, "empty", empty)
+    monkeypatch.setattr(module, "write_shard", write)
+    monkeypatch.setattr(module, "finish", write)
+    run(plan * repeats)
+    assert len(most) == repeats
+    assert max(most) == 2

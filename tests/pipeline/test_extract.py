@@ -33,8 +33,8 @@ from pathlib import Path
 from cache.settings import Params
 from pipeline.encoder import Encoder
 from pipeline.extract import extract
-real = Encoder.encode
-Encoder.encode = lambda self, x: (time.sleep(0.2), real(self, x))[1]
+real = Encoder.start
+Encoder.start = lambda self, x: (time.sleep(0.2), real(self, x))[1]
 extract(Params.read(Path("params.yaml")))
 """
 
@@ -103,16 +103,18 @@ def test_the_files_are_those_of_the_plan(workspace):
     workspace.run()
     plan = plan_of(workspace)
     assert len(plan) > 4
-    wanted = {shard.name for shard in plan} | {"spec.json", "index.parquet"}
+    wanted = {shard.name for shard in plan} | {"spec.json", "index.parquet", "probe.safetensors"}
     assert set(workspace.store_bytes()) == wanted
-    table = StoreTable.read(workspace.features / "index.parquet")
+    table = StoreTable.read(
+        workspace.features / "index.parquet", FeatureStore(workspace.features).spec
+    )
     assert np.array_equal(table.source_xxh3, np.concatenate([s.source_xxh3 for s in plan]))
 
 
 def test_the_report_has_the_keys_of_the_design(workspace):
     report = workspace.run()
     seconds = report["seconds"]
-    assert set(seconds) == {"decode", "encode", "write"}
+    assert set(seconds) == set(report["shares"]) == {"decode", "encode", "hash", "write"}
     assert all(value > 0 for value in seconds.values())
     shards = len(plan_of(workspace))
     found = {
@@ -207,18 +209,22 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(make_workspace, wanted)
     assert report["shards_encoded"] == report["shards"] - len(before) > 0
     assert workspace.store_bytes() == wanted
     # Half a file of the kill is gone too.
-    assert {path.suffix for path in workspace.finished.iterdir()} == {".h5", ".sha256"}
+    assert {path.suffix for path in workspace.finished.iterdir() if path.name != ".lock"} == {
+        ".h5",
+        ".sha256",
+        ".safetensors",
+    }
 
 
 def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
-    real, calls = Encoder.encode, itertools.count()
+    real, calls = Encoder.start, itertools.count()
 
-    def encode(self, pixels):
-        if next(calls) == 6:
+    def start(self, pixels):
+        if next(calls) == 7:
             raise KeyboardInterrupt
         return real(self, pixels)
 
-    monkeypatch.setattr(Encoder, "encode", encode)
+    monkeypatch.setattr(Encoder, "start", start)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     monkeypatch.undo()

@@ -30,7 +30,6 @@ from pipeline.probe import (
     TOLERANCES,
     Probe,
     check_probe,
-    library_versions,
     probe_pixels,
     read_probe,
     relative_differences,
@@ -38,6 +37,7 @@ from pipeline.probe import (
     write_probe,
 )
 from pipeline.settings import EncoderSettings
+from pipeline.versions import library_versions
 
 ROOT = Path(__file__).parents[2]
 CLIP = "demo/checkpoints/clip/ViT-demo-32"

@@ -262,7 +262,7 @@ def test_the_spec_and_the_pixels_follow_the_preprocess_of_the_tag(settings, mode
 
 @pytest.mark.parametrize(
     "change",
-    [{"interpolation": "bilinear"}, {"interpolation": "random"}, {"resize_mode": "longest"}],
+    [{"interpolation": "random"}, {"resize_mode": "longest"}],
     ids=str,
 )
 def test_a_preprocess_that_is_not_known_is_refused(settings, model, tag, change):
@@ -270,6 +270,12 @@ def test_a_preprocess_that_is_not_known_is_refused(settings, model, tag, change)
     with pytest.raises(SettingsError, match=r"encoder.model: .*wants images resized") as caught:
         load_encoder(settings(model=path, pretrained=tag(path, **change)))
     assert repr(*change.values()) in str(caught.value)
+
+
+def test_a_tag_that_resizes_bilinearly_is_taken_at_its_word(settings, model, tag):
+    path = model("plain")
+    spec = load_encoder(settings(model=path, pretrained=tag(path, interpolation="bilinear"))).spec
+    assert spec.interpolation == "bilinear"
 
 
 @pytest.mark.parametrize("kind", ["plain", "siglip"])

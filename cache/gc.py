@@ -1,0 +1,72 @@
+"""Command: frees the shards in the work directory that no published store needs.
+
+    python -m cache.gc [STORE ...] [--delete]
+
+Shows what it would free, and frees it only with --delete. Old shards are what makes it cheap to go
+back to another tower or other images; without them, they are encoded again.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.command import run_guarded
+from cache.files import SHARDS, exclusive
+from cache.location import Location
+from cache.spec import Spec
+from cache.table import INDEX, StoreTable
+
+DEFAULT_STORE = "data/features"
+
+
+def collect(stores: Sequence[str], delete: bool) -> None:
+    """Show, and free, what none of the stores needs.
+
+    Args:
+        stores: Folders or fsspec URLs of the stores to keep, at least one.
+        delete: Whether to free it.
+
+    Raises:
+        CacheError: A store cannot be read, or an extraction is running.
+    """
+    needed = set().union(*(needed_names(store) for store in stores))
+    with exclusive(SHARDS):
+        unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
+        unneeded = [path for path in unneeded if path.name != ".lock"]
+        num_bytes = sum(path.stat().st_size for path in unneeded)
+        for path in unneeded:
+            print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+            if delete:
+                path.unlink()
+    shards = sum(path.suffix == ".h5" for path in unneeded)
+    freed = "freed" if delete else "can be freed with --delete"
+    print(f"{SHARDS}: {shards} shards and {num_bytes / 2**20:.1f} MiB {freed}")
+
+
+def needed_names(store: str) -> set[str]:
+    """Return the names, without suffix, of what a store needs of the work directory."""
+    location = Location(store)
+    spec = Spec.read(location.path("spec.json"))
+    table = StoreTable.read(location.path(INDEX), spec)
+    return {Path(file.name).stem for file in table.shards} | {f"probe-{spec.fingerprint[:16]}"}
+
+
+def main() -> None:
+    """Read the command line and collect."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "stores",
+        nargs="*",
+        default=[DEFAULT_STORE],
+        metavar="STORE",
+        help=f"folders or fsspec URLs of the stores to keep (default: {DEFAULT_STORE})",
+    )
+    parser.add_argument("--delete", action="store_true", help="free it")
+    arguments = parser.parse_args()
+    run_guarded(lambda: collect(arguments.stores, arguments.delete))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""Encodes shards on every device of the settings: one process a device, each takes whole shards.
+
+The first device is this process's; every other one has a process of its own, which loads the
+vision tower there. A counter that all share hands out the next shard, so that a fast device takes
+more of them; no shard depends on who made it.
+"""
+
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cache.errors import StageError
+from cache.plan import PlannedShard
+from cache.spec import Spec, check_same_spec
+from pipeline.encode import encode_shards
+from pipeline.encoder import Encoder, load_encoder, pick_devices
+from pipeline.image_source import ImageSource
+from pipeline.probe import check_probe, read_probe
+from pipeline.settings import EncoderSettings
+from pipeline.tally import Tally
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What there is to encode; a process that starts is sent this."""
+
+    shards: list[PlannedShard]
+    source: ImageSource
+    settings: EncoderSettings
+    spec: Spec
+    probe: Path
+    """Which every device must reproduce."""
+    folder: Path
+    workers: int
+    """Decoding processes, of all devices together."""
+    max_failures: int
+
+
+@dataclass
+class Shared:
+    """What the processes of one job count together."""
+
+    next_shard: "Synchronized[int]"
+    images_done: "Synchronized[int]"
+
+    def taken(self, num_shards: int) -> Iterator[int]:
+        """Yield the numbers of the shards that this process takes."""
+        while (number := _add(self.next_shard, 1)) < num_shards:
+            yield number
+
+
+_shared: Shared
+"""Of a process that encodes for another one."""
+
+
+def encode_job(job: Job, encoder: Encoder) -> Tally:
+    """Encode the shards of a job on all devices.
+
+    Args:
+        job: What there is to do.
+        encoder: Loaded on the first device.
+
+    Raises:
+        StageError: As `encode_shards` does, or a process of another device failed or died.
+    """
+    context = multiprocessing.get_context("spawn")
+    shared = Shared(context.Value("q", 0), context.Value("q", 0))
+    tally = Tally()
+    others = pick_devices(job.settings.device)[1:]
+    tally.devices = 1 + len(others)
+    num_images = sum(len(shard.image_ids) for shard in job.shards)
+    with tqdm(total=num_images, desc="extract", unit="image", disable=None) as bar:
+
+        def progress(done: int) -> None:
+            bar.update(_add(shared.images_done, done) + done - bar.n)
+
+        if not others:
+            _encode(job, encoder, tally, shared, progress)
+            return tally
+        with ProcessPoolExecutor(len(others), context, _remember, (shared,)) as pool:
+            running = [pool.submit(_encode_elsewhere, job, str(device)) for device in others]
+            try:
+                _encode(job, encoder, tally, shared, progress)
+            finally:
+                # After an error nobody begins another shard.
+                shared.next_shard.value = len(job.shards)
+            try:
+                for future in running:
+                    tally.add(future.result())
+            except BrokenProcessPool:
+                raise StageError(
+                    "extract: the process of a device died. Finished shards are kept; check its "
+                    "memory, or name fewer devices in encoder.device, and run again."
+                ) from None
+    tally.check(job.max_failures, len(job.source.image_ids))
+    return tally
+
+
+def _encode(
+    job: Job,
+    encoder: Encoder,
+    tally: Tally,
+    shared: Shared,
+    progress: Callable[[int], object],
+) -> None:
+    encode_shards(
+        job.shards,
+        job.source,
+        encoder,
+        job.folder,
+        workers=math.ceil(job.workers / tally.devices),
+        max_failures=job.max_failures,
+        tally=tally,
+        taken=shared.taken(len(job.shards)),
+        progress=progress,
+    )
+
+
+def _remember(shared: Shared) -> None:
+    global _shared
+    _shared = shared
+
+
+def _encode_elsewhere(job: Job, device: str) -> Tally:
+    encoder = load_encoder(dataclasses.replace(job.settings, device=device))
+    check_same_spec(encoder.spec, job.spec, device)
+    check_probe(encoder, read_probe(job.probe, job.spec))
+    tally = Tally(devices=len(pick_devices(job.settings.device)))
+    _encode(job, encoder, tally, _shared, lambda done: _add(_shared.images_done, done))
+    return tally
+
+
+def _add(counter: "Synchronized[int]", number: int) -> int:
+    """Add to a counter and return what it was before."""
+    with counter.get_lock():
+        before = counter.value
+        counter.value += number
+    return before

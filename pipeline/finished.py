@@ -1,0 +1,77 @@
+"""What was finished in the work directory: files that stand beside the sha256 of their bytes.
+
+A name says what must be in a file, and the hash beside it that this is still so. Hashes of rows
+alone would not do: a shard damaged in its padding would be published under a new hash.
+"""
+
+import os
+import shutil
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cache.errors import CacheError
+from cache.files import SHARDS, WORK, sha256_of, write_text
+from cache.plan import PlannedShard
+from cache.spec import Spec
+from cache.table import INDEX, PROBE, StoreTable
+from pipeline.recover import recover
+
+PULLED = WORK / "pulled"
+"""Where files from DVC wait until they are checked."""
+
+
+def hash_file(path: Path) -> Path:
+    """Return where the sha256 of a finished file is kept."""
+    return path.with_suffix(".sha256")
+
+
+def probe_file(spec: Spec) -> Path:
+    """Return where the probe of an encoder is kept."""
+    return SHARDS / f"probe-{spec.fingerprint[:16]}.safetensors"
+
+
+def finish(fresh: Path, path: Path) -> str:
+    """Give a file that was just written its name, and return its sha256."""
+    digest = sha256_of(fresh)
+    # The hash first, so that a finished file without it is never there.
+    write_text(hash_file(path), digest)
+    os.replace(fresh, path)
+    return digest
+
+
+def checked_hash(path: Path) -> str | None:
+    """Return the sha256 of a finished file; None if it is not there, or damaged, which is said."""
+    if not path.exists() or not hash_file(path).exists():
+        return None
+    digest = sha256_of(path)
+    if digest == hash_file(path).read_text():
+        return digest
+    print(f"extract: making {path} again: its bytes are not those that were written", flush=True)
+    return None
+
+
+def checked_hashes(plan: list[PlannedShard]) -> dict[str, str]:
+    """Return the sha256 of each planned shard that is finished and whole, by file name."""
+    # Side by side: hashing leaves the GIL.
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        found = threads.map(lambda shard: checked_hash(SHARDS / shard.name), plan)
+        return {shard.name: digest for shard, digest in zip(plan, found, strict=True) if digest}
+
+
+def recover_finished(names: Collection[str], spec: Spec) -> None:
+    """Take over shards, and the probe, of the store that DVC has, if it is of this encoder."""
+    recovered = recover({*names, INDEX, PROBE}, PULLED)
+    if INDEX in recovered:
+        try:
+            table = StoreTable.read(PULLED / INDEX, spec)
+        except CacheError:
+            # Of another encoder: its shards have other names.
+            return
+        hashes = {file.name: file.sha256 for file in table.shards}
+        for name in recovered:
+            if hashes.get(name) == sha256_of(PULLED / name):
+                finish(PULLED / name, SHARDS / name)
+        if PROBE in recovered and table.probe_sha256 == sha256_of(PULLED / PROBE):
+            finish(PULLED / PROBE, probe_file(spec))
+    shutil.rmtree(PULLED, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""The vision tower, loaded when something must be encoded and not before.
+
+What spec the settings gave is remembered in the work directory, under a key over everything that
+decides it: the settings, the files they name, the libraries, and the code but for its comments.
+So a store whose shards are all there is checked and published again without torch.
+"""
+
+import ast
+import dataclasses
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cache.errors import CacheError
+from cache.files import WORK, canonical_json, replacing, sha256_of
+from cache.spec import FORMAT, Spec
+from pipeline.settings import EncoderSettings
+from pipeline.versions import library_versions
+
+if TYPE_CHECKING:
+    from pipeline.encoder import Encoder
+
+SPECS = WORK / "specs"
+"""Specs under the keys of the settings that gave them."""
+
+CODE = ("decode.py", "encoder.py")
+"""The modules that decide what a feature is."""
+
+
+class Tower:
+    """The encoder that the settings name; knows its spec without being loaded, if it ever was."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        """Look for what is remembered of these settings."""
+        self.settings = settings
+        self._remembered = recall(settings)
+
+    @property
+    def spec(self) -> Spec:
+        """Spec of the features; loads the encoder where it is not remembered."""
+        return self._remembered or self.encoder.spec
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the encoder was loaded."""
+        return "encoder" in self.__dict__
+
+    @cached_property
+    def encoder(self) -> "Encoder":
+        """The encoder; its errors are those of `pipeline.encoder.load_encoder`."""
+        # Takes seconds to import.
+        from pipeline.encoder import load_encoder
+
+        encoder = load_encoder(self.settings)
+        remember(self.settings, encoder.spec)
+        return encoder
+
+
+def recall(settings: EncoderSettings) -> Spec | None:
+    """Return the spec that these settings gave before; None where anything may have changed it."""
+    key = _key(settings)
+    if key is None or not (SPECS / f"{key}.json").is_file():
+        return None
+    try:
+        return Spec.read(SPECS / f"{key}.json")
+    except CacheError:
+        # Damaged: it is made again.
+        return None
+
+
+def remember(settings: EncoderSettings, spec: Spec) -> None:
+    """Keep the spec that these settings gave."""
+    key = _key(settings)
+    if key is not None:
+        with replacing(SPECS / f"{key}.json") as temporary:
+            temporary.write_bytes(spec.to_json())
+
+
+def _key(settings: EncoderSettings) -> str | None:
+    """Hash everything that decides the spec; None for weights whose owner can replace them."""
+    files = [name for name in (settings.model, settings.pretrained) if Path(name).is_file()]
+    if "/" in settings.pretrained and settings.pretrained not in files:
+        return None
+    decisive = {
+        "settings": dataclasses.asdict(settings) | {"device": None},
+        "files": {name: sha256_of(Path(name)) for name in files},
+        "versions": library_versions(),
+        "code": {name: _code(Path(__file__).with_name(name)) for name in CODE},
+        "format": FORMAT,
+    }
+    return hashlib.sha256(canonical_json(decisive)).hexdigest()[:16]
+
+
+def _code(path: Path) -> str:
+    """Hash what a module does: a change to its comments or its layout changes nothing."""
+    return hashlib.sha256(ast.dump(ast.parse(path.read_bytes())).encode()).hexdigest()
