@@ -141,7 +141,7 @@ def test_what_nobody_has_is_one_line_and_the_rest_comes(repository, capfd):
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [
-        ("dvc.lock", "{{{", "dvc.lock"),
+        ("dvc.lock", "{{{ data/features", "dvc.lock"),
         (".dvc/config", "[[[", "config file error"),
         (".dvc/config", SETTINGS.replace("../../remote", "s3://bucket/remote"), "dvc-s3"),
     ],
