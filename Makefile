@@ -24,9 +24,14 @@ lint: $(INSTALLED)
 	ruff format --check
 	mypy
 
+# The other loaders, beside what is locked: never instead of it, whatever they declare.
 bench: $(INSTALLED)
+	pip install --quiet --quiet --disable-pip-version-check --no-deps --requirement requirements-bench.txt
 	python -m bench.read
+	python -m bench.scale
+	python -m bench.verify
 	python -m bench.encode
+	python -m bench.extract
 	python -m bench.demo
 
 $(INSTALLED): requirements.lock

@@ -2,142 +2,309 @@
 
     python -m bench.read
 
-The limit is an array in memory that numpy gathers from. Everything is warm: the files were just
-written and fit the page cache.
+A store of more than a gigabyte, 64 random rows a batch. The limit is an array in memory that
+numpy gathers from, in one thread. `gather` copies into a buffer that is used again;
+`FeatureBatches` is what training uses. The peers are complete loaders into torch (`bench.peers`).
+
+Each contender works in a process of its own, one at a time. Cold: its files are dropped from this
+system's page cache before every run (posix_fadvise after an fsync; mincore then says that they
+are gone), and its process is a new one; a run ends with the first pass over the rows at the
+latest. Warm: the files are in the page cache, and each contender goes on where it stopped the
+round before. The first batches of a run, some of which were made ahead of
+it, are read and not timed: they start workers, too.
 """
 
+import contextlib
+import multiprocessing
 import tempfile
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 
-from bench.measure import compare
-from cache import FeatureStore, Spec
-from cache.plan import plan_shards
-from cache.publish import publish
-from cache.shard import write_shard
-from cache.spec import FORMAT
+from bench import pages
+from bench.measure import (
+    RESULTS,
+    at_least,
+    interleaved,
+    machine,
+    medians,
+    print_goals,
+    print_table,
+    summary,
+    versions,
+)
+from bench.peers import BATCH, PEERS, Batch, Contender, forever
+from bench.stores import SPEC, make_store, random_rows
+from cache import FeatureStore
+from cache.files import write_json
+from cache.order import global_order
+from train.source import FeatureBatches
 
-ROWS, PATCHES, WIDTH = 8192, 49, 768
-BATCH, BATCHES = 64, 32
-"""Rows of a batch, and batches of a run."""
+ROWS = 16384
+WARM_ROUNDS, COLD_ROUNDS = 5, 3
+SECONDS = 0.6
+"""A run is timed for at least so long, in whole batches."""
+SKIPPED = 8
+"""Batches at the start of a run that are not timed: more than any loader makes ahead."""
+CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 
-SPEC = Spec(
-    format=FORMAT,
-    model="ViT-B-32-quickgelu",
-    weights_sha256="0" * 64,
-    activation="quick_gelu",
-    layer=-2,
-    tokens="patch",
-    normalized=False,
-    image_size=224,
-    resize="shortest",
-    crop="center",
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    precision="fp32",
-    batch_size=BATCH,
-    dtype="float16",
-    patches=PATCHES,
-    width=WIDTH,
-    preprocess_version=1,
+GATHER, SOURCE, LIMIT = "FeatureStore.gather", "FeatureBatches", "array in memory, np.take"
+OF_LIMIT, OF_PEER = 0.9, 8.0
+"""The goals: gather beside the limit, FeatureBatches beside the fastest peer."""
+
+LIBRARIES = (
+    *("h5py", "numpy", "pyarrow", "torch"),
+    *("datasets", "litdata", "mosaicml-streaming", "webdataset"),
 )
 
-
-class Rows(Dataset[NDArray[np.float16]]):
-    """One HDF5 file, a row at a time: the usual data set of tutorials."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: h5py.File | None = None
-
-    def __len__(self) -> int:
-        return ROWS
-
-    def __getitem__(self, index: int) -> NDArray[np.float16]:
-        if self._file is None:
-            self._file = h5py.File(self._path)
-        row: NDArray[np.float16] = self._file["features"][index]
-        return row
+PREPARE_ERRORS = (
+    ImportError,
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+)
+"""What a library that does not fit the others raises when it is imported or first used."""
 
 
-def make_store(folder: Path, features: NDArray[np.float16]) -> FeatureStore:
-    """Write the features as a store of several shards and open it."""
-    image_ids = np.arange(ROWS, dtype=np.int64)
-    plan = plan_shards(image_ids, image_ids.astype(np.uint64), SPEC.fingerprint, 1024)
-    for shard in plan:
-        path = folder / "finished" / shard.name
-        write_shard(path, SPEC, shard.image_ids, features[shard.image_ids])
-    publish(folder / "store", plan, folder / "finished", SPEC)
-    return FeatureStore(folder / "store")
+def epochs() -> Iterator[list[NDArray[np.int64]]]:
+    """Give the batches of one epoch after the other, all rows in another order in each."""
+    epoch = 0
+    while True:
+        order = global_order(ROWS, 0, epoch)[: ROWS - ROWS % BATCH]
+        yield list(order.reshape(-1, BATCH))
+        epoch += 1
 
 
-def random_batches() -> NDArray[np.int64]:
-    """Return other rows at every call: int64 [batches, batch]."""
-    return GENERATOR.integers(0, ROWS, (BATCHES, BATCH))
+def our_contenders(folder: Path, features: NDArray[np.float16]) -> dict[str, Contender]:
+    """Write a store; return its readers, and the array in memory as the limit."""
+    root = make_store(folder, ROWS, lambda image_ids: features[image_ids])
+    out = np.empty((BATCH, *features.shape[1:]), np.float16)
 
+    def gather() -> Iterator[Batch]:
+        store = FeatureStore(root)
+        return (store.gather(ids, out) for batches in epochs() for ids in batches)
 
-GENERATOR = np.random.default_rng(0)
+    def source() -> Iterator[Batch]:
+        store, orders = FeatureStore(root), epochs()
+        return forever(lambda: FeatureBatches(store, next(orders), CPU))
 
-
-def contenders(folder: Path) -> dict[str, Callable[[], int]]:
-    """Write the same rows in every way and return the readers, ours first."""
-    features = GENERATOR.standard_normal((ROWS, PATCHES, WIDTH), np.float32).astype(np.float16)
-    store = make_store(folder, features)
-    with h5py.File(folder / "one.h5", "w") as file:
-        file["features"] = features
-    for number, row in enumerate(features):
-        np.save(folder / f"{number}.npy", row)
-    rows = Rows(folder / "one.h5")
-    out = np.empty((BATCH, PATCHES, WIDTH), np.float16)
-
-    def each(read: Callable[[NDArray[np.int64]], object]) -> Callable[[], int]:
-        def work() -> int:
-            for image_ids in random_batches():
-                read(image_ids)
-            return BATCH * BATCHES
-
-        return work
-
-    def loader(workers: int) -> Callable[[], int]:
-        def work() -> int:
-            batches = random_batches().tolist()
-            for _ in DataLoader(rows, batch_sampler=batches, num_workers=workers):
-                pass
-            return BATCH * BATCHES
-
-        return work
+    def limit() -> Iterator[Batch]:
+        # With another mode numpy gathers into a buffer first.
+        take = np.take
+        return (
+            take(features, ids, axis=0, out=out, mode="clip")
+            for batches in epochs()
+            for ids in batches
+        )
 
     return {
-        "FeatureStore.gather": each(lambda ids: store.gather(ids, out)),
-        "array in memory, np.take": each(lambda ids: np.take(features, ids, axis=0, out=out)),
-        "h5py, row by row": each(lambda ids: np.stack([rows[i] for i in ids.tolist()])),
-        "DataLoader over h5py, 0 workers": loader(0),
-        "DataLoader over h5py, 2 workers": loader(2),
-        "one npy file a row": each(
-            lambda ids: np.stack([np.load(folder / f"{i}.npy") for i in ids.tolist()])
-        ),
+        GATHER: Contender(gather, folder, is_loader=False),
+        SOURCE: Contender(source, folder, is_loader=False),
+        LIMIT: Contender(limit, None, is_loader=False),
     }
+
+
+def prepare(
+    folder: Path, features: NDArray[np.float16]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Let every contender write its files and read one batch.
+
+    Returns:
+        The contenders, ours first, and of each peer that cannot run here why.
+    """
+    (folder / "ours").mkdir()
+    found = our_contenders(folder / "ours", features)
+    failed: dict[str, str] = {}
+    for peer, make in PEERS.items():
+        (folder / peer).mkdir()
+        try:
+            made = make(folder / peer, features)
+        except PREPARE_ERRORS as error:
+            failed[peer] = one_line(error)
+            continue
+        for name, contender in made.items():
+            try:
+                with Reader(contender):
+                    found[name] = contender
+            except RuntimeError as error:
+                failed[name] = str(error)
+    pages.sync(folder)
+    return found, failed
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type and text in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+class Reader:
+    """A contender at work in a forked process.
+
+    In its own, so that no contender's threads, settings or mappings are there when another one is
+    measured: pages that a process has mapped are not dropped. Idle while it is not asked.
+    """
+
+    def __init__(self, contender: Contender) -> None:
+        """Start it and let it read a batch.
+
+        Raises:
+            RuntimeError: It cannot.
+        """
+        self._pipe, theirs = FORK.Pipe()
+        self._process = FORK.Process(target=answer, args=(contender, theirs))
+        self._process.start()
+        theirs.close()
+        self._receive()
+
+    def rate(self, most_batches: int | None = None) -> float:
+        """Read on; see `rate`."""
+        self._pipe.send((most_batches,))
+        return float(self._receive())
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # Said, because closing the pipe is not noticed: later processes inherited its end.
+        with contextlib.suppress(OSError):
+            self._pipe.send(())
+        self._pipe.close()
+        self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            answered = self._pipe.recv()
+        except EOFError:
+            answered = "its process ended without an answer"
+        if isinstance(answered, str):
+            self.__exit__()
+            raise RuntimeError(answered)
+        return answered
+
+
+def answer(contender: Contender, pipe: Connection) -> None:
+    """Read as often as the pipe asks; send rates, or an error as a text."""
+    try:
+        stream = contender.open()
+        check_batch(next(stream))
+        pipe.send(0.0)
+        while asked := pipe.recv():
+            pipe.send(rate(stream, *asked))
+    except PREPARE_ERRORS as error:
+        pipe.send(one_line(error))
+
+
+def check_batch(batch: Batch) -> None:
+    """Refuse a batch that is not 64 different rows of features."""
+    found = np.asarray(batch)
+    different = len({row.tobytes() for row in found[:, 0, :8]})
+    shape = (BATCH, SPEC.patches, SPEC.width)
+    if found.dtype != np.float16 or found.shape != shape or different != BATCH:
+        raise ValueError(f"a batch is {found.dtype} {found.shape} of {different} rows")
+
+
+def rate(stream: Iterator[Batch], most_batches: int | None) -> float:
+    """Read on and return rows a second, after the batches that were made ahead."""
+    for _ in range(SKIPPED):
+        next(stream)
+    started, batches = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < SECONDS and batches != most_batches:
+        next(stream)
+        batches += 1
+    return batches * BATCH / seconds
+
+
+def measure_warm(contenders: dict[str, Contender]) -> dict[str, list[float]]:
+    """Return the rates of rounds in which all files are in the page cache."""
+    for folder in {c.folder for c in contenders.values() if c.folder}:
+        pages.warm(folder)
+    with contextlib.ExitStack() as stack:
+        readers = {name: stack.enter_context(Reader(c)) for name, c in contenders.items()}
+        return interleaved({name: reader.rate for name, reader in readers.items()}, WARM_ROUNDS)
+
+
+def measure_cold(contenders: dict[str, Contender]) -> dict[str, list[float]]:
+    """Return the rates of rounds before each of whose runs the files are dropped."""
+    on_disk = {name: partial(cold_rate, c) for name, c in contenders.items() if c.folder}
+    return interleaved(on_disk, COLD_ROUNDS, uncounted=0)
+
+
+def cold_rate(contender: Contender) -> float:
+    """Drop the files, open the contender anew, read at most one pass."""
+    assert contender.folder is not None
+    pages.drop(contender.folder)
+    with Reader(contender) as reader:
+        return reader.rate(ROWS // BATCH - SKIPPED - 1)
+
+
+def compared(median: dict[str, float], contenders: dict[str, Contender]) -> dict[str, Any]:
+    """Say how many times as fast as each complete loader our batches come."""
+    loaders = [name for name in median if contenders[name].is_loader]
+    return {name: round(median[SOURCE] / median[name], 2) for name in loaders}
+
+
+def goals_of(warm: dict[str, float], contenders: dict[str, Contender]) -> dict[str, Any]:
+    """Return what was wanted of the warm rates and what was found."""
+    loaders = [name for name in warm if contenders[name].is_loader]
+    documented = [name for name in loaders if contenders[name].is_documented]
+    goals = {f"{GATHER} / {LIMIT}": at_least(OF_LIMIT, warm[GATHER] / warm[LIMIT])}
+    for kind, names in {"fastest peer": loaders, "fastest documented peer": documented}.items():
+        if names:
+            best = max(names, key=warm.__getitem__)
+            goals[f"{SOURCE} / {kind} ({best})"] = at_least(OF_PEER, warm[SOURCE] / warm[best])
+    return goals
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Prepare, measure warm, measure cold; return what the result file says of it and print it."""
+    features = random_rows(np.random.default_rng(0), ROWS)
+    contenders, failed = prepare(folder, features)
+    runs = {"cold": measure_cold(contenders), "warm": measure_warm(contenders)}
+    goals = goals_of(medians(runs["warm"]), contenders)
+    for name, rates in runs.items():
+        print_table(f"read, {name}", "rows", medians(rates))
+    for name, reason in failed.items():
+        print(f"  {name:<44} cannot run here: {reason}")
+    print_goals(goals)
+    return {
+        name: {
+            **summary(rates, digits=0),
+            "FeatureBatches is so many times as fast": compared(medians(rates), contenders),
+        }
+        for name, rates in runs.items()
+    } | {"cannot_run_here": failed, "goals": goals}
 
 
 def main() -> None:
     """Measure and write the result file."""
     torch.set_num_threads(1)
+    # Several peers hand out what they mapped or read; nobody writes into it.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     with tempfile.TemporaryDirectory() as folder:
-        compare(
-            "read",
-            contenders(Path(folder)),
-            unit="rows",
-            repeats=5,
-            libraries=("h5py", "numpy", "torch"),
-            setting={"rows": ROWS, "patches": PATCHES, "width": WIDTH, "batch": BATCH},
-        )
+        found = measure(Path(folder))
+    setting = {"rows": ROWS, "patches": SPEC.patches, "width": SPEC.width, "batch": BATCH}
+    result = {
+        "unit": "rows/s",
+        "setting": setting,
+        "rounds": {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS},
+        **found,
+        "machine": machine(),
+        "versions": versions(LIBRARIES),
+    }
+    write_json(RESULTS / "read.json", result)
 
 
 if __name__ == "__main__":

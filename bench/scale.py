@@ -1,0 +1,130 @@
+"""How opening, reading and memory grow with the rows of a store.
+
+    python -m bench.scale
+
+Stores of small rows, so that a million of them fit a test machine; what is measured depends on the
+number of rows and of shards. Every figure is the median over fresh processes (`bench.opening`),
+the sizes interleaved round by round. All files are in the page cache.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.measure import (
+    RESULTS,
+    at_least,
+    at_most,
+    machine,
+    medians,
+    print_goals,
+    versions,
+)
+from bench.stores import SHARD_ROWS, SPEC, make_random_store
+from cache import FeatureStore
+from cache.files import write_json
+
+SIZES = (10_000, 100_000, 1_000_000)
+SMALL = replace(SPEC, patches=4, width=16)
+ROUNDS = 7
+"""Fresh processes for each size."""
+
+FIGURES = (
+    "open_seconds",
+    "first_reads_seconds",
+    "rows_per_second",
+    "open_bytes",
+    "open_peak_bytes",
+)
+"""What a process of `bench.opening` reports."""
+
+OPEN_SECONDS, RATE_SHARE, ROW_BYTES = 1.0, 0.8, 50.0
+"""The goals: opening the largest store, its rate beside the smallest's, memory a row."""
+
+ROOT = Path(__file__).parents[1]
+
+
+def probe(store: Path) -> dict[str, float]:
+    """Open a store in a fresh process, gather from it, and return what the process found."""
+    command = [sys.executable, "-m", "bench.opening", str(store)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def measure(stores: dict[int, Path]) -> dict[int, dict[str, list[float]]]:
+    """Return the figures of all processes, by size; a first round is not counted."""
+    runs: dict[int, dict[str, list[float]]] = {
+        size: {figure: [] for figure in FIGURES} for size in stores
+    }
+    for number in range(ROUNDS + 1):
+        for size, store in stores.items():
+            found = probe(store)
+            if number:
+                for figure in FIGURES:
+                    runs[size][figure].append(found[figure])
+    return runs
+
+
+def goals_of(median: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Return what was wanted and what was found."""
+    small, large = median[min(median)], median[max(median)]
+    more_rows = max(median) - min(median)
+
+    def bytes_a_row(figure: str) -> float:
+        return (large[figure] - small[figure]) / more_rows
+
+    rate = large["rows_per_second"] / small["rows_per_second"]
+    return {
+        f"seconds to open {max(median):,} rows": at_most(OPEN_SECONDS, large["open_seconds"]),
+        "rate of the largest / rate of the smallest": at_least(RATE_SHARE, rate),
+        "bytes a row, after opening": at_most(ROW_BYTES, bytes_a_row("open_bytes")),
+        "bytes a row, at most while opening": at_most(ROW_BYTES, bytes_a_row("open_peak_bytes")),
+    }
+
+
+def print_figures(median: dict[int, dict[str, float]], shards: dict[int, int]) -> None:
+    """Print a line a store."""
+    print("\nscale: medians; memory is growth since before the store was opened, in MB")
+    print(f"  {'rows':>9} {'shards':>7} {'open s':>8} {'rows/s':>12} {'open':>8} {'peak':>8}")
+    for size, found in median.items():
+        megabytes = [found[figure] / 1e6 for figure in ("open_bytes", "open_peak_bytes")]
+        print(
+            f"  {size:>9,} {shards[size]:>7,} {found['open_seconds']:>8.3f} "
+            f"{found['rows_per_second']:>12,.0f} {megabytes[0]:>8.1f} {megabytes[1]:>8.1f}"
+        )
+
+
+def main() -> None:
+    """Make the stores, measure, write the result file."""
+    with tempfile.TemporaryDirectory() as folder:
+        stores = {size: make_random_store(Path(folder) / str(size), size, SMALL) for size in SIZES}
+        shards = {size: FeatureStore(store).num_shards for size, store in stores.items()}
+        runs = measure(stores)
+    median = {size: medians(figures) for size, figures in runs.items()}
+    goals = goals_of(median)
+    print_figures(median, shards)
+    print_goals(goals)
+    result = {
+        "setting": {
+            "patches": SMALL.patches,
+            "width": SMALL.width,
+            "shard_rows": SHARD_ROWS,
+            "shards": shards,
+        },
+        "processes": ROUNDS,
+        "median": median,
+        "runs": runs,
+        "goals": goals,
+        "machine": machine(),
+        "versions": versions(("h5py", "numpy", "pyarrow")),
+    }
+    write_json(RESULTS / "scale.json", result)
+
+
+if __name__ == "__main__":
+    main()
