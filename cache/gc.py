@@ -29,18 +29,26 @@ def collect(stores: Sequence[str], delete: bool) -> None:
     Raises:
         CacheError: A store cannot be read, or an extraction is running.
     """
-    needed = set().union(*(needed_names(store) for store in stores))
+    if not SHARDS.is_dir():
+        print(f"{SHARDS}: no such folder, so there is nothing to free")
+        return
     with exclusive(SHARDS):
+        # Read under the lock: no extraction may publish in between.
+        needed = set().union(*(needed_names(store) for store in stores)) | {".lock"}
         unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
-        unneeded = [path for path in unneeded if path.name != ".lock"]
-        num_bytes = sum(path.stat().st_size for path in unneeded)
-        for path in unneeded:
-            print(f"{path}  {path.stat().st_size / 2**20:.1f} MiB")
+        sizes = {path: path.stat() for path in unneeded if path.is_file()}
+        for path, found in sizes.items():
+            print(f"{path}  {found.st_size / 2**20:.1f} MiB")
             if delete:
                 path.unlink()
-    shards = sum(path.suffix == ".h5" for path in unneeded)
-    freed = "freed" if delete else "can be freed with --delete"
-    print(f"{SHARDS}: {shards} shards and {num_bytes / 2**20:.1f} MiB {freed}")
+    shards = sum(path.suffix == ".h5" for path in sizes)
+    num_bytes = sum(found.st_size for found in sizes.values())
+    linked = sum(found.st_size for found in sizes.values() if found.st_nlink > 1)
+    print(
+        f"{SHARDS}: {shards} shards and {num_bytes / 2**20:.1f} MiB "
+        + ("freed" if delete else "can be freed with --delete")
+        + (f", but for {linked / 2**20:.1f} MiB that DVC or a store has too" if linked else "")
+    )
 
 
 def needed_names(store: str) -> set[str]:

@@ -9,9 +9,12 @@ import dataclasses
 from cache.command import run_guarded
 from cache.store import FeatureStore
 
+NAMED_SHARDS = 3
+"""How many shards that are not there it names."""
+
 
 def inspect(root: str) -> None:
-    """Print spec, counts and sizes of a store.
+    """Print spec, counts and sizes of a store, and which of its shards are not there.
 
     Args:
         root: Folder or fsspec URL.
@@ -19,9 +22,16 @@ def inspect(root: str) -> None:
     Raises:
         CacheError: Not a store.
     """
-    store = FeatureStore(root)
+    store = FeatureStore(root, partial=True)
     image_ids = store.image_ids
-    print(f"{root}: {len(store)} images in {store.num_shards} shards, {_size(store.num_bytes)}")
+    here = store.num_shards - len(store.missing_shards)
+    print(f"{root}: {len(store)} images in {here} shards, {_size(store.num_bytes)}")
+    if store.missing_shards:
+        names = ", ".join(store.missing_shards[:NAMED_SHARDS])
+        more = ", ..." * (len(store.missing_shards) > NAMED_SHARDS)
+        print(
+            f"not here     {len(store.missing_shards)} of {store.num_shards} shards: {names}{more}"
+        )
     if len(store):
         print(f"image ids    {image_ids[0]} to {image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")

@@ -83,8 +83,8 @@ class FeatureStore:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shard files of the index together."""
-        return sum(shard.num_bytes for shard in self._shards)
+        """Size of all shard files together, without those that are missing."""
+        return sum(s.num_bytes for s in self._shards if s.name not in self.missing_shards)
 
     @property
     def image_ids(self) -> NDArray[np.int64]:

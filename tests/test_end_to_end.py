@@ -136,6 +136,27 @@ def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
     assert "up to date" in stdout
 
 
+def test_a_comment_republishes_the_same_store_and_trains_nothing(clone, killed_then_finished):
+    before = bytes_of(clone / "data/features")
+    for name in ("pipeline/encoder.py", "cache/publish.py"):
+        path = clone / name
+        path.write_text(path.read_text() + "\n# A remark.\n")
+    stdout = dvc(clone, "repro")
+    assert stages_run(stdout) == ["extract"]
+    report = json.loads((clone / "reports/extract.json").read_text())
+    assert (report["shards_encoded"], report["shards_reused"]) == (0, report["shards"])
+    assert bytes_of(clone / "data/features") == before
+
+
+def test_features_lie_on_the_disk_once(clone, killed_then_finished):
+    """In the work directory, in data/features and in DVC's cache, as one file."""
+    shards = list((clone / "data/features").glob("*.h5"))
+    assert shards
+    for path in shards:
+        assert path.samefile(clone / ".work/shards" / path.name)
+        assert path.stat().st_nlink == 3
+
+
 def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
     change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
     stdout = dvc(clone, "repro")

@@ -31,6 +31,14 @@ def test_inspect_tells_counts_shape_and_encoder(store):
     assert f"[{store.spec.patches}, {store.spec.width}]" in done.stdout
 
 
+def test_inspect_tells_which_shards_are_not_here(store):
+    for name in store.names[:2]:
+        (store.root / name).unlink()
+    done = run("cache.inspect", store.root)
+    assert done.returncode == 0
+    assert f"2 of {len(store.names)} shards: {', '.join(sorted(store.names[:2]))}\n" in done.stdout
+
+
 def test_inspect_of_another_folder_is_one_line(tmp_path):
     done = run("cache.inspect", tmp_path)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,0 +1,130 @@
+"""What a windowed order costs in mixing, and what it saves on a disk.
+
+    python -m bench.order
+
+Mixing is counted on COCO's size: 118,287 images in shards of 1024 on the mean. Two figures say how
+far a batch is from an even draw: from how many shards its rows come, and how many times the
+variance of its mean is that of an even draw, for a property that all rows of a shard share. The
+second is the worst there is: ids that say nothing about the picture share no property at all.
+
+Reading is timed on a store of 1.2 GB whose files were dropped from the page cache (`bench.pages`):
+one epoch through `train.source.FeatureBatches`.
+"""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bench import pages
+from bench.measure import RESULTS, interleaved, machine, medians, rate_of, summary, versions
+from bench.stores import SHARD_ROWS, SPEC, make_random_store
+from cache import FeatureStore
+from cache.files import write_json
+from cache.order import global_order, windowed_order
+from cache.plan import plan_shards
+from train.source import FeatureBatches
+
+IMAGES, LARGEST_ID = 118_287, 581_929
+"""Of COCO train2017."""
+WINDOWS = (1, 4, 16, 64)
+BATCH = 256
+"""Captions of a step in the real settings, at one image each."""
+EPOCHS = 5
+
+ROWS, WINDOW = 16_384, 4
+"""Of the store that is read, and the window there."""
+ROUNDS = 3
+
+
+def coco_shards() -> NDArray[np.int64]:
+    """Return the shard of each image of a set of COCO's size."""
+    image_ids = np.sort(np.random.default_rng(0).choice(LARGEST_ID, IMAGES, replace=False))
+    plan = plan_shards(image_ids, image_ids.astype(np.uint64), SPEC.fingerprint, SHARD_ROWS)
+    return np.repeat(np.arange(len(plan)), [len(shard.image_ids) for shard in plan])
+
+
+def batches_of(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Cut an order into whole batches: [batches, BATCH]."""
+    return order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
+
+
+def mixing(
+    shards: NDArray[np.int64], order: Callable[[int], NDArray[np.int64]]
+) -> dict[str, float]:
+    """Return how far the batches of some epochs are from even draws."""
+    drawn = np.concatenate([shards[batches_of(order(epoch))] for epoch in range(EPOCHS)])
+    property_of_shard = np.random.default_rng(1).standard_normal(shards.max() + 1)
+    even = property_of_shard[shards].var() / BATCH
+    return {
+        "shards_in_a_batch": float(np.mean([len(set(batch)) for batch in drawn.tolist()])),
+        "variance_of_the_mean": float(property_of_shard[drawn].mean(axis=1).var() / even),
+    }
+
+
+def measure_mixing() -> dict[str, dict[str, float]]:
+    """Return the figures of every order, and how much of ViT-B/32 two windows take."""
+    shards = coco_shards()
+    row_bytes = SPEC.patches * SPEC.width * 2
+    found = {"global": mixing(shards, partial(global_order, len(shards), 0))}
+    for window in WINDOWS:
+        order = mixing(shards, partial(windowed_order, shards, window, 0))
+        found[f"windowed, {window} shards"] = order | {
+            "two_windows_gb": 2 * window * SHARD_ROWS * row_bytes / 1e9
+        }
+    return found
+
+
+def epoch(folder: Path, kind: str) -> int:
+    """Read a store once, from the disk, in one of three ways."""
+    store = FeatureStore(folder)
+    order = global_order(len(store), 0, 0)
+    if kind != "global":
+        order = windowed_order(store.shards_of(store.image_ids), WINDOW, 0, 0)
+    ahead = WINDOW * SHARD_ROWS // BATCH if kind.endswith("read ahead") else 0
+    batches = list(store.image_ids[batches_of(order)])
+    source = FeatureBatches(store, batches, torch.device("cpu"), read_ahead=ahead)
+    return sum(len(features_BPD) for features_BPD in source)
+
+
+def cold(folder: Path, kind: str) -> float:
+    """Drop the files from the page cache and return rows a second of one epoch."""
+    pages.drop(folder)
+    return rate_of(partial(epoch, folder, kind))()
+
+
+def main() -> None:
+    """Measure, print both tables, write the result file."""
+    found = measure_mixing()
+    print(f"\norder: batches of {BATCH} of {IMAGES:,} images")
+    print(f"  {'':<22} {'shards in a batch':>18} {'variance of the mean':>21} {'GB':>6}")
+    for name, figures in found.items():
+        shards, variance, *gigabytes = figures.values()
+        size = f"{gigabytes[0]:>6.1f}" if gigabytes else ""
+        print(f"  {name:<22} {shards:>18.1f} {variance:>20.1f}x {size}")
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_random_store(Path(folder), ROWS)
+        pages.sync(store)
+        kinds = ("global", "windowed", "windowed, read ahead")
+        runs = interleaved({kind: partial(cold, store, kind) for kind in kinds}, ROUNDS)
+    print(f"\norder: one epoch of {ROWS:,} rows from the disk, median rows/s")
+    for name, rate in medians(runs).items():
+        print(f"  {name:<22} {rate:>10,.0f}")
+    setting: dict[str, Any] = {"images": IMAGES, "batch": BATCH, "rows": ROWS, "window": WINDOW}
+    result = {
+        "setting": setting | {"epochs": EPOCHS, "shard_rows": SHARD_ROWS},
+        "mixing": found,
+        "cold": summary(runs, digits=0),
+        "machine": machine(),
+        "versions": versions(("numpy", "torch")),
+    }
+    write_json(RESULTS / "order.json", result)
+
+
+if __name__ == "__main__":
+    main()
