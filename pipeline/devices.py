@@ -8,8 +8,11 @@ more of them; no shard depends on who made it.
 import dataclasses
 import math
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
@@ -26,6 +29,12 @@ from pipeline.image_source import ImageSource
 from pipeline.probe import check_probe, read_probe
 from pipeline.settings import EncoderSettings
 from pipeline.tally import Tally
+
+LAST = 2**62
+"""A number that no shard has."""
+
+LOOK_SECONDS = 0.2
+"""How often a process looks whether the one that started it still runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,10 @@ class Shared:
         while (number := _add(self.next_shard, 1)) < num_shards:
             yield number
 
+    def stop(self) -> None:
+        """Let nobody begin another shard."""
+        self.next_shard.value = LAST
+
 
 _shared: Shared
 """Of a process that encodes for another one."""
@@ -82,16 +95,22 @@ def encode_job(job: Job, encoder: Encoder) -> Tally:
         def progress(done: int) -> None:
             bar.update(_add(shared.images_done, done) + done - bar.n)
 
+        def stop_after_error(future: "Future[Tally]") -> None:
+            if future.exception():
+                shared.stop()
+
         if not others:
             _encode(job, encoder, tally, shared, progress)
             return tally
         with ProcessPoolExecutor(len(others), context, _remember, (shared,)) as pool:
             running = [pool.submit(_encode_elsewhere, job, str(device)) for device in others]
+            for future in running:
+                future.add_done_callback(stop_after_error)
             try:
                 _encode(job, encoder, tally, shared, progress)
-            finally:
-                # After an error nobody begins another shard.
-                shared.next_shard.value = len(job.shards)
+            except BaseException:
+                shared.stop()
+                raise
             try:
                 for future in running:
                     tally.add(future.result())
@@ -127,6 +146,15 @@ def _encode(
 def _remember(shared: Shared) -> None:
     global _shared
     _shared = shared
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent was killed, so that the next run has the folder alone."""
+    parent = multiprocessing.parent_process()
+    while parent and os.getppid() == parent.pid:
+        time.sleep(LOOK_SECONDS)
+    os._exit(1)
 
 
 def _encode_elsewhere(job: Job, device: str) -> Tally:

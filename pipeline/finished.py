@@ -4,6 +4,7 @@ A name says what must be in a file, and the hash beside it that this is still so
 alone would not do: a shard damaged in its padding would be published under a new hash.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Collection
@@ -45,7 +46,8 @@ def checked_hash(path: Path) -> str | None:
     if not path.exists() or not hash_file(path).exists():
         return None
     digest = sha256_of(path)
-    if digest == hash_file(path).read_text():
+    # As bytes: what is damaged need not be text.
+    if digest.encode() == hash_file(path).read_bytes():
         return digest
     print(f"extract: making {path} again: its bytes are not those that were written", flush=True)
     return None
@@ -61,17 +63,21 @@ def checked_hashes(plan: list[PlannedShard]) -> dict[str, str]:
 
 def recover_finished(names: Collection[str], spec: Spec) -> None:
     """Take over shards, and the probe, of the store that DVC has, if it is of this encoder."""
-    recovered = recover({*names, INDEX, PROBE}, PULLED)
-    if INDEX in recovered:
-        try:
-            table = StoreTable.read(PULLED / INDEX, spec)
-        except CacheError:
-            # Of another encoder: its shards have other names.
-            return
-        hashes = {file.name: file.sha256 for file in table.shards}
-        for name in recovered:
-            if hashes.get(name) == sha256_of(PULLED / name):
-                finish(PULLED / name, SHARDS / name)
-        if PROBE in recovered and table.probe_sha256 == sha256_of(PULLED / PROBE):
-            finish(PULLED / PROBE, probe_file(spec))
+    # A run that was killed leaves whole shards here, and an index that may be of another store.
+    for name in (INDEX, PROBE):
+        (PULLED / name).unlink(missing_ok=True)
+    recover({*names, INDEX, PROBE}, PULLED)
+    # Without an index, or with one of another encoder, nothing can be said about the shards.
+    with contextlib.suppress(CacheError):
+        _take_over(names, StoreTable.read(PULLED / INDEX, spec), spec)
     shutil.rmtree(PULLED, ignore_errors=True)
+
+
+def _take_over(names: Collection[str], table: StoreTable, spec: Spec) -> None:
+    """Finish what was pulled and is what an index says."""
+    places = {name: SHARDS / name for name in names} | {PROBE: probe_file(spec)}
+    hashes = {file.name: file.sha256 for file in table.shards} | {PROBE: table.probe_sha256}
+    for name, place in places.items():
+        pulled = PULLED / name
+        if pulled.exists() and sha256_of(pulled) == hashes.get(name):
+            finish(pulled, place)

@@ -1,6 +1,7 @@
 """What became of one extraction: counts, failures, and where the time went."""
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Tally:
 
         The one near 1 is what the others waited for.
         """
-        lanes = {"decode": max(1, workers)}
+        lanes = {"decode": self.devices * max(1, math.ceil(workers / self.devices))}
         return {
             name: seconds / (self.elapsed * lanes.get(name, self.devices))
             for name, seconds in sorted(self.seconds.items())

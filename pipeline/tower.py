@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.errors import CacheError
+from cache.errors import CacheError, StageError
 from cache.files import WORK, canonical_json, replacing, sha256_of
 from cache.spec import FORMAT, Spec
 from pipeline.settings import EncoderSettings
@@ -48,12 +48,23 @@ class Tower:
 
     @cached_property
     def encoder(self) -> "Encoder":
-        """The encoder; its errors are those of `pipeline.encoder.load_encoder`."""
+        """The encoder; its errors are those of `pipeline.encoder.load_encoder`.
+
+        Raises:
+            StageError: Its spec is not the one that was remembered.
+        """
         # Takes seconds to import.
         from pipeline.encoder import load_encoder
 
         encoder = load_encoder(self.settings)
         remember(self.settings, encoder.spec)
+        if self._remembered not in (None, encoder.spec):
+            # A tag whose weights were replaced; all so far was planned with the old spec.
+            raise StageError(
+                f"encoder: {self.settings.pretrained} of {self.settings.model} has other weights "
+                f"or another preprocessing than when features were last made. Run the same command "
+                f"again to encode the images with what it is now."
+            )
         return encoder
 
 
