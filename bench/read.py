@@ -8,10 +8,10 @@ numpy gathers from, in one thread. `gather` copies into a buffer that is used ag
 
 Each contender works in a process of its own, one at a time. Cold: its files are dropped from this
 system's page cache before every run (posix_fadvise after an fsync; mincore then says that they
-are gone), and its process is a new one; a run ends with the first pass over the rows at the
-latest. Warm: the files are in the page cache, and each contender goes on where it stopped the
-round before. The first batches of a run, some of which were made ahead of
-it, are read and not timed: they start workers, too.
+are gone), and its process is a new one. Opening it and starting its workers count, and so does
+what the system reads ahead, often megabytes at a touch. A run ends when all rows were read once, at
+the latest. Warm: the files are in the page cache, and each contender goes on where it stopped the
+round before; batches that were made ahead of a run are not timed.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ from train.source import FeatureBatches
 
 ROWS = 16384
 WARM_ROUNDS, COLD_ROUNDS = 5, 3
-SECONDS = 0.6
-"""A run is timed for at least so long, in whole batches."""
+WARM_SECONDS, COLD_SECONDS = 0.6, 1.5
+"""How long batches are read in a run; a cold run ends when all rows were read, too."""
 SKIPPED = 8
-"""Batches at the start of a run that are not timed: more than any loader makes ahead."""
+"""Batches at the start of a warm run that are not timed: more than any loader makes ahead."""
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")
 
@@ -157,21 +157,22 @@ class Reader:
     measured: pages that a process has mapped are not dropped. Idle while it is not asked.
     """
 
-    def __init__(self, contender: Contender) -> None:
-        """Start it and let it read a batch.
+    def __init__(self, contender: Contender, most_batches: int = 1) -> None:
+        """Start it and let it read so many batches, or fewer; see `from_start`.
 
         Raises:
             RuntimeError: It cannot.
         """
         self._pipe, theirs = FORK.Pipe()
-        self._process = FORK.Process(target=answer, args=(contender, theirs))
+        self._process = FORK.Process(target=answer, args=(contender, most_batches, theirs))
         self._process.start()
         theirs.close()
-        self._receive()
+        self.first_rate = float(self._receive())
+        """Rows a second from its start on."""
 
-    def rate(self, most_batches: int | None = None) -> float:
+    def rate(self) -> float:
         """Read on; see `rate`."""
-        self._pipe.send((most_batches,))
+        self._pipe.send(True)
         return float(self._receive())
 
     def __enter__(self) -> "Reader":
@@ -180,7 +181,7 @@ class Reader:
     def __exit__(self, *error: object) -> None:
         # Said, because closing the pipe is not noticed: later processes inherited its end.
         with contextlib.suppress(OSError):
-            self._pipe.send(())
+            self._pipe.send(False)
         self._pipe.close()
         self._process.join()
 
@@ -195,16 +196,27 @@ class Reader:
         return answered
 
 
-def answer(contender: Contender, pipe: Connection) -> None:
-    """Read as often as the pipe asks; send rates, or an error as a text."""
+def answer(contender: Contender, most_batches: int, pipe: Connection) -> None:
+    """Start to read, then read as often as the pipe asks; send rates, or an error as a text."""
     try:
-        stream = contender.open()
-        check_batch(next(stream))
-        pipe.send(0.0)
-        while asked := pipe.recv():
-            pipe.send(rate(stream, *asked))
+        stream, first_rate = from_start(contender, most_batches)
+        pipe.send(first_rate)
+        while pipe.recv():
+            pipe.send(rate(stream))
     except PREPARE_ERRORS as error:
         pipe.send(one_line(error))
+
+
+def from_start(contender: Contender, most_batches: int) -> tuple[Iterator[Batch], float]:
+    """Open a contender and read; return its batches to come, and rows a second since opening."""
+    started, batches = time.perf_counter(), 0
+    stream = contender.open()
+    while batches < most_batches and time.perf_counter() - started < COLD_SECONDS:
+        batch = next(stream)
+        batches += 1
+        if batches == 1:
+            check_batch(batch)
+    return stream, batches * BATCH / (time.perf_counter() - started)
 
 
 def check_batch(batch: Batch) -> None:
@@ -216,12 +228,12 @@ def check_batch(batch: Batch) -> None:
         raise ValueError(f"a batch is {found.dtype} {found.shape} of {different} rows")
 
 
-def rate(stream: Iterator[Batch], most_batches: int | None) -> float:
+def rate(stream: Iterator[Batch]) -> float:
     """Read on and return rows a second, after the batches that were made ahead."""
     for _ in range(SKIPPED):
         next(stream)
     started, batches = time.perf_counter(), 0
-    while (seconds := time.perf_counter() - started) < SECONDS and batches != most_batches:
+    while (seconds := time.perf_counter() - started) < WARM_SECONDS:
         next(stream)
         batches += 1
     return batches * BATCH / seconds
@@ -243,11 +255,11 @@ def measure_cold(contenders: dict[str, Contender]) -> dict[str, list[float]]:
 
 
 def cold_rate(contender: Contender) -> float:
-    """Drop the files, open the contender anew, read at most one pass."""
+    """Drop the files, open the contender anew, read at most all rows."""
     assert contender.folder is not None
     pages.drop(contender.folder)
-    with Reader(contender) as reader:
-        return reader.rate(ROWS // BATCH - SKIPPED - 1)
+    with Reader(contender, ROWS // BATCH) as reader:
+        return reader.first_rate
 
 
 def compared(median: dict[str, float], contenders: dict[str, Contender]) -> dict[str, Any]:
