@@ -49,12 +49,15 @@ Problems = list[tuple[str, object]]
 """File name, and what is wrong with it."""
 
 
+Progress = Callable[[int, int], object]
+
+
 def audit(
     location: Location,
     *,
     deep: bool,
     partial: bool = False,
-    progress: Callable[[int], object] = lambda num_bytes: None,
+    progress: Progress = lambda done, total: None,
 ) -> VerifyReport:
     """Check a store.
 
@@ -62,7 +65,8 @@ def audit(
         location: Where it is.
         deep: Also read every byte of the shards.
         partial: Whether shards may be missing.
-        progress: Told how many more bytes were checked, from several threads.
+        progress: Told how many more bytes of features were checked, and of how many in all; from
+            several threads.
     """
     checked = "spec.json"
     try:
@@ -73,11 +77,17 @@ def audit(
         # Without them nothing can be said about the shards.
         return _report([(checked, error)])
 
+    row_bytes = spec.patches * spec.width * np.dtype("<f2").itemsize
+    total = len(table.image_ids) * row_bytes
+
+    def tell(done: int) -> None:
+        progress(done, total)
+
     def check(number: int) -> CacheError | OSError | None:
         file = table.shards[number]
         try:
             if not (partial and location.size(file.name) is None):
-                _check_shard(location, spec, table, number, progress if deep else None)
+                _check_shard(location, spec, table, number, tell if deep else None)
         except (CacheError, OSError) as error:
             return error
         return None
@@ -132,7 +142,8 @@ def _check_shard(
     progress: Callable[[int], object] | None,
 ) -> None:
     file = table.shards[number]
-    shard = open_shard(location.path(file.name, file.num_bytes), spec)
+    location.check_size(file)
+    shard = open_shard(location.path(file.name), spec)
     table.check_shard(number, shard)
     mine = table.by_shard[number]
     key = shard_key(spec.fingerprint, table.image_ids[mine], table.source_xxh3[mine])

@@ -1,19 +1,18 @@
-"""Where a store's files are: a folder here, or an fsspec URL whose files are copied here.
-
-A copied file is as large as was promised, or refused before it is copied.
-"""
+"""Where a store's files are: a folder here, or an fsspec URL whose files are copied here."""
 
 import os
 import shutil
 import tempfile
 import threading
 import weakref
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import fsspec
 
 from cache.errors import CorruptShardError, IncompleteStoreError
+from cache.table import ShardFile
 
 
 class Location:
@@ -28,43 +27,47 @@ class Location:
             weakref.finalize(self, _remove, self._copies, os.getpid())
             self._filesystem, self._folder = fsspec.core.url_to_fs(self.root.rstrip("/"))
 
+    @cached_property
+    def _listed(self) -> dict[str, int | None]:
+        """Sizes from one listing, where the file system lists folders."""
+        try:
+            found = self._filesystem.ls(self._folder, detail=True)
+        except (OSError, ValueError, NotImplementedError):
+            return {}
+        return {str(file["name"]).rsplit("/", 1)[-1]: file.get("size") for file in found}
+
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes; None when there is no such file."""
         try:
             if not self.is_remote:
                 return (Path(self.root) / name).stat().st_size
-            return int(self._filesystem.size(f"{self._folder}/{name}"))
+            return int(self._listed.get(name) or self._filesystem.size(f"{self._folder}/{name}"))
         except FileNotFoundError:
             return None
 
-    def names(self) -> list[str]:
-        """Return the names of all files and folders, sorted."""
-        if not self.is_remote:
-            return sorted(path.name for path in Path(self.root).iterdir())
-        found = self._filesystem.ls(self._folder, detail=False)
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in found)
+    def check_size(self, shard: ShardFile) -> None:
+        """Hold the size of a shard's file, if there is one, against the index.
 
-    def path(self, name: str, num_bytes: int | None = None) -> Path:
+        Raises:
+            CorruptShardError: It is another one.
+        """
+        found = self.size(shard.name)
+        if found is not None and found != shard.num_bytes:
+            raise CorruptShardError(
+                f"{self.root}/{shard.name}: has {found} bytes, the index says {shard.num_bytes}. "
+                f"Fetch it again, or run the extract stage."
+            )
+
+    def path(self, name: str) -> Path:
         """Return where a file can be read; a remote one is copied on first use.
-
-        Args:
-            name: Of the file.
-            num_bytes: How large it must be, where that is known.
 
         Raises:
             IncompleteStoreError: There is no such file.
-            CorruptShardError: It is of another size.
         """
-        found = self.size(name)
-        if found is None:
+        if self.size(name) is None:
             raise IncompleteStoreError(
                 f"{self.root}/{name}: missing, so {self.root} is no whole store. "
                 f"Run `dvc pull`, or the extract stage."
-            )
-        if num_bytes is not None and found != num_bytes:
-            raise CorruptShardError(
-                f"{self.root}/{name}: has {found} bytes, the index says {num_bytes}. "
-                f"Fetch it again, or run the extract stage."
             )
         return self._copied(name) if self.is_remote else Path(self.root) / name
 

@@ -209,22 +209,27 @@ class FeatureStore:
         offset = self._offsets[number]
         if offset is None:
             offset = self._check(number, self._read_table())
-        path = self._location.path(file.name, file.num_bytes)
         self._space.attach(
-            number, path, num_bytes=file.num_bytes, offset=offset, rows=self._sizes[number]
+            number,
+            self._location.path(file.name),
+            num_bytes=file.num_bytes,
+            offset=offset,
+            rows=self._sizes[number],
         )
         self._is_attached[number] = True
 
     def _check(self, number: int, table: StoreTable) -> int:
         """Hold a shard against the index; return, and remember, where its features start."""
         file = self._shards[number]
-        shard = open_shard(self._location.path(file.name, file.num_bytes), self.spec)
+        self._location.check_size(file)
+        shard = open_shard(self._location.path(file.name), self.spec)
         table.check_shard(number, shard)
         self._offsets[number] = shard.offset
         return shard.offset
 
     def _read_table(self) -> StoreTable:
-        return StoreTable.read(self._location.path(INDEX), self.spec)
+        path = self._location.path(INDEX)
+        return StoreTable.read(path, self.spec, self._location.check_size)
 
     def _has(self, name: str) -> bool:
         return self._location.size(name) is not None

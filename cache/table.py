@@ -7,6 +7,7 @@ their own sha256, so that a flipped bit is found wherever it is.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,12 +130,16 @@ class StoreTable:
             )
 
     @classmethod
-    def read(cls, path: Path, spec: Spec) -> "StoreTable":
+    def read(
+        cls, path: Path, spec: Spec, check_file: Callable[[ShardFile], None] = lambda file: None
+    ) -> "StoreTable":
         """Read and check a table.
 
         Args:
             path: Of the file.
-            spec: Of the store. The size of an image's features bounds how many rows can be true.
+            spec: Of the store.
+            check_file: Refuses a shard's file of another size than the index says. It is asked
+                before any row is read, since the sizes bound how many rows can be true.
 
         Raises:
             IncompleteStoreError: Missing, unreadable, or not such a table.
@@ -147,6 +152,8 @@ class StoreTable:
                 path, read_dictionary=["shard"], page_checksum_verification=True
             ) as file:
                 fingerprint, shards, probe = _read_header(file, path, spec)
+                for shard in shards:
+                    check_file(shard)
                 table = file.read(use_threads=False)
         except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
             raise _bad(path, f"not a parquet file of these columns ({error})") from None

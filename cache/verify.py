@@ -36,14 +36,18 @@ def verify(root: str, deep: bool, repair: bool) -> None:
     if repair and location.is_remote:
         raise SettingsError(f"{root}: is not on this machine. Repair it where it is, or push it.")
     with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
-        bar.total = sum(location.size(name) or 0 for name in location.names())
-        report = audit(location, deep=deep, progress=bar.update)
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        report = audit(location, deep=deep, progress=progress)
     for problem in report.problems:
         print(problem)
     if not report.ok:
         dropped = drop(Path(root), report) if repair else []
         raise CorruptShardError(
-            f"{root}: {len(report.problems)} problems, {len(dropped)} files deleted. "
+            f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}. "
             + ("Run the extract stage." if repair else "--repair deletes what is bad.")
         )
     table = StoreTable.read(location.path(INDEX), Spec.read(location.path("spec.json")))

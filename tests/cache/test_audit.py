@@ -166,5 +166,6 @@ def test_a_probe_that_is_not_the_one_of_the_index_is_found(store):
 
 def test_progress_counts_the_bytes_of_all_features(store):
     done = []
-    check(store.root, progress=done.append)
-    assert sum(done) == store.features.nbytes
+    check(store.root, progress=lambda *counts: done.append(counts))
+    assert {total for _, total in done} == {sum(count for count, _ in done)}
+    assert done[0][1] == store.features.nbytes

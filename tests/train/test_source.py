@@ -1,5 +1,6 @@
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -156,3 +157,34 @@ def test_reading_ahead_changes_no_feature(store):
     plain = list(FeatureBatches(store, batches, CPU))
     ahead = list(FeatureBatches(FeatureStore(store.root), batches, CPU, read_ahead=3))
     assert all(torch.equal(a, b) for a, b in zip(plain, ahead, strict=True))
+
+
+# Workers and threads at once
+
+
+class Gathered(torch.utils.data.Dataset):
+    def __init__(self, store, batches):
+        self.store, self.batches = store, batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, number):
+        return self.store.gather(self.batches[number])
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_four_forked_workers_and_eight_threads_read_the_same_at_once(store):
+    batches = random_batches(store, 40, 30)
+    wanted = [store.gather(image_ids) for image_ids in batches]
+    fresh = FeatureStore(store.root)
+    loader = torch.utils.data.DataLoader(
+        Gathered(fresh, batches), batch_size=None, num_workers=4, multiprocessing_context="fork"
+    )
+    with ThreadPoolExecutor(8) as threads:
+        in_threads = threads.map(fresh.gather, batches * 8)
+        for features_BPD, expected in zip(loader, wanted, strict=True):
+            assert np.array_equal(features_BPD.numpy(), expected)
+        for found, expected in zip(in_threads, wanted * 8, strict=True):
+            assert np.array_equal(found, expected)
