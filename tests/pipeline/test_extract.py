@@ -17,11 +17,20 @@ import xxhash
 
 from cache import FeatureStore
 from cache.errors import IncompleteStoreError, StageError
+from cache.files import SHARDS, exclusive, sha256_of
 from cache.plan import plan_shards
-from cache.table import StoreTable
+from cache.table import PROBE, StoreTable
+from pipeline import decode as decode_module
+from pipeline import encoder as encoder_module
 from pipeline import extract as module
+from pipeline import finished as finished_module
+from pipeline import probe as probe_module
+from pipeline import tower as tower_module
 from pipeline.decode import decode_rgb
 from pipeline.encoder import Encoder, load_encoder
+from pipeline.extract import FEATURES
+from pipeline.probe import read_probe, take_probe
+from pipeline.settings import EncoderSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -37,6 +46,62 @@ real = Encoder.start
 Encoder.start = lambda self, x: (time.sleep(0.2), real(self, x))[1]
 extract(Params.read(Path("params.yaml")))
 """
+
+
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
+from cache import publish
+from cache.settings import Params
+from pipeline.encoder import Encoder
+from pipeline.extract import extract
+
+def slow(function):
+    return lambda *args: (time.sleep(0.07), function(*args))[1]
+
+Encoder.start = slow(Encoder.start)
+publish.link_or_copy = slow(publish.link_or_copy)
+random.seed(int(sys.argv[1]))
+for _ in range(10):
+    # As DVC does before it runs the stage.
+    shutil.rmtree("data/features", ignore_errors=True)
+    child = os.fork()
+    if not child:
+        os.setpgid(0, 0)
+        try:
+            extract(Params.read(Path("params.yaml")))
+        finally:
+            os._exit(1)
+    time.sleep(random.uniform(0.1, 1))
+    os.kill(child, signal.SIGSTOP)
+    finished = len(list(Path(".work/shards").glob("[!.]*.h5")))
+    # The decoding process too.
+    os.killpg(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(finished, os.WIFSIGNALED(status), flush=True)
+"""
+"""Imports everything once, then runs the stage ten times and kills each run at a random moment."""
+
+LOADED = """
+import sys
+from pathlib import Path
+from cache.settings import Params
+from pipeline.extract import extract
+extract(Params.read(Path("params.yaml")))
+print("loaded", *sorted({"torch", "open_clip"} & sys.modules.keys()))
+"""
+
+
+def python(workspace, *arguments, code=ROOT):
+    """Run Python in a workspace, on a copy of the code if one is given."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=workspace.root,
+        env=os.environ | {"PYTHONPATH": str(code)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def plan_of(workspace, images=None):
@@ -72,6 +137,10 @@ def flip_padding(data):
     """A byte that no reader looks at, but that makes another file."""
     place = data.index(bytes(512))
     return data[: place + 256] + b"x" + data[place + 257 :]
+
+
+def flip_last(path):
+    replace_bytes(path, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def flip_feature(data):
@@ -134,13 +203,24 @@ def test_the_report_has_the_keys_of_the_design(workspace):
 # Nothing but the images and the encoder decides a byte
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker:UserWarning")
 @pytest.mark.parametrize(
     ("archives", "order", "workers"),
-    [("folder", 1, 0), ("folder", 2, 1), ("zip", 3, 2), ("zip", 0, 0)],
+    [("folder", 1, 0), ("folder", 2, 1), ("zip", 3, 2), ("zip", 0, 0), ("folder", 0, 4)],
 )
 def test_sources_order_and_workers_change_no_byte(make_workspace, wanted, archives, order, workers):
     workspace = make_workspace(archives=archives, order=order, extract={"workers": workers})
     workspace.run()
+    assert workspace.store_bytes() == wanted
+
+
+def test_adding_images_in_three_steps_changes_no_byte(workspace, wanted):
+    everything = dict(workspace.images)
+    # Each step adds between those that are there.
+    for step in (3, 2, 1):
+        workspace.images = {i: d for n, (i, d) in enumerate(everything.items()) if n % step == 0}
+        report = workspace.run()
+    assert report["images"] == len(everything)
     assert workspace.store_bytes() == wanted
 
 
@@ -152,6 +232,58 @@ def test_a_second_run_writes_no_shard_and_changes_no_byte(workspace, wanted):
     assert states(workspace.finished) == before
     assert (report["shards_encoded"], report["shards_reused"]) == (0, len(before))
     assert report["images_per_second"] == 0
+
+
+def copy_code(folder):
+    for package in ("cache", "pipeline"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc"))
+    return folder / "pipeline" / "encoder.py"
+
+
+def test_with_all_shards_there_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
+    """Not after a change of comments in the encoder's code either."""
+    workspace.run()
+    for split in ("train", "val"):
+        shutil.rmtree(workspace.root / split)
+    encoder = copy_code(tmp_path / "code")
+    for change in ("", "# A comment.\n\n"):
+        encoder.write_text(change + encoder.read_text())
+        shutil.rmtree(workspace.features)
+        done = python(workspace, "-c", LOADED, code=tmp_path / "code")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.endswith("\nloaded\n")
+        assert done.stderr == ""
+        assert workspace.store_bytes() == wanted
+        assert workspace.report()["shards_encoded"] == 0
+
+
+def test_after_a_change_of_the_code_the_encoder_must_give_its_probe_again(
+    workspace, wanted, tmp_path
+):
+    workspace.run()
+    encoder = copy_code(tmp_path / "code")
+    encoder.write_text(encoder.read_text().replace("float() / 255", "float() / 200"))
+    done = python(workspace, "-m", "pipeline.extract", code=tmp_path / "code")
+    assert done.returncode == 1
+    assert "error: probe: the encoder gives 8 of 8 images other features" in done.stderr
+    assert workspace.store_bytes() == wanted
+
+
+def test_a_change_of_the_code_that_changes_no_feature_is_taken(
+    workspace, wanted, tmp_path, monkeypatch
+):
+    workspace.run()
+    encoder = copy_code(tmp_path / "code")
+    encoder.write_text(encoder.read_text() + "\nANOTHER = 1\n")
+    monkeypatch.setattr(tower_module, "__file__", str(encoder.with_name("tower.py")))
+    checked = []
+    real = probe_module.check_probe
+    monkeypatch.setattr(probe_module, "check_probe", lambda *a: checked.append(real(*a)))
+    for _ in range(2):
+        assert workspace.run()["shards_encoded"] == 0
+        assert workspace.store_bytes() == wanted
+    # Once: then the tower is remembered again.
+    assert len(checked) == 1
 
 
 def test_outputs_deleted_as_dvc_does_are_linked_again(workspace, wanted):
@@ -213,6 +345,27 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(make_workspace, wanted)
         ".h5",
         ".sha256",
         ".safetensors",
+    }
+
+
+def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(make_workspace, wanted):
+    workspace = make_workspace(extract={"workers": 1})
+    workspace.write()
+    done = python(workspace, "-c", KILLS, "0")
+    rounds = [line.split() for line in done.stdout.splitlines() if line[0].isdigit()]
+    assert len(rounds) == 10, done.stderr
+    # Nothing that was finished is lost.
+    finished = [int(number) for number, _ in rounds]
+    assert finished == sorted(finished)
+    # It was killed while there was more to do.
+    total = sum(name.endswith(".h5") for name in wanted)
+    assert any(0 < number < total for number in finished)
+    assert sum(killed == "True" for _, killed in rounds) > 3
+    report = workspace.run(write=False)
+    assert report["shards_reused"] >= finished[-1]
+    assert workspace.store_bytes() == wanted
+    assert {path.name for path in workspace.finished.glob("*.h5")} == {
+        name for name in wanted if name.endswith(".h5")
     }
 
 
@@ -407,6 +560,118 @@ def test_a_published_shard_that_was_damaged_in_place_is_mended(workspace, wanted
     assert workspace.store_bytes() == wanted
 
 
+# The probe
+
+
+def test_the_probe_is_published_and_named_in_the_index(workspace):
+    workspace.run()
+    store = FeatureStore(workspace.features)
+    path = workspace.features / PROBE
+    table = StoreTable.read(workspace.features / "index.parquet", store.spec)
+    assert table.probe_sha256 == sha256_of(path)
+    [kept] = workspace.finished.glob("probe-*.safetensors")
+    assert kept.samefile(path)
+    found = read_probe(path, store.spec).features
+    encoder = load_encoder(
+        EncoderSettings(**workspace.encoder | {"model": str(workspace.root / "tiny-vit.json")})
+    )
+    assert np.array_equal(found, take_probe(encoder))
+
+
+def other_pixels(monkeypatch):
+    """Another library decodes or resizes otherwise."""
+    real = decode_module._to_square
+    monkeypatch.setattr(
+        decode_module,
+        "_to_square",
+        lambda image, *rest: real(image.convert("L"), *rest).convert("RGB"),
+    )
+
+
+def other_kernels(monkeypatch):
+    """Another library multiplies otherwise."""
+    real = encoder_module.patch_tokens
+    monkeypatch.setattr(encoder_module, "patch_tokens", lambda *args: real(*args) * 1.01)
+
+
+@pytest.mark.parametrize("change", [other_pixels, other_kernels])
+def test_an_encoder_that_changed_adds_nothing(workspace, jpeg, monkeypatch, change):
+    workspace.run()
+    before = workspace.store_bytes(), states(workspace.finished), workspace.report()
+    workspace.images[7] = jpeg(7)
+    change(monkeypatch)
+    started = []
+    real = Encoder.start
+    monkeypatch.setattr(Encoder, "start", lambda self, x: started.append(len(x)) or real(self, x))
+    with pytest.raises(StageError, match=r"probe: the encoder gives \d of 8 images other features"):
+        workspace.run()
+    assert (workspace.store_bytes(), states(workspace.finished), workspace.report()) == before
+    # The probe alone.
+    assert started == [8]
+    monkeypatch.undo()
+    assert workspace.run()["images"] == 31
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), flip_last], ids=["gone", "flipped"])
+def test_a_damaged_probe_is_made_again(workspace, wanted, damage):
+    workspace.run()
+    [probe] = workspace.finished.glob("probe-*.safetensors")
+    damage(probe)
+    assert workspace.run()["shards_encoded"] == 0
+    assert workspace.store_bytes() == wanted
+    assert probe.read_bytes() == wanted[PROBE]
+
+
+# Shards that DVC has
+
+
+@pytest.fixture
+def stored(workspace, monkeypatch):
+    """A workspace whose store only DVC has."""
+    workspace.run()
+    files = workspace.store_bytes()
+    for name in ("data/features", ".work"):
+        shutil.rmtree(workspace.root / name)
+
+    def recover(names, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names & files.keys():
+            (folder / name).write_bytes(files[name])
+        return sorted(names & files.keys())
+
+    monkeypatch.setattr(finished_module, "recover", recover)
+    return workspace
+
+
+def test_of_a_store_that_dvc_has_nothing_is_encoded(stored, wanted):
+    assert stored.run()["shards_encoded"] == 0
+    assert stored.store_bytes() == wanted
+
+
+def test_beside_the_shards_that_dvc_has_only_the_new_one_is_encoded(stored, make_workspace, jpeg):
+    stored.run()
+    before = keys(plan_of(stored))
+    for name in ("data/features", ".work"):
+        shutil.rmtree(stored.root / name)
+    stored.images = change_one(stored.images, "added", jpeg)
+    report = stored.run()
+    new = keys(plan_of(stored)) - before
+    assert report["shards_encoded"] == len(new) <= 2
+    assert report["shards_reused"] == report["shards"] - len(new)
+    scratch = make_workspace("scratch")
+    scratch.images = stored.images
+    scratch.run()
+    assert stored.store_bytes() == scratch.store_bytes()
+
+
+def test_an_encoder_that_changed_adds_nothing_to_what_dvc_has(stored, jpeg, monkeypatch):
+    stored.images = change_one(stored.images, "added", jpeg)
+    other_kernels(monkeypatch)
+    with pytest.raises(StageError, match=r"probe: the encoder gives 8 of 8 images other features"):
+        stored.run()
+    assert not stored.features.exists()
+
+
 # Images that do not decode
 
 
@@ -511,3 +776,56 @@ def test_a_disk_too_small_is_said_before_the_work(workspace, monkeypatch):
     with pytest.raises(StageError, match=r"the features need .* GiB"):
         workspace.run()
     assert not list(workspace.finished.glob("*.h5"))
+
+
+def test_what_there_is_to_do_is_said_before_the_first_image(workspace, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(
+        module, "encode", lambda *args: said.append(capsys.readouterr().out) or stop()
+    )
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run()
+    assert said == ["extract: 30 images to encode, 0 MiB\n"]
+    monkeypatch.undo()
+    workspace.run()
+    capsys.readouterr()
+    workspace.run()
+    assert "to encode" not in capsys.readouterr().out
+
+
+def test_on_another_file_system_the_whole_store_needs_space(workspace, monkeypatch, jpeg):
+    """Shards are copied to it, those too that were there before."""
+    workspace.run()
+    before = workspace.store_bytes(), states(workspace.finished)
+    workspace.images[7] = jpeg(7)
+    needed = 31 * 16 * 64 * 2
+    usage, stat = shutil.disk_usage(workspace.root), Path.stat
+
+    def elsewhere(path, **options):
+        found = stat(path, **options)
+        if path != FEATURES.parent:
+            return found
+        return os.stat_result([*found[:2], found.st_dev + 1, *found[3:]])
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    free = {SHARDS: needed, FEATURES.parent: needed - 1}
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=free[path]))
+    monkeypatch.setattr(module, "encode", stop)
+    with pytest.raises(StageError, match=r"^data: the features need .* GiB more"):
+        workspace.run()
+    assert (workspace.store_bytes(), states(workspace.finished)) == before
+    free[FEATURES.parent] += 1
+    with pytest.raises(KeyboardInterrupt):
+        workspace.run()
+
+
+def test_a_second_extraction_at_the_same_time_is_refused(workspace, wanted):
+    workspace.run()
+    with exclusive(workspace.finished):
+        done = python(workspace, "-m", "pipeline.extract")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: .work/shards: another process works in it. Wait until it is done, then run the "
+        "same command again.\n"
+    )
+    assert workspace.store_bytes() == wanted
