@@ -7,7 +7,6 @@ side, since hashing leaves the GIL.
 
 import hashlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from cache.shard import Shard, hash_rows, open_shard
 from cache.spec import Spec
 from cache.table import INDEX, PROBE, StoreTable, check_own_hash
 
-BLOCK_BYTES = 1 << 18
+BLOCK_BYTES = 1 << 20
 """What is read at a time: small enough for a core's cache, so that memory is read once."""
 
 MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
@@ -92,7 +91,8 @@ def audit(
             return error
         return None
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    # More threads than cores: while some hash, others wait for the disk.
+    with ThreadPoolExecutor() as threads:
         found = threads.map(check, range(len(table.shards)))
         bad_shards = [
             (f.name, error) for f, error in zip(table.shards, found, strict=True) if error

@@ -1,8 +1,9 @@
 """One array over the features of all shards, so that a batch is gathered by a single `numpy.take`.
 
-A range of addresses is reserved first. Each shard's features are then mapped into it, page-aligned
-in the file and a whole number of rows apart here, so that every row lies at a multiple of the
-row's size from the start. Pages are read when they are first touched, and shared by all processes.
+A range of addresses is reserved first. Each shard's features are then mapped into it, a whole
+number of rows apart, so that every row lies at a multiple of the row's size from the start; and,
+where there is room, where the file's huge pages can be mapped as such. Pages are read when they are
+first touched, and shared by all processes.
 
 Letters: P patches, D width of the vision tower.
 """
@@ -25,37 +26,57 @@ MAP_FIXED = 0x10
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 
+HUGE_PAGE = 1 << 21
+"""Bytes of a huge page of x86-64 and of 64-bit Arm."""
+
+MAX_BYTES = 1 << 45
+"""Most addresses that are reserved for huge pages: a quarter of what a process has."""
+
+
 class RowSpace:
     """Addresses for the rows of some shards; a shard's rows can be read once it is attached."""
 
-    def __init__(self, num_rows: Sequence[int], patches: int, width: int) -> None:
+    def __init__(self, num_rows: Sequence[int], patches: int, width: int, offset: int = 0) -> None:
         """Reserve addresses; takes no memory.
 
         Args:
             num_rows: Rows of each shard.
             patches: P.
             width: D.
+            offset: Where the features start in the files of most shards, in bytes. A page of a
+                file can be mapped as a huge one if it is as far from a multiple of its size here as
+                it is there.
         """
         self._row_bytes = patches * width * np.dtype("<f2").itemsize
-        # The fewest rows that fill whole pages.
-        unit = math.lcm(self._row_bytes, mmap.ALLOCATIONGRANULARITY) // self._row_bytes
-        sizes = np.array([-(-n // unit) * unit for n in num_rows] or [unit], dtype=np.int64)
+        sizes = self._spaced(num_rows, HUGE_PAGE)
+        if int(sizes.sum()) * self._row_bytes > MAX_BYTES:
+            sizes = self._spaced(num_rows, mmap.ALLOCATIONGRANULARITY)
         self.starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
         """Row of each shard's first row in `rows`."""
+        num_bytes = int(sizes.sum()) * self._row_bytes
         self._reserved = mmap.mmap(
             -1,
-            int(sizes.sum()) * self._row_bytes,
+            num_bytes + HUGE_PAGE,
             flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0),
             prot=mmap.PROT_READ,
         )
-        self.rows: NDArray[np.float16] = np.frombuffer(self._reserved, "<f2").reshape(
-            -1, patches, width
-        )
+        address = np.frombuffer(self._reserved, np.uint8).ctypes.data
+        self._skipped = (offset - address) % HUGE_PAGE
+        self.rows: NDArray[np.float16] = np.frombuffer(
+            self._reserved, "<f2", num_bytes // 2, self._skipped
+        ).reshape(-1, patches, width)
         """float16 [rows, P, D], read-only; zeros where no shard is attached."""
         self._libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
         self._libc_mmap.restype = ctypes.c_void_p
         self._libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
         self._libc_mmap.argtypes += [ctypes.c_longlong]
+
+    def _spaced(self, num_rows: Sequence[int], page: int) -> NDArray[np.int64]:
+        """Round the rows of each shard up to a number that fills whole pages, and one row more:
+        the next mapping may begin in the page before its rows.
+        """
+        unit = math.lcm(self._row_bytes, page) // self._row_bytes
+        return np.array([(n // unit + 1) * unit for n in num_rows] or [unit], dtype=np.int64)
 
     def attach(self, number: int, path: Path, *, num_bytes: int, offset: int, rows: int) -> None:
         """Map the features of a shard to their place.
@@ -81,13 +102,15 @@ class RowSpace:
                     f"store again; published files must be replaced, never written into."
                 )
             wanted = self.rows.ctypes.data + int(self.starts[number]) * self._row_bytes
+            # Mappings begin with a page, which can be larger than the 4096 bytes of the format.
+            before = offset % mmap.PAGESIZE
             address = self._libc_mmap(
-                wanted,
-                rows * self._row_bytes,
+                wanted - before,
+                rows * self._row_bytes + before,
                 mmap.PROT_READ,
                 mmap.MAP_SHARED | MAP_FIXED,
                 descriptor,
-                offset,
+                offset - before,
             )
         finally:
             os.close(descriptor)
@@ -97,5 +120,7 @@ class RowSpace:
 
     def read_ahead(self, number: int, rows: int) -> None:
         """Ask the system to bring the features of an attached shard into memory; does not wait."""
-        start = int(self.starts[number]) * self._row_bytes
-        self._reserved.madvise(mmap.MADV_WILLNEED, start, rows * self._row_bytes)
+        start = self._skipped + int(self.starts[number]) * self._row_bytes
+        before = start % mmap.PAGESIZE
+        num_bytes = rows * self._row_bytes + before
+        self._reserved.madvise(mmap.MADV_WILLNEED, start - before, num_bytes)

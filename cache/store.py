@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from cache.audit import VerifyReport, audit
 from cache.errors import MissingImageError
+from cache.ids import UNKNOWN, RowLookup
 from cache.location import Location
 from cache.rows import RowSpace
 from cache.shard import open_shard
@@ -58,18 +59,23 @@ class FeatureStore:
         )
         """File names of the shards that the index names and the folder lacks."""
         self._sizes = [len(positions) for positions in table.by_shard]
-        self._space = RowSpace(self._sizes, self.spec.patches, self.spec.width)
-        kept = is_here[table.shard_number]
-        self._image_ids: NDArray[np.int64] = table.image_ids[kept]
-        self._image_ids.flags.writeable = False
-        self._slots = (self._space.starts[table.shard_number] + table.row)[kept]
         self._offsets: list[int | None] = [None] * len(self._shards)
-        self._is_attached = np.zeros(len(self._shards), dtype=bool)
-        self._all_attached = False
-        self._locks: dict[int, threading.Lock] = {}
         if not self._location.is_remote:
             for number in np.flatnonzero(is_here).tolist():
                 self._check(number, table)
+        self._space = RowSpace(
+            self._sizes,
+            self.spec.patches,
+            self.spec.width,
+            offset=max((offset for offset in self._offsets if offset is not None), default=0),
+        )
+        rows = self._space.starts[table.shard_number] + table.row
+        kept = slice(None) if is_here.all() else is_here[table.shard_number]
+        self._lookup = RowLookup(table.image_ids[kept], rows[kept])
+        self._lookup.image_ids.flags.writeable = False
+        self._is_attached = np.zeros(len(self._shards), dtype=bool)
+        self._all_attached = False
+        self._locks: dict[int, threading.Lock] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -89,7 +95,7 @@ class FeatureStore:
     @property
     def image_ids(self) -> NDArray[np.int64]:
         """All image ids: int64 [N], ascending, read-only."""
-        return self._image_ids
+        return self._lookup.image_ids
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -97,13 +103,11 @@ class FeatureStore:
     def __contains__(self, image_id: object) -> bool:
         if not isinstance(image_id, int | np.integer):
             return False
-        try:
-            # As int64: against uint64 or a larger int, numpy would compare rounded floats.
-            wanted = np.int64(int(image_id))
-        except OverflowError:
+        # Not as an array of whatever type: against uint64, numpy would compare rounded floats.
+        number = int(image_id)
+        if not -(2**63) <= number < 2**63:
             return False
-        position = int(np.searchsorted(self.image_ids, wanted))
-        return position < len(self) and bool(self.image_ids[position] == wanted)
+        return bool(self._lookup.rows_of(np.array([number]))[0] != UNKNOWN)
 
     def gather(
         self,
@@ -125,8 +129,8 @@ class FeatureStore:
             CorruptShardError: A shard is not what the index says.
             ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
-        slots = self._slots[self._positions(_checked_ids(image_ids))]
-        shape = (len(slots), self.spec.patches, self.spec.width)
+        rows = self._rows_of(image_ids)
+        shape = (len(rows), self.spec.patches, self.spec.width)
         if out is None:
             out = np.empty(shape, dtype=np.float16)
         elif out.shape != shape or out.dtype != np.float16 or not out.flags.c_contiguous:
@@ -134,9 +138,9 @@ class FeatureStore:
                 f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous"
             )
         if not self._all_attached:
-            self._attach(self._shard_numbers(slots))
-        # Slots are in range: "clip" keeps numpy from gathering into a buffer first.
-        np.take(self._space.rows, slots, axis=0, out=out, mode="clip")
+            self._attach(self._shard_numbers(rows))
+        # All rows are in range: "clip" keeps numpy from gathering into a buffer first.
+        np.take(self._space.rows, rows, axis=0, out=out, mode="clip")
         return out
 
     def shards_of(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -145,7 +149,7 @@ class FeatureStore:
         Raises:
             MissingImageError: An id is not in the store.
         """
-        return self._shard_numbers(self._slots[self._positions(_checked_ids(image_ids))])
+        return self._shard_numbers(self._rows_of(image_ids))
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Ask the system to bring whole shards into memory; does not wait for a local disk.
@@ -166,15 +170,14 @@ class FeatureStore:
         """
         return audit(self._location, deep=deep, partial=self._partial)
 
-    def _positions(self, image_ids: NDArray[np.int64]) -> NDArray[np.intp]:
-        positions = np.searchsorted(self._image_ids, image_ids)
-        if len(self):
-            known = self._image_ids.take(positions, mode="clip") == image_ids
-        else:
-            known = np.zeros(len(image_ids), bool)
-        if not known.all():
-            raise MissingImageError(self._missing_text(image_ids[~known], len(image_ids)))
-        return positions
+    def _rows_of(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.integer]:
+        """Return where each image lies in `RowSpace.rows`."""
+        ids = _checked_ids(image_ids)
+        rows = self._lookup.rows_of(ids)
+        is_unknown = rows == UNKNOWN
+        if is_unknown.any():
+            raise MissingImageError(self._missing_text(ids[is_unknown], len(ids)))
+        return rows
 
     def _missing_text(self, ids: NDArray[np.int64], num_asked: int) -> str:
         names = ", ".join(map(str, ids[:NAMED_IDS])) + ", ..." * (len(ids) > NAMED_IDS)
@@ -189,8 +192,8 @@ class FeatureStore:
             f"{len(self)}: {names}. {remedy}"
         )
 
-    def _shard_numbers(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self._space.starts, slots, side="right") - 1
+    def _shard_numbers(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        return np.searchsorted(self._space.starts, rows, side="right") - 1
 
     def _attach(self, numbers: NDArray[np.int64]) -> None:
         """Map the shards that were not used yet in this process."""
@@ -247,4 +250,4 @@ def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int
     # numpy would quietly cut off fractions, and take a mask for the ids 0 and 1.
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"image_ids is {ids.dtype} {ids.shape}, wanted integers in one dimension")
-    return ids.astype(np.int64)
+    return ids.astype(np.int64, copy=False)

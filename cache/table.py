@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,18 @@ READ_TYPES = {field.name: field.type for field in SCHEMA} | {
 }
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
+
+ARRAYS = {
+    "image_ids": np.int64,
+    "shard_number": np.int32,
+    "row": np.int32,
+    "row_xxh3": np.uint64,
+    "source_xxh3": np.uint64,
+}
+"""Arrays of a table, and their types."""
+
+READ_ROWS = 1 << 16
+"""Rows of a row group, and rows that are read at a time."""
 
 OWN_HASH = b"file_sha256"
 """Metadata key of the file's own hash, which is taken with `BLANK` in its place."""
@@ -99,7 +112,7 @@ class StoreTable:
             with pq.ParquetWriter(
                 temporary, SCHEMA, store_schema=False, write_page_checksum=True
             ) as writer:
-                writer.write_table(pa.table(columns, schema=SCHEMA))
+                writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=READ_ROWS)
                 writer.add_key_value_metadata(metadata)
             blank = temporary.read_bytes()
             before, after = _around_hash(blank)
@@ -149,28 +162,22 @@ class StoreTable:
         try:
             # As a dictionary, each name is there once and not a million times.
             with pq.ParquetFile(
-                path, read_dictionary=["shard"], page_checksum_verification=True
+                path,
+                read_dictionary=["shard"],
+                page_checksum_verification=True,
+                pre_buffer=False,
             ) as file:
                 fingerprint, shards, probe = _read_header(file, path, spec)
                 for shard in shards:
                     check_file(shard)
-                table = file.read(use_threads=False)
+                columns = _read_columns(file, shards, path)
         except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
             raise _bad(path, f"not a parquet file of these columns ({error})") from None
-        if any(column.null_count for column in table.columns):
-            raise _bad(path, "it has nulls")
-        read = cls(
-            fingerprint,
-            shards,
-            table["image_id"].to_numpy(),
-            _shard_numbers(table, shards, path),
-            table["row"].to_numpy(),
-            table["row_xxh3"].to_numpy(),
-            table["source_xxh3"].to_numpy(),
-            probe,
-        )
-        _check_rows(read, path)
-        return read
+        # Arrow would keep what it read with for its next use.
+        pa.default_memory_pool().release_unused()
+        table = cls(fingerprint, shards, probe_sha256=probe, **columns)
+        _check_rows(table, path)
+        return table
 
 
 def check_own_hash(path: Path) -> None:
@@ -241,19 +248,30 @@ def _read_header(
     return fingerprint, shards, None if probe is None else probe.decode()
 
 
-def _shard_numbers(table: pa.Table, shards: tuple[ShardFile, ...], path: Path) -> NDArray[np.int32]:
-    column = table["shard"].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = column.unify_dictionaries().chunk(0)
-    names = column.dictionary.to_pylist()
+def _read_columns(
+    file: pq.ParquetFile, shards: tuple[ShardFile, ...], path: Path
+) -> dict[str, NDArray[Any]]:
+    """Read all rows, some at a time, so that there is never much more than the result."""
     numbers = {shard.name: number for number, shard in enumerate(shards)}
-    if not set(names) <= numbers.keys():
-        raise _bad(path, "it names a shard without size and hash")
-    if not names:
-        return np.empty(0, np.int32)
-    to_number = np.array([numbers[name] for name in names], dtype=np.int32)
-    found: NDArray[np.int32] = to_number[column.indices.to_numpy()]
-    return found
+    num_rows = file.metadata.num_rows
+    columns: dict[str, NDArray[Any]] = {
+        name: np.empty(num_rows, dtype) for name, dtype in ARRAYS.items()
+    }
+    start = 0
+    for batch in file.iter_batches(READ_ROWS, use_threads=False):
+        if any(column.null_count for column in batch.columns):
+            raise _bad(path, "it has nulls")
+        rows = slice(start, start + batch.num_rows)
+        names = batch["shard"].dictionary.to_pylist()
+        if not set(names) <= numbers.keys():
+            raise _bad(path, "it names a shard without size and hash")
+        to_number = np.array([numbers[name] for name in names], dtype=np.int32)
+        columns["shard_number"][rows] = to_number[batch["shard"].indices.to_numpy()]
+        columns["image_ids"][rows] = batch["image_id"].to_numpy()
+        for name in ("row", "row_xxh3", "source_xxh3"):
+            columns[name][rows] = batch[name].to_numpy()
+        start += batch.num_rows
+    return columns
 
 
 def _check_rows(table: StoreTable, path: Path) -> None:

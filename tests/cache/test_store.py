@@ -18,6 +18,7 @@ from cache.errors import (
     MissingImageError,
     SpecMismatchError,
 )
+from cache.ids import RowLookup
 from cache.rows import RowSpace
 from cache.shard import open_shard
 from cache.store import FeatureStore
@@ -156,7 +157,7 @@ def test_ids_beyond_the_precision_of_float64_are_told_apart(tmp_path, build_stor
     built = build_store(tmp_path / "big", 40)
     found = FeatureStore(built.root)
     big = built.image_ids + 2**62
-    monkeypatch.setattr(found, "_image_ids", big)
+    monkeypatch.setattr(found, "_lookup", RowLookup(big, np.arange(40)))
     assert all(np.uint64(i) in found and int(i) in found for i in big)
     assert not any(np.uint64(i + 1) in found for i in big if i + 1 not in big)
 

@@ -1,0 +1,49 @@
+"""Finds in which row the features of an image are.
+
+By a table over the whole range where ids are dense enough, as COCO's are: one access to memory for
+an id, where a binary search over a million takes ten that miss the processor's cache. By binary
+search elsewhere.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_SPREAD = 6
+"""Most entries of the table for each id, of 4 bytes each. COCO's ids have 4.9."""
+
+UNKNOWN = -1
+"""Row of an image that is not there."""
+
+
+class RowLookup:
+    """From image ids to rows."""
+
+    def __init__(self, image_ids: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Make the table, if the ids are dense.
+
+        Args:
+            image_ids: int64 [N], ascending; kept.
+            rows: int64 [N], 0 or more.
+        """
+        self.image_ids = image_ids
+        if len(rows) and rows.max() <= np.iinfo(np.int32).max:
+            rows = rows.astype(np.int32)
+        self._rows, self._table = rows, None
+        if len(rows) and int(image_ids[-1]) - int(image_ids[0]) < MAX_SPREAD * len(rows):
+            self._first = image_ids[0]
+            # One more at the end, to which all that is outside of the range is sent.
+            table = np.full(int(image_ids[-1] - self._first) + 2, UNKNOWN, rows.dtype)
+            table[image_ids - self._first] = rows
+            self._rows, self._table = rows[:0], table
+
+    def rows_of(self, image_ids: NDArray[np.int64]) -> NDArray[np.integer]:
+        """Return the row of each image: [B], UNKNOWN where it has none."""
+        if self._table is not None:
+            # Modulo 2**64 every id below the first is beyond the last, too.
+            places = (image_ids - self._first).view(np.uint64)
+            return self._table.take(np.minimum(places, len(self._table) - 1).view(np.int64))
+        if not len(self.image_ids):
+            return np.full(image_ids.shape, UNKNOWN)
+        found = np.searchsorted(self.image_ids, image_ids)
+        is_known = self.image_ids.take(found, mode="clip") == image_ids
+        return np.where(is_known, self._rows.take(found, mode="clip"), UNKNOWN)
