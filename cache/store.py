@@ -174,9 +174,8 @@ class FeatureStore:
         """Return where each image lies in `RowSpace.rows`."""
         ids = _checked_ids(image_ids)
         rows = self._lookup.rows_of(ids)
-        is_unknown = rows == UNKNOWN
-        if is_unknown.any():
-            raise MissingImageError(self._missing_text(ids[is_unknown], len(ids)))
+        if rows.min(initial=0) == UNKNOWN:
+            raise MissingImageError(self._missing_text(ids[rows == UNKNOWN], len(ids)))
         return rows
 
     def _missing_text(self, ids: NDArray[np.int64], num_asked: int) -> str:

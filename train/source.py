@@ -147,7 +147,10 @@ def gather_tensor(
 
     It is pinned where the device is a GPU, so that `.to(device, non_blocking=True)` need not wait.
     """
+    if device.type != "cuda":
+        # Memory from numpy, which asks for huge pages: 1.2 times as fast as memory from torch here.
+        return torch.from_numpy(store.gather(image_ids))
     shape = (len(image_ids), store.spec.patches, store.spec.width)
-    features_BPD = torch.empty(shape, dtype=torch.float16, pin_memory=device.type == "cuda")
+    features_BPD = torch.empty(shape, dtype=torch.float16, pin_memory=True)
     store.gather(image_ids, features_BPD.numpy())
     return features_BPD
