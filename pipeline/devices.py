@@ -5,10 +5,12 @@ vision tower there. A counter that all share hands out the next shard, so that a
 more of them; no shard depends on who made it.
 """
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.errors import StageError
+from cache.errors import CacheError, StageError
 from cache.plan import PlannedShard
 from cache.spec import Spec, check_same_spec
 from pipeline.encode import encode_shards
@@ -86,41 +88,66 @@ def encode_job(job: Job, encoder: Encoder) -> Tally:
     """
     context = multiprocessing.get_context("spawn")
     shared = Shared(context.Value("q", 0), context.Value("q", 0))
-    tally = Tally()
     others = pick_devices(job.settings.device)[1:]
-    tally.devices = 1 + len(others)
+    tally = Tally(devices=1 + len(others))
     num_images = sum(len(shard.image_ids) for shard in job.shards)
     with tqdm(total=num_images, desc="extract", unit="image", disable=None) as bar:
 
         def progress(done: int) -> None:
             bar.update(_add(shared.images_done, done) + done - bar.n)
 
-        def stop_after_error(future: "Future[Tally]") -> None:
-            if future.exception():
-                shared.stop()
-
-        if not others:
+        with _others(job, [str(device) for device in others], tally, shared):
             _encode(job, encoder, tally, shared, progress)
-            return tally
-        with ProcessPoolExecutor(len(others), context, _remember, (shared,)) as pool:
-            running = [pool.submit(_encode_elsewhere, job, str(device)) for device in others]
-            for future in running:
-                future.add_done_callback(stop_after_error)
-            try:
-                _encode(job, encoder, tally, shared, progress)
-            except BaseException:
-                shared.stop()
-                raise
-            try:
-                for future in running:
-                    tally.add(future.result())
-            except BrokenProcessPool:
-                raise StageError(
-                    "extract: the process of a device died. Finished shards are kept; check its "
-                    "memory, or name fewer devices in encoder.device, and run again."
-                ) from None
     tally.check(job.max_failures, len(job.source.image_ids))
     return tally
+
+
+@contextlib.contextmanager
+def _others(job: Job, devices: list[str], tally: Tally, shared: Shared) -> Iterator[None]:
+    """Encode on some devices while the block does on its own; add to the tally what they did."""
+    if not devices:
+        yield
+        return
+
+    def stop_after_error(future: "Future[Tally]") -> None:
+        if future.exception():
+            shared.stop()
+
+    before = multiprocessing.active_children()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(devices), context, _remember, (shared,)) as pool:
+        with _uninterrupted():
+            running = [pool.submit(_encode_elsewhere, job, device) for device in devices]
+        for future in running:
+            future.add_done_callback(stop_after_error)
+        try:
+            yield
+            for future in running:
+                tally.add(future.result())
+        except BrokenProcessPool:
+            raise StageError(
+                "extract: the process of a device died. Finished shards are kept; check its "
+                "memory, or name fewer devices in encoder.device, and run again."
+            ) from None
+        except CacheError:
+            shared.stop()
+            raise
+        except BaseException:
+            # Whoever stops this does not wait for a shard of another device.
+            for process in multiprocessing.active_children():
+                if process not in before:
+                    process.kill()
+            raise
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Processes that begin in the block let Ctrl-C be the matter of this one."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _encode(

@@ -22,6 +22,18 @@ class ImageSource:
     archives: dict[str, ImageArchive]
     """Split to its images."""
 
+    def __post_init__(self) -> None:
+        """Refuse ids in which no image can be looked up.
+
+        Raises:
+            StageError: They do not ascend, or some are missing.
+        """
+        if self.image_ids.dtype != np.int64 or np.any(np.diff(self.image_ids) <= 0):
+            raise StageError(
+                "images.parquet: image_id must be 64-bit numbers that ascend. Run the index stage "
+                "again."
+            )
+
     def read(self, image_id: int) -> bytes:
         """Return the bytes of an image file.
 

@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -210,8 +210,46 @@ def test_a_process_that_is_killed_is_one_line(job, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("error", [StageError, KeyboardInterrupt])
-def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeypatch, error):
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_interrupt_ends_the_other_processes_at_once(job, monkeypatch, waits):
+    """While this one works, and while it waits for them."""
+    job, encoder = job
+    others = []
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def encode(*args):
+        others.extend(multiprocessing.active_children())
+        if not waits:
+            interrupt()
+
+    monkeypatch.setattr(module, "_encode", encode)
+    if waits:
+        monkeypatch.setattr(Future, "result", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        encode_job(job, encoder)
+    assert [process.exitcode for process in others] == [-signal.SIGKILL]
+    # It is heard again.
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_interrupt_is_the_matter_of_this_process_alone(job, monkeypatch):
+    job, encoder = job
+
+    def encode(*args):
+        [other] = multiprocessing.active_children()
+        status = Path(f"/proc/{other.pid}/status").read_text()
+        blocked = int(re.search(r"SigBlk:\s*([0-9a-f]+)", status)[1], 16)
+        assert blocked & (1 << (signal.SIGINT - 1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        encode_job(job, encoder)
+
+
+def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeypatch):
     job, encoder = job
     begun, raised = threading.Event(), threading.Event()
     real, taken = module._encode, module.Shared.taken
@@ -220,7 +258,7 @@ def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeyp
         if given is encoder:
             assert begun.wait(60)
             raised.set()
-            raise error("no")
+            raise StageError("no")
         real(job, given, tally, shared, progress)
 
     def one_until_raised(self, num_shards):
@@ -232,7 +270,7 @@ def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeyp
 
     monkeypatch.setattr(module.Shared, "taken", one_until_raised)
     monkeypatch.setattr(module, "_encode", encode)
-    with pytest.raises(error, match=r"^no$"):
+    with pytest.raises(StageError, match=r"^no$"):
         encode_job(job, encoder)
     assert names(job.folder) == {job.shards[0].name}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -752,6 +753,25 @@ def test_without_an_index_it_says_what_to_run(workspace):
     path.write_bytes(whole)
     pq.write_table(pq.read_table(path).drop_columns(["source_xxh3"]), path)
     with pytest.raises(StageError, match="source_xxh3"):
+        workspace.run(write=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.take(list(range(30))[::-1]),
+        lambda table: table.take([0, 0, *range(1, 30)]),
+        lambda table: table.set_column(
+            0, "image_id", pa.array([None, *table["image_id"].to_pylist()[1:]], pa.int64())
+        ),
+    ],
+    ids=["descending", "twice", "missing"],
+)
+def test_an_index_whose_ids_do_not_ascend_is_refused(workspace, change):
+    workspace.write()
+    path = workspace.root / "data/index/images.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(StageError, match=r"image_id must be .* that ascend\. Run the index stage"):
         workspace.run(write=False)
 
 

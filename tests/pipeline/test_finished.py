@@ -82,9 +82,11 @@ def test_a_kill_between_the_hash_and_the_rename_leaves_nothing_finished(
             raise KeyboardInterrupt
         real(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    unfinished = fresh()
+    with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
-        finish(fresh(), path)
+        with pytest.raises(KeyboardInterrupt):
+            finish(unfinished, path)
     # The hash was there first.
     assert renamed[0]["x.sha256"].decode() == sha256_of(SHARDS / ".x.h5.new")
     capsys.readouterr()
@@ -111,7 +113,9 @@ def test_a_damaged_file_is_said_and_not_counted(data, capsys):
     assert out == f"extract: making {path} again: its bytes are not those that were written\n"
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 64, b"0" * 64, b"0"])
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff" * 64, b"0" * 64, b"0"], ids=["empty", "no text", "another", "short"]
+)
 def test_a_damaged_hash_is_said_and_not_counted(data, capsys):
     path = SHARDS / "x.h5"
     finish(fresh(), path)
