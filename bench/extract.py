@@ -90,12 +90,12 @@ def bare_loop() -> None:
     from cache.settings import Params
     from pipeline.encode import PREFETCH_BATCHES, BatchDecoder
     from pipeline.encoder import load_encoder
-    from pipeline.extract import read_source
+    from pipeline.extract import open_images, read_source
     from pipeline.settings import EncoderSettings, ExtractSettings
 
     params = Params.read(Path("params.yaml"))
     settings = params.section("extract", ExtractSettings)
-    source = read_source(params.section("data", DataSettings))
+    source = open_images(read_source(), params.section("data", DataSettings))
     encoder = load_encoder(params.section("encoder", EncoderSettings))
     fingerprint = encoder.spec.fingerprint
     plan = plan_shards(source.image_ids, source.source_xxh3, fingerprint, settings.shard_rows)

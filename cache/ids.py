@@ -41,7 +41,9 @@ class RowLookup:
         if self._table is not None:
             # Modulo 2**64 every id below the first is beyond the last, too.
             places = (image_ids - self._first).view(np.uint64)
-            return self._table.take(np.minimum(places, len(self._table) - 1).view(np.int64))
+            np.minimum(places, len(self._table) - 1, out=places)
+            rows: NDArray[np.integer] = self._table.take(places.view(np.int64))
+            return rows
         if not len(self.image_ids):
             return np.full(image_ids.shape, UNKNOWN)
         found = np.searchsorted(self.image_ids, image_ids)

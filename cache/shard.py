@@ -145,7 +145,10 @@ def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
         names = sorted(name.decode(errors="replace") for name in islice(root, MAX_NAMED))
         raise _unsafe(path, f"its root holds {names}, wanted {sorted(DATASETS)}")
     _check_attributes(root, path, spec)
-    features, image_id, row_xxh3 = (_checked_dataset(root, name, path) for name in DATASETS)
+    num_bytes = path.stat().st_size
+    features, image_id, row_xxh3 = (
+        _checked_dataset(root, name, path, num_bytes) for name in DATASETS
+    )
     if features.shape[1:] != (spec.patches, spec.width) or not (
         features.shape[:1] == image_id.shape == row_xxh3.shape
     ):
@@ -167,7 +170,9 @@ def _read(dataset: h5py.h5d.DatasetID, dtype: str) -> NDArray[Any]:
     return values
 
 
-def _checked_dataset(root: h5py.h5g.GroupID, name: bytes, path: Path) -> h5py.h5d.DatasetID:
+def _checked_dataset(
+    root: h5py.h5g.GroupID, name: bytes, path: Path, num_bytes: int
+) -> h5py.h5d.DatasetID:
     text = name.decode()
     # The link is looked at before it is followed: it may lead into another file.
     if root.links.get_info(name).type != h5py.h5l.TYPE_HARD:
@@ -187,17 +192,17 @@ def _checked_dataset(root: h5py.h5g.GroupID, name: bytes, path: Path) -> h5py.h5
         raise _unsafe(path, f"{text} is {dataset.dtype.str} with {len(dataset.shape)} dimensions")
     if h5py.h5a.get_num_attrs(dataset):
         raise _unsafe(path, f"{text} has attributes")
-    _check_extent(dataset, text, path)
+    _check_extent(dataset, text, path, num_bytes)
     return dataset
 
 
-def _check_extent(dataset: h5py.h5d.DatasetID, name: str, path: Path) -> None:
+def _check_extent(dataset: h5py.h5d.DatasetID, name: str, path: Path, num_bytes: int) -> None:
     """Refuse a dataset that the file does not hold as a whole."""
-    num_bytes = math.prod(dataset.shape) * dataset.dtype.itemsize
+    wanted = math.prod(dataset.shape) * DATASETS[name.encode()][0].get_size()
     offset = dataset.get_offset()
-    if num_bytes and (offset is None or offset + num_bytes > path.stat().st_size):
+    if wanted and (offset is None or offset + wanted > num_bytes):
         raise CorruptShardError(f"{path}: {name} reaches beyond the end of the file.")
-    if name == "features" and num_bytes and offset % ALIGNMENT:
+    if name == "features" and wanted and offset % ALIGNMENT:
         raise _unsafe(path, f"features start at byte {offset}, wanted a multiple of {ALIGNMENT}")
 
 

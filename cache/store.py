@@ -71,7 +71,10 @@ class FeatureStore:
         )
         rows = self._space.starts[table.shard_number] + table.row
         kept = slice(None) if is_here.all() else is_here[table.shard_number]
-        self._lookup = RowLookup(table.image_ids[kept], rows[kept])
+        image_ids = table.image_ids[kept]
+        # It is large, and done with.
+        del table
+        self._lookup = RowLookup(image_ids, rows[kept])
         self._lookup.image_ids.flags.writeable = False
         self._is_attached = np.zeros(len(self._shards), dtype=bool)
         self._all_attached = False

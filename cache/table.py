@@ -120,10 +120,14 @@ class StoreTable:
             temporary.write_bytes(before + digest + after)
 
     @cached_property
-    def by_shard(self) -> list[NDArray[np.intp]]:
-        """For each shard, the positions of its images in order of row."""
-        order = np.lexsort((self.row, self.shard_number))
+    def by_shard(self) -> list[NDArray[np.int64]]:
+        """For each shard, the positions of its images in order of row; -1 where there is none."""
         stops = np.cumsum(np.bincount(self.shard_number, minlength=len(self.shards)))
+        places = np.concatenate([[0], stops[:-1]])[self.shard_number]
+        places += self.row
+        # Put where it belongs, not sorted: a million rows take half the time and memory.
+        order = np.full(len(self.row), -1)
+        order[np.clip(places, 0, max(0, len(order) - 1), out=places)] = np.arange(len(order))
         return np.split(order, stops[:-1])
 
     def check_shard(self, number: int, shard: Shard) -> None:
@@ -285,10 +289,12 @@ def _check_rows(table: StoreTable, path: Path) -> None:
             f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). Fetch it again."
         )
     for number, positions in enumerate(table.by_shard):
-        if not np.array_equal(table.row[positions], np.arange(len(positions))):
+        if np.any(positions < 0) or not np.array_equal(
+            table.row[positions], np.arange(len(positions))
+        ):
             raise CorruptShardError(
                 f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
-                f"0, 1, 2, ...; the first is {table.row[positions[0]]}. Fetch it again."
+                f"0, 1, 2, ... Fetch it again."
             )
 
 
