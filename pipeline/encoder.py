@@ -179,8 +179,10 @@ def pick_devices(name: str) -> list[torch.device]:
         count = torch.cuda.device_count()
         return [torch.device("cuda", n) for n in range(count)] or [torch.device("cpu")]
     try:
-        # Made there, because a device that this machine lacks has a valid name too.
-        return [torch.empty(0, device=each.strip()).device for each in name.split(",")]
+        # Made there and fetched, because a device that this machine lacks, or from which nothing
+        # comes back, has a valid name too.
+        made = [torch.empty(0, device=each.strip()) for each in name.split(",")]
+        return [tensor.device for tensor in made if tensor.cpu() is not None]
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingsError(f"encoder.device: {str(error).splitlines()[0]}") from None
 

@@ -77,6 +77,8 @@ def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
         StageError: There are none.
     """
     paths = {"train": data.train.images, "val": data.val.images}
+    if unknown := set(source.splits) - paths.keys():
+        raise StageError(f"{IMAGES}: unknown splits {sorted(unknown)}. Run the index stage again.")
     archives = {
         split: ImageArchive(paths[split], key=f"data.{split}.images")
         for split in sorted(set(source.splits))
@@ -177,7 +179,7 @@ def check_space(missing: list[PlannedShard], plan: list[PlannedShard], spec: Spe
     row_bytes = spec.patches * spec.width * 2
     num_images = sum(len(shard.image_ids) for shard in missing)
     needed = num_images * row_bytes
-    print(f"extract: {num_images} images to encode, {needed / 2**20:.0f} MiB", flush=True)
+    print(f"extract: {num_images} images to encode, {needed / 2**20:.1f} MiB", flush=True)
     _require_space(SHARDS, needed)
     if SHARDS.stat().st_dev != FEATURES.parent.stat().st_dev:
         # No hard links from one to the other: the whole store is copied.

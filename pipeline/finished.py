@@ -74,7 +74,13 @@ def recover_finished(names: Collection[str], spec: Spec) -> None:
 
 
 def _take_over(names: Collection[str], table: StoreTable, spec: Spec) -> None:
-    """Finish what was pulled and is what an index says."""
+    """Finish what was pulled and is what an index says.
+
+    Nothing of a store with another probe than the one here: its encoder was not quite this one.
+    """
+    kept = checked_hash(probe_file(spec))
+    if kept is not None and kept != table.probe_sha256:
+        return
     places = {name: SHARDS / name for name in names} | {PROBE: probe_file(spec)}
     hashes = {file.name: file.sha256 for file in table.shards} | {PROBE: table.probe_sha256}
     for name, place in places.items():

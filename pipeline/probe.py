@@ -71,7 +71,10 @@ MAX_HEADER_BYTES = 8192
 _VERSION = re.compile("[A-Za-z0-9_.+!-]{1,40}")
 """A library's name, or a version. Error texts quote both, so that they must be short."""
 
-_ANEW = "remove .work/shards and data/features, so that all images are encoded anew"
+_ANEW = (
+    "remove .work/shards, data/features and dvc.lock, which brings them back, so that all images "
+    "are encoded anew"
+)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class EncoderSettings:
     batch_size: int
     """Images a forward pass. Part of the features' identity: it decides their last bits."""
     device: str
-    """"auto" is the first GPU, or the CPU."""
+    """"auto" is every GPU, or the CPU; several, with commas, get a process each."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:

@@ -1,10 +1,21 @@
 import hashlib
 import json
+import multiprocessing
 import os
+import time
 
 import pytest
 
-from cache.files import canonical_json, link_or_copy, replacing, sha256_of, write_json, write_text
+from cache.errors import StageError
+from cache.files import (
+    canonical_json,
+    exclusive,
+    link_or_copy,
+    replacing,
+    sha256_of,
+    write_json,
+    write_text,
+)
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside(tmp_path):
@@ -79,3 +90,31 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path):
     data = bytes(3 * 2**20 + 7)
     (tmp_path / "a").write_bytes(data)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def hold(folder, ready, seconds):
+    with exclusive(folder):
+        # A worker of the holder, which a kill of the holder leaves behind.
+        if os.fork() == 0:
+            time.sleep(seconds)
+            os._exit(0)
+        ready.set()
+        time.sleep(seconds)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_folder_is_for_one_process_until_that_one_ends_even_if_its_children_live(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "held", ready, 5))
+    holder.start()
+    assert ready.wait(30)
+    with (
+        pytest.raises(StageError, match="another process works in it"),
+        exclusive(tmp_path / "held"),
+    ):
+        pass
+    holder.kill()
+    holder.join()
+    with exclusive(tmp_path / "held"):
+        pass

@@ -813,7 +813,7 @@ def test_what_there_is_to_do_is_said_before_the_first_image(workspace, monkeypat
     )
     with pytest.raises(Reached):
         workspace.run()
-    assert said == ["extract: 30 images to encode, 0 MiB\n"]
+    assert said == ["extract: 30 images to encode, 0.1 MiB\n"]
     monkeypatch.undo()
     workspace.run()
     capsys.readouterr()

@@ -269,3 +269,13 @@ def test_a_recovery_that_was_killed_goes_on_where_it_was(stored, monkeypatch):
     assert finished_names() == {first, second, probe_file(SPEC).name}
     assert stored.fetched.count(first) == 1
     assert not PULLED.exists()
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_probe_that_is_here_must_be_that_of_the_store_that_dvc_has(stored, is_same):
+    probe = probe_file(SPEC)
+    data = stored.files[PROBE] if is_same else b"of other libraries"
+    finish(fresh(data), probe)
+    recover_finished(stored.names, SPEC)
+    assert finished_names() == (stored.names if is_same else set()) | {probe.name}
+    assert probe.read_bytes() == data

@@ -629,7 +629,8 @@ def test_the_text_names_the_libraries_that_changed(monkeypatch):
         text,
     )
     assert text.endswith(
-        "Or remove .work/shards and data/features, so that all images are encoded anew."
+        "Or remove .work/shards, data/features and dvc.lock, which brings them back, so that all "
+        "images are encoded anew."
     )
 
 
