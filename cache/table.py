@@ -270,12 +270,17 @@ def _read_columns(
         if not set(names) <= numbers.keys():
             raise _bad(path, "it names a shard without size and hash")
         to_number = np.array([numbers[name] for name in names], dtype=np.int32)
-        columns["shard_number"][rows] = to_number[batch["shard"].indices.to_numpy()]
-        columns["image_ids"][rows] = batch["image_id"].to_numpy()
+        columns["shard_number"][rows] = to_number[_values(batch["shard"].indices)]
+        columns["image_ids"][rows] = _values(batch["image_id"])
         for name in ("row", "row_xxh3", "source_xxh3"):
-            columns[name][rows] = batch[name].to_numpy()
+            columns[name][rows] = _values(batch[name])
         start += batch.num_rows
     return columns
+
+
+def _values(column: pa.Array) -> NDArray[Any]:
+    """Return the numbers of a column without nulls. Its own `to_numpy` would import pandas."""
+    return np.from_dlpack(column)
 
 
 def _check_rows(table: StoreTable, path: Path) -> None:
