@@ -4,6 +4,7 @@
 """
 
 import argparse
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -40,6 +41,10 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     anything that a user, a file or the machine can cause.
     """
     signal.signal(signal.SIGTERM, _interrupt)
+    # A path can hold bytes that are no text.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         work()
     except CacheError as error:

@@ -8,10 +8,14 @@ the damaged object over a shard that was encoded again, and restore one that was
 import configparser
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 
 from cache.files import CHUNK_BYTES
+
+MD5 = re.compile(r"[0-9a-f]{32}")
+"""A listing that was received could name a path instead."""
 
 
 def drop_damaged_objects(root: Path, names: Collection[str]) -> list[Path]:
@@ -32,7 +36,7 @@ def drop_damaged_objects(root: Path, names: Collection[str]) -> list[Path]:
     if objects is None:
         return []
     dropped = []
-    for md5 in sorted(_stored_as(objects, names)):
+    for md5 in filter(MD5.fullmatch, sorted(_stored_as(objects, names))):
         path = objects / md5[:2] / md5[2:]
         if path.is_file() and _md5_of(path) != md5:
             path.unlink()

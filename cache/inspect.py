@@ -37,7 +37,8 @@ def inspect(root: str) -> None:
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")
     print(f"fingerprint  {store.fingerprint}")
     for name, value in dataclasses.asdict(store.spec).items():
-        print(f"  {name:<20} {value}")
+        # As Python spells it: a text of another's can hold what steers a terminal.
+        print(f"  {name:<20} {value!r}")
 
 
 def _size(num_bytes: int) -> str:

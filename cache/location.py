@@ -1,50 +1,90 @@
 """Where a store's files are: a folder here, or an fsspec URL whose files are copied here."""
 
 import os
+import re
 import shutil
+import stat
 import tempfile
 import threading
 import weakref
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import fsspec
 
-from cache.errors import CorruptShardError, IncompleteStoreError
+from cache.errors import CorruptShardError, IncompleteStoreError, SettingsError
 from cache.table import ShardFile
+
+URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
 
 class Location:
     """The files of one store; a URL's copies live as long as this does."""
 
     def __init__(self, root: str | Path) -> None:
-        """Name the folder or URL; nothing is read yet."""
+        """Name the folder or URL; nothing is read yet.
+
+        Raises:
+            SettingsError: A URL of a kind that cannot be read here.
+        """
         self.root = str(root)
-        self.is_remote = bool(urlsplit(self.root).scheme) and "://" in self.root
+        self.is_remote = "://" in self.root and bool(URL.match(self.root))
+        self.address = self.root if self.is_remote else str(Path(root).absolute())
+        """The URL, or the whole path, which holds when the working directory changes."""
         if self.is_remote:
+            self._opened: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
+            self._files()
             self._copies = Path(tempfile.mkdtemp(prefix="patchcache-"))
             weakref.finalize(self, _remove, self._copies, os.getpid())
-            self._filesystem, self._folder = fsspec.core.url_to_fs(self.root.rstrip("/"))
+
+    def _files(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """Return the file system of the URL and the folder in it."""
+        # One a process: those with connections refuse to work in a forked child.
+        process = os.getpid()
+        if process not in self._opened:
+            try:
+                self._opened[process] = fsspec.core.url_to_fs(self.root.rstrip("/"))
+            except (ValueError, ImportError) as error:
+                raise SettingsError(f"{self.root}: cannot be read here: {error}") from None
+        return self._opened[process]
 
     @cached_property
     def _listed(self) -> dict[str, int | None]:
         """Sizes from one listing, where the file system lists folders."""
+        filesystem, folder = self._files()
         try:
-            found = self._filesystem.ls(self._folder, detail=True)
+            found = filesystem.ls(folder, detail=True)
         except (OSError, ValueError, NotImplementedError):
             return {}
         return {str(file["name"]).rsplit("/", 1)[-1]: file.get("size") for file in found}
 
     def size(self, name: str) -> int | None:
-        """Return a file's size in bytes; None when there is no such file."""
+        """Return a file's size in bytes; None when there is no such file.
+
+        Raises:
+            IncompleteStoreError: It is no file, or its server does not say how large it is.
+        """
         try:
-            if not self.is_remote:
-                # Not through pathlib: a store can have a thousand shards.
-                return os.stat(f"{self.root}/{name}").st_size  # noqa: PTH116
-            return int(self._listed.get(name) or self._filesystem.size(f"{self._folder}/{name}"))
-        except FileNotFoundError:
+            found = self._remote_size(name) if self.is_remote else self._local_size(name)
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        if found is None:
+            raise IncompleteStoreError(
+                f"{self.root}/{name}: is no file, or of unknown size. Fetch the store again, or "
+                f"copy it here."
+            )
+        return found
+
+    def _local_size(self, name: str) -> int | None:
+        # Not through pathlib: a store can have a thousand shards.
+        found = os.stat(f"{self.address}/{name}")  # noqa: PTH116
+        # A pipe would be waited for, and a device has no end.
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def _remote_size(self, name: str) -> int | None:
+        filesystem, folder = self._files()
+        found = self._listed.get(name) or filesystem.size(f"{folder}/{name}")
+        return None if found is None else int(found)
 
     def check_size(self, shard: ShardFile) -> None:
         """Hold the size of a shard's file, if there is one, against the index.
@@ -63,21 +103,22 @@ class Location:
         """Return where a file can be read; a remote one is copied on first use.
 
         Raises:
-            IncompleteStoreError: There is no such file.
+            IncompleteStoreError: There is no such file, or none of a known size.
         """
         if self.size(name) is None:
             raise IncompleteStoreError(
                 f"{self.root}/{name}: missing, so {self.root} is no whole store. "
                 f"Run `dvc pull`, or the extract stage."
             )
-        return self._copied(name) if self.is_remote else Path(self.root) / name
+        return self._copied(name) if self.is_remote else Path(self.address) / name
 
     def _copied(self, name: str) -> Path:
         copy = self._copies / name
         if not copy.exists():
             # Each process and thread under a name of its own: workers may fetch the same file.
             partial = copy.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
-            self._filesystem.get_file(f"{self._folder}/{name}", str(partial))
+            filesystem, folder = self._files()
+            filesystem.get_file(f"{folder}/{name}", str(partial))
             os.replace(partial, copy)
         return copy
 

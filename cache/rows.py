@@ -25,7 +25,6 @@ MAP_FIXED = 0x10
 
 MAP_FAILED = ctypes.c_void_p(-1).value
 
-
 HUGE_PAGE = 1 << 21
 """Bytes of a huge page of x86-64 and of 64-bit Arm."""
 
@@ -54,12 +53,7 @@ class RowSpace:
         self.starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
         """Row of each shard's first row in `rows`."""
         num_bytes = int(sizes.sum()) * self._row_bytes
-        self._reserved = mmap.mmap(
-            -1,
-            num_bytes + HUGE_PAGE,
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0),
-            prot=mmap.PROT_READ,
-        )
+        self._reserved = _reserve(num_bytes + HUGE_PAGE)
         address = np.frombuffer(self._reserved, np.uint8).ctypes.data
         self._skipped = (offset - address) % HUGE_PAGE
         self.rows: NDArray[np.float16] = np.frombuffer(
@@ -124,3 +118,15 @@ class RowSpace:
         before = start % mmap.PAGESIZE
         num_bytes = rows * self._row_bytes + before
         self._reserved.madvise(mmap.MADV_WILLNEED, start - before, num_bytes)
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        return mmap.mmap(-1, num_bytes, flags=flags, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: {num_bytes} bytes of addresses, of which none is memory yet, "
+            f"cannot be reserved for the shards. See `ulimit -v`",
+        ) from None

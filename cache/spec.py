@@ -7,7 +7,7 @@ never mixed.
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,11 @@ FORMAT = "patchcache/1"
 
 MAX_JSON_BYTES = 1 << 16
 """A spec's JSON has about 700 bytes; no more than this is ever read."""
+
+MAX_FLOAT = sys.float_info.max
+
+MAX_ROW_VALUES = 1 << 30
+"""Most values of one image: far more than any tower gives, and few enough for sums in 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +131,15 @@ def _check_types(values: dict[str, Any], where: str) -> None:
         name
         for name in ("mean", "std")
         if not isinstance(values[name], list)
-        or not all(type(v) in (int, float) and math.isfinite(v) for v in values[name])
+        or not all(type(v) in (int, float) and abs(v) <= MAX_FLOAT for v in values[name])
     ]
     wrong += [
         name
         for name in ("image_size", "batch_size", "patches", "width")
         if name not in wrong and values[name] < 1
     ]
+    if not wrong and values["patches"] * values["width"] > MAX_ROW_VALUES:
+        wrong = ["patches", "width"]
     if wrong:
         details = "; ".join(f"{name} is {values[name]!r}" for name in wrong)
         raise IncompleteStoreError(f"{where}: no spec has that: {details}. Fetch the store again.")

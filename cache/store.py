@@ -23,10 +23,12 @@ from cache.location import Location
 from cache.rows import RowSpace
 from cache.shard import open_shard
 from cache.spec import Spec
-from cache.table import INDEX, StoreTable
+from cache.table import INDEX, ShardFile, StoreTable
 
 NAMED_IDS = 5
 """How many ids an error names."""
+
+INT64_MAX = np.iinfo(np.int64).max
 
 
 class FeatureStore:
@@ -129,6 +131,7 @@ class FeatureStore:
 
         Raises:
             MissingImageError: An id is not in the store; names up to five.
+            IncompleteStoreError: A shard is not there any more.
             CorruptShardError: A shard is not what the index says.
             ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
@@ -233,15 +236,22 @@ class FeatureStore:
         return shard.offset
 
     def _read_table(self) -> StoreTable:
-        path = self._location.path(INDEX)
-        return StoreTable.read(path, self.spec, self._location.check_size)
+        return StoreTable.read(self._location.path(INDEX), self.spec, self._check_file)
+
+    def _check_file(self, file: ShardFile) -> None:
+        """Hold a shard's file against the index, before any row of the index is believed."""
+        if not (self._partial or self._location.is_remote):
+            # Refuses one that is not there: its size bounds nothing.
+            self._location.path(file.name)
+        self._location.check_size(file)
 
     def _has(self, name: str) -> bool:
         return self._location.size(name) is not None
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that receives it reads spec and index again, instead of a copy of the index.
-        return {"root": self.root, "partial": self._partial}
+        # By its whole path: that process may work in another folder.
+        return {"root": self._location.address, "partial": self._partial}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         FeatureStore.__init__(self, **state)
@@ -252,4 +262,7 @@ def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int
     # numpy would quietly cut off fractions, and take a mask for the ids 0 and 1.
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise ValueError(f"image_ids is {ids.dtype} {ids.shape}, wanted integers in one dimension")
+    if ids.dtype.kind == "u" and ids.max(initial=0) > INT64_MAX:
+        # Cut to int64, it would be another image.
+        raise MissingImageError(f"{ids.max()} is no id of any image: ids are int64.")
     return ids.astype(np.int64, copy=False)

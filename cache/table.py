@@ -6,6 +6,7 @@ their own sha256, so that a flipped bit is found wherever it is.
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.errors import CacheError, CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import replacing
 from cache.shard import Shard
 from cache.spec import Spec
@@ -115,9 +116,9 @@ class StoreTable:
                 writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=READ_ROWS)
                 writer.add_key_value_metadata(metadata)
             blank = temporary.read_bytes()
-            before, after = _around_hash(blank)
+            place = _place_of_hash(blank)
             digest = hashlib.sha256(blank).hexdigest().encode()
-            temporary.write_bytes(before + digest + after)
+            temporary.write_bytes(blank[:place] + digest + blank[place + len(BLANK) :])
 
     @cached_property
     def by_shard(self) -> list[NDArray[np.int64]]:
@@ -175,7 +176,10 @@ class StoreTable:
                 for shard in shards:
                     check_file(shard)
                 columns = _read_columns(file, shards, path)
-        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
+        except CacheError:
+            # Some are OSErrors too.
+            raise
+        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError) as error:
             raise _bad(path, f"not a parquet file of these columns ({error})") from None
         # Arrow would keep what it read with for its next use.
         pa.default_memory_pool().release_unused()
@@ -190,13 +194,18 @@ def check_own_hash(path: Path) -> None:
     Raises:
         CorruptShardError: They are not those that were written.
     """
-    found = path.read_bytes()
-    before, after = _around_hash(found)
-    if not before:
-        # Written elsewhere: the format does not ask for it.
-        return
-    stated = found[len(before) : len(found) - len(after)]
-    digest = hashlib.sha256(before + BLANK + after).hexdigest().encode()
+    # Mapped: whatever its size is, it takes no memory.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = _place_of_hash(data)
+        if place < 0:
+            # Written elsewhere: the format does not ask for it.
+            return
+        with memoryview(data) as view:
+            stated = bytes(view[place : place + len(BLANK)])
+            hashed = hashlib.sha256(view[:place])
+            hashed.update(BLANK)
+            hashed.update(view[place + len(BLANK) :])
+    digest = hashed.hexdigest().encode()
     if stated != digest:
         raise CorruptShardError(
             f"{path}: its sha256 is {digest.decode()}, the one it carries "
@@ -204,14 +213,11 @@ def check_own_hash(path: Path) -> None:
         )
 
 
-def _around_hash(data: bytes) -> tuple[bytes, bytes]:
-    """Return the bytes before and behind the file's own hash; before is empty if it has none."""
+def _place_of_hash(data: bytes | mmap.mmap) -> int:
+    """Return where the file's own hash starts; -1 if it has none."""
+    place = data.rfind(OWN_HASH)
     # Thrift writes a key, then a field header and a length below 128, then the value.
-    before, key, _ = data.rpartition(OWN_HASH)
-    if not key:
-        return b"", data
-    start = len(before) + len(key) + 2
-    return data[:start], data[start + len(BLANK) :]
+    return place if place < 0 else place + len(OWN_HASH) + 2
 
 
 def _read_header(
@@ -258,6 +264,8 @@ def _read_columns(
     """Read all rows, some at a time, so that there is never much more than the result."""
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     num_rows = file.metadata.num_rows
+    if num_rows < 0:
+        raise _bad(path, f"its footer says that it has {num_rows} rows")
     columns: dict[str, NDArray[Any]] = {
         name: np.empty(num_rows, dtype) for name, dtype in ARRAYS.items()
     }
@@ -266,6 +274,8 @@ def _read_columns(
         if any(column.null_count for column in batch.columns):
             raise _bad(path, "it has nulls")
         rows = slice(start, start + batch.num_rows)
+        if rows.stop > num_rows:
+            raise _bad(path, f"it has more than the {num_rows} rows that its footer says")
         names = batch["shard"].dictionary.to_pylist()
         if not set(names) <= numbers.keys():
             raise _bad(path, "it names a shard without size and hash")
@@ -274,7 +284,9 @@ def _read_columns(
         columns["image_ids"][rows] = _values(batch["image_id"])
         for name in ("row", "row_xxh3", "source_xxh3"):
             columns[name][rows] = _values(batch[name])
-        start += batch.num_rows
+        start = rows.stop
+    if start < num_rows:
+        raise _bad(path, f"it has {start} of the {num_rows} rows that its footer says")
     return columns
 
 

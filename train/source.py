@@ -68,6 +68,7 @@ class Ahead(Generic[Asked, Made]):
                         started = time.perf_counter()
                     else:
                         self.waited += self.last_wait
+                        self.elapsed = time.perf_counter() - started
                     ahead.extend(thread.submit(self._make, item) for item in islice(items, 1))
                     yield made
                     self.elapsed = time.perf_counter() - started

@@ -49,6 +49,12 @@ def test_errors_are_one_line_and_an_exit_code(tmp_path, body, code, text):
     assert (failed.returncode, failed.stderr) == (code, text)
 
 
+def test_a_path_that_is_no_text_can_be_printed(tmp_path):
+    done = run(tmp_path, "print(chr(0xDCFF)); raise StageError(chr(0xDCFE))")
+    assert done.returncode == 1
+    assert (done.stdout, done.stderr) == ("\\udcff\n", "error: \\udcfe\n")
+
+
 def test_a_mistake_of_ours_is_not_hidden(tmp_path):
     failed = run(tmp_path, "raise AssertionError('a bug')")
     assert failed.returncode == 1

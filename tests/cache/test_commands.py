@@ -1,5 +1,6 @@
 """`python -m cache.inspect` and `python -m cache.verify`, as a user calls them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,14 @@ def test_inspect_tells_counts_shape_and_encoder(store):
     assert f"{len(store.image_ids)} images in {len(store.names)} shards" in done.stdout
     assert store.spec.fingerprint in done.stdout
     assert f"[{store.spec.patches}, {store.spec.width}]" in done.stdout
+
+
+def test_inspect_escapes_what_steers_a_terminal(tmp_path, build_store, spec):
+    model = "\ud800\x1b[31m"
+    build_store(tmp_path / "features", spec=dataclasses.replace(spec, model=model))
+    done = run("cache.inspect", tmp_path / "features")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert repr(model) in done.stdout
 
 
 def test_inspect_tells_which_shards_are_not_here(store):

@@ -1,5 +1,7 @@
 """Damage in DVC's cache: dropped, so that a sound shard comes from the remote or the encoder."""
 
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -108,6 +110,19 @@ def test_a_damaged_listing_is_no_reason_to_stop(repository):
     listing.chmod(0o644)
     listing.write_bytes(listing.read_bytes()[:-9])
     assert drop_damaged_objects(folder / "features", [shard.name]) == []
+
+
+def test_a_listing_that_names_a_path_deletes_nothing(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    name = "0123456789abcdef.h5"
+    listing = json.dumps([{"md5": f"ab{precious}", "relpath": name}]).encode()
+    md5 = hashlib.md5(listing).hexdigest()
+    objects = tmp_path / ".dvc/cache/files/md5"
+    (objects / md5[:2]).mkdir(parents=True)
+    (objects / md5[:2] / f"{md5[2:]}.dir").write_bytes(listing)
+    assert drop_damaged_objects(tmp_path / "features", [name]) == []
+    assert precious.exists()
 
 
 def test_without_a_dvc_repository_there_is_nothing_to_drop(tmp_path):

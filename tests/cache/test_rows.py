@@ -44,6 +44,11 @@ def test_rows_cannot_be_written(tmp_path):
         space.rows[0] = 0
 
 
+def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
+    with pytest.raises(OSError, match=r"bytes of addresses, .* cannot be reserved.*ulimit -v"):
+        RowSpace([2**30] * 1000, 49, 768)
+
+
 def test_a_reserved_terabyte_takes_no_memory():
     space = RowSpace([2**40 // (49 * 768 * 2)], 49, 768)
     assert not space.rows[-1].any()

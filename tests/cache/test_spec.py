@@ -103,6 +103,9 @@ def test_what_is_no_json_object_is_refused(text):
         ("width", -1),
         ("normalized", 0),
         ("model", {}),
+        ("mean", [10**400, 0, 0]),
+        ("patches", 10**30),
+        ("width", 2**29),
     ],
 )
 def test_a_value_no_spec_holds_is_refused_whatever_the_fingerprint(spec, name, value):

@@ -10,15 +10,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cache import store as module
+from cache.audit import audit
 from cache.errors import (
     CorruptShardError,
     IncompleteStoreError,
     MissingImageError,
+    SettingsError,
     SpecMismatchError,
 )
 from cache.ids import RowLookup
+from cache.location import Location
 from cache.rows import RowSpace
 from cache.shard import open_shard
 from cache.store import FeatureStore
@@ -113,6 +117,15 @@ def test_an_out_that_does_not_fit_is_refused(store, out):
 def test_what_is_no_list_of_integers_is_refused(store, asked):
     with pytest.raises(ValueError, match="wanted integers"):
         FeatureStore(store.root).gather(asked)
+
+
+def test_an_unsigned_id_is_not_taken_for_a_negative_one(store, monkeypatch):
+    opened = FeatureStore(store.root)
+    monkeypatch.setattr(opened, "_lookup", RowLookup(np.array([-(2**63), -1]), np.arange(2)))
+    for asked in ([2**63], np.array([5, 2**64 - 1], np.uint64)):
+        assert asked[-1] not in opened
+        with pytest.raises(MissingImageError, match=f"{asked[-1]} is no id"):
+            opened.gather(asked)
 
 
 def test_missing_images_are_named_up_to_five(store):
@@ -240,6 +253,15 @@ def test_threads_read_the_same(store, mapped):
     with ThreadPoolExecutor(16) as pool:
         assert all(pool.map(gather, range(64)))
     assert set(mapped) == set(store.names)
+
+
+def test_a_relative_path_holds_when_the_folder_changes(store, monkeypatch):
+    monkeypatch.chdir(store.root.parent)
+    opened = FeatureStore(store.root.name)
+    assert opened.root == store.root.name
+    monkeypatch.chdir("/")
+    assert np.array_equal(opened.gather(store.image_ids), store.features)
+    assert np.array_equal(pickle.loads(pickle.dumps(opened)).image_ids, store.image_ids)
 
 
 # Files that change under a reader
@@ -416,6 +438,30 @@ def test_a_folder_that_is_no_store_says_so(tmp_path):
         assert isinstance(caught.value, FileNotFoundError)
 
 
+def test_a_missing_shard_is_refused_before_any_row_is_read(store, monkeypatch):
+    """Its size, which bounds the rows, would be anything."""
+    (store.root / store.names[2]).unlink()
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", None)
+    with pytest.raises(IncompleteStoreError, match=f"{store.names[2]}: missing"):
+        FeatureStore(store.root)
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused_and_not_waited_for(store, number, make):
+    path = store.root / ["spec.json", "index.parquet", store.names[0]][number]
+    path.unlink()
+    make(path)
+    with pytest.raises(IncompleteStoreError, match=f"{path.name}: is no file"):
+        FeatureStore(store.root)
+    assert audit(Location(store.root), deep=True).bad_files == [path.name]
+
+
+def test_a_file_in_the_place_of_a_folder_is_no_store(store):
+    with pytest.raises(IncompleteStoreError, match="no whole store"):
+        FeatureStore(store.root / "spec.json")
+
+
 @pytest.mark.parametrize("name", ["spec.json", "index.parquet"])
 def test_a_store_without_a_part_is_refused(store, name):
     (store.root / name).unlink()
@@ -464,6 +510,51 @@ def test_a_url_without_a_store_says_so(tmp_path):
     for url in (f"memory://{tmp_path.name}/nothing", (tmp_path / "nothing").as_uri()):
         with pytest.raises(IncompleteStoreError, match=r"spec\.json: missing"):
             FeatureStore(url)
+
+
+@pytest.mark.parametrize("url", ["nowhere://store", "zip://x::nowhere://y"])
+def test_a_url_of_no_known_kind_is_a_wrong_call(url):
+    with pytest.raises(SettingsError, match="cannot be read here"):
+        FeatureStore(url)
+
+
+def test_a_server_that_does_not_tell_sizes_is_said(in_memory, monkeypatch):
+    monkeypatch.setattr(Location, "_listed", {})
+    monkeypatch.setattr(MemoryFileSystem, "size", lambda files, path: None)
+    with pytest.raises(IncompleteStoreError, match=r"spec\.json: .* of unknown size"):
+        FeatureStore(in_memory)
+
+
+class Connected(MemoryFileSystem):
+    """Refuses, as those with connections do, to work in a forked child of its process."""
+
+    protocol = "connected"
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.owner = os.getpid()
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("connected://", "memory://"))
+
+    def get_file(self, *arguments, **options):
+        if os.getpid() != self.owner:
+            raise RuntimeError("This class is not fork-safe")
+        super().get_file(*arguments, **options)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_makes_connections_of_its_own(store, in_memory):
+    fsspec.register_implementation("connected", Connected, clobber=True)
+    opened = FeatureStore(in_memory.replace("memory://", "connected://"))
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=gather_in_child, args=(opened, store.image_ids, queue))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert np.array_equal(queue.get(), store.features)
 
 
 # Stores that lack shards

@@ -1,6 +1,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -257,6 +259,59 @@ def test_an_image_that_two_shards_claim_names_both(written, read):
         read(written)
 
 
+def varint(number):
+    zigzag = (number << 1) ^ (number >> 63)
+    groups = [zigzag >> shift & 127 for shift in range(0, max(1, zigzag.bit_length()), 7)]
+    return bytes([*(group | 128 for group in groups[:-1]), groups[-1]])
+
+
+def forge_num_rows(path, count, everywhere):
+    """Make the footer, or the footer and its row group, claim another number of rows."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    start = len(data) - 8 - length
+    before, footer = data[:start], data[start:-8]
+    # Thrift: a field header, then the number.
+    old, new = b"\x16" + varint(5), b"\x16" + varint(count)
+    assert old in footer
+    footer = footer.replace(old, new, -1 if everywhere else 1)
+    path.write_bytes(before + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+    assert pq.read_metadata(path).num_rows == count
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("count", [-1, 0, 4, 6, 60])
+def test_a_footer_that_lies_about_the_rows_is_refused(written, read, count, everywhere):
+    sizes = {name: {"bytes": 10**6, "sha256": "a"} for name in NAMES}
+    rewrite(written, shards=json.dumps(sizes).encode())
+    forge_num_rows(written, count, everywhere)
+    if everywhere and 0 <= count < 5:
+        # Rows that nothing claims are not read.
+        assert len(read(written).image_ids) == count
+        return
+    with pytest.raises(IncompleteStoreError, match=f"footer.* {count} rows|the {count} rows"):
+        read(written)
+
+
+def test_more_rows_than_memory_can_hold_are_refused(written, read):
+    sizes = {name: {"bytes": 2**62, "sha256": "a"} for name in NAMES}
+    rewrite(written, shards=json.dumps(sizes).encode())
+    forge_num_rows(written, 2**50, everywhere=False)
+    with pytest.raises(IncompleteStoreError, match="Unable to allocate"):
+        read(written)
+
+
+def test_what_a_check_raises_is_not_taken_for_a_damaged_file(written, read, spec):
+    def missing(file):
+        raise IncompleteStoreError("no such shard")
+
+    with pytest.raises(IncompleteStoreError, match=r"^no such shard$"):
+        StoreTable.read(written, spec, missing)
+    rewrite(written, shards=None)
+    with pytest.raises(IncompleteStoreError, match=r"index\.parquet: its metadata lack"):
+        read(written)
+
+
 # The hash that an index carries of itself
 
 
@@ -266,6 +321,16 @@ def test_a_written_table_carries_its_own_hash(written):
     stated = pq.read_metadata(written).metadata[b"file_sha256"]
     assert data.count(stated) == 1
     assert hashlib.sha256(data.replace(stated, b"0" * 64)).hexdigest().encode() == stated
+
+
+def test_a_large_file_is_hashed_without_taking_memory(written):
+    os.truncate(written, 1 << 26)
+    tracemalloc.start()
+    with pytest.raises(CorruptShardError, match="its sha256 is"):
+        check_own_hash(written)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_every_flipped_bit_is_found(written, read):

@@ -80,6 +80,15 @@ def test_waiting_is_counted_from_the_second_item_on():
     assert Ahead(slow, []).wait_share == 0
 
 
+def test_the_share_is_right_while_items_are_used():
+    def slow(number):
+        time.sleep(0.02)
+        return number
+
+    source = Ahead(slow, range(4))
+    assert all(0 <= source.wait_share <= 1 for _ in source)
+
+
 # Features
 
 
