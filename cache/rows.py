@@ -8,6 +8,7 @@ first touched, and shared by all processes.
 Letters: P patches, D width of the vision tower.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
@@ -30,6 +31,13 @@ HUGE_PAGE = 1 << 21
 
 MAX_BYTES = 1 << 45
 """Most addresses that are reserved for huge pages: a quarter of what a process has."""
+
+
+HUGE_SHARE = 0.5
+"""Share of the memory up to which a store is read in huge pages."""
+
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Bytes that a container may use, or "max"."""
 
 
 class RowSpace:
@@ -60,6 +68,8 @@ class RowSpace:
             self._reserved, "<f2", num_bytes // 2, self._skipped
         ).reshape(-1, patches, width)
         """float16 [rows, P, D], read-only; zeros where no shard is attached."""
+        needed = sum(num_rows) * self._row_bytes
+        self._in_huge_pages = needed <= HUGE_SHARE * memory_bytes()
         self._libc_mmap = ctypes.CDLL(None, use_errno=True).mmap
         self._libc_mmap.restype = ctypes.c_void_p
         self._libc_mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3]
@@ -111,13 +121,28 @@ class RowSpace:
         if address == MAP_FAILED:
             reason = os.strerror(ctypes.get_errno())
             raise OSError(ctypes.get_errno(), f"cannot be mapped: {reason}", str(path))
+        if self._in_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            # A touch of a page that is not in memory then reads 2 MB at least, which is right only
+            # if they are still there when their other rows are asked for.
+            with contextlib.suppress(OSError):
+                self._advise(number, rows, mmap.MADV_HUGEPAGE)
 
     def read_ahead(self, number: int, rows: int) -> None:
         """Ask the system to bring the features of an attached shard into memory; does not wait."""
+        self._advise(number, rows, mmap.MADV_WILLNEED)
+
+    def _advise(self, number: int, rows: int, advice: int) -> None:
         start = self._skipped + int(self.starts[number]) * self._row_bytes
         before = start % mmap.PAGESIZE
-        num_bytes = rows * self._row_bytes + before
-        self._reserved.madvise(mmap.MADV_WILLNEED, start - before, num_bytes)
+        self._reserved.madvise(advice, start - before, rows * self._row_bytes + before)
+
+
+def memory_bytes() -> int:
+    """Return how much memory this process can use: the machine's, or its container's."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):
+        return min(physical, int(CGROUP_LIMIT.read_text()))
+    return physical
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

@@ -123,7 +123,8 @@ class FeatureStore:
 
         Args:
             image_ids: B ids in any order; repeats are allowed.
-            out: Where to put them: float16 [B, P, D], C-contiguous. Made when not given.
+            out: Where to put them: float16 [B, P, D], C-contiguous, aligned and writable. Made when
+                not given.
 
         Returns:
             float16 [B, P, D] in the order asked, `out` where given. Patches run row by row from
@@ -139,9 +140,10 @@ class FeatureStore:
         shape = (len(rows), self.spec.patches, self.spec.width)
         if out is None:
             out = np.empty(shape, dtype=np.float16)
-        elif out.shape != shape or out.dtype != np.float16 or not out.flags.c_contiguous:
+        elif out.shape != shape or out.dtype != np.float16 or not out.flags.carray:
             raise ValueError(
-                f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous"
+                f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous, aligned "
+                f"and writable"
             )
         if not self._all_attached:
             self._attach(self._shard_numbers(rows))

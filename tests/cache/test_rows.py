@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pytest
 
+from cache import rows as module
 from cache.errors import CorruptShardError
 from cache.rows import RowSpace
 
@@ -66,3 +67,38 @@ def test_a_mapping_that_the_system_refuses_is_an_error_that_names_the_file(tmp_p
     where = write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE + 1)
     with pytest.raises(OSError, match=r"cannot be mapped: Invalid argument: .*a'"):
         RowSpace([2], 4, 6).attach(0, tmp_path / "a", **where)
+
+
+@pytest.mark.parametrize(("limit", "is_huge"), [("max", True), ("64", False), ("640000", True)])
+def test_a_store_that_fits_half_of_the_memory_is_read_in_huge_pages(
+    tmp_path, monkeypatch, limit, is_huge
+):
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "memory.max")
+    advised = []
+    monkeypatch.setattr(RowSpace, "_advise", lambda self, *advice: advised.append(advice))
+    where = write_rows(tmp_path / "a", random_rows(300, 4, 6), PAGE)
+    space = RowSpace([300], 4, 6)
+    space.attach(0, tmp_path / "a", **where)
+    assert advised == [(0, 300, mmap.MADV_HUGEPAGE)] * is_huge
+
+
+def test_a_system_without_huge_pages_is_no_error(tmp_path, monkeypatch):
+    def refuse(*advice):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(RowSpace, "_advise", refuse)
+    rows = random_rows(300, 4, 6)
+    space = RowSpace([300], 4, 6)
+    space.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
+    assert np.array_equal(space.rows[:300], rows)
+
+
+def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "memory.max")
+    machine = module.memory_bytes()
+    assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert module.memory_bytes() == 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert module.memory_bytes() == machine

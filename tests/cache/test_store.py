@@ -103,6 +103,8 @@ def test_out_is_filled_and_returned(store):
         np.empty((7, 4, 6), ">f2"),
         np.empty((14, 4, 6), np.float16)[::2],
         np.empty((7, 6, 4), np.float16).transpose(0, 2, 1),
+        np.frombuffer(bytes(7 * 48), np.float16).reshape(7, 4, 6),
+        np.frombuffer(bytearray(7 * 48 + 1), np.float16, 7 * 24, 1).reshape(7, 4, 6),
     ],
     ids=lambda out: f"{out.dtype.str}{out.shape}",
 )
