@@ -15,12 +15,12 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptShardError, SpecMismatchError
+from cache.errors import CacheError, CorruptShardError, FormatVersionError, SpecMismatchError
 from cache.files import sha256_of
 from cache.location import Location
 from cache.plan import shard_key
 from cache.shard import Shard, hash_rows, open_shard
-from cache.spec import Spec
+from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, PROBE, StoreTable, check_own_hash
 
 BLOCK_BYTES = 1 << 20
@@ -41,10 +41,11 @@ class VerifyReport:
     problems: list[str] = field(default_factory=list)
     """One line each."""
     bad_files: list[str] = field(default_factory=list)
-    """The name of each problem's file, in the same order."""
+    """Names of the files that are not as they were written, which extracting again would mend. A
+    file that could not be read, or of another version of the format, is none of them."""
 
 
-Problems = list[tuple[str, object]]
+Problems = list[tuple[str, CacheError | OSError]]
 """File name, and what is wrong with it."""
 
 
@@ -102,11 +103,16 @@ def audit(
 
 def _report(problems: Problems) -> VerifyReport:
     lines = [" ".join(str(problem).split()) for _, problem in problems]
-    return VerifyReport(not problems, lines, [name for name, _ in problems])
+    bad_files = [
+        name
+        for name, problem in problems
+        if isinstance(problem, CacheError) and not isinstance(problem, FormatVersionError)
+    ]
+    return VerifyReport(not problems, lines, bad_files)
 
 
 def _check_spec(location: Location) -> Spec:
-    path = location.path("spec.json")
+    path = location.path("spec.json", MAX_JSON_BYTES)
     spec = Spec.read(path)
     if path.read_bytes() != spec.to_json():
         raise SpecMismatchError(
@@ -127,9 +133,11 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
         return []
     try:
         path = location.path(PROBE)
-        if sha256_of(path) == table.probe_sha256:
-            return []
-        return [(PROBE, f"{path}: its sha256 is not the one in {INDEX}. Fetch it again.")]
+        if sha256_of(path) != table.probe_sha256:
+            raise CorruptShardError(
+                f"{path}: its sha256 is not the one in {INDEX}. Fetch it again, or extract."
+            )
+        return []
     except (CacheError, OSError) as error:
         return [(PROBE, error)]
 

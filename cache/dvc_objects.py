@@ -6,6 +6,7 @@ the damaged object over a shard that was encoded again, and restore one that was
 """
 
 import configparser
+import contextlib
 import hashlib
 import json
 import re
@@ -56,7 +57,9 @@ def _objects_folder(root: Path) -> Path | None:
 def _cache_of(settings: Path) -> Path:
     """Read `cache.dir`; a path in DVC's settings is relative to the file that has it."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
-    parser.read([settings / "config", settings / "config.local"], encoding="utf-8")
+    # Damaged settings are for DVC to complain of.
+    with contextlib.suppress(configparser.Error):
+        parser.read([settings / "config", settings / "config.local"], encoding="utf-8")
     return settings / Path(parser.get("cache", "dir", fallback="cache")).expanduser()
 
 

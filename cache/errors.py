@@ -4,6 +4,7 @@
     |-- SettingsError          the call or the settings are wrong        (exit code 2)
     |-- StageError             a stage cannot do its work                (exit code 1)
     |-- SpecMismatchError      features of another encoder
+    |   `-- FormatVersionError   a store of another version of the format
     |-- MissingImageError      an image id that the store does not hold
     |-- CorruptShardError      bytes that are not what was written
     |-- UnsafeShardError       a shard that is not built as shards are built
@@ -31,6 +32,10 @@ class StageError(CacheError, RuntimeError):
 
 class SpecMismatchError(CacheError, ValueError):
     """Two sets of features that must not be mixed."""
+
+
+class FormatVersionError(SpecMismatchError):
+    """A store that another version of this format describes: not damaged, but not readable here."""
 
 
 class MissingImageError(CacheError, KeyError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from cache.command import run_guarded
 from cache.files import SHARDS, exclusive
 from cache.location import Location
-from cache.spec import Spec
+from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, StoreTable
 
 DEFAULT_STORE = "data/features"
@@ -54,7 +54,7 @@ def collect(stores: Sequence[str], delete: bool) -> None:
 def needed_names(store: str) -> set[str]:
     """Return the names, without suffix, of what a store needs of the work directory."""
     location = Location(store)
-    spec = Spec.read(location.path("spec.json"))
+    spec = Spec.read(location.path("spec.json", MAX_JSON_BYTES))
     table = StoreTable.read(location.path(INDEX), spec)
     return {Path(file.name).stem for file in table.shards} | {f"probe-{spec.fingerprint[:16]}"}
 

@@ -99,13 +99,23 @@ class Location:
                 f"Fetch it again, or run the extract stage."
             )
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, most_bytes: int | None = None) -> Path:
         """Return where a file can be read; a remote one is copied on first use.
 
+        Args:
+            name: Of the file.
+            most_bytes: A larger one is refused, and not copied.
+
         Raises:
-            IncompleteStoreError: There is no such file, or none of a known size.
+            IncompleteStoreError: There is no such file, none of a known size, or a larger one.
         """
-        if self.size(name) is None:
+        found = self.size(name)
+        if found is not None and most_bytes is not None and found > most_bytes:
+            raise IncompleteStoreError(
+                f"{self.root}/{name}: has {found} bytes, wanted at most {most_bytes}. "
+                f"Fetch it again."
+            )
+        if found is None:
             raise IncompleteStoreError(
                 f"{self.root}/{name}: missing, so {self.root} is no whole store. "
                 f"Run `dvc pull`, or the extract stage."

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cache.errors import IncompleteStoreError, SpecMismatchError
+from cache.errors import FormatVersionError, IncompleteStoreError, SpecMismatchError
 from cache.files import canonical_json
 
 FORMAT = "patchcache/1"
@@ -87,12 +87,14 @@ class Spec:
         """
         values = _parse(text, where)
         found = values.get("format")
+        fingerprint = values.pop("fingerprint", None)
         if found != FORMAT:
-            raise SpecMismatchError(
+            # With a fingerprint that fits, it is as it was written, whatever it is.
+            is_whole = hashlib.sha256(canonical_json(values)).hexdigest() == fingerprint
+            raise (FormatVersionError if is_whole else SpecMismatchError)(
                 f"{where}: format is {found!r}, wanted {FORMAT!r}. "
                 f"Read it with the version of patchcache that wrote it."
             )
-        fingerprint = values.pop("fingerprint", None)
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
             raise IncompleteStoreError(

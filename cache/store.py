@@ -22,7 +22,7 @@ from cache.ids import UNKNOWN, RowLookup
 from cache.location import Location
 from cache.rows import RowSpace
 from cache.shard import open_shard
-from cache.spec import Spec
+from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, ShardFile, StoreTable
 
 NAMED_IDS = 5
@@ -52,7 +52,7 @@ class FeatureStore:
         self.root = str(root)
         self._partial = partial
         self._location = Location(root)
-        self.spec = Spec.read(self._location.path("spec.json"))
+        self.spec = Spec.read(self._location.path("spec.json", MAX_JSON_BYTES))
         table = self._read_table()
         self._shards = table.shards
         is_here = np.array([not partial or self._has(file.name) for file in table.shards], bool)

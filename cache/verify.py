@@ -16,7 +16,7 @@ from cache.command import run_guarded
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CorruptShardError, SettingsError
 from cache.location import Location
-from cache.spec import Spec
+from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, StoreTable
 
 
@@ -50,7 +50,9 @@ def verify(root: str, deep: bool, repair: bool) -> None:
             f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}. "
             + ("Run the extract stage." if repair else "--repair deletes what is bad.")
         )
-    table = StoreTable.read(location.path(INDEX), Spec.read(location.path("spec.json")))
+    table = StoreTable.read(
+        location.path(INDEX), Spec.read(location.path("spec.json", MAX_JSON_BYTES))
+    )
     what = "all bytes are those that were written" if deep else "sizes and structure are right"
     print(f"{root}: {len(table.image_ids)} images in {len(table.shards)} shards, {what}")
 

@@ -98,21 +98,26 @@ class FeatureBatches:
                 a windowed order: as many batches as a window has. With 0, rows are read from the
                 disk when they are gathered.
         """
-        shards = ShardsAhead(store, batches, read_ahead)
+        self._store, self._batches, self._device = store, batches, device
+        self._read_ahead = read_ahead
+        self._ahead = self._new()
+
+    def _new(self) -> Ahead[int, Tensor]:
+        shards = ShardsAhead(self._store, self._batches, self._read_ahead)
 
         def make(number: int) -> Tensor:
             shards.before(number)
-            return gather_tensor(store, batches[number], device)
+            return gather_tensor(self._store, self._batches[number], self._device)
 
-        self._ahead = Ahead(make, range(len(batches)))
-        self._device = device
+        return Ahead(make, range(len(self._batches)))
 
     @property
     def wait_share(self) -> float:
-        """Share of the time that was waited for features, from 0 to 1."""
+        """Share of the time that the last iteration waited for features, from 0 to 1."""
         return self._ahead.wait_share
 
     def __iter__(self) -> Iterator[Tensor]:
+        self._ahead = self._new()
         for features_BPD in self._ahead:
             yield features_BPD.to(self._device, non_blocking=True)
 

@@ -1,6 +1,7 @@
 """What a verification finds; how it looks on the command line is in test_commands.py."""
 
 import hashlib
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache.audit import audit
-from cache.files import sha256_of
+from cache.files import canonical_json, sha256_of
 from cache.location import Location
 from cache.plan import plan_shards
 from cache.shard import open_shard, write_shard
@@ -169,3 +170,35 @@ def test_progress_counts_the_bytes_of_all_features(store):
     check(store.root, progress=lambda *counts: done.append(counts))
     assert {total for _, total in done} == {sum(count for count, _ in done)}
     assert done[0][1] == store.features.nbytes
+
+
+def test_a_store_of_another_version_of_the_format_is_a_problem_but_not_bad(store):
+    path = store.root / "spec.json"
+    values = json.loads(path.read_bytes()) | {"format": "patchcache/2", "more": [1, 2]}
+    del values["fingerprint"]
+    values["fingerprint"] = hashlib.sha256(canonical_json(values)).hexdigest()
+    path.write_bytes(canonical_json(values))
+    report = check(store.root)
+    assert "format is 'patchcache/2'" in report.problems[0]
+    assert report.bad_files == []
+    values["more"] = [1, 3]
+    path.write_bytes(canonical_json(values))
+    assert check(store.root).bad_files == ["spec.json"]
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_but_not_bad(store, monkeypatch):
+    def refuse(path, spec):
+        raise OSError(5, "Input/output error", str(path))
+
+    monkeypatch.setattr("cache.audit.open_shard", refuse)
+    report = check(store.root)
+    assert len(report.problems) == len(store.names)
+    assert report.bad_files == []
+
+
+def test_a_spec_larger_than_any_is_refused_unread(store):
+    path = store.root / "spec.json"
+    path.write_bytes(path.read_bytes() + b" " * 2**16)
+    report = check(store.root)
+    assert "wanted at most 65536" in report.problems[0]
+    assert report.bad_files == ["spec.json"]

@@ -197,3 +197,14 @@ def test_four_forked_workers_and_eight_threads_read_the_same_at_once(store):
             assert np.array_equal(features_BPD.numpy(), expected)
         for found, expected in zip(in_threads, wanted * 8, strict=True):
             assert np.array_equal(found, expected)
+
+
+def test_a_source_can_be_iterated_again(store, monkeypatch):
+    asked = []
+    monkeypatch.setattr(FeatureStore, "read_ahead", lambda store, shards: asked.append(shards))
+    batches = random_batches(store)
+    source = FeatureBatches(store, batches, CPU, read_ahead=2)
+    first, asked_first = list(source), list(asked)
+    second = list(source)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert asked == asked_first * 2
