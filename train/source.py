@@ -103,13 +103,15 @@ class FeatureBatches:
         self._ahead = self._new()
 
     def _new(self) -> Ahead[int, Tensor]:
-        shards = ShardsAhead(self._store, self._batches, self._read_ahead)
+        store, batches, device = self._store, self._batches, self._device
+        shards = ShardsAhead(store, batches, self._read_ahead)
 
+        # Without `self`, which holds it: a cycle would keep the store's mappings alive.
         def make(number: int) -> Tensor:
             shards.before(number)
-            return gather_tensor(self._store, self._batches[number], self._device)
+            return gather_tensor(store, batches[number], device)
 
-        return Ahead(make, range(len(self._batches)))
+        return Ahead(make, range(len(batches)))
 
     @property
     def wait_share(self) -> float:

@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -208,3 +210,17 @@ def test_a_source_can_be_iterated_again(store, monkeypatch):
     second = list(source)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert asked == asked_first * 2
+
+
+def test_mappings_go_with_the_source_at_once(store):
+    """Mapped pages cannot leave the page cache; nobody should have to wait for the collector."""
+    gc.disable()
+    try:
+        opened = FeatureStore(store.root)
+        source = FeatureBatches(opened, random_batches(store), CPU)
+        list(source)
+        reference = weakref.ref(opened)
+        del opened, source
+        assert reference() is None
+    finally:
+        gc.enable()
