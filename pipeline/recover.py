@@ -35,6 +35,7 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
 
     wanted = {name for name in names if not (folder / name).exists()}
     try:
@@ -42,8 +43,9 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
             _fetch(DVCFileSystem(repo=repo), wanted, folder)
     except NotDvcRepoError:
         pass
-    except (DvcException, OSError, ImportError) as error:
-        # An ImportError says which package a remote of its kind needs.
+    except (DvcException, DataIndexDirError, OSError, ImportError) as error:
+        # The second: not even the listing is anywhere. An ImportError says which package a remote
+        # of its kind needs.
         print(f"extract: DVC gives no shards: {' '.join(str(error).split())}", flush=True)
     return sorted(name for name in wanted if (folder / name).exists())
 

@@ -43,7 +43,8 @@ def copy_project(clone: Path) -> None:
         text=True,
     )
     for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
+        # What was made in this folder, `dvc.lock` would claim for the copy.
+        if (ROOT / name).is_file() and name != "dvc.lock":
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     subprocess.run(["git", "init", "-q", "."], cwd=clone, check=True)

@@ -156,6 +156,19 @@ def test_a_failure_of_dvc_is_one_line(repository, capfd, file, text, words):
     assert (out.count("\n"), err) == (1, "")
 
 
+@pytest.mark.parametrize("has_remote", [True, False])
+def test_a_lock_file_whose_objects_are_nowhere_is_one_line(repository, capfd, has_remote):
+    """As after a clone of a repository whose owner did not push."""
+    empty(repository / ".dvc/cache")
+    empty(repository.parent / "remote")
+    if not has_remote:
+        Path(".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    assert recover(["a.h5"], Path("work")) == []
+    out, err = capfd.readouterr()
+    assert out.startswith("extract: DVC gives no shards: ")
+    assert (out.count("\n"), err) == (1, "")
+
+
 @pytest.mark.parametrize("missing", ["dvc.lock", "dvc.yaml", ".dvc"])
 def test_where_dvc_has_stored_nothing_there_is_nothing_to_say(repository, capfd, missing):
     Path(missing).rename("elsewhere")
