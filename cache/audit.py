@@ -30,7 +30,7 @@ MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
 """Of a float16's bits: all but the sign, and the smallest magnitude that is not finite."""
 
 NAMED_IDS = 5
-"""How many ids a problem names."""
+"""How many ids an error names."""
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ MAP_FAILED = ctypes.c_void_p(-1).value
 HUGE_PAGE = 1 << 21
 """Bytes of a huge page of x86-64 and of 64-bit Arm."""
 
-MAX_BYTES = 1 << 45
+MAX_RESERVED_BYTES = 1 << 45
 """Most addresses that are reserved for huge pages: a quarter of what a process has."""
-
 
 HUGE_SHARE = 0.5
 """Share of the memory up to which a store is read in huge pages."""
@@ -56,7 +55,7 @@ class RowSpace:
         """
         self._row_bytes = patches * width * np.dtype("<f2").itemsize
         sizes = self._spaced(num_rows, HUGE_PAGE)
-        if int(sizes.sum()) * self._row_bytes > MAX_BYTES:
+        if int(sizes.sum()) * self._row_bytes > MAX_RESERVED_BYTES:
             sizes = self._spaced(num_rows, mmap.ALLOCATIONGRANULARITY)
         self.starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
         """Row of each shard's first row in `rows`."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.audit import VerifyReport, audit
+from cache.audit import NAMED_IDS, VerifyReport, audit
 from cache.errors import MissingImageError
 from cache.ids import UNKNOWN, RowLookup
 from cache.location import Location
@@ -24,9 +24,6 @@ from cache.rows import RowSpace
 from cache.shard import open_shard
 from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, ShardFile, StoreTable
-
-NAMED_IDS = 5
-"""How many ids an error names."""
 
 INT64_MAX = np.iinfo(np.int64).max
 

@@ -71,10 +71,9 @@ class BatchDecoder(Dataset[DecodedBatch]):
 
     def batches_of(self, taken: Iterable[int]) -> Iterator[int]:
         """Yield the numbers of the batches of some shards, in order."""
-        numbers = [shard_number for shard_number, _, _ in self._batches]
+        numbers = np.array([shard_number for shard_number, _, _ in self._batches])
         for shard_number in taken:
-            first = int(np.searchsorted(numbers, shard_number))
-            yield from range(first, int(np.searchsorted(numbers, shard_number, side="right")))
+            yield from np.flatnonzero(numbers == shard_number).tolist()
 
     def __getitem__(self, index: int) -> DecodedBatch:
         started = time.perf_counter()
