@@ -104,10 +104,10 @@ def score_runs(
     said: Said = {}
     references = choose_references(settings.caption_images, store, seed)
     model = load("pretrain")
-    stage_1, said["pretrain", "caption"] = score_captions(model, references, "", settings)
+    stage_1, said["pretrain", "caption"] = caption_scores(model, references, "", settings)
     load_lora(language_model, RUNS / "finetune" / "adapter")
     model = load("finetune")
-    captions, said["finetune", "caption"] = score_captions(
+    captions, said["finetune", "caption"] = caption_scores(
         model, references, settings.caption_question, settings
     )
     answers, said["finetune", "answer"] = score_answers(model, settings, seed)
@@ -115,7 +115,7 @@ def score_runs(
     return scores, said
 
 
-def score_captions(
+def caption_scores(
     model: Model, references: dict[int, list[str]], question: str, settings: EvaluateSettings
 ) -> tuple[dict[str, Any], list[Asked]]:
     """Let a model caption images; without any, the count is 0 and there are no scores."""
