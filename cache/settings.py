@@ -27,6 +27,7 @@ SECTIONS = (
     "pretrain",
     "finetune",
     "evaluate",
+    "checkpoints",
     "tracking",
 )
 """Top-level keys of a params file, in the order in which the stages use them."""
@@ -39,6 +40,8 @@ class Params:
     """One params file, read but not yet checked beyond its top-level keys."""
 
     path: Path
+    text: str
+    """The file as it was read."""
     values: dict[str, Any]
 
     @classmethod
@@ -49,7 +52,8 @@ class Params:
             SettingsError: No such file, not YAML, or an unknown top-level key.
         """
         try:
-            values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            values = YAML(typ="safe", pure=True).load(text)
         except OSError:
             raise SettingsError(
                 f"{path}: no settings file that can be read. Run in a folder that has one, "
@@ -61,7 +65,7 @@ class Params:
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: wanted sections, found {type(values).__name__}.")
         _check_keys(values, SECTIONS, required=(), where=str(path))
-        return cls(path, values)
+        return cls(path, text, values)
 
     def section(self, name: str, cls: type[Section]) -> Section:
         """Check one section against its dataclass and build it.

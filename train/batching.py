@@ -1,17 +1,20 @@
-"""Order and shape of what the model sees: which images make a step, and how they become tensors.
+"""The shape of what the model sees: how images and their texts become tensors.
 
-All texts of an image stand in one row behind one copy of its patches. Each sees the patches and
-itself, at the positions that it would have alone, so that loss and gradients are those of one
-sequence a text, for a fraction of the tokens.
+All texts of an image stand behind one copy of its patches. Each sees the patches and itself, at the
+positions that it would have alone, so that loss and gradients are those of one sequence a text, for
+a fraction of the tokens. Several images are packed in a row.
 
-    row        patches   text 1   text 2   padding
-    segment    0 0 0 0   1 1 1    2 2      -1 -1
-    position   0 1 2 3   4 5 6    4 5      0  0
+    row        patches   text 1   text 2   patches   text 1   padding
+    image      0 0 0 0   0 0 0    0 0      1 1 1 1   1 1 1    -1 -1
+    text       0 0 0 0   1 1 1    2 2      0 0 0 0   1 1 1     0  0
+    position   0 1 2 3   4 5 6    4 5      0 1 2 3   4 5 6     0  0
 
-Letters: R rows, P patches, T positions of a row, S supervised tokens.
+Letters: R rows, T positions of a row, N images, P patches, S supervised tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import heapq
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +25,11 @@ from torch import Tensor
 from train.prompts import Branch
 
 PADDING = -1
-"""Segment of positions that hold nothing."""
+"""Image of positions that hold nothing."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageTexts:
     """One image and its tokenised texts."""
 
     image_id: int
@@ -34,147 +37,134 @@ class Row:
 
     @property
     def num_text_tokens(self) -> int:
-        """Text positions of the row: a branch's last token is predicted, never read."""
+        """Text positions: a branch's last token is predicted, never read."""
         return sum(len(branch.token_ids) - 1 for branch in self.branches)
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass needs, besides the patches."""
+Row = list[ImageTexts]
+"""Images that stand in one row of positions, one behind the other."""
 
-    image_ids: list[int]
-    """R ids."""
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What one forward pass needs, besides the patches. A slot is a place in R x T, row by row."""
+
+    image_ids: NDArray[np.int64]
+    """[N], in the order of the patches."""
     token_ids: Tensor
-    """int64 [R, T - P]: the text positions."""
+    """int64 [R, T]: 0 where patches or nothing stand."""
     positions: Tensor
-    """int64 [R, T]."""
-    segments: Tensor
-    """int64 [R, T]: 0 patches, then 1, 2, ... a text each, PADDING."""
-    target_rows: Tensor
-    """int64 [S]: the row of each supervised token."""
-    target_positions: Tensor
-    """int64 [S]: the position that predicts it."""
+    """int64 [R, T]: of each token in its own text, patches before it included."""
+    images: Tensor
+    """int64 [R, T]: 0, 1, ... the images of a row, PADDING."""
+    texts: Tensor
+    """int64 [R, T]: 0 the patches, then 1, 2, ... the texts of an image."""
+    patch_slots: Tensor
+    """int64 [N x P]: where the patches stand."""
+    target_slots: Tensor
+    """int64 [S]: the slots that predict the supervised tokens."""
     targets: Tensor
     """int64 [S]: the supervised tokens."""
 
-    def to(self, device: torch.device) -> "MicroBatch":
+    def to(self, device: torch.device) -> "PackedBatch":
         """Return the same on a device."""
         tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return MicroBatch(image_ids=self.image_ids, **tensors)
+        return PackedBatch(image_ids=self.image_ids, **tensors)
 
 
-def plan_steps(
-    sizes: Sequence[int],
-    batch_size: int,
-    epochs: float,
-    order: Callable[[int], NDArray[np.int64]],
-) -> list[list[int]]:
-    """Decide which examples make which optimizer step.
+def pack(
+    images: Sequence[ImageTexts], patches: int, *, row_tokens: int, pass_tokens: int
+) -> list[list[Row]]:
+    """Pack images into rows, and rows into forward passes.
+
+    Rows are filled evenly, so that little of them is padding. The loss of a step does not depend
+    on how it is packed.
 
     Args:
-        sizes: Texts of each example.
-        batch_size: Texts of a step; examples are added until there are as many.
-        epochs: Passes over the examples; there is always one example at least.
-        order: From an epoch to the order of all examples in it.
+        images: At least one.
+        patches: P, the same for all.
+        row_tokens: Most positions of a row; an image that is longer stands alone.
+        pass_tokens: Most positions of a forward pass, padding included; at least one row.
 
     Returns:
-        Example numbers of each step, in order.
+        The rows of each pass.
     """
-    wanted = max(1, round(epochs * len(sizes)))
-    steps: list[list[int]] = [[]]
-    texts = 0
-    for number in _in_order(len(sizes), wanted, order):
-        if texts >= batch_size:
-            steps.append([])
-            texts = 0
-        steps[-1].append(number)
-        texts += sizes[number]
-    return [step for step in steps if step]
+    total = sum(patches + image.num_text_tokens for image in images)
+    for num_rows in range(math.ceil(total / row_tokens), len(images) + 1):
+        rows = _fill_evenly(images, patches, num_rows)
+        if all(length <= row_tokens or len(row) == 1 for length, row in rows):
+            break
+    passes: list[list[Row]] = []
+    width = 0
+    # The longest first: it decides the width of its pass.
+    for length, row in sorted(rows, key=lambda row: -row[0]):
+        if not passes or (len(passes[-1]) + 1) * width > pass_tokens:
+            passes.append([])
+            width = length
+        passes[-1].append(row)
+    return passes
 
 
-def _in_order(
-    num_examples: int, wanted: int, order: Callable[[int], NDArray[np.int64]]
-) -> Iterator[int]:
-    for epoch in range(-(-wanted // num_examples)):
-        yield from order(epoch)[: wanted - epoch * num_examples].tolist()
+def _fill_evenly(
+    images: Sequence[ImageTexts], patches: int, num_rows: int
+) -> list[tuple[int, Row]]:
+    """Put the longest image that is left into the shortest row; return lengths and rows."""
+    rows: list[Row] = [[] for _ in range(num_rows)]
+    shortest = [(0, number) for number in range(num_rows)]
+    for image in sorted(images, key=lambda image: -image.num_text_tokens):
+        length, number = shortest[0]
+        rows[number].append(image)
+        heapq.heapreplace(shortest, (length + patches + image.num_text_tokens, number))
+    return [(length, rows[number]) for length, number in shortest]
 
 
-def micro_batches(rows: list[Row], patches: int, max_tokens: int) -> Iterator[list[Row]]:
-    """Split the rows of a step into forward passes of at most so many positions.
-
-    Rows of like length go together; the loss of a step does not depend on the split. A row that
-    is longer than `max_tokens` goes alone.
-    """
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: row.num_text_tokens):
-        # Sorted, so this row is the longest so far and decides the padding.
-        length = patches + row.num_text_tokens
-        if batch and (len(batch) + 1) * length > max_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def collate(rows: list[Row], patches: int) -> MicroBatch:
-    """Lay some rows out as tensors.
+def collate(rows: Sequence[Row], patches: int) -> PackedBatch:
+    """Lay out the rows of a forward pass as tensors.
 
     Args:
-        rows: R images with their branches.
+        rows: R rows of images with their branches.
         patches: P, the same for all.
     """
-    length = patches + max(row.num_text_tokens for row in rows)
-    token_ids = torch.zeros(len(rows), length - patches, dtype=torch.int64)
-    positions = torch.zeros(len(rows), length, dtype=torch.int64)
-    segments = torch.full((len(rows), length), PADDING)
-    positions[:, :patches] = torch.arange(patches)
-    segments[:, :patches] = 0
-    targets: list[tuple[int, int, int]] = []
+    width = max(sum(patches + image.num_text_tokens for image in row) for row in rows)
+    token_ids, positions, texts = np.zeros((3, len(rows) * width), np.int64)
+    images = np.full(len(rows) * width, PADDING)
+    patch_slots: list[NDArray[np.int64]] = []
+    targets: list[tuple[int, int]] = []
     for number, row in enumerate(rows):
-        start = patches
-        for segment, branch in enumerate(row.branches, start=1):
-            stop = start + len(branch.token_ids) - 1
-            token_ids[number, start - patches : stop - patches] = torch.tensor(
-                branch.token_ids[:-1]
-            )
-            positions[number, start:stop] = torch.arange(patches, patches + stop - start)
-            segments[number, start:stop] = segment
-            targets += [(number, *t) for t in _targets(branch, start, patches)]
-            start = stop
+        start = number * width
+        for image_number, image in enumerate(row):
+            behind = start + patches
+            patch_slots.append(np.arange(start, behind))
+            positions[start:behind] = np.arange(patches)
+            for text, branch in enumerate(image.branches, start=1):
+                targets += _targets(branch, last_patch=start + patches - 1, first=behind)
+                slots = slice(behind, behind + len(branch.token_ids) - 1)
+                token_ids[slots] = branch.token_ids[:-1]
+                positions[slots] = np.arange(patches, patches + len(branch.token_ids) - 1)
+                texts[slots] = text
+                behind = slots.stop
+            images[start:behind] = image_number
+            start = behind
     # Of this shape too when a question was too long for its answer, and nothing is learned.
-    table = torch.tensor(targets, dtype=torch.int64).reshape(-1, 3)
-    target_rows, target_positions, target_ids = table.T
-    return MicroBatch(
-        [row.image_id for row in rows],
-        token_ids,
-        positions,
-        segments,
-        target_rows,
-        target_positions,
-        target_ids,
+    target_slots, target_ids = np.array(targets, np.int64).reshape(-1, 2).T.copy()
+    shape = (len(rows), width)
+    return PackedBatch(
+        image_ids=np.array([image.image_id for row in rows for image in row]),
+        token_ids=torch.from_numpy(token_ids).reshape(shape),
+        positions=torch.from_numpy(positions).reshape(shape),
+        images=torch.from_numpy(images).reshape(shape),
+        texts=torch.from_numpy(texts).reshape(shape),
+        patch_slots=torch.from_numpy(np.concatenate(patch_slots)),
+        target_slots=torch.from_numpy(target_slots),
+        targets=torch.from_numpy(target_ids),
     )
 
 
-def _targets(branch: Branch, start: int, patches: int) -> Iterator[tuple[int, int]]:
-    """Yield, for each supervised token, the position that predicts it and the token.
+def _targets(branch: Branch, *, last_patch: int, first: int) -> Iterator[tuple[int, int]]:
+    """Yield, for each supervised token, the slot that predicts it and the token.
 
     The first token of a branch is predicted by the last patch, which all branches share.
     """
     for index, (token_id, learned) in enumerate(zip(branch.token_ids, branch.learned, strict=True)):
         if learned:
-            yield (start + index - 1 if index else patches - 1), token_id
-
-
-def attention_mask(segments: Tensor) -> Tensor:
-    """Return who sees whom: bool [R, 1, T, T], query before key.
-
-    A position sees the patches and its own text, up to itself. Padding sees only itself, since a
-    query without any key has no defined attention.
-    """
-    length = segments.shape[1]
-    query, key = segments[:, :, None], segments[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
-    seen = causal & ((key == 0) | (key == query)) & (key != PADDING)
-    return (seen | itself)[:, None]
+            yield (first + index - 1 if index else last_patch), token_id

@@ -6,16 +6,17 @@ import torch
 
 from cache import FeatureStore
 from cache.command import run_stage
-from cache.files import write_json
+from cache.files import sha256_of
 from cache.settings import Params
 from train.data import FEATURES, read_conversation_examples, with_features
+from train.fingerprint import language_model_fingerprint
 from train.language_model import add_lora, load_language_model, load_tokenizer
-from train.loop import Task
-from train.loop import train as run_loop
+from train.loop import train
 from train.model import CaptionModel
 from train.projector import Projector, load_projector
-from train.run import RUNS, RunDirectory, pick_device, provenance
-from train.settings import FinetuneSettings, LlmSettings, TrackingSettings
+from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
+from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
+from train.task import Task
 from train.tracking import Tracker
 
 REPORT = Path("reports/finetune.json")
@@ -25,36 +26,46 @@ def finetune(params: Params) -> None:
     """Train projector and LoRA on the conversations of the training images, publish the run."""
     settings = params.section("finetune", FinetuneSettings)
     llm = params.section("llm", LlmSettings)
+    saving = params.section("checkpoints", CheckpointSettings)
     tracking = params.section("tracking", TrackingSettings)
     seed = params.seed()
     store = FeatureStore(FEATURES)
     device = pick_device()
+    tokenizer = load_tokenizer(llm)
     language_model = load_language_model(llm, device)
-    adapter = add_lora(language_model, settings.lora, seed)
     width = language_model.config.hidden_size
     start = RUNS / "pretrain" / "projector.safetensors"
     projector = load_projector(start, store.spec.width, width).to(device)
+    decides = identity(
+        params,
+        ("llm", "finetune"),
+        store,
+        language_model=language_model_fingerprint(language_model, tokenizer),
+        start_projector=sha256_of(start),
+    )
+    adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
+    held_out = read_conversation_examples("holdout")
     task = Task(
         model=CaptionModel(projector, language_model),
-        tokenizer=load_tokenizer(llm),
+        tokenizer=tokenizer,
         store=store,
         train=with_features(examples, store, "conversations of split train"),
-        validation=with_features(
-            read_conversation_examples("holdout"), store, "conversations of split holdout"
-        ),
+        validation=with_features(held_out, store, "conversations of split holdout"),
         batch_size=settings.batch_examples,
         optimizer=make_optimizer(projector, adapter, settings),
         seed=seed,
+        settings=settings,
     )
-    run = RunDirectory("finetune", params, provenance(store, device))
-    with Tracker(tracking, run.stage, params.values) as tracker:
-        metrics = run_loop(task, settings, run, tracker)
-    projector.save(run.path / "projector.safetensors")
-    # Left to itself, PEFT asks the hub whether embeddings were added.
-    adapter.save_pretrained(run.path / "adapter", save_embedding_layers=False)
-    run.publish(metrics)
-    write_json(REPORT, metrics)
+    with alone("finetune"):
+        run = RunDirectory("finetune", params, decides, provenance(store, device))
+        with Tracker(tracking, run, params.values) as tracker:
+            metrics = train(task, saving, run, tracker)
+        if run.is_main:
+            projector.save(run.files / "projector.safetensors")
+            # Left to itself, PEFT asks the hub whether embeddings were added.
+            adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
+            run.publish(metrics, REPORT)
 
 
 def make_optimizer(

@@ -1,205 +1,196 @@
 """The one training loop: both stages call it with other parts.
 
-The loss of an optimizer step is the sum over its supervised tokens divided by their number, so
-that it does not depend on how the step is cut into forward passes.
+It goes on from the run's last checkpoint where there is one, and ends with the same weights and the
+same history, bit by bit, as if it had never been stopped. The order of the images, the learning
+rate and every random choice are functions of the step.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from accelerate import PartialState
+from accelerate.utils import reduce
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from cache import FeatureStore
 from cache.errors import StageError
-from cache.order import global_order, windowed_order
-from train.batching import plan_steps
-from train.data import Example
-from train.generate import generate
+from train.checkpoint import Checkpoints
 from train.history import History
-from train.model import CaptionModel
-from train.prompts import Text
+from train.interrupt import StopRequest
 from train.run import RunDirectory
-from train.settings import LoopSettings
-from train.source import Ahead, ShardsAhead
-from train.step import StepData, build_step, mean_loss
+from train.settings import CheckpointSettings
+from train.step import NAMED_IMAGES, StepData, optimizer_step
+from train.task import Task
 from train.tracking import Tracker
-
-SAMPLE_TOKENS = 48
-"""Most tokens of a text that is generated while training."""
-
-NAMED_IMAGES = 8
-"""How many image ids an error names."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """The parts in which the two stages differ."""
-
-    model: CaptionModel
-    tokenizer: PreTrainedTokenizerBase
-    store: FeatureStore
-    train: list[Example]
-    validation: list[Example]
-    batch_size: int
-    """Texts of an optimizer step."""
-    optimizer: torch.optim.Optimizer
-    seed: int
+from train.validation import samples, validation_loss
 
 
 def train(
-    task: Task, settings: LoopSettings, run: RunDirectory, tracker: Tracker
+    task: Task, saving: CheckpointSettings, run: RunDirectory, tracker: Tracker
 ) -> dict[str, Any]:
-    """Train the parameters of the task's optimizer.
+    """Train the parameters of the task's optimizer, from the last checkpoint to the end.
 
     Returns:
         The run's metrics.
 
     Raises:
-        StageError: Nothing to learn from, or a loss that is not finite; names step and images.
+        StageError: Nothing to learn from, or a loss that is not finite; names step, images and the
+            last checkpoint.
+        KeyboardInterrupt: A signal asked to stop; the state is saved.
     """
-    if not task.train:
+    if not len(task.train):
         raise StageError(f"{run.stage}: no text to learn from. Look at reports/index.json.")
-    sizes = [len(example.texts) for example in task.train]
-    steps = plan_steps(sizes, task.batch_size, settings.epochs, _order(task, settings))
-    source = _step_source(task, settings, steps)
-    warmup = math.ceil(settings.warmup_share * len(steps))
-    schedule = get_cosine_schedule_with_warmup(task.optimizer, warmup, len(steps))
-    history = History(run, tracker)
-    torch.manual_seed(task.seed)
-    with tqdm(total=len(steps), desc=run.stage, unit="step", disable=None) as bar:
-        for step, data in enumerate(source, start=1):
-            loss_sum = optimizer_step(task, data, settings.clip_norm, step)
-            history.add(data, loss_sum=loss_sum, waited=source.last_wait)
-            learning_rate = schedule.get_last_lr()[0]
-            schedule.step()
-            is_last = step == len(steps)
-            if is_last or step % settings.validate_every_steps == 0:
-                history.write(step, learning_rate, validation_loss(task, settings))
-                tracker.log_samples(step, samples(task, settings))
-            elif step % settings.log_every_steps == 0:
-                history.write(step, learning_rate, None)
-            bar.set_postfix(loss=f"{loss_sum / data.num_learned:.3f}", refresh=False)
-            bar.update()
-    metrics = history.summary() | {"images": len(task.train), "texts": sum(sizes)}
-    print(
-        f"{run.stage}: {len(steps)} steps, loss {metrics['loss']:.3f}, {metrics['seconds']:.0f} s"
-    )
+    metrics = _Training(task, saving, run, tracker).to_the_end()
+    if run.is_main:
+        print(
+            f"{run.stage}: {metrics['steps']} steps, loss {metrics['loss']:.3f}, "
+            f"{metrics['seconds']:.0f} s"
+        )
     return metrics
 
 
-def optimizer_step(task: Task, data: StepData, clip_norm: float, step: int) -> float:
-    """Make one optimizer step over all its forward passes.
+class _Training:
+    """The state of a run between its steps."""
 
-    Returns:
-        Cross entropy summed over the supervised tokens.
+    def __init__(
+        self, task: Task, saving: CheckpointSettings, run: RunDirectory, tracker: Tracker
+    ) -> None:
+        self._task, self._saving, self._run, self._tracker = task, saving, run, tracker
+        self._steps = task.plan()
+        self._history = History(run, tracker)
+        self._checkpoints = Checkpoints(run.checkpoints, saving.keep)
+        self._done = self._restored()
+        self._saved_at = time.monotonic()
+        self._schedule = _schedule(task, len(self._steps), self._done)
 
-    Raises:
-        StageError: It or its gradient is not finite; the weights are as before.
-    """
-    task.model.train()
-    task.optimizer.zero_grad(set_to_none=True)
-    loss_sum = 0.0
-    for patches_RPD, batch in data.parts:
-        loss = task.model(patches_RPD, batch.to(task.model.device))
-        (loss / data.num_learned).backward()
-        loss_sum += loss.item()
-    parameters = [p for group in task.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
-    if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-        names = ", ".join(map(str, data.image_ids[:NAMED_IMAGES]))
-        raise StageError(
-            f"step {step}: the loss is {loss_sum}, its gradient's norm {norm}. Images of the step "
-            f"({len(data.image_ids)}): {names}{', ...' * (len(data.image_ids) > NAMED_IMAGES)}. "
-            f"Lower the learning rate, or check their features with FeatureStore.verify()."
+    def _restored(self) -> int:
+        """Go back to the last checkpoint; return the number of steps that were made."""
+        found = self._checkpoints.latest()
+        # Nobody writes a checkpoint before everybody has read this one.
+        PartialState().wait_for_everyone()
+        if found is None:
+            return 0
+        found.restore(self._task.model.learning(), self._task.optimizer)
+        self._history.restore(found.progress)
+        self._run.continue_after(found.step, len(self._steps))
+        return found.step
+
+    def to_the_end(self) -> dict[str, Any]:
+        """Make the steps that are left; return the metrics."""
+        source = self._task.source(self._steps[self._done :])
+        with StopRequest() as stop, self._bar() as bar:
+            if self._done:
+                self._record(self._done, stop)
+            for step, data in enumerate(source, start=self._done + 1):
+                self._make(step, data, source.last_wait)
+                asked = _any_process(stop.asked)
+                if asked or self._save_is_due(step):
+                    self._save(step, self._history.state())
+                if asked:
+                    raise KeyboardInterrupt
+                self._record(step, stop)
+                bar.set_postfix(self._history.latest(), refresh=False)
+                bar.update()
+        texts = self._task.train.num_texts
+        return self._history.summary() | {"images": len(texts), "texts": int(texts.sum())}
+
+    def _bar(self) -> "tqdm[Any]":
+        return tqdm(
+            total=len(self._steps),
+            initial=self._done,
+            desc=self._run.stage,
+            unit="step",
+            disable=None if self._run.is_main else True,
         )
-    task.optimizer.step()
-    return loss_sum
+
+    def _make(self, step: int, data: StepData, waited: float) -> None:
+        """Make one optimizer step and count it."""
+        task = self._task
+        try:
+            loss_sum = optimizer_step(
+                task.model,
+                task.optimizer,
+                data,
+                clip_norm=task.settings.clip_norm,
+                seed=(task.seed, step),
+            )
+        except FloatingPointError as error:
+            names = ", ".join(map(str, data.image_ids[:NAMED_IMAGES]))
+            more = ", ..." * (len(data.image_ids) > NAMED_IMAGES)
+            raise StageError(
+                f"step {step}: {error}. Images of the step ({len(data.image_ids)}): {names}{more}. "
+                f"{self._last_checkpoint()} Lower the learning rate, or check the features with "
+                f"`python -m cache.verify {task.store.root}`."
+            ) from None
+        learning_rate = float(self._schedule.get_last_lr()[0])
+        self._schedule.step()
+        self._history.add(data, loss_sum=loss_sum, learning_rate=learning_rate, waited=waited)
+
+    def _save_is_due(self, step: int) -> bool:
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return (
+            step == len(self._steps)
+            or step % self._saving.every_steps == 0
+            or minutes >= self._saving.every_minutes
+        )
+
+    def _save(self, step: int, progress: dict[str, Any]) -> None:
+        if not self._run.is_main:
+            return
+        learning = self._task.model.learning()
+        if not all(torch.isfinite(parameter).all() for parameter in learning.values()):
+            raise StageError(
+                f"step {step}: the weights are not finite any more. {self._last_checkpoint()} "
+                f"Lower the learning rate."
+            )
+        self._checkpoints.save(step, learning, self._task.optimizer, progress)
+        self._saved_at = time.monotonic()
+
+    def _last_checkpoint(self) -> str:
+        paths = self._checkpoints.paths
+        return f"Last checkpoint: {paths[-1] if paths else 'none yet'}."
+
+    def _record(self, step: int, stop: StopRequest) -> None:
+        """Write a row of history where one is due; a run that is continued here does it again."""
+        before = self._history.state()
+        try:
+            with stop.at_once():
+                if step == len(self._steps) or step % self._task.settings.validate_every_steps == 0:
+                    self._history.write(step, self._validate(step))
+                elif step % self._task.settings.log_every_steps == 0:
+                    self._history.write(step, None)
+        except KeyboardInterrupt:
+            self._save(step, before)
+            raise
+
+    def _validate(self, step: int) -> float | None:
+        loss = validation_loss(self._task)
+        if loss is not None and not math.isfinite(loss):
+            # The last step may have done it, after which no training loss would tell.
+            raise StageError(
+                f"step {step}: the validation loss is {loss}. {self._last_checkpoint()} "
+                f"Lower the learning rate."
+            )
+        if self._run.is_main:
+            self._tracker.log_samples(step, samples(self._task))
+        return loss
 
 
-def validation_loss(task: Task, settings: LoopSettings) -> float | None:
-    """Return the mean loss of a supervised token over the first validation images.
-
-    Raises:
-        StageError: It is not finite.
-    """
-    examples = task.validation[: settings.validation_images]
-    if not examples:
-        return None
-    loss = mean_loss(task.model, _step_data(task, settings, examples))
-    if not math.isfinite(loss):
-        # The last step may have done it, after which no training loss would tell.
-        raise StageError(f"the validation loss is {loss}. Lower the learning rate.")
-    return loss
-
-
-def samples(task: Task, settings: LoopSettings) -> list[tuple[int, str, str]]:
-    """Generate a text for a few validation images: image id, wanted, generated."""
-    chosen = task.validation[: settings.samples]
-    if not chosen:
-        return []
-    asked = [_first_question(example.texts[0]) for example in chosen]
-    made = generate(
-        task.model,
-        task.tokenizer,
-        task.store,
-        [example.image_id for example in chosen],
-        [prompt for prompt, _ in asked],
-        max_tokens=SAMPLE_TOKENS,
-        batch_size=len(chosen),
-        description="samples",
+def _schedule(task: Task, steps: int, done: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return the schedule of the learning rates as it is after some steps."""
+    for group in task.optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    warmup = math.ceil(task.settings.warmup_share * steps)
+    schedule: torch.optim.lr_scheduler.LambdaLR = get_cosine_schedule_with_warmup(
+        task.optimizer, warmup, steps, last_epoch=done - 1
     )
-    return [
-        (example.image_id, prompt + wanted, prompt + " " + generation.text)
-        for example, (prompt, wanted), generation in zip(chosen, asked, made, strict=True)
-    ]
+    return schedule
 
 
-def _first_question(text: Text) -> tuple[str, str]:
-    """Return what stands before the first learned segment, and that segment."""
-    first = next(number for number, segment in enumerate(text) if segment.learned)
-    return "".join(segment.text for segment in text[:first]), text[first].text
-
-
-def _order(task: Task, settings: LoopSettings) -> Callable[[int], NDArray[np.int64]]:
-    """Return the order of the examples as a function of the epoch."""
-    if settings.order == "global":
-        return lambda epoch: global_order(len(task.train), task.seed, epoch)
-    shards = task.store.shards_of([example.image_id for example in task.train])
-    return lambda epoch: windowed_order(shards, settings.window_shards, task.seed, epoch)
-
-
-def _step_source(
-    task: Task, settings: LoopSettings, steps: list[list[int]]
-) -> Ahead[int, StepData]:
-    """Make the steps' data ahead; of a windowed order, bring in the next window's shards too."""
-    examples = [[task.train[number] for number in numbers] for numbers in steps]
-    distance = 0
-    if settings.order == "windowed":
-        windows = task.store.num_shards / settings.window_shards
-        distance = math.ceil(len(steps) / settings.epochs / windows)
-    image_ids = [np.array([example.image_id for example in step]) for step in examples]
-    shards = ShardsAhead(task.store, image_ids, distance)
-
-    def build(number: int) -> StepData:
-        shards.before(number)
-        return _step_data(task, settings, examples[number])
-
-    return Ahead(build, range(len(steps)))
-
-
-def _step_data(task: Task, settings: LoopSettings, examples: Sequence[Example]) -> StepData:
-    return build_step(
-        examples,
-        task.tokenizer,
-        task.store,
-        max_tokens=settings.micro_batch_tokens,
-        max_text_tokens=settings.max_text_tokens,
-        device=task.model.device,
-    )
+def _any_process(asked: bool) -> bool:
+    """Say whether any process was asked, so that all stop after the same step."""
+    if PartialState().num_processes == 1:
+        return asked
+    return bool(reduce(torch.tensor(int(asked), device=PartialState().device), "sum"))

@@ -1,14 +1,16 @@
 """Projector and language model as one: patches and text in, the loss of supervised tokens out.
 
-Letters: R rows, P patches, T positions, S supervised tokens, H width, V vocabulary.
+Letters: R rows, T positions, N images, P patches, S supervised tokens, H width, V vocabulary.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from train.batching import MicroBatch, attention_mask
+from train.attention import use_packed_attention
+from train.batching import PackedBatch
 from train.language_model import lora_dropouts
+from train.loss import summed_cross_entropy
 from train.projector import Projector
 
 
@@ -19,11 +21,16 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.projector = projector
         self.language_model = language_model
+        self._mask = use_packed_attention(language_model)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return next(self.projector.parameters()).device
+
+    def learning(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that learn, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> "CaptionModel":
         """Turn LoRA's dropout on or off; the rest of the language model stays in `eval()`."""
@@ -33,11 +40,11 @@ class CaptionModel(nn.Module):
             dropout.train(mode)
         return self
 
-    def embed_patches(self, patches_RPD: Tensor) -> Tensor:
-        """Project patches into the language model's embeddings: [R, P, H]."""
+    def embed_patches(self, patches_NPD: Tensor) -> Tensor:
+        """Project patches into the language model's embeddings: [N, P, H]."""
         weight = next(self.projector.parameters())
         projected: Tensor = self.projector(
-            patches_RPD.to(weight.device, weight.dtype, non_blocking=True)
+            patches_NPD.to(weight.device, weight.dtype, non_blocking=True)
         )
         return projected.to(self.language_model.dtype)
 
@@ -46,24 +53,28 @@ class CaptionModel(nn.Module):
         embeds: Tensor = self.language_model.get_input_embeddings()(token_ids)
         return embeds
 
-    def logits(self, patches_RPD: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the logits at the supervised positions only: [S, V].
-
-        The full [R, T, V] is never made: with 51,200 words it would be most of the memory.
-        """
-        patches_RPH = self.embed_patches(patches_RPD)
-        embeds_RTH = torch.cat([patches_RPH, self.embed_text(batch.token_ids)], dim=1)
-        hidden_RTH = self.language_model.model(
-            inputs_embeds=embeds_RTH,
-            attention_mask=attention_mask(batch.segments),
+    def hidden(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the last hidden states at the slots that predict a supervised token: [S, H]."""
+        patches_NPH = self.embed_patches(patches_NPD)
+        slots_H = self.embed_text(batch.token_ids.flatten())
+        slots_H = slots_H.index_copy(0, batch.patch_slots, patches_NPH.flatten(0, 1))
+        hidden_RTH: Tensor = self.language_model.model(
+            inputs_embeds=slots_H.view(*batch.token_ids.shape, -1),
+            attention_mask=self._mask(batch),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
-        hidden_SH = hidden_RTH[batch.target_rows, batch.target_positions]
-        logits_SV: Tensor = self.language_model.lm_head(hidden_SH)
+        return hidden_RTH.flatten(0, 1).index_select(0, batch.target_slots)
+
+    def logits(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the logits of the supervised tokens: [S, V]."""
+        logits_SV: Tensor = self.language_model.lm_head(self.hidden(patches_NPD, batch))
         return logits_SV
 
-    def forward(self, patches_RPD: Tensor, batch: MicroBatch) -> Tensor:
-        """Return the summed cross entropy of the supervised tokens: float32 []."""
-        logits_SV = self.logits(patches_RPD, batch)
-        return nn.functional.cross_entropy(logits_SV.float(), batch.targets, reduction="sum")
+    def forward(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+        """Return the summed cross entropy of the supervised tokens: float32 [].
+
+        Logits are made at supervised positions only, and never of all of them at once.
+        """
+        hidden_SH = self.hidden(patches_NPD, batch)
+        return summed_cross_entropy(self.language_model.lm_head, hidden_SH, batch.targets)

@@ -6,16 +6,22 @@ import torch
 
 from cache import FeatureStore
 from cache.command import run_stage
-from cache.files import write_json
 from cache.settings import Params
 from train.data import FEATURES, held_out_images, read_caption_examples, with_features
+from train.fingerprint import language_model_fingerprint
 from train.language_model import load_language_model, load_tokenizer
-from train.loop import Task
-from train.loop import train as run_loop
+from train.loop import train
 from train.model import CaptionModel
 from train.projector import seeded_projector
-from train.run import RunDirectory, pick_device, provenance
-from train.settings import LlmSettings, PretrainSettings, ProjectorSettings, TrackingSettings
+from train.run import RunDirectory, alone, identity, pick_device, provenance
+from train.settings import (
+    CheckpointSettings,
+    LlmSettings,
+    PretrainSettings,
+    ProjectorSettings,
+    TrackingSettings,
+)
+from train.task import Task
 from train.tracking import Tracker
 
 REPORT = Path("reports/pretrain.json")
@@ -26,19 +32,20 @@ def pretrain(params: Params) -> None:
     settings = params.section("pretrain", PretrainSettings)
     llm = params.section("llm", LlmSettings)
     kind = params.section("projector", ProjectorSettings).kind
+    saving = params.section("checkpoints", CheckpointSettings)
     tracking = params.section("tracking", TrackingSettings)
     seed = params.seed()
     store = FeatureStore(FEATURES)
     # What is asked of these images later must be new to the model, their captions too.
-    held_out = held_out_images()
-    examples = [e for e in read_caption_examples("train") if e.image_id not in held_out]
+    examples = read_caption_examples("train").without(held_out_images())
     device = pick_device()
+    tokenizer = load_tokenizer(llm)
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
     task = Task(
         model=CaptionModel(projector, language_model),
-        tokenizer=load_tokenizer(llm),
+        tokenizer=tokenizer,
         store=store,
         train=with_features(examples, store, "captions of split train"),
         validation=with_features(read_caption_examples("val"), store, "captions of split val"),
@@ -47,13 +54,21 @@ def pretrain(params: Params) -> None:
             projector.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         ),
         seed=seed,
+        settings=settings,
     )
-    run = RunDirectory("pretrain", params, provenance(store, device))
-    with Tracker(tracking, run.stage, params.values) as tracker:
-        metrics = run_loop(task, settings, run, tracker)
-    projector.save(run.path / "projector.safetensors")
-    run.publish(metrics)
-    write_json(REPORT, metrics)
+    decides = identity(
+        params,
+        ("llm", "projector", "pretrain"),
+        store,
+        language_model=language_model_fingerprint(language_model, tokenizer),
+    )
+    with alone("pretrain"):
+        run = RunDirectory("pretrain", params, decides, provenance(store, device))
+        with Tracker(tracking, run, params.values) as tracker:
+            metrics = train(task, saving, run, tracker)
+        if run.is_main:
+            projector.save(run.files / "projector.safetensors")
+            run.publish(metrics, REPORT)
 
 
 if __name__ == "__main__":

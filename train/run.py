@@ -1,26 +1,36 @@
 """A run directory: built in the work directory, published whole when the run is finished.
 
-Holds the projector, the adapter of stage 2, settings, metrics, history and provenance.
+Holds the projector, the adapter of stage 2, settings, metrics, history and provenance. A run that
+is stopped is found again by what decides its numbers: settings, features, index, start weights.
 """
 
+import contextlib
 import csv
+import hashlib
 import importlib.metadata
 import io
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from cache import FeatureStore
-from cache.files import WORK, sha256_of, write_json, write_text
+from cache.files import WORK, canonical_json, exclusive, sha256_of, write_json, write_text
 from cache.settings import Params
-from train.data import CAPTIONS, CONVERSATIONS
+from cache.table import INDEX
+from train.data import CAPTIONS, CONVERSATIONS, FEATURES
 
 RUNS = Path("runs")
+UNFINISHED = WORK / "runs"
+"""A folder a stage, in it one for each run that is not published yet."""
+IDENTITY = "identity.json"
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "h5py")
 """Libraries whose version can change a run's numbers."""
@@ -38,39 +48,140 @@ HISTORY_COLUMNS = (
 
 
 class RunDirectory:
-    """The folder of one run while it is made."""
+    """The folder of one run while it is made. Of several processes, only the main one writes."""
 
-    def __init__(self, stage: str, params: Params, provenance: dict[str, Any]) -> None:
-        """Start the folder with what the run is made from.
+    def __init__(
+        self, stage: str, params: Params, identity: Mapping[str, Any], provenance: dict[str, Any]
+    ) -> None:
+        """Find or start the folder.
 
-        Written now: settings, code and tables may be others by the time that a long run ends.
+        Settings and provenance are written now: settings, code and tables may be others by the time
+        that a long run ends.
+
+        Args:
+            stage: Its name.
+            params: Settings.
+            identity: All that decides the run's numbers: a value a name.
+            provenance: What else is to be known of it.
         """
         self.stage = stage
-        self.path = WORK / "runs" / stage
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
-        shutil.copyfile(params.path, self.path / "params.yaml")
-        write_json(self.path / "provenance.json", provenance)
+        self.is_main = PartialState().is_main_process
+        self.key = hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
+        self._folder = UNFINISHED / stage / self.key
+        self.files = self._folder / "files"
+        """What will be published."""
+        self.checkpoints = self._folder / "checkpoints"
+        self._provenance = provenance
+        if not self.is_main:
+            return
+        if not self._folder.is_dir():
+            _say_why_afresh(stage, self._folder.parent, identity)
+        shutil.rmtree(self.files, ignore_errors=True)
+        self.files.mkdir(parents=True)
+        write_json(self._folder / IDENTITY, identity)
+        write_text(self.files / "params.yaml", params.text)
+        write_json(self.files / "provenance.json", provenance)
+
+    def continue_after(self, step: int, steps: int) -> None:
+        """Note that the run goes on from a checkpoint."""
+        if self.is_main:
+            print(f"{self.stage}: going on after step {step} of {steps}", file=sys.stderr)
+            self._provenance["continued_after_step"] = step
+            write_json(self.files / "provenance.json", self._provenance)
 
     def write_history(self, rows: Iterable[Mapping[str, float]]) -> None:
         """Write history.csv; a number that a step does not have is an empty cell."""
+        if not self.is_main:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, HISTORY_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.path / "history.csv", text.getvalue())
+        write_text(self.files / "history.csv", text.getvalue())
 
-    def publish(self, metrics: dict[str, Any]) -> None:
-        """Add the metrics and move the folder to `runs/<stage>`, in place of an older run."""
-        write_json(self.path / "metrics.json", metrics)
-        target, old = RUNS / self.stage, self.path.with_suffix(".old")
+    def publish(self, metrics: dict[str, Any], report: Path) -> None:
+        """Add the metrics, put the files in place of an older run's, write the report.
+
+        The checkpoints go last: a kill at any moment before makes the next start publish again.
+        """
+        write_json(self.files / "metrics.json", metrics)
+        target, old = RUNS / self.stage, self._folder / "replaced"
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             # Moved before it is deleted: at no moment is half a run there.
             os.replace(target, old)
-        os.replace(self.path, target)
-        shutil.rmtree(old, ignore_errors=True)
+        os.replace(self.files, target)
+        write_json(report, metrics)
+        shutil.rmtree(self._folder)
+
+
+@contextlib.contextmanager
+def alone(stage: str) -> Iterator[None]:
+    """Keep a stage's runs of this workspace for this command.
+
+    Raises:
+        StageError: Another command is at it.
+    """
+    guard = exclusive(UNFINISHED / stage) if PartialState().is_main_process else None
+    with guard or contextlib.nullcontext():
+        yield
+
+
+def _say_why_afresh(stage: str, folder: Path, identity: Mapping[str, Any]) -> None:
+    """Name what keeps the latest unfinished run from being continued, if there is one."""
+    stopped = [path.parent.parent for path in folder.glob("*/checkpoints/*.safetensors")]
+    if not stopped:
+        return
+    latest = max(stopped, key=lambda path: path.stat().st_mtime)
+    try:
+        there = json.loads((latest / IDENTITY).read_text())
+    except (OSError, ValueError):
+        there = {}
+    differing = [
+        f"{name} {there.get(name, 'not there')} there, {identity.get(name, 'not there')} here"
+        for name in sorted(there.keys() | identity.keys())
+        if there.get(name) != identity.get(name)
+    ]
+    print(
+        f"{stage}: starts afresh. The checkpoints in {latest} are of another run: "
+        f"{'; '.join(differing)}. They stay, for when those are back; delete the folder if not.",
+        file=sys.stderr,
+    )
+
+
+def identity(
+    params: Params, sections: Iterable[str], store: FeatureStore, **others: str
+) -> dict[str, Any]:
+    """Return all that decides a run's numbers: settings under dotted names, and hashes.
+
+    Args:
+        params: Settings.
+        sections: Those that count; the seed always does.
+        store: Holds the features.
+        others: Hashes of weights.
+    """
+    chosen = {name: params.values[name] for name in ("seed", *sections)}
+    return {
+        **dict(_flattened(chosen)),
+        "features": store.fingerprint,
+        "features_sha256": sha256_of(FEATURES / INDEX),
+        **{f"{name}_sha256": digest for name, digest in index_hashes().items()},
+        **others,
+    }
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def index_hashes() -> dict[str, str]:
+    """Return the sha256 of the tables that hold the texts, by file name."""
+    return {path.name: sha256_of(path) for path in (CAPTIONS, CONVERSATIONS)}
 
 
 def provenance(store: FeatureStore, device: torch.device) -> dict[str, Any]:
@@ -78,9 +189,10 @@ def provenance(store: FeatureStore, device: torch.device) -> dict[str, Any]:
     return {
         "git_commit": git_commit(),
         "features_fingerprint": store.fingerprint,
-        "index_sha256": {path.name: sha256_of(path) for path in (CAPTIONS, CONVERSATIONS)},
+        "index_sha256": index_hashes(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "device": device_name(device),
+        "processes": PartialState().num_processes,
     }
 
 
@@ -96,8 +208,9 @@ def git_commit() -> str:
 
 
 def pick_device() -> torch.device:
-    """Return the first GPU, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return this process's GPU, or the CPU."""
+    device: torch.device = PartialState().device
+    return device
 
 
 def device_name(device: torch.device) -> str:

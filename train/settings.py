@@ -1,4 +1,4 @@
-"""The settings of both training stages: `llm`, `projector`, `pretrain`, `finetune`, `tracking`."""
+"""The settings of training: what both stages read from `params.yaml`."""
 
 import math
 from dataclasses import dataclass
@@ -32,11 +32,25 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Section `checkpoints`: how often a run's state is saved. They change nothing in a run."""
+
+    every_steps: int
+    every_minutes: float
+    """Whichever of the two comes first; there is always one at the end, and at a signal."""
+    keep: int
+    """The last so many are kept."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "every_steps", "every_minutes", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     """What both stages set for the one training loop."""
 
     epochs: float
-    """Passes over the images; 0.5 is half of them."""
+    """Passes over the texts; 0.5 is half of them."""
     learning_rate: float
     """Peak, after the warm-up; of the projector in stage 1, of LoRA in stage 2."""
     weight_decay: float
@@ -44,8 +58,13 @@ class LoopSettings:
     """Share of the optimizer steps in which the learning rate rises from 0."""
     clip_norm: float
     """Gradients are scaled down to this norm."""
+    texts_per_image: int
+    """Most texts of an image in one step; the others come later in the epoch."""
     micro_batch_tokens: int
     """Positions, patches and padding included, of one forward pass: what fits the memory."""
+    row_tokens: int
+    """Positions of a row, in which images are packed. Short rows suit SDPA, which computes all
+    pairs of a row; with FlexAttention take as many as `micro_batch_tokens`."""
     max_text_tokens: int
     """Longest text behind an image; of a longer one whole turns are left out from the end."""
     order: Literal["global", "windowed"]
@@ -62,8 +81,9 @@ class LoopSettings:
     """Images whose text is generated at every validation."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "learning_rate", "clip_norm", "micro_batch_tokens", "max_text_tokens")
-        _check_positive(self, *positive, "window_shards", "log_every_steps", "validate_every_steps")
+        positive = ("epochs", "learning_rate", "clip_norm", "texts_per_image", "micro_batch_tokens")
+        _check_positive(self, *positive, "row_tokens", "max_text_tokens", "window_shards")
+        _check_positive(self, "log_every_steps", "validate_every_steps")
         _check_share(self, "warmup_share")
         for name in ("weight_decay", "validation_images", "samples"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -1,36 +1,58 @@
-"""The data of one optimizer step: texts tokenised, features gathered, both laid out as tensors.
+"""One optimizer step: its data, prepared in the thread that works ahead, and its computation.
 
-Letters: R rows of a forward pass, P patches, D width of the vision tower.
+The loss is the sum over the supervised tokens of the whole step divided by their number, so that it
+does not depend on how the step is cut into forward passes or over processes.
+
+Letters: N images of a forward pass, P patches, D width of the vision tower.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.errors import StageError
-from train.batching import MicroBatch, Row, collate, micro_batches
+from train.batching import ImageTexts, PackedBatch, collate, pack
 from train.data import Example
 from train.model import CaptionModel
 from train.prompts import tokenize
 from train.source import gather_tensor
 
+NAMED_IMAGES = 8
+"""How many image ids an error names."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """What one forward pass of this process works on."""
+
+    number: int
+    """Of the step's passes, those of other processes included."""
+    patches_NPD: Tensor
+    """float16."""
+    batch: PackedBatch
+
 
 @dataclass(frozen=True)
 class StepData:
-    """What one optimizer step learns from."""
+    """What one optimizer step learns from. All counts are of all processes together."""
 
-    parts: list[tuple[Tensor, MicroBatch]]
-    """Patches [R, P, D] float16 and the texts behind them, for each forward pass."""
+    passes: list[ForwardPass]
+    """Those of this process."""
     image_ids: list[int]
     num_learned: int
-    """Supervised tokens of all parts."""
+    """Supervised tokens."""
     num_positions: int
-    """Positions read, padding not counted."""
+    """Positions that are read, padding not counted."""
+    num_slots: int
+    """Positions that are computed, padding counted."""
     num_cut: int
     """Texts of which turns, or the end of the first one, were left out for their length."""
 
@@ -40,25 +62,28 @@ def build_step(
     tokenizer: PreTrainedTokenizerBase,
     store: FeatureStore,
     *,
-    max_tokens: int,
+    pass_tokens: int,
+    row_tokens: int,
     max_text_tokens: int,
     device: torch.device,
 ) -> StepData:
     """Prepare some images and all their texts.
 
+    Of several processes each builds the same passes and gathers the features of its own.
+
     Args:
         examples: At least one.
         tokenizer: Of the language model.
         store: Holds the features.
-        max_tokens: Positions of one forward pass, padding included.
+        pass_tokens: Most positions of one forward pass, padding included.
+        row_tokens: Most positions of a row, in which images are packed.
         max_text_tokens: Longest text behind an image.
         device: Where the model is; for a GPU, features are gathered into pinned memory.
 
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
     """
-    texts = [text for example in examples for text in example.texts]
-    tokenized = tokenize(texts, tokenizer, max_text_tokens)
+    tokenized = tokenize([text for e in examples for text in e.texts], tokenizer, max_text_tokens)
     num_learned = sum(branch.num_learned for branch in tokenized)
     if not num_learned:
         raise StageError(
@@ -66,24 +91,91 @@ def build_step(
             f"{max_text_tokens}, which cuts off every answer of the step. Raise it."
         )
     branches = iter(tokenized)
-    rows = [Row(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
+    images = [ImageTexts(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
     patches = store.spec.patches
-    parts = []
-    for part in micro_batches(rows, patches, max_tokens):
-        patches_RPD = gather_tensor(store, np.array([row.image_id for row in part]), device)
-        parts.append((patches_RPD, collate(part, patches)))
+    num_positions = sum(patches + image.num_text_tokens for image in images)
+    # As many passes as processes at least: none is to wait for another without need.
+    processes = PartialState()
+    share = -(-num_positions // processes.num_processes)
+    planned = pack(
+        images, patches, row_tokens=min(row_tokens, share), pass_tokens=min(pass_tokens, share)
+    )
+    batches = [collate(rows, patches) for rows in planned]
+    mine = range(processes.process_index, len(batches), processes.num_processes)
     return StepData(
-        parts,
-        [row.image_id for row in rows],
+        [
+            ForwardPass(n, gather_tensor(store, batches[n].image_ids, device), batches[n])
+            for n in mine
+        ],
+        [image.image_id for image in images],
         num_learned,
-        sum(patches + row.num_text_tokens for row in rows),
+        num_positions,
+        sum(batch.token_ids.numel() for batch in batches),
         sum(branch.cut for branch in tokenized),
     )
 
 
+def optimizer_step(
+    model: CaptionModel,
+    optimizer: torch.optim.Optimizer,
+    data: StepData,
+    *,
+    clip_norm: float,
+    seed: tuple[int, int],
+) -> float:
+    """Make one optimizer step over all its forward passes, and over all processes.
+
+    Args:
+        model: Put into `train()` here.
+        optimizer: Of the parameters that learn.
+        data: What is learned from.
+        clip_norm: Gradients of all parameters together are scaled down to this norm.
+        seed: Of the run, and the step's number: with the number of a pass, all that LoRA's dropout
+            depends on. So a run that is continued needs no state of a random generator.
+
+    Returns:
+        Cross entropy summed over the supervised tokens.
+
+    Raises:
+        FloatingPointError: It or the gradient's norm is not finite; the weights are as before.
+    """
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    for one in data.passes:
+        torch.manual_seed(pass_seed(*seed, one.number))
+        loss = model(one.patches_NPD, one.batch.to(model.device))
+        (loss / data.num_learned).backward()
+        loss_sum += loss.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _sum_over_processes(parameters)
+    total = float(reduce(loss_sum, "sum"))
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    if not (math.isfinite(total) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {total}, its gradient's norm {norm}")
+    optimizer.step()
+    return total
+
+
+def pass_seed(seed: int, step: int, number: int) -> int:
+    """Return the seed of one forward pass."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _sum_over_processes(parameters: Sequence[nn.Parameter]) -> None:
+    if PartialState().num_processes == 1:
+        return
+    for parameter in parameters:
+        # A process can have had no pass at all.
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = reduce(gradient, "sum")
+
+
 @torch.inference_mode()
 def mean_loss(model: CaptionModel, data: StepData) -> float:
-    """Return the mean loss of a supervised token."""
+    """Return the mean loss of a supervised token, over all processes."""
     model.eval()
-    total = sum(float(model(x_RPD, batch.to(model.device))) for x_RPD, batch in data.parts)
-    return total / data.num_learned
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for one in data.passes:
+        total += model(one.patches_NPD, one.batch.to(model.device))
+    return float(reduce(total, "sum")) / data.num_learned

@@ -8,6 +8,7 @@ import wandb
 
 from cache.errors import StageError
 from cache.files import WORK
+from train.run import RunDirectory
 from train.settings import TrackingSettings
 
 
@@ -17,15 +18,23 @@ class Tracker:
     `wandb sync .work/wandb/offline-run-*` uploads an offline one later.
     """
 
-    def __init__(self, settings: TrackingSettings, stage: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: TrackingSettings, run: RunDirectory, config: Mapping[str, Any]
+    ) -> None:
+        """Start recording; of several processes, only the main one does.
+
+        A run that is continued has the same id, so that wandb shows it as one.
+        """
         WORK.mkdir(exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             self._run = wandb.init(
                 project="patchcache",
-                job_type=stage,
+                job_type=run.stage,
                 dir=str(WORK),
-                mode=settings.wandb,
+                mode=settings.wandb if run.is_main else "disabled",
+                id=run.key,
+                resume="allow",
                 config=dict(config),
             )
         except wandb.Error as error:

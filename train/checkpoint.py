@@ -1,0 +1,114 @@
+"""The state of an unfinished run, in one safetensors file a checkpoint.
+
+A file holds the parameters that learn and the optimizer's state as tensors, and in its metadata
+the number of optimizer steps, what the loop wants to find again, and a hash of the tensors. The
+schedule and every random choice are functions of the step: there is no state of them to keep.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cache.files import replacing
+
+OPTIMIZER = "optimizer."
+PARAMETER = "parameter."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was read whole."""
+
+    step: int
+    """Optimizer steps made."""
+    progress: dict[str, Any]
+    """What the loop remembered, as JSON holds it."""
+    tensors: dict[str, Tensor]
+
+    def restore(
+        self, learning: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put parameters and optimizer back into the state that was saved, bit by bit."""
+        with torch.no_grad():
+            for name, parameter in learning.items():
+                parameter.copy_(self.tensors[PARAMETER + name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith(OPTIMIZER):
+                _, number, key = name.split(".")
+                state.setdefault(int(number), {})[key] = tensor
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last ones are kept, older ones are deleted."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files that are there, the oldest first."""
+        return sorted(self._folder.glob("step-*.safetensors"))
+
+    def save(
+        self,
+        step: int,
+        learning: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        progress: Mapping[str, Any],
+    ) -> Path:
+        """Write a checkpoint, whole or not at all, then delete the oldest ones."""
+        tensors = {PARAMETER + name: _to_save(p) for name, p in learning.items()}
+        for number, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"{OPTIMIZER}{number}.{key}"] = _to_save(value)
+        about = {"step": step, "progress": dict(progress), "xxh3_128": _hash(tensors)}
+        path = self._folder / f"step-{step:08}.safetensors"
+        with replacing(path) as temporary:
+            # One entry: safetensors writes several in an order that changes from run to run.
+            save_file(tensors, temporary, {"checkpoint": json.dumps(about)})
+        for old in self.paths[: -self._keep]:
+            old.unlink()
+        return path
+
+    def latest(self) -> Checkpoint | None:
+        """Read the newest checkpoint that is whole; damaged ones are named, and left there."""
+        for path in reversed(self.paths):
+            try:
+                return _read(path)
+            except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+                detail = " ".join(str(error).split())
+                print(f"{path}: damaged ({detail}); trying the one before", file=sys.stderr)
+        return None
+
+
+def _read(path: Path) -> Checkpoint:
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if _hash(tensors) != about["xxh3_128"]:
+        raise ValueError("its tensors are not those that were written")
+    return Checkpoint(about["step"], about["progress"], tensors)
+
+
+def _to_save(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""Which texts make which optimizer step: a pure function of sizes, order and settings.
+
+An epoch sees every text once. An image with more texts than one step may hold of it comes again in
+a later round of the epoch, with the next ones: a step never holds an image twice.
+
+Letters: N images, K images of a step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """The texts of one optimizer step: a slice of those of some images."""
+
+    numbers: NDArray[np.int64]
+    """Numbers of the images [K], in order."""
+    texts: slice
+    """Which texts of each."""
+
+
+def plan_steps(
+    num_texts: NDArray[np.int64],
+    *,
+    batch_size: int,
+    texts_per_image: int,
+    epochs: float,
+    order: Callable[[int], NDArray[np.int64]],
+) -> list[PlannedStep]:
+    """Decide which texts make which step.
+
+    Args:
+        num_texts: Texts of each image [N], at least one.
+        batch_size: Texts of a step; images are added until there are as many. The last step of a
+            round may be smaller.
+        texts_per_image: Most texts of an image in a step.
+        epochs: Passes over the texts; half of one is the first half of its order.
+        order: From a number, which counts rounds over all epochs, to the order of all images [N].
+
+    Returns:
+        The steps in order; at least one.
+    """
+    rounds = -(-int(num_texts.max()) // texts_per_image)
+    wanted = max(1, round(epochs * int((-(-num_texts // texts_per_image)).sum())))
+    steps: list[PlannedStep] = []
+    number = 0
+    while wanted > 0:
+        first = number % rounds * texts_per_image
+        shuffled = order(number)
+        there = shuffled[num_texts[shuffled] > first][:wanted]
+        sizes = np.minimum(num_texts[there] - first, texts_per_image)
+        texts = slice(first, first + texts_per_image)
+        steps += [PlannedStep(part, texts) for part in _cut(there, sizes, batch_size)]
+        wanted -= len(there)
+        number += 1
+    return steps
+
+
+def _cut(
+    numbers: NDArray[np.int64], sizes: NDArray[np.int64], batch_size: int
+) -> list[NDArray[np.int64]]:
+    """Cut after every image with which there are enough texts."""
+    ends = sizes.cumsum()
+    cuts: list[int] = []
+    texts = 0
+    while texts + batch_size < ends[-1]:
+        cuts.append(int(np.searchsorted(ends, texts + batch_size)) + 1)
+        texts = ends[cuts[-1] - 1]
+    return np.split(numbers, cuts)

@@ -1,0 +1,84 @@
+"""What a stage trains: its parts, the plan of its steps, and their data made ahead."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from cache import FeatureStore
+from cache.order import global_order, windowed_order
+from train.data import Example, Examples
+from train.model import CaptionModel
+from train.plan import PlannedStep, plan_steps
+from train.settings import LoopSettings
+from train.source import Ahead, ShardsAhead
+from train.step import StepData, build_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """The parts in which the two stages differ."""
+
+    model: CaptionModel
+    tokenizer: PreTrainedTokenizerBase
+    store: FeatureStore
+    train: Examples
+    validation: Examples
+    batch_size: int
+    """Texts of an optimizer step."""
+    optimizer: torch.optim.Optimizer
+    seed: int
+    settings: LoopSettings
+
+    def plan(self) -> list[PlannedStep]:
+        """Decide which texts make which optimizer step."""
+        return plan_steps(
+            self.train.num_texts,
+            batch_size=self.batch_size,
+            texts_per_image=self.settings.texts_per_image,
+            epochs=self.settings.epochs,
+            order=self._order(),
+        )
+
+    def _order(self) -> Callable[[int], NDArray[np.int64]]:
+        if self.settings.order == "global":
+            return lambda number: global_order(len(self.train), self.seed, number)
+        shards = self.store.shards_of(self.train.image_ids)
+        window = self.settings.window_shards
+        return lambda number: windowed_order(shards, window, self.seed, number)
+
+    def source(self, steps: Sequence[PlannedStep]) -> Ahead[int, StepData]:
+        """Make the data of some steps ahead; of a windowed order, read the next window's shards."""
+        distance = 0
+        if self.settings.order == "windowed":
+            windows = self.store.num_shards / self.settings.window_shards
+            distance = math.ceil(len(steps) / self.settings.epochs / windows)
+        shards = ShardsAhead(
+            self.store, [self.train.image_ids[step.numbers] for step in steps], distance
+        )
+
+        def build(number: int) -> StepData:
+            shards.before(number)
+            return self.step_data(self._examples(steps[number]))
+
+        return Ahead(build, range(len(steps)))
+
+    def _examples(self, step: PlannedStep) -> list[Example]:
+        whole = [self.train[number] for number in step.numbers.tolist()]
+        return [Example(example.image_id, example.texts[step.texts]) for example in whole]
+
+    def step_data(self, examples: Sequence[Example]) -> StepData:
+        """Prepare some images and all their texts."""
+        return build_step(
+            examples,
+            self.tokenizer,
+            self.store,
+            pass_tokens=self.settings.micro_batch_tokens,
+            row_tokens=self.settings.row_tokens,
+            max_text_tokens=self.settings.max_text_tokens,
+            device=self.model.device,
+        )
