@@ -111,6 +111,15 @@ class FeatureStore:
             return False
         return bool(self._lookup.rows_of(np.array([number]))[0] != UNKNOWN)
 
+    def contains(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return of each image whether it is in the store: bool [B].
+
+        Args:
+            image_ids: B ids in any order, within the range of int64.
+        """
+        is_here: NDArray[np.bool_] = self._lookup.rows_of(_checked_ids(image_ids)) != UNKNOWN
+        return is_here
+
     def gather(
         self,
         image_ids: Sequence[int] | NDArray[np.int64],

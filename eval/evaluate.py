@@ -134,7 +134,7 @@ def score_answers(
     examples = with_features(
         read_conversation_examples("holdout"), model.store, "conversations of split holdout"
     )
-    known = {example.image_id for example in examples}
+    known = set(examples.image_ids.tolist())
     questions = [
         q
         for q in read_questions("holdout")
@@ -145,8 +145,7 @@ def score_answers(
         return {"count": 0, "blind": {"count": 0}}, []
     scores, answers = ask_questions(model, questions, settings)
     asked = {question.image_id for question in questions}
-    examples = [e for e in examples if e.image_id in asked]
-    loss, blind_loss = answer_losses(model, examples, settings.max_text_tokens)
+    loss, blind_loss = answer_losses(model, examples.only(asked)[:], settings.max_text_tokens)
     blind: dict[str, Any] = {**scores["blind"], "loss": blind_loss}
     return {**scores, "loss": loss, "blind": blind}, answers
 

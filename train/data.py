@@ -1,13 +1,21 @@
-"""The texts of both stages, grouped by image: what the index tables say, as examples."""
+"""The texts of both stages, grouped by image: what the index tables say, as examples.
 
-from collections import defaultdict
-from collections.abc import Iterable
+Texts stay in Arrow's memory, as the tables hold them, until an example is asked for: COCO's
+captions as Python objects would take half a gigabyte and seconds before the first step.
+
+Letters: N examples, M texts.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.errors import StageError
@@ -16,6 +24,9 @@ from train.prompts import Text, caption_text, conversation_text
 FEATURES = Path("data/features")
 CAPTIONS = Path("data/index/captions.parquet")
 CONVERSATIONS = Path("data/index/conversations.parquet")
+
+TURNS = "turns.list.element.text"
+"""Column of what is said in the turns; who says it follows from the order."""
 
 MAX_MISSING_SHARE = 0.5
 """Share of the images with texts that may have no features; with more, the store is another one.
@@ -30,6 +41,80 @@ class Example:
     texts: tuple[Text, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """The images of a split with their texts, in order of image id; made when they are asked for,
+    in any thread.
+    """
+
+    image_ids: NDArray[np.int64]
+    """int64 [N], ascending."""
+    num_texts: NDArray[np.int64]
+    """int64 [N], 1 or more."""
+    _starts: NDArray[np.int64]
+    """int64 [N], where in `_numbers` those of each image begin."""
+    _numbers: NDArray[np.int64]
+    """int64 [M], numbers of texts, those of an image together."""
+    _text_of: Callable[[int], Text]
+
+    @classmethod
+    def grouped(cls, image_ids: NDArray[np.int64], text_of: Callable[[int], Text]) -> "Examples":
+        """Group texts by image.
+
+        Args:
+            image_ids: int64 [M], the image of each text, in any order.
+            text_of: Gives a text by its number, from 0 to M - 1. Those of an image keep their
+                order.
+        """
+        numbers = np.argsort(image_ids, kind="stable")
+        distinct, starts, counts = np.unique(
+            image_ids[numbers], return_index=True, return_counts=True
+        )
+        return cls(distinct, counts, starts, numbers, text_of)
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> "Examples":
+        """Make them of examples that are there already; one without texts is none."""
+        said = [(example.image_id, text) for example in examples for text in example.texts]
+        image_ids = np.array([image_id for image_id, _ in said], dtype=np.int64)
+        return cls.grouped(image_ids, lambda number: said[number][1])
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Example]: ...
+    def __getitem__(self, number: int | slice) -> Example | list[Example]:
+        if isinstance(number, slice):
+            return [self._example(one) for one in range(len(self))[number]]
+        return self._example(range(len(self))[number])
+
+    def _example(self, number: int) -> Example:
+        start = self._starts[number]
+        numbers = self._numbers[start : start + self.num_texts[number]].tolist()
+        return Example(int(self.image_ids[number]), tuple(map(self._text_of, numbers)))
+
+    def only(self, image_ids: Collection[int]) -> "Examples":
+        """Return those of some images."""
+        return self.where(self._is_among(image_ids))
+
+    def without(self, image_ids: Collection[int]) -> "Examples":
+        """Return all but those of some images."""
+        return self.where(~self._is_among(image_ids))
+
+    def where(self, is_wanted: NDArray[np.bool_]) -> "Examples":
+        """Return those that are wanted: bool [N]. The texts are shared, not copied."""
+        image_ids, num_texts, starts = (
+            column[is_wanted] for column in (self.image_ids, self.num_texts, self._starts)
+        )
+        return Examples(image_ids, num_texts, starts, self._numbers, self._text_of)
+
+    def _is_among(self, image_ids: Collection[int]) -> NDArray[np.bool_]:
+        return np.isin(self.image_ids, np.fromiter(image_ids, np.int64, len(image_ids)))
+
+
 @dataclass(frozen=True)
 class Question:
     """One question about an image, with its right answer."""
@@ -39,20 +124,17 @@ class Question:
     answer: str
 
 
-def read_caption_examples(split: str) -> list[Example]:
+def read_caption_examples(split: str) -> Examples:
     """Return the images of a split with their captions, in order of image id."""
-    rows = _read(CAPTIONS, ["image_id", "split", "caption"])
-    return _grouped(
-        (r["image_id"], caption_text(r["caption"])) for r in rows if r["split"] == split
-    )
+    image_ids, captions = _read_texts(CAPTIONS, split, "caption")
+    return Examples.grouped(image_ids, lambda number: caption_text(captions[number].as_py()))
 
 
-def read_conversation_examples(split: str) -> list[Example]:
+def read_conversation_examples(split: str) -> Examples:
     """Return the images of a split with their conversations, in order of image id."""
-    return _grouped(
-        (row["image_id"], conversation_text(pairs(row["turns"])))
-        for row in _read(CONVERSATIONS, ["image_id", "split", "turns"])
-        if row["split"] == split
+    image_ids, turns = _read_texts(CONVERSATIONS, split, TURNS)
+    return Examples.grouped(
+        image_ids, lambda number: conversation_text(pairs(turns[number].as_py()))
     )
 
 
@@ -61,11 +143,11 @@ def read_questions(split: str) -> list[Question]:
 
     Asked without the turns before it: their right answers would tell about the picture.
     """
+    image_ids, turns = _read_texts(CONVERSATIONS, split, TURNS)
     return [
-        Question(row["image_id"], question, answer)
-        for row in _read(CONVERSATIONS, ["image_id", "split", "turns"])
-        if row["split"] == split
-        for question, answer in pairs(row["turns"])
+        Question(image_id, question, answer)
+        for image_id, said in zip(image_ids.tolist(), turns.to_pylist(), strict=True)
+        for question, answer in pairs(said)
     ]
 
 
@@ -77,36 +159,47 @@ def pairs(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 def held_out_images() -> set[int]:
     """Return the images whose conversations are kept for evaluation."""
-    rows = _read(CONVERSATIONS, ["image_id", "split"])
-    return {row["image_id"] for row in rows if row["split"] == "holdout"}
+    return set(_numbers(_read(CONVERSATIONS, "holdout")["image_id"]).tolist())
 
 
-def with_features(examples: list[Example], store: FeatureStore, what: str) -> list[Example]:
+def with_features(examples: Sequence[Example], store: FeatureStore, what: str) -> Examples:
     """Leave out the examples whose image failed to decode and so has no features.
 
     Raises:
         StageError: So many are missing that the store is another one.
     """
-    kept = [example for example in examples if example.image_id in store]
-    missing = len(examples) - len(kept)
+    if not isinstance(examples, Examples):
+        examples = Examples.of(examples)
+    has_features = store.contains(examples.image_ids)
+    missing = int(np.count_nonzero(~has_features))
     if missing > MAX_MISSING_SHARE * len(examples):
         raise StageError(
             f"{what}: {missing} of {len(examples)} images have no features in {store.root}. "
             f"Run the index and extract stages on the same data."
         )
-    return kept
+    return examples.where(has_features)
 
 
-def _read(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+def _read_texts(path: Path, split: str, column: str) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
+    """Return the image and the text of each row of a split, in the table's order."""
+    table = _read(path, split, column)
+    return _numbers(table["image_id"]), table[column.partition(".")[0]]
+
+
+def _read(path: Path, split: str, *columns: str) -> pa.Table:
+    """Read columns of the rows of a split, besides `image_id` and `split`."""
+    wanted = ["image_id", "split", *columns]
     try:
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=columns).to_pylist()
-    except (FileNotFoundError, pa.ArrowException) as error:
+        # Not pq.read_table: it looks for a data set of several files, with a module for each kind.
+        with pq.ParquetFile(path) as file:
+            table = file.read(columns=wanted)
+        table = table.select([name.partition(".")[0] for name in wanted])
+    except (FileNotFoundError, KeyError, pa.ArrowException) as error:
         raise StageError(f"{path}: {error}. Run the index stage, or `dvc pull`.") from None
-    return rows
+    return table.filter(pc.equal(table["split"], split))
 
 
-def _grouped(texts: Iterable[tuple[int, Text]]) -> list[Example]:
-    by_image: defaultdict[int, list[Text]] = defaultdict(list)
-    for image_id, text in texts:
-        by_image[image_id].append(text)
-    return [Example(image_id, tuple(by_image[image_id])) for image_id in sorted(by_image)]
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Return the numbers of a column without nulls. Its own `to_numpy` would import pandas."""
+    chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
+    return np.concatenate([np.empty(0, np.int64), *chunks])

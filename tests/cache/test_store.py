@@ -159,8 +159,12 @@ def test_the_set_of_images_is_known(store):
     present = set(store.image_ids.tolist())
     probes = [*present, *(i + 1 for i in present), *(i - 1 for i in present), -1, 2**64]
     assert [i for i in probes if i in opened] == [i for i in probes if i in present]
+    assert opened.contains(probes[:-1]).tolist() == [i in present for i in probes[:-1]]
+    assert opened.contains([]).tolist() == []
     assert store.image_ids[3] in opened
     assert np.uint64(store.image_ids[3]) in opened
+    with pytest.raises(ValueError, match="wanted integers"):
+        opened.contains([1.5])
     assert "5" not in opened
     assert None not in opened
     assert 2**63 not in opened
