@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from train.loop import Task
+from train.data import Examples
 from train.settings import PretrainSettings
+from train.task import Task
 
 
 @pytest.fixture(autouse=True)
@@ -21,19 +22,31 @@ def settings(loop_values):
 
 
 @pytest.fixture
-def make_task(make_model, tokenizer, store):
-    def make(examples, *, validation=(), batch_size=8, learning_rate=1e-2, seed=0, model=None):
+def make_task(make_model, tokenizer, store, settings):
+    default = settings()
+
+    def make(
+        examples,
+        *,
+        validation=(),
+        batch_size=8,
+        learning_rate=1e-2,
+        seed=0,
+        model=None,
+        settings=default,
+    ):
         model = model or make_model(seed=seed)
         learning = [p for p in model.parameters() if p.requires_grad]
         return Task(
             model=model,
             tokenizer=tokenizer,
             store=store,
-            train=list(examples),
-            validation=list(validation),
+            train=Examples.of(examples),
+            validation=Examples.of(validation),
             batch_size=batch_size,
             optimizer=torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0.0),
             seed=seed,
+            settings=settings,
         )
 
     return make
