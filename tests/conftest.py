@@ -167,7 +167,7 @@ LOOP = {
     "weight_decay": 0.0,
     "warmup_share": 0.1,
     "clip_norm": 1.0,
-    "texts_per_image": 2,
+    "texts_per_image": 5,
     "micro_batch_tokens": 128,
     "row_tokens": 64,
     "max_text_tokens": 64,
@@ -247,7 +247,6 @@ class Workspace:
                 "lora": {"r": 4, "alpha": 8, "dropout": 0.05},
             },
             "checkpoints": {"every_steps": 1, "every_minutes": 60.0, "keep": 2},
-            "checkpoints": {"every_steps": 2, "every_minutes": 10, "keep": 2},
             "tracking": {"wandb": "disabled"},
         }
         for name, changes in sections.items():
