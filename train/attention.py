@@ -9,7 +9,7 @@ Letters: R rows, T positions of a row.
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def packed_attention(
             module, query, key, value, attention_mask, **options
         )
         return attended
-    attend: Callable[..., Tensor] = _compiled() if query.is_cuda else flex_attention
+    attend = _compiled() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
     out = attend(query, key, value, block_mask=attention_mask, scale=options.get("scaling"))
     return out.transpose(1, 2).contiguous(), None
 

@@ -90,7 +90,8 @@ def pack(
         The rows of each pass.
     """
     total = sum(patches + image.num_text_tokens for image in images)
-    for num_rows in range(math.ceil(total / row_tokens), len(images) + 1):
+    fewest = min(math.ceil(total / row_tokens), len(images))
+    for num_rows in range(fewest, len(images) + 1):
         rows = _fill_evenly(images, patches, num_rows)
         if all(length <= row_tokens or len(row) == 1 for length, row in rows):
             break

@@ -69,7 +69,7 @@ class History:
         )
 
     def latest(self) -> dict[str, str]:
-        """Return what the progress bar shows: the last step's loss, the speed since the last row."""
+        """Return what the progress bar shows: the last step's loss, and the speed of late."""
         counts = self._open if self._open.seconds else self._closed
         return {
             "loss": f"{self._loss:.3f}",
