@@ -1,9 +1,12 @@
 """What the tests of training need beside the tiny world of `tests/conftest.py`."""
 
+import numpy as np
 import pytest
 import torch
 
+from train.batching import ImageTexts
 from train.data import Examples
+from train.prompts import Branch
 from train.settings import PretrainSettings
 from train.task import Task
 
@@ -11,6 +14,28 @@ from train.task import Task
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def random_images():
+    """Make images with random texts, of which a random part is learned."""
+
+    def make(seed, *, count=9, most_texts=4, longest=6):
+        rng = np.random.default_rng(seed)
+        return [
+            ImageTexts(
+                number,
+                tuple(
+                    Branch(
+                        rng.integers(1, 99, length).tolist(), (rng.random(length) < 0.6).tolist()
+                    )
+                    for length in rng.integers(1, longest + 1, rng.integers(1, most_texts + 1))
+                ),
+            )
+            for number in range(count)
+        ]
+
+    return make
 
 
 @pytest.fixture
