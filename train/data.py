@@ -1,7 +1,7 @@
 """The texts of both stages, grouped by image: what the index tables say, as examples.
 
-Texts stay in Arrow's memory, as the tables hold them, until an example is asked for: COCO's
-captions as Python objects would take half a gigabyte and seconds before the first step.
+Texts stay in Arrow's memory, as the tables hold them, until an example is asked for: all of COCO's
+as Python objects would take hundreds of megabytes, and seconds before the first step.
 
 Letters: N examples, M texts.
 """
@@ -27,6 +27,9 @@ CONVERSATIONS = Path("data/index/conversations.parquet")
 
 TURNS = "turns.list.element.text"
 """Column of what is said in the turns; who says it follows from the order."""
+
+READ_ROWS = 1 << 14
+"""Rows of a table that are read at a time."""
 
 MAX_MISSING_SHARE = 0.5
 """Share of the images with texts that may have no features; with more, the store is another one.
@@ -191,12 +194,17 @@ def _read(path: Path, split: str, *columns: str) -> pa.Table:
     wanted = ["image_id", "split", *columns]
     try:
         # Not pq.read_table: it looks for a data set of several files, with a module for each kind.
-        with pq.ParquetFile(path) as file:
-            table = file.read(columns=wanted)
-        table = table.select([name.partition(".")[0] for name in wanted])
+        with pq.ParquetFile(path, read_dictionary=["split"]) as file:
+            # Some at a time, so that there is never much more than the result.
+            batches = [
+                batch.filter(pc.equal(batch["split"], split))
+                for batch in file.iter_batches(READ_ROWS, columns=wanted, use_threads=False)
+            ]
+            schema = file.read_row_groups([], columns=wanted).schema
+        table = pa.Table.from_batches(batches, schema)
+        return table.select([name.partition(".")[0] for name in wanted])
     except (FileNotFoundError, KeyError, pa.ArrowException) as error:
         raise StageError(f"{path}: {error}. Run the index stage, or `dvc pull`.") from None
-    return table.filter(pc.equal(table["split"], split))
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
