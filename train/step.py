@@ -94,12 +94,12 @@ def build_step(
     images = [ImageTexts(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
     patches = store.spec.patches
     num_positions = sum(patches + image.num_text_tokens for image in images)
-    # As many passes as processes at least: none is to wait for another without need.
     processes = PartialState()
-    share = -(-num_positions // processes.num_processes)
-    planned = pack(
-        images, patches, row_tokens=min(row_tokens, share), pass_tokens=min(pass_tokens, share)
-    )
+    if processes.num_processes > 1:
+        # As many passes as processes at least: none is to wait for another without need.
+        share = -(-num_positions // processes.num_processes)
+        row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
+    planned = pack(images, patches, row_tokens=row_tokens, pass_tokens=pass_tokens)
     batches = [collate(rows, patches) for rows in planned]
     mine = range(processes.process_index, len(batches), processes.num_processes)
     return StepData(
