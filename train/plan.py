@@ -66,8 +66,8 @@ def _cut(
     """Cut after every image with which there are enough texts."""
     ends = sizes.cumsum()
     cuts: list[int] = []
-    texts = 0
-    while texts + batch_size < ends[-1]:
-        cuts.append(int(np.searchsorted(ends, texts + batch_size)) + 1)
-        texts = ends[cuts[-1] - 1]
+    cut = int(np.searchsorted(ends, batch_size)) + 1
+    while cut < len(numbers):
+        cuts.append(cut)
+        cut = int(np.searchsorted(ends, ends[cut - 1] + batch_size)) + 1
     return np.split(numbers, cuts)

@@ -11,6 +11,7 @@ import importlib.metadata
 import io
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,8 @@ class RunDirectory:
         """
         self.stage = stage
         self.is_main = PartialState().is_main_process
-        self.key = hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
-        self._folder = UNFINISHED / stage / self.key
+        key = hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
+        self._folder = UNFINISHED / stage / key
         self.files = self._folder / "files"
         """What will be published."""
         self.checkpoints = self._folder / "checkpoints"
@@ -81,6 +82,13 @@ class RunDirectory:
         write_json(self._folder / IDENTITY, identity)
         write_text(self.files / "params.yaml", params.text)
         write_json(self.files / "provenance.json", provenance)
+
+    def tracking_id(self) -> str:
+        """Return a name for wandb: the same when the run is continued, another when run again."""
+        path = self._folder / "tracking_id"
+        if not path.exists():
+            write_text(path, secrets.token_hex(4))
+        return path.read_text()
 
     def continue_after(self, step: int, steps: int) -> None:
         """Note that the run goes on from a checkpoint."""

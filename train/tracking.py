@@ -33,7 +33,7 @@ class Tracker:
                 job_type=run.stage,
                 dir=str(WORK),
                 mode=settings.wandb if run.is_main else "disabled",
-                id=run.key,
+                id=run.tracking_id() if run.is_main else None,
                 resume="allow",
                 config=dict(config),
             )
