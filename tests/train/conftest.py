@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.stage_server import StageServer
 from train.batching import ImageTexts
 from train.data import Examples
 from train.prompts import Branch
@@ -93,3 +94,10 @@ class SilentTracker:
 @pytest.fixture
 def tracker():
     return SilentTracker()
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Stages in processes of their own."""
+    with StageServer() as started:
+        yield started

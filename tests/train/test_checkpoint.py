@@ -1,0 +1,170 @@
+import os
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from train.checkpoint import Checkpoints
+
+PROGRESS = {"rows": [{"step": 3, "loss": 0.1 + 0.2}], "learning_rate": 1e-3 / 3}
+
+
+class Small:
+    """Something that learns from random numbers, with two groups and two kinds of numbers."""
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.first = nn.Linear(3, 4)
+        self.second = nn.Linear(4, 1).to(torch.bfloat16)
+        self.unused = nn.Parameter(torch.ones(()))
+        groups = [
+            {"params": self.first.parameters(), "lr": 0.1},
+            {"params": [*self.second.parameters(), self.unused], "lr": 0.01},
+        ]
+        self.optimizer = torch.optim.AdamW(groups)
+
+    @property
+    def learning(self):
+        named = [("first", self.first), ("second", self.second)]
+        learning = {f"{n}.{m}": p for n, part in named for m, p in part.named_parameters()}
+        return learning | {"unused": self.unused}
+
+    def step(self, number):
+        random_5x3 = torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+        self.optimizer.zero_grad()
+        self.second(self.first(random_5x3).to(torch.bfloat16)).square().sum().backward()
+        self.optimizer.step()
+
+    def same(self, other):
+        pairs = [(self.learning[name], other.learning[name]) for name in self.learning]
+        mine, theirs = (s.optimizer.state_dict()["state"] for s in (self, other))
+        assert mine.keys() == theirs.keys()
+        for number, state in mine.items():
+            assert state.keys() == theirs[number].keys()
+            pairs += [(value, theirs[number][name]) for name, value in state.items()]
+        return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def small():
+    made = Small()
+    for number in range(3):
+        made.step(number)
+    return made
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Save a state after some steps, with the parts of it that fit in JSON."""
+
+    def save(small, step, keep=2, progress=PROGRESS, folder="checkpoints"):
+        kept = Checkpoints(tmp_path / folder, keep)
+        return kept.save(step, small.learning, small.optimizer, progress)
+
+    return save
+
+
+def test_what_is_restored_is_what_was_saved_and_learns_on_the_same(small, save, tmp_path):
+    save(small, 3)
+    found = Checkpoints(tmp_path / "checkpoints", 2).latest()
+    assert (found.step, found.progress) == (3, PROGRESS)
+    other = Small(seed=1)
+    other.step(7)
+    found.restore(other.learning, other.optimizer)
+    assert other.same(small)
+    assert [group["lr"] for group in other.optimizer.param_groups] == [0.1, 0.01]
+    for number in range(3, 6):
+        small.step(number)
+        other.step(number)
+    assert other.same(small)
+    small.step(0)
+    assert not other.same(small)
+
+
+def test_what_was_read_is_no_view_of_the_file(small, save, tmp_path):
+    """The file is deleted, or replaced, while the run goes on."""
+    path = save(small, 3)
+    found = Checkpoints(tmp_path / "checkpoints", 2).latest()
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    other = Small(seed=1)
+    found.restore(other.learning, other.optimizer)
+    assert other.same(small)
+
+
+def test_the_same_state_is_the_same_file(small, save):
+    assert save(small, 3).read_bytes() == save(small, 3, folder="again").read_bytes()
+
+
+def test_without_a_checkpoint_there_is_none(tmp_path, capsys):
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest() is None
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_last_ones_are_kept(small, save, tmp_path, keep):
+    steps = [1, 2, 10, 99, 100, 12_345_678]
+    for number, step in enumerate(steps, start=1):
+        path = save(small, step, keep=keep)
+        paths = Checkpoints(tmp_path / "checkpoints", keep).paths
+        wanted = steps[max(0, number - keep) : number]
+        assert [int(p.stem.removeprefix("step-")) for p in paths] == wanted
+        assert paths[-1] == path
+        assert {p.name for p in path.parent.iterdir()} == {p.name for p in paths}
+        assert Checkpoints(tmp_path / "checkpoints", keep).latest().step == step
+
+
+def test_a_file_cut_at_any_length_is_named_and_the_one_before_read(small, save, tmp_path, capsys):
+    save(small, 3)
+    path = save(small, 4)
+    whole = path.read_bytes()
+    lengths = [*range(0, len(whole), 7), *range(12), len(whole) - 1]
+    assert len(lengths) > 100
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 3, length
+        said = capsys.readouterr().err
+        assert said.startswith(f"{path}: damaged (")
+        assert said.endswith("); trying the one before\n")
+        assert said.count("\n") == 1
+        assert path.exists(), "somebody may want to look at it"
+
+
+def test_a_flipped_bit_of_a_tensor_is_noticed(small, save, tmp_path):
+    save(small, 3)
+    path = save(small, 4)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    bits = random.Random(0)
+    for place in range(header, len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bits.randrange(8)
+        path.write_bytes(damaged)
+        assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 3, place
+
+
+def test_with_none_that_is_whole_all_are_named_and_there_is_none(small, save, tmp_path, capsys):
+    paths = [save(small, step) for step in (3, 4)]
+    for path in paths:
+        path.write_bytes(bytes(50))
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest() is None
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(": damaged")[0] for line in said] == [str(path) for path in reversed(paths)]
+
+
+def test_a_save_that_fails_leaves_those_before_and_no_half_file(small, save, tmp_path, monkeypatch):
+    save(small, 3)
+    for name in ("fsync", "replace"):
+
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left"):
+                save(small, 4, keep=1)
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [
+            "step-00000003.safetensors"
+        ]
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 3
