@@ -11,6 +11,7 @@ from cache.settings import Params
 from eval.settings import EvaluateSettings
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.settings import (
+    CheckpointSettings,
     FinetuneSettings,
     LlmSettings,
     PretrainSettings,
@@ -39,6 +40,7 @@ SECTIONS = {
     "pretrain": PretrainSettings,
     "finetune": FinetuneSettings,
     "evaluate": EvaluateSettings,
+    "checkpoints": CheckpointSettings,
     "tracking": TrackingSettings,
 }
 
@@ -123,3 +125,8 @@ def test_a_training_setting_never_touches_the_features():
     for stage in ("fetch", "index", "extract"):
         tops = {key.split(".")[0] for key in STAGES[stage]["params"]}
         assert tops.isdisjoint({"pretrain", "finetune", "llm", "projector", "evaluate"})
+
+
+def test_what_changes_no_number_makes_no_stage_run_again():
+    named = {key.split(".")[0] for stage in STAGES.values() for key in stage["params"]}
+    assert named == {"seed", *SECTIONS} - {"checkpoints", "tracking"}

@@ -104,3 +104,11 @@ def test_the_seed_is_a_whole_number(tmp_path):
     for text in ("seed: 3.0", "seed: true", "seed: x"):
         with pytest.raises(SettingsError, match=r"seed is .* wanted int"):
             params(tmp_path, text).seed()
+
+
+@pytest.mark.parametrize("text", ["seed: 3", "# why\nseed:  3   # ü\n\n", "{seed: 3}\n"])
+def test_the_text_is_kept_as_it_was_read_whatever_becomes_of_the_file(tmp_path, text):
+    found = params(tmp_path, text)
+    found.path.write_text("seed: 4")
+    assert found.text == text
+    assert found.seed() == 3

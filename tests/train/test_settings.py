@@ -1,14 +1,23 @@
 import pytest
 
 from cache.errors import SettingsError
-from train.settings import FinetuneSettings, LlmSettings, PretrainSettings, ProjectorSettings
+from train.settings import (
+    CheckpointSettings,
+    FinetuneSettings,
+    LlmSettings,
+    PretrainSettings,
+    ProjectorSettings,
+)
 
 POSITIVE = (
     "epochs",
     "learning_rate",
     "clip_norm",
+    "texts_per_image",
     "micro_batch_tokens",
+    "row_tokens",
     "max_text_tokens",
+    "window_shards",
     "log_every_steps",
     "validate_every_steps",
 )
@@ -53,9 +62,27 @@ def test_a_bad_value_of_lora_is_named(workspace, name, value):
         params.section("finetune", FinetuneSettings)
 
 
+@pytest.mark.parametrize("name", ["every_steps", "every_minutes", "keep"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_bad_value_of_checkpoints_is_named(workspace, name, value):
+    params = workspace.params(checkpoints={name: value})
+    with pytest.raises(SettingsError, match=rf"params.yaml: checkpoints: {name} is"):
+        params.section("checkpoints", CheckpointSettings)
+
+
+def test_minutes_between_checkpoints_may_be_a_fraction_but_must_be_a_number(workspace):
+    params = workspace.params(checkpoints={"every_minutes": 0.5})
+    assert params.section("checkpoints", CheckpointSettings).every_minutes == 0.5
+    for value in (float("nan"), float("inf")):
+        params = workspace.params(checkpoints={"every_minutes": value})
+        with pytest.raises(SettingsError, match=r"checkpoints: every_minutes is"):
+            params.section("checkpoints", CheckpointSettings)
+
+
 @pytest.mark.parametrize(
     ("section", "cls", "name", "value"),
     [
+        ("pretrain", PretrainSettings, "order", "random"),
         ("llm", LlmSettings, "quantize", "int8"),
         ("llm", LlmSettings, "dtype", "fp16"),
         ("projector", ProjectorSettings, "kind", "conv"),
@@ -73,3 +100,4 @@ def test_what_the_workspace_writes_is_allowed(workspace):
     params = workspace.params()
     assert params.section("pretrain", PretrainSettings).batch_captions == 8
     assert params.section("finetune", FinetuneSettings).lora.alpha == 8
+    assert params.section("checkpoints", CheckpointSettings).keep == 2
