@@ -210,7 +210,7 @@ def dropping(make_model):
 
 @pytest.fixture
 def two_passes(build):
-    data = build(MANY, row_tokens=150, pass_tokens=200)
+    data = build(MANY, row_tokens=80, pass_tokens=80)
     assert len(data.passes) == 2
     return data
 
