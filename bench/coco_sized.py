@@ -1,0 +1,147 @@
+"""Makes what training starts from, as large as COCO 2017 and LLaVA-Instruct-150K, without pictures.
+
+The annotation files are in the official layouts, and `pipeline.index` itself makes the tables of
+them. Texts are random words of the demo's language, as long as the real texts; pictures are one
+small JPEG over and over, told apart by what follows its end; features are random.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from ruamel.yaml import YAML
+
+from bench.stores import SPEC, make_random_store
+from cache.files import write_json
+
+ROOT = Path(__file__).parents[1]
+
+IMAGES = {"train": 118_287, "val": 5_000}
+CAPTIONS = {"train": 591_753, "val": 25_014}
+CONVERSATIONS = {"conversation": 56_681, "detail": 23_240, "complex": 77_791}
+"""157,712 in all; about images of train."""
+
+CAPTION_WORDS = (8, 15)
+TURNS = {"conversation": (3, 6), "detail": (1, 1), "complex": (1, 1)}
+QUESTION_WORDS = (6, 16)
+ANSWER_WORDS = {"conversation": (8, 40), "detail": (80, 130), "complex": (90, 170)}
+
+SPEC_SMALL = dataclasses.replace(SPEC, model="ViT-demo-32", width=128)
+"""The demo's tower has this width; ViT-B/32 has these 49 patches."""
+
+Random = np.random.Generator
+
+
+def make_workspace(folder: Path) -> None:
+    """Make index, features and settings in an empty folder."""
+    rng = np.random.default_rng(0)
+    number = sum(IMAGES.values())
+    shuffled = rng.permutation(number)
+    image_ids = {
+        "train": np.sort(shuffled[: IMAGES["train"]]),
+        "val": np.sort(shuffled[IMAGES["train"] :]),
+    }
+    words = demo_words()
+    raw = folder / "raw"
+    raw.mkdir()
+    for split, ids in image_ids.items():
+        write_json(raw / f"captions_{split}.json", captions_file(rng, words, ids, CAPTIONS[split]))
+        write_pictures(raw / f"{split}.zip", ids)
+    write_json(raw / "instruct.json", list(conversations(rng, words, image_ids["train"])))
+    write_settings(folder)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline.index"]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    store = make_random_store(folder / "made", number, SPEC_SMALL)
+    store.rename(folder / "data/features")
+
+
+def demo_words() -> NDArray[np.object_]:
+    """Return the whole words that the demo's tokenizer knows: a token each."""
+    tokenizer = json.loads((ROOT / "demo/checkpoints/phi/tokenizer.json").read_text())
+    # In this alphabet of bytes, that letter is a space.
+    words = [name[1:] for name in tokenizer["model"]["vocab"] if name.startswith("Ġ")]
+    return np.array(sorted(word for word in words if word.isalpha()), dtype=object)
+
+
+def sentence(rng: Random, words: NDArray[np.object_], lengths: tuple[int, int]) -> str:
+    """Return random words; the smallest and the greatest number of them are given."""
+    drawn = words[rng.integers(0, len(words), rng.integers(lengths[0], lengths[1] + 1))]
+    return " ".join(drawn.tolist())
+
+
+def captions_file(
+    rng: Random, words: NDArray[np.object_], image_ids: NDArray[np.int64], count: int
+) -> dict[str, Any]:
+    """Return the content of a captions file: five an image, and one more for the first ones."""
+    captioned = np.resize(image_ids, count).tolist()
+    return {
+        "info": {"description": "as large as COCO 2017"},
+        "licenses": [{"id": 1, "name": "none"}],
+        "images": [
+            {"id": i, "file_name": file_name(i), "width": 640, "height": 480, "license": 1}
+            for i in image_ids.tolist()
+        ],
+        "annotations": [
+            {"id": number, "image_id": i, "caption": sentence(rng, words, CAPTION_WORDS)}
+            for number, i in enumerate(captioned)
+        ],
+    }
+
+
+def conversations(
+    rng: Random, words: NDArray[np.object_], image_ids: NDArray[np.int64]
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of an instruct file, kind by kind."""
+    for kind, count in CONVERSATIONS.items():
+        for image_id in rng.choice(image_ids, count).tolist():
+            said = []
+            for turn in range(rng.integers(TURNS[kind][0], TURNS[kind][1] + 1)):
+                question = sentence(rng, words, QUESTION_WORDS) + "?" + "\n<image>" * (turn == 0)
+                answer = sentence(rng, words, ANSWER_WORDS[kind])
+                said += [("human", question), ("gpt", answer)]
+            turns = [{"from": role, "value": text} for role, text in said]
+            yield {
+                "id": Path(file_name(image_id)).stem,
+                "image": file_name(image_id),
+                "conversations": turns,
+            }
+
+
+def file_name(image_id: int) -> str:
+    """Return the name that COCO gives an image."""
+    return f"{image_id:012}.jpg"
+
+
+def write_pictures(path: Path, image_ids: Iterable[int]) -> None:
+    """Write a zip of one small picture under many names; no two files are alike."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(picture, "JPEG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for image_id in image_ids:
+            archive.writestr(file_name(image_id), picture.getvalue() + b"%d" % image_id)
+
+
+def write_settings(folder: Path) -> None:
+    """Write the demo's settings with these inputs, and a row of history for every step."""
+    values = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+    splits = {
+        split: {"images": f"raw/{split}.zip", "captions": f"raw/captions_{split}.json"}
+        for split in IMAGES
+    }
+    values["data"] |= splits | {"source": "local", "instruct": "raw/instruct.json"}
+    values["llm"]["model"] = str(ROOT / "demo/checkpoints/phi")
+    for stage in ("pretrain", "finetune"):
+        values[stage] |= {"log_every_steps": 1, "validate_every_steps": 10**9}
+    # JSON is YAML, but for numbers like 1e-05, which this does not have.
+    write_json(folder / "params.yaml", values)
