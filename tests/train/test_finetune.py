@@ -38,9 +38,9 @@ def record(monkeypatch):
         seen["before"] = {n: t.clone() for n, t in seen["model"].state_dict().items()}
         return seen["model"]
 
-    def stepping(task, data, *rest):
+    def stepping(model, optimizer, data, **named):
         seen["images"].extend(data.image_ids)
-        return step(task, data, *rest)
+        return step(model, optimizer, data, **named)
 
     monkeypatch.setattr(train.finetune, "load_language_model", loading)
     monkeypatch.setattr(train.loop, "optimizer_step", stepping)

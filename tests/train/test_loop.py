@@ -3,14 +3,16 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
+import train.loop
 from cache.errors import StageError
+from tests.train.stage_server import without_speeds
 from train.data import Example
 from train.history import peak_memory_gib
-from train.loop import Task, optimizer_step, samples, train, validation_loss
+from train.loop import train as run_loop
 from train.prompts import caption_text, conversation_text
-from train.step import build_step, mean_loss
+from train.settings import CheckpointSettings
+from train.step import NAMED_IMAGES
 
 COLORS = ("red", "blue", "green")
 EXAMPLES = [
@@ -18,44 +20,93 @@ EXAMPLES = [
     for n, i in enumerate(range(100, 110))
 ]
 QUESTIONS = [Example(i, (conversation_text([("where", "in the box")]),)) for i in (111, 112, 113)]
-SPEEDS = ("tokens_per_second", "images_per_second", "data_wait_share", "peak_memory_gib")
+SAVING = {"every_steps": 1000, "every_minutes": 60.0, "keep": 100}
 
 
 class Run:
     """Keeps the history that a run directory would write."""
 
     stage = "test"
+    is_main = True
+
+    def __init__(self, folder):
+        self.checkpoints = folder
+        self.rows, self.continued = [], None
 
     def write_history(self, rows):
         self.rows = [dict(row) for row in rows]
 
+    def continue_after(self, step, steps):
+        self.continued = step, steps
+
+    @property
+    def saved(self):
+        paths = sorted(self.checkpoints.glob("*.safetensors"))
+        return [int(path.stem.removeprefix("step-")) for path in paths]
+
 
 @pytest.fixture
-def run_once(make_task, make_model, settings, tracker):
+def make_run(tmp_path):
+    folders = itertools.count()
+    return lambda: Run(tmp_path / f"checkpoints {next(folders)}")
+
+
+@pytest.fixture
+def loop(make_run, tracker):
+    """Train a task; return metrics and the run."""
+
+    def loop(task, run=None, **saving):
+        run = run or make_run()
+        return run_loop(task, CheckpointSettings(**SAVING | saving), run, tracker), run
+
+    return loop
+
+
+@pytest.fixture
+def run_once(make_task, make_model, settings, loop):
     """Train a fresh model, return what came out."""
 
-    def run_once(seed=0, lora=0.2, kind="mlp", validation=QUESTIONS, **changes):
+    def run_once(seed=0, lora=0.2, kind="mlp", validation=QUESTIONS, batch_size=8, **changes):
         model = make_model(kind, lora=lora, seed=seed)
-        task = make_task(EXAMPLES, validation=validation, seed=seed, model=model)
-        run = Run()
-        metrics = train(task, settings(**changes), run, tracker)
-        weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        return metrics, run.rows, weights
+        task = make_task(
+            EXAMPLES,
+            validation=validation,
+            seed=seed,
+            model=model,
+            batch_size=batch_size,
+            settings=settings(**changes),
+        )
+        metrics, run = loop(task)
+        return metrics, run.rows, {n: p.detach() for n, p in model.learning().items()}
 
     return run_once
 
 
 def without_speed(rows):
-    return [{name: value for name, value in row.items() if name not in SPEEDS} for row in rows]
+    return [without_speeds(row) for row in rows]
 
 
-def test_a_small_run_learns(make_task, make_model, settings, tracker):
-    task, run = make_task(EXAMPLES[:3], learning_rate=3e-2, model=make_model(lora=0.0)), Run()
-    metrics = train(task, settings(epochs=40, validate_every_steps=1000), run, tracker)
+def poison_at(task, step, value):
+    """Spoil a weight after an optimizer step; return the steps that are made."""
+    made = []
+
+    def spoil(*_):
+        made.append(1)
+        if len(made) == step:
+            task.model.projector.layers[2].bias.data.fill_(value)
+
+    task.optimizer.register_step_post_hook(spoil)
+    return made
+
+
+def test_a_small_run_learns(make_task, make_model, settings, loop):
+    chosen = settings(epochs=40, validate_every_steps=1000)
+    model = make_model(lora=0.0)
+    metrics, run = loop(make_task(EXAMPLES[:3], learning_rate=3e-2, model=model, settings=chosen))
     losses = [row["loss"] for row in run.rows]
     assert losses[-1] < 0.5 * losses[0]
     assert metrics["loss"] == losses[-1]
-    assert metrics["steps"] == len(losses) == 30
+    assert metrics["steps"] == len(losses) == 40
 
 
 @pytest.mark.parametrize("kind", ["mlp", "resblock"])
@@ -80,115 +131,16 @@ def test_generating_and_validating_do_not_change_what_is_learned(run_once):
 
 
 def test_the_cut_into_forward_passes_does_not_change_a_run(run_once):
-    _, rows, weights = run_once(lora=0.0, micro_batch_tokens=1)
-    for max_tokens in (50, 10_000):
-        _, other_rows, other = run_once(lora=0.0, micro_batch_tokens=max_tokens)
+    _, rows, weights = run_once(lora=0.0, micro_batch_tokens=1, row_tokens=1)
+    for row_tokens, pass_tokens in ((30, 50), (60, 10_000)):
+        _, other_rows, other = run_once(
+            lora=0.0, micro_batch_tokens=pass_tokens, row_tokens=row_tokens
+        )
         for row, other_row in zip(rows, other_rows, strict=True):
             assert row["loss"] == pytest.approx(other_row["loss"], rel=1e-3)
         for name in weights:
             difference = (weights[name] - other[name]).norm() / weights[name].norm()
             assert difference < 1e-2, name
-
-
-def step_data(task, settings, examples, **changes):
-    chosen = settings(**changes)
-    return build_step(
-        examples,
-        task.tokenizer,
-        task.store,
-        max_tokens=chosen.micro_batch_tokens,
-        max_text_tokens=chosen.max_text_tokens,
-        device=torch.device("cpu"),
-    )
-
-
-@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
-def test_the_gradient_is_that_of_the_token_mean_over_the_whole_step(
-    make_task, settings, max_tokens
-):
-    """Texts of different length: a mean of means would be another number."""
-    examples = [EXAMPLES[0], Example(105, (caption_text("the dog is on the red box"),))]
-    task = make_task(examples)
-    whole = step_data(task, settings, examples, micro_batch_tokens=10_000)
-    patches, batch = whole.parts[0]
-    logits = task.model.logits(patches, batch)
-    nn.functional.cross_entropy(logits, batch.targets, reduction="mean").backward()
-    wanted = [p.grad.clone() for p in task.model.projector.parameters()]
-    data = step_data(task, settings, examples, micro_batch_tokens=max_tokens)
-    loss_sum = optimizer_step(task, data, 1e9, 1)
-    task_mean = nn.functional.cross_entropy(logits, batch.targets).item()
-    assert loss_sum / data.num_learned == pytest.approx(task_mean, rel=1e-5)
-    for parameter, gradient in zip(task.model.projector.parameters(), wanted, strict=True):
-        assert (parameter.grad - gradient).norm() < 1e-5 * gradient.norm()
-
-
-@pytest.mark.parametrize("clip_norm", [1e-4, 0.1, 1e9])
-def test_gradients_are_clipped_over_all_groups_together(
-    make_model, tokenizer, store, settings, clip_norm
-):
-    def stepped(clip):
-        model = make_model(lora=0.0)
-        groups = [
-            {"params": list(model.projector.parameters()), "lr": 1.0},
-            {"params": [p for p in model.language_model.parameters() if p.requires_grad]},
-        ]
-        task = Task(
-            model=model, tokenizer=tokenizer, store=store, train=EXAMPLES, validation=[],
-            batch_size=8, optimizer=torch.optim.SGD(groups, lr=1.0), seed=0,
-        )  # fmt: skip
-        parameters = [p for group in groups for p in group["params"]]
-        before = torch.cat([p.detach().flatten().clone() for p in parameters])
-        optimizer_step(task, step_data(task, settings, EXAMPLES[:2]), clip, 1)
-        return before - torch.cat([p.detach().flatten() for p in parameters])
-
-    free, clipped = stepped(1e12), stepped(clip_norm)
-    wanted = free * min(1, clip_norm / free.norm().item())
-    assert (clipped - wanted).norm() < 1e-3 * wanted.norm() + 1e-5
-    assert (clip_norm < free.norm()) == (clip_norm < 1e9), "the sweep clips and does not clip"
-
-
-def test_gradients_do_not_pile_up_over_steps(make_task, settings):
-    task = make_task(EXAMPLES, learning_rate=0.0)
-    data = step_data(task, settings, EXAMPLES[:2])
-    optimizer_step(task, data, 1e9, 1)
-    first = [p.grad.clone() for p in task.model.projector.parameters()]
-    optimizer_step(task, data, 1e9, 2)
-    second = [p.grad for p in task.model.projector.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_images(
-    make_task, settings, tracker, value
-):
-    task = make_task(EXAMPLES[:2], batch_size=2)
-    weights = task.model.projector.layers[2].bias
-    poison = settings(epochs=3)
-    calls = []
-
-    def break_it(*_):
-        calls.append(1)
-        if len(calls) == 2:
-            weights.data.fill_(value)
-
-    task.optimizer.register_step_post_hook(break_it)
-    with pytest.raises(
-        StageError, match=r"step 3: the loss is (nan|inf).*Images of the step \(1\): 10[01]\. "
-    ):
-        train(task, poison, Run(), tracker)
-    assert len(calls) == 2, "no step is made on it"
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_are_lost(
-    make_task, settings
-):
-    task = make_task(EXAMPLES)
-    data = step_data(task, settings, EXAMPLES[:2])
-    first = task.model.projector.layers[0].weight
-    first.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(StageError, match=r"step 7: .*gradient.*\(2\): 100, 101\. "):
-        optimizer_step(task, data, 1.0, 7)
-    assert all(p.isfinite().all() for p in task.model.projector.parameters())
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero(run_once):
@@ -203,11 +155,9 @@ def test_the_learning_rate_warms_up_and_falls_to_zero(run_once):
 
 def test_rows_are_logged_and_validated_as_often_as_asked(run_once, tracker):
     _, rows, _ = run_once(epochs=3, log_every_steps=2, validate_every_steps=3)
-    last = rows[-1]["step"]
-    assert last == 8
-    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8]
-    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 8]
-    assert [step for step, _ in tracker.samples] == [3, 6, 8]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9]
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6, 9]
+    assert [step for step, _ in tracker.samples] == [3, 6, 9]
     assert tracker.rows == [(row["step"], row) for row in rows]
 
 
@@ -218,25 +168,6 @@ def test_the_loss_of_a_row_is_the_mean_over_all_tokens_since_the_row_before(run_
     assert len(coarse) == 1
     losses = [row["loss"] for row in fine]
     assert min(losses) < coarse[0]["loss"] < max(losses)
-
-
-def test_validation_is_the_mean_loss_of_the_first_images(make_task, settings):
-    task = make_task(EXAMPLES, validation=QUESTIONS)
-    found = validation_loss(task, settings(validation_images=2))
-    assert found == mean_loss(task.model, step_data(task, settings, QUESTIONS[:2]))
-    assert validation_loss(task, settings(validation_images=0)) is None
-
-
-def test_samples_ask_the_first_question_and_show_the_right_answer(make_task, settings):
-    task = make_task(EXAMPLES, validation=[*QUESTIONS[:1], EXAMPLES[0], *QUESTIONS[1:]])
-    made = samples(task, settings(samples=2))
-    prompt = "Instruct: where\nOutput:"
-    assert [(i, wanted) for i, wanted, _ in made] == [
-        (111, f"{prompt} in the box"),
-        (100, "a red cat"),
-    ]
-    assert made[0][2].startswith(prompt)
-    assert samples(task, settings(samples=0)) == []
 
 
 def test_a_run_without_validation_has_metrics_that_json_can_hold(run_once):
@@ -256,24 +187,128 @@ def test_metrics_count_images_and_texts(run_once):
     assert metrics["tokens_per_second"] > 0
 
 
-def test_the_windowed_order_trains_on_every_example_and_stays_in_its_window(
-    make_task, settings, tracker, monkeypatch
+def test_without_texts_it_says_where_to_look(make_task, loop):
+    with pytest.raises(StageError, match=r"test: no text to learn from. Look at reports/index"):
+        loop(make_task([]))
+
+
+# What is not finite
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_images_and_checkpoint(
+    make_task, settings, make_run, loop, value
 ):
-    task = make_task(EXAMPLES, batch_size=1)
-    shards = dict(
-        zip(task.store.image_ids, task.store.shards_of(task.store.image_ids), strict=True)
-    )
-    assert len(set(shards.values())) > 1
-    seen, asked = [], []
-    real = optimizer_step
-    monkeypatch.setattr(
-        "train.loop.optimizer_step",
-        lambda task, data, *rest: seen.extend(data.image_ids) or real(task, data, *rest),
-    )
-    monkeypatch.setattr(type(task.store), "read_ahead", lambda store, shards: asked.extend(shards))
-    train(task, settings(epochs=1, order="windowed", window_shards=1), Run(), tracker)
-    assert sorted(seen) == [example.image_id for example in EXAMPLES]
-    visited = [shards[image_id] for image_id in seen]
-    changes = sum(a != b for a, b in itertools.pairwise(visited))
-    assert changes == len(set(visited)) - 1
-    assert asked == list(dict.fromkeys(visited))
+    task = make_task(EXAMPLES[:2], batch_size=2, settings=settings(epochs=3))
+    made, run = poison_at(task, 2, value), make_run()
+    with pytest.raises(
+        StageError,
+        match=r"^step 3: the loss is (nan|inf).*Images of the step \(1\): 10[01]\. "
+        r"Last checkpoint: none yet\. Lower the learning rate, or check the features with "
+        rf"`python -m cache.verify {task.store.root}`\.$",
+    ):
+        loop(task, run)
+    assert len(made) == 2, "no step is made on it"
+    assert run.saved == []
+
+
+def test_of_many_images_the_first_are_named(make_task, loop):
+    task = make_task(EXAMPLES, batch_size=20)
+    task.model.projector.layers[2].bias.data.fill_(math.nan)
+    with pytest.raises(StageError, match=r"Images of the step \(10\): (\d+, ){8}\.\.\.\. Last"):
+        loop(task)
+    assert NAMED_IMAGES == 8
+
+
+def test_the_last_checkpoint_before_a_loss_that_is_not_finite_is_named_and_is_fine(
+    make_task, settings, make_run, loop
+):
+    def task():
+        return make_task(EXAMPLES, settings=settings(epochs=2))
+
+    failing, run = task(), make_run()
+    poison_at(failing, 3, math.nan)
+    path = run.checkpoints / "step-00000002.safetensors"
+    with pytest.raises(StageError, match=rf"^step 4: .*Last checkpoint: {path}\. Lower"):
+        loop(failing, run, every_steps=2)
+    assert run.saved == [2]
+    metrics, _ = loop(task(), run, every_steps=2)
+    assert run.continued == (2, 6)
+    unbroken, whole = loop(task())
+    assert without_speed([metrics]) == without_speed([unbroken])
+    assert without_speed(run.rows) == without_speed(whole.rows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_never_saved(make_task, settings, make_run, loop, value):
+    task, run = make_task(EXAMPLES, settings=settings(epochs=2)), make_run()
+    poison_at(task, 4, value)
+    path = run.checkpoints / "step-00000002.safetensors"
+    with pytest.raises(
+        StageError,
+        match=rf"^step 4: the weights are not finite any more\. Last checkpoint: {path}\. Lower",
+    ):
+        loop(task, run, every_steps=2)
+    assert run.saved == [2]
+
+
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(make_task, make_run, loop):
+    """No loss would tell, where nothing is validated on."""
+    task, run = make_task(EXAMPLES), make_run()
+    poison_at(task, 3, math.nan)
+    with pytest.raises(StageError, match=r"^step 3: the weights are not finite"):
+        loop(task, run)
+    assert run.saved == []
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(make_task, loop, monkeypatch):
+    monkeypatch.setattr(train.loop, "validation_loss", lambda task: math.inf)
+    task = make_task(EXAMPLES, validation=QUESTIONS)
+    with pytest.raises(
+        StageError,
+        match=r"^step 3: the validation loss is inf\. Last checkpoint: .*/step-00000003",
+    ):
+        loop(task)
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize(
+    ("saving", "wanted"),
+    [
+        ({"every_steps": 1000}, [6]),
+        ({"every_steps": 2}, [2, 4, 6]),
+        ({"every_steps": 4}, [4, 6]),
+        ({"every_minutes": 1e-9}, [1, 2, 3, 4, 5, 6]),
+        ({"every_steps": 1, "keep": 2}, [5, 6]),
+    ],
+)
+def test_checkpoints_come_as_often_as_asked_and_always_at_the_end(
+    make_task, settings, loop, saving, wanted
+):
+    _, run = loop(make_task(EXAMPLES, settings=settings(epochs=2)), **saving)
+    assert run.saved == wanted
+    assert run.continued is None
+
+
+def test_checkpoints_do_not_change_what_is_learned(make_task, settings, loop):
+    def weights(**saving):
+        task = make_task(EXAMPLES, settings=settings(epochs=2))
+        loop(task, **saving)
+        return [p.detach() for p in task.model.learning().values()]
+
+    assert all(map(torch.equal, weights(), weights(every_steps=1)))
+
+
+def test_from_the_last_checkpoint_only_the_end_is_made_again(make_task, make_run, loop):
+    run = make_run()
+    first, _ = loop(make_task(EXAMPLES), run)
+    rows = run.rows
+    task = make_task(EXAMPLES)
+    made = poison_at(task, -1, 0.0)
+    again, _ = loop(task, run)
+    assert made == []
+    assert run.continued == (3, 3)
+    assert without_speed([again]) == without_speed([first])
+    assert without_speed(run.rows) == without_speed(rows)

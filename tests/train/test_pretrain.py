@@ -40,9 +40,9 @@ def learned_images(monkeypatch):
     seen = []
     step = train.loop.optimizer_step
 
-    def recording(task, data, *rest):
+    def recording(model, optimizer, data, **named):
         seen.extend(data.image_ids)
-        return step(task, data, *rest)
+        return step(model, optimizer, data, **named)
 
     monkeypatch.setattr(train.loop, "optimizer_step", recording)
     return seen

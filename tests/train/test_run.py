@@ -1,15 +1,27 @@
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from cache import FeatureStore
+from cache.errors import StageError
 from cache.files import sha256_of
 from train.data import CAPTIONS, CONVERSATIONS, FEATURES
-from train.run import LIBRARIES, RUNS, RunDirectory, git_commit, provenance
+from train.run import (
+    LIBRARIES,
+    RUNS,
+    UNFINISHED,
+    RunDirectory,
+    alone,
+    git_commit,
+    identity,
+    provenance,
+)
 
+REPORT = Path("reports/pretrain.json")
 PUBLISHED = {"params.yaml", "provenance.json", "metrics.json", "history.csv"}
 
 
@@ -18,42 +30,43 @@ def names(folder):
 
 
 def test_nothing_is_seen_before_it_is_published_whole(workspace):
-    run = RunDirectory("pretrain", workspace.params(), {"git_commit": "x"})
+    run = RunDirectory("pretrain", workspace.params(), {}, {"git_commit": "x"})
     run.write_history([{"step": 1, "loss": 2.0}])
     assert not RUNS.exists()
-    run.publish({"loss": 2.0})
+    run.publish({"loss": 2.0}, REPORT)
     assert names(RUNS / "pretrain") == PUBLISHED
     assert names(RUNS) == {"pretrain"}
     assert workspace.json("runs/pretrain/metrics.json") == {"loss": 2.0}
     assert workspace.json("runs/pretrain/provenance.json") == {"git_commit": "x"}
-    assert not any((workspace.root / ".work/runs").iterdir())
+    assert workspace.json("reports/pretrain.json") == {"loss": 2.0}
+    assert not any(UNFINISHED.joinpath("pretrain").iterdir())
 
 
 def test_settings_are_those_that_the_run_began_with(workspace):
     params = workspace.params(seed=5)
     before = params.path.read_bytes()
-    run = RunDirectory("pretrain", params, {})
+    run = RunDirectory("pretrain", params, {}, {})
     workspace.params(seed=6)
-    run.publish({})
+    run.publish({}, REPORT)
     assert (RUNS / "pretrain/params.yaml").read_bytes() == before
 
 
 def test_an_older_run_is_replaced_whole(workspace):
-    first = RunDirectory("pretrain", workspace.params(), {})
-    (first.path / "old.txt").write_text("old")
-    first.publish({"loss": 1})
-    second = RunDirectory("pretrain", workspace.params(), {})
+    first = RunDirectory("pretrain", workspace.params(), {}, {})
+    (first.files / "old.txt").write_text("old")
+    first.publish({"loss": 1}, REPORT)
+    second = RunDirectory("pretrain", workspace.params(), {}, {})
     assert "old.txt" in names(RUNS / "pretrain"), "until the next is finished"
-    second.publish({"loss": 2})
+    second.publish({"loss": 2}, REPORT)
     assert "old.txt" not in names(RUNS / "pretrain")
     assert workspace.json("runs/pretrain/metrics.json") == {"loss": 2}
 
 
 def test_no_half_run_is_there_while_an_older_one_is_deleted(workspace, monkeypatch):
     def make(loss):
-        run = RunDirectory("pretrain", workspace.params(), {})
+        run = RunDirectory("pretrain", workspace.params(), {}, {})
         run.write_history([])
-        run.publish({"loss": loss})
+        run.publish({"loss": loss}, REPORT)
 
     make(1)
     seen = []
@@ -82,9 +95,119 @@ def test_no_half_run_is_there_while_an_older_one_is_deleted(workspace, monkeypat
 
 
 def test_what_a_killed_run_left_is_not_taken_over(workspace):
-    (RunDirectory("pretrain", workspace.params(), {}).path / "left.txt").write_text("x")
-    RunDirectory("pretrain", workspace.params(), {}).publish({})
+    (RunDirectory("pretrain", workspace.params(), {}, {}).files / "left.txt").write_text("x")
+    RunDirectory("pretrain", workspace.params(), {}, {}).publish({}, REPORT)
     assert "left.txt" not in names(RUNS / "pretrain")
+
+
+def checkpoint(run, name="step-00000001.safetensors"):
+    run.checkpoints.mkdir(exist_ok=True)
+    (run.checkpoints / name).write_bytes(b"x")
+
+
+def test_the_same_inputs_find_their_checkpoints_and_others_do_not(workspace):
+    params = workspace.params()
+    first = RunDirectory("pretrain", params, {"seed": 0, "features": "a"}, {})
+    checkpoint(first)
+    again = RunDirectory("pretrain", params, {"features": "a", "seed": 0}, {})
+    assert names(again.checkpoints) == {"step-00000001.safetensors"}
+    for other in ({"seed": 1, "features": "a"}, {"seed": 0}, {"seed": 0, "features": "b"}):
+        assert not RunDirectory("pretrain", params, other, {}).checkpoints.exists()
+    assert not RunDirectory(
+        "finetune", params, {"seed": 0, "features": "a"}, {}
+    ).checkpoints.exists()
+
+
+def test_it_says_in_one_line_why_it_starts_afresh(workspace, capsys):
+    params = workspace.params()
+    RunDirectory("pretrain", params, {"seed": 0}, {})
+    assert capsys.readouterr().err == "", "there was nothing"
+    first = RunDirectory("pretrain", params, {"seed": 0, "pretrain.epochs": 1, "llm": "x"}, {})
+    assert capsys.readouterr().err == "", "there was no checkpoint"
+    checkpoint(first)
+    other = {"seed": 1, "llm": "x", "features": "f"}
+    RunDirectory("pretrain", params, other, {})
+    folder = first.checkpoints.parent
+    assert capsys.readouterr().err == (
+        f"pretrain: starts afresh. The checkpoints in {folder} are of another run: "
+        "features not there there, f here; pretrain.epochs 1 there, not there here; "
+        "seed 0 there, 1 here. They stay, for when those are back; delete the folder if not.\n"
+    )
+    RunDirectory("pretrain", params, other, {})
+    assert capsys.readouterr().err == "", "it is not said again"
+
+
+def test_of_several_unfinished_runs_it_names_the_one_that_was_begun_last(workspace, capsys):
+    params = workspace.params()
+    for seed, begun in ((0, 1_000), (1, 3_000), (2, 2_000)):
+        run = RunDirectory("pretrain", params, {"seed": seed}, {})
+        checkpoint(run)
+        os.utime(run.checkpoints.parent, (begun, begun))
+    capsys.readouterr()
+    RunDirectory("pretrain", params, {"seed": 3}, {})
+    assert "seed 1 there, 3 here" in capsys.readouterr().err
+
+
+def test_that_a_run_was_continued_is_in_its_provenance(workspace, capsys):
+    run = RunDirectory("pretrain", workspace.params(), {}, {"device": "CPU"})
+    run.continue_after(3, 9)
+    assert capsys.readouterr().err == "pretrain: going on after step 3 of 9\n"
+    run.publish({}, REPORT)
+    assert workspace.json("runs/pretrain/provenance.json") == {
+        "device": "CPU",
+        "continued_after_step": 3,
+    }
+
+
+def test_a_continued_run_keeps_its_name_for_wandb_and_one_that_is_run_again_gets_another(workspace):
+    params = workspace.params()
+    first = RunDirectory("pretrain", params, {}, {})
+    name = first.tracking_id()
+    assert name == first.tracking_id()
+    assert name == RunDirectory("pretrain", params, {}, {}).tracking_id()
+    first.publish({}, REPORT)
+    assert "tracking_id" not in names(RUNS / "pretrain")
+    assert name != RunDirectory("pretrain", params, {}, {}).tracking_id()
+
+
+@pytest.mark.usefixtures("workspace")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_one_command_at_a_time_has_the_runs_of_a_stage():
+    """Another process: a lock does not keep its own out."""
+
+    def refused(stage):
+        child = os.fork()
+        if child == 0:
+            code = 2
+            try:
+                with alone(stage):
+                    code = 0
+            except StageError:
+                code = 1
+            finally:
+                os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    with alone("pretrain"):
+        assert refused("pretrain") == 1
+        assert refused("finetune") == 0
+    assert refused("pretrain") == 0
+
+
+@pytest.mark.usefixtures("workspace")
+def test_what_decides_a_run_has_a_name_each(workspace):
+    store = FeatureStore(FEATURES)
+    made = identity(workspace.params(), ("llm", "finetune"), store, language_model="abc")
+    assert made["seed"] == 0
+    assert made["llm.quantize"] == "none"
+    assert made["finetune.lora.dropout"] == 0.05
+    assert made["features"] == store.fingerprint
+    assert made["features_sha256"] == sha256_of(FEATURES / "index.parquet")
+    assert made["captions.parquet_sha256"] == sha256_of(CAPTIONS)
+    assert made["conversations.parquet_sha256"] == sha256_of(CONVERSATIONS)
+    assert made["language_model"] == "abc"
+    sections = {name.partition(".")[0] for name in made}
+    assert not sections & {"pretrain", "checkpoints", "tracking", "evaluate"}
 
 
 @pytest.mark.usefixtures("workspace")
@@ -92,7 +215,7 @@ def test_provenance_names_code_features_texts_libraries_and_device():
     store = FeatureStore(FEATURES)
     made = provenance(store, torch.device("cpu"))
     assert set(made) == {
-        "git_commit", "features_fingerprint", "index_sha256", "versions", "device",
+        "git_commit", "features_fingerprint", "index_sha256", "versions", "device", "processes",
     }  # fmt: skip
     assert made["features_fingerprint"] == store.fingerprint
     assert made["index_sha256"] == {
@@ -101,6 +224,7 @@ def test_provenance_names_code_features_texts_libraries_and_device():
     assert set(made["versions"]) == set(LIBRARIES)
     assert made["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert made["device"].startswith("CPU")
+    assert made["processes"] == 1
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError, subprocess.CalledProcessError(128, "git")])

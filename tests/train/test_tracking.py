@@ -29,21 +29,40 @@ def _alone(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def log_something(mode):
+class Run:
+    stage = "pretrain"
+    is_main = True
+
+    def tracking_id(self):
+        return "0123abcd"
+
+
+def log_something(mode, run=None):
     config = {"seed": 0, "llm": {"model": "x"}}
-    with Tracker(TrackingSettings(wandb=mode), "pretrain", config) as tracker:
+    with Tracker(TrackingSettings(wandb=mode), run or Run(), config) as tracker:
         tracker.log(1, {"loss": 2.0})
         tracker.log_samples(1, [(7, "a cat", "a dog")])
 
 
 def test_offline_needs_no_account_and_writes_below_the_work_directory():
-    log_something("offline")
+    """And a run that goes on, in a folder of its own, is the same run."""
+    for _ in range(2):
+        log_something("offline")
     assert [path.name for path in Path().iterdir()] == [".work"]
     assert [path.name for path in Path(".work").iterdir()] == ["wandb"]
-    (run,) = Path(".work/wandb").glob("offline-run-*")
-    assert [path for path in run.glob("*.wandb") if path.stat().st_size > 0]
+    runs = list(Path(".work/wandb").glob("offline-run-*"))
+    assert {run.name.rsplit("-", 1)[1] for run in runs} == {"0123abcd"}
+    for run in runs:
+        assert (run / "run-0123abcd.wandb").stat().st_size > 0
 
 
 def test_disabled_writes_nothing():
     log_something("disabled")
+    assert [path for path in Path().rglob("*") if path.is_file()] == []
+
+
+def test_of_several_processes_only_the_main_one_records():
+    other = Run()
+    other.is_main = False
+    log_something("offline", other)
     assert [path for path in Path().rglob("*") if path.is_file()] == []
