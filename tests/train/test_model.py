@@ -1,0 +1,74 @@
+"""Laws of the model as a whole: what learns, what runs while training, which types meet."""
+
+import pytest
+import torch
+
+from train.batching import ImageTexts, collate
+from train.language_model import lora_dropouts
+from train.prompts import caption_text, tokenize
+
+PATCHES, WIDTH = 4, 8
+
+
+@pytest.fixture
+def batch(tokenizer):
+    texts = tokenize([caption_text("a red cat"), caption_text("the dog")], tokenizer, 99)
+    return collate([[ImageTexts(n, (text,)) for n, text in enumerate(texts)]], PATCHES)
+
+
+@pytest.fixture
+def patches():
+    return torch.randn(2, PATCHES, WIDTH, generator=torch.Generator().manual_seed(0)).half()
+
+
+@pytest.mark.parametrize("lora", [None, 0.5])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_projector_and_lora_learn_and_nothing_else(make_model, lora, quantize):
+    model = make_model(lora=lora, quantize=quantize)
+    names = set(model.learning())
+    assert {name for name in names if name.startswith("projector.")} == {
+        f"projector.{name}" for name, _ in model.projector.named_parameters()
+    }
+    others = {name for name in names if not name.startswith("projector.")}
+    assert all("lora_" in name for name in others)
+    # Two matrices on six layers of two blocks.
+    assert len(others) == (0 if lora is None else 24)
+
+
+def test_only_loras_dropout_runs_while_training(make_model):
+    model = make_model(lora=0.5)
+    for mode in (True, False, True):
+        model.train(mode)
+        running = {name for name, module in model.language_model.named_modules() if module.training}
+        wanted = "lora_dropout.default"
+        assert all(name.endswith(("lora_dropout", wanted)) for name in running)
+        assert len([name for name in running if name.endswith(wanted)]) == (12 if mode else 0)
+        assert model.projector.training == mode
+    assert len(lora_dropouts(model.language_model)) == 12
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_patches_of_half_precision_become_embeddings_of_the_language_models_type(
+    make_model, batch, patches, dtype
+):
+    model = make_model(dtype=dtype).eval()
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert {p.dtype for p in model.projector.parameters()} == {torch.float32}
+    assert model.embed_patches(patches).dtype == model.embed_text(batch.token_ids).dtype == wanted
+    exact = model.projector(patches.float()).to(wanted)
+    assert torch.equal(model.embed_patches(patches), exact)
+    loss = model(patches, batch)
+    assert (loss.dtype, loss.shape) == (torch.float32, ())
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.learning().values())
+
+
+def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patches):
+    model = make_model()
+    seen = []
+    model.language_model.lm_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(output.shape))
+    )
+    model(patches, batch)
+    assert seen == [(len(batch.targets), model.language_model.config.vocab_size)]
+    assert len(batch.targets) < batch.token_ids.numel()
