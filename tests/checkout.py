@@ -63,12 +63,9 @@ def run(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def environment(clone: Path) -> dict[str, str]:
-    """What `make` sets: this Python first on the path, the clone's modules importable.
-
-    And one thread: on several, two trainings can differ in their last bits.
-    """
+    """What `make` sets: this Python first on the path, the clone's modules importable."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PATH": path, "PYTHONPATH": str(clone)}
 
 
 def dvc(clone: Path, *arguments: str) -> str:
