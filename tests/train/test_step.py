@@ -91,6 +91,14 @@ def test_counts_are_those_of_the_texts(build, tokenizer, row_tokens, pass_tokens
     assert data.num_cut == 0
 
 
+def test_padding_is_counted_as_computed_but_not_as_read(build):
+    data = build(MANY, row_tokens=60, pass_tokens=10_000)
+    (one,) = data.passes
+    is_padding = one.batch.images == PADDING
+    assert data.num_slots == is_padding.numel()
+    assert data.num_slots - data.num_positions == is_padding.sum() > 0
+
+
 def test_texts_that_were_cut_are_counted(build, tokenizer):
     (longest,) = tokenize(EXAMPLES[1].texts, tokenizer, 99)
     for examples in (EXAMPLES, [*EXAMPLES, *EXAMPLES[1:2]]):
