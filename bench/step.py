@@ -1,0 +1,396 @@
+"""How fast an optimizer step is, beside the same step as other loops make it.
+
+    python -m bench.step
+
+All contenders of a stage have the same weights, texts and features, or as many pictures, and each
+makes a whole step: from texts and image ids to changed weights. The learning rate is 0, so that
+all of them find the same weights at all times. The language model is a Phi in miniature, with
+Phi-2's vocabulary and random weights in float32.
+
+    ours              rows that share their patches, logits where they are needed, cached features
+    usual loop        one padded sequence a text, all logits, cached features (`bench.usual_loop`)
+    ... by length     the same, with texts of like length in a batch, which pads less
+    ... with CLIP     the usual loop with CLIP on decoded pictures at every step, none ahead
+    student's loop    a forward pass for every token of a caption (`bench.student_loop`)
+
+Stage 1 has captions of COCO's lengths; stage 2 has conversations of LLaVA's (`bench.texts`).
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerBase
+
+from bench import student_loop, usual_loop
+from bench.extract import jpeg
+from bench.measure import (
+    RESULTS,
+    at_least,
+    at_most,
+    interleaved,
+    machine,
+    medians,
+    print_goals,
+    print_table,
+    rate_of,
+    summary,
+    versions,
+)
+from bench.opening import resident
+from bench.stores import SPEC, make_store
+from bench.texts import draw_captions, draw_conversations, make_tokenizer
+from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
+from cache import FeatureStore, Spec
+from cache.files import write_json
+from train.attention import NAME as OUR_ATTENTION
+from train.data import Example
+from train.language_model import add_lora
+from train.model import CaptionModel
+from train.projector import seeded_projector
+from train.settings import LoraSettings
+from train.source import Ahead
+from train.step import StepData, build_step, optimizer_step
+
+OURS, USUAL, BY_LENGTH = "ours", "usual loop", "usual loop, by length"
+WITH_CLIP, STUDENT = "usual loop, with CLIP", "student's loop"
+
+PRETRAIN, FINETUNE = "pretrain", "finetune"
+IMAGES = {PRETRAIN: 16, FINETUNE: 12}
+"""Of one optimizer step."""
+CONTENDERS = {
+    PRETRAIN: (OURS, USUAL, BY_LENGTH, WITH_CLIP, STUDENT),
+    FINETUNE: (OURS, USUAL, BY_LENGTH),
+}
+ROUNDS = {PRETRAIN: 5, FINETUNE: 5}
+UNITS = {PRETRAIN: "captions", FINETUNE: "conversations"}
+
+PASS_TOKENS, ROW_TOKENS = 2048, 512
+"""Of one of our forward passes and its rows, as in `configs/coco.yaml`."""
+USUAL_BATCH = {PRETRAIN: 32, FINETUNE: 8}
+"""Texts of a forward pass of the usual loop."""
+STUDENT_CAPTIONS = 8
+"""Of a student's step, which takes so long that no more are measured."""
+WAIT_STEPS = 8
+"""Steps over which the share of time waiting for data is taken."""
+PICTURES = 32
+"""How many pictures differ."""
+
+PHI = PhiConfig(
+    vocab_size=51_200,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    max_position_embeddings=2048,
+    partial_rotary_factor=0.5,
+)
+LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
+"""Without dropout, so that gradients can be compared."""
+
+LEAST = {
+    PRETRAIN: {USUAL: 4.0, WITH_CLIP: 5.0, STUDENT: 40.0},
+    FINETUNE: {BY_LENGTH: 1.5},
+}
+"""The goals: we are so many times as fast."""
+MOST_DIFFERENCE, MOST_WAITING = 1e-5, 0.02
+"""The goals: relative difference of the gradients, share of the time waiting for data."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all contenders of a stage learn from."""
+
+    name: str
+    model: CaptionModel
+    tokenizer: PreTrainedTokenizerBase
+    store: FeatureStore
+    examples: list[Example]
+    optimizer: torch.optim.Optimizer
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way of making an optimizer step."""
+
+    step: Callable[[], float]
+    """Makes one and returns the mean loss of a supervised token."""
+    texts: int
+    """Texts of a step."""
+    tokens: int
+    """Supervised tokens of a step."""
+
+    def work(self) -> int:
+        """Make a step and return how many texts it learned from."""
+        self.step()
+        return self.texts
+
+
+def make_features(folder: Path, num_images: int, spec: Spec = SPEC) -> Path:
+    """Write a store of normally distributed features."""
+    rng = np.random.default_rng(0)
+    shape = (spec.patches, spec.width)
+    return make_store(
+        folder,
+        num_images,
+        lambda ids: rng.standard_normal((len(ids), *shape), np.float32).astype(np.float16),
+        spec,
+    )
+
+
+def make_stage(name: str, folder: Path, phi: PhiConfig = PHI) -> Stage:
+    """Make a stage's model and texts; everything is drawn from fixed seeds.
+
+    Args:
+        name: PRETRAIN or FINETUNE.
+        folder: Store of the features.
+        phi: Of the language model.
+    """
+    store = FeatureStore(folder)
+    torch.manual_seed(0)
+    language_model = PhiForCausalLM(phi).requires_grad_(False).eval()
+    if name == FINETUNE:
+        add_lora(language_model, LORA, seed=0)
+        for key, parameter in language_model.named_parameters():
+            if "lora_B" in key:
+                # Zero in a fresh LoRA, and then no gradient reaches the other matrix.
+                torch.nn.init.normal_(parameter, std=0.02)
+    model = CaptionModel(
+        seeded_projector("mlp", store.spec.width, phi.hidden_size, seed=0), language_model
+    )
+    learning = [p for p in model.parameters() if p.requires_grad]
+    draw = draw_captions if name == PRETRAIN else draw_conversations
+    return Stage(
+        name,
+        model,
+        make_tokenizer(),
+        store,
+        draw(np.random.default_rng(0), len(store)),
+        torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0),
+    )
+
+
+def our_steps(stage: Stage, num_steps: int) -> tuple[float, float]:
+    """Make some steps as the training loop does, each on all images of the stage.
+
+    Returns:
+        Mean loss of a supervised token; share of the time waiting for data, 0 for one step.
+    """
+    stage.model.language_model.set_attn_implementation(OUR_ATTENTION)
+
+    def build(_: int) -> StepData:
+        return build_step(
+            stage.examples,
+            stage.tokenizer,
+            stage.store,
+            pass_tokens=PASS_TOKENS,
+            row_tokens=ROW_TOKENS,
+            max_text_tokens=PASS_TOKENS,
+            device=stage.model.device,
+        )
+
+    source = Ahead(build, range(num_steps))
+    loss = 0.0
+    for step, data in enumerate(source, start=1):
+        loss_sum = optimizer_step(
+            stage.model, stage.optimizer, data, clip_norm=math.inf, seed=(0, step)
+        )
+        loss = loss_sum / data.num_learned
+    return loss, source.wait_share
+
+
+def make_contender(name: str, stage: Stage) -> Contender:
+    """Make ready what a contender needs and measures with.
+
+    Args:
+        name: One of `CONTENDERS`.
+        stage: Its model and texts.
+    """
+    samples = make_samples(stage.examples, stage.tokenizer)
+    if name == STUDENT:
+        return _student(stage, samples[:STUDENT_CAPTIONS])
+    tokens = sum(sample.text.num_learned for sample in samples)
+    step = partial(_our_step, stage) if name == OURS else _usual_step(name, stage)
+    return Contender(step, len(samples), tokens)
+
+
+def _our_step(stage: Stage) -> float:
+    return our_steps(stage, 1)[0]
+
+
+def _usual_step(name: str, stage: Stage) -> Callable[[], float]:
+    features = clip_in_the_loop() if name == WITH_CLIP else cached(stage.store)
+    order = by_length if name == BY_LENGTH else shuffled
+
+    def step() -> float:
+        stage.model.language_model.set_attn_implementation("sdpa")
+        return usual_loop.optimizer_step(
+            stage.model.projector,
+            stage.model.language_model,
+            order(make_samples(stage.examples, stage.tokenizer)),
+            features,
+            stage.optimizer,
+            USUAL_BATCH[stage.name],
+        )
+
+    return step
+
+
+def _student(stage: Stage, samples: list[Sample]) -> Contender:
+    features = clip_in_the_loop()
+
+    def step() -> float:
+        stage.model.language_model.set_attn_implementation("sdpa")
+        return student_loop.optimizer_step(
+            stage.model.projector, stage.model.language_model, samples, features, stage.optimizer
+        )
+
+    # EOS is never a target.
+    tokens = sum(sample.text.num_learned - 1 for sample in samples)
+    return Contender(step, len(samples), tokens)
+
+
+def clip_in_the_loop() -> ClipInTheLoop:
+    """Return CLIP with pictures of COCO's usual size."""
+    return ClipInTheLoop([jpeg(seed) for seed in range(PICTURES)])
+
+
+def gradient(stage: Stage, contender: Contender) -> Tensor:
+    """Make a step and return the gradient of all that learns: float64 [N]."""
+    contender.step()
+    learning = [p for group in stage.optimizer.param_groups for p in group["params"]]
+    return torch.cat([p.grad.double().flatten() for p in learning if p.grad is not None])
+
+
+def difference(stage: Stage, found: Contender, wanted: Contender) -> float:
+    """Return the relative difference of two contenders' gradients, in the L2 norm."""
+    reference = gradient(stage, wanted)
+    return float((gradient(stage, found) - reference).norm() / reference.norm())
+
+
+def peak_memory(contender: str, stage: str, folder: Path) -> dict[str, float]:
+    """Make a step in this process, which has made none; return MiB before it and at most."""
+    made = make_contender(contender, make_stage(stage, folder))
+    # From here on VmHWM counts anew: what making the weights took is not the step's.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    made.step()
+    peak = resident("VmHWM")
+    return {"before": round(before / 2**20), "peak": round(peak / 2**20)}
+
+
+def peaks(stage: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Return the memory of a stage's contenders, each in a fresh process."""
+    found = {}
+    for contender in CONTENDERS[stage]:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found[contender] = process.submit(peak_memory, contender, stage, folder).result()
+    return found
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """Return what the result file says of a stage, and print its table."""
+    memory = peaks(name, folder)
+    stage = make_stage(name, folder)
+    contenders = {c: make_contender(c, stage) for c in CONTENDERS[name]}
+    losses = {c: contender.step() for c, contender in contenders.items()}
+    rates = interleaved({c: rate_of(made.work) for c, made in contenders.items()}, ROUNDS[name])
+    median = medians(rates)
+    print_table(f"step, {name}", UNITS[name], median)
+    print_memory(memory)
+    return {
+        "unit": f"{UNITS[name]}/s",
+        "setting": {
+            "images": len(stage.examples),
+            "texts": {c: made.texts for c, made in contenders.items()},
+            "supervised_tokens": {c: made.tokens for c, made in contenders.items()},
+        },
+        **summary(rates),
+        "supervised_tokens_per_second": {
+            c: round(median[c] * made.tokens / made.texts, 1) for c, made in contenders.items()
+        },
+        "ours is so many times as fast": {
+            c: round(median[OURS] / rate, 2) for c, rate in median.items() if c != OURS
+        },
+        "memory_mib": memory,
+        "loss": losses,
+        "gradient_difference": difference(stage, contenders[OURS], contenders[USUAL]),
+        "wait_share": our_steps(stage, WAIT_STEPS)[1],
+    }
+
+
+def print_memory(memory: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the most that each contender's process held, and how much of it is its step's."""
+    print("  MiB of a fresh process at most, and of them since before the step:")
+    for contender, found in memory.items():
+        growth = found["peak"] - found["before"]
+        print(f"  {contender:<44} {found['peak']:>12,.0f} {growth:>8,.0f}")
+
+
+def goals_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what was wanted of both stages and what was found."""
+    goals = {}
+    for name, stage in found.items():
+        for contender, wanted in LEAST[name].items():
+            ratio = stage["median"][OURS] / stage["median"][contender]
+            goals[f"{name}: {OURS} / {contender}"] = at_least(wanted, ratio)
+        goals |= {
+            f"{name}: difference of the gradients, millionths": at_most(
+                MOST_DIFFERENCE * 1e6, stage["gradient_difference"] * 1e6
+            ),
+            f"{name}: waiting for data, % of the time": at_most(
+                MOST_WAITING * 100, stage["wait_share"] * 100
+            ),
+        }
+    return goals
+
+
+def main() -> None:
+    """Measure both stages and write the result file."""
+    found = {}
+    for name, images in IMAGES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = measure(name, make_features(Path(folder), images))
+    goals = goals_of(found)
+    print_goals(goals)
+    result = {
+        "setting": {
+            "language_model": {
+                key: getattr(PHI, key)
+                for key in (
+                    "num_hidden_layers",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_attention_heads",
+                    "vocab_size",
+                )
+            },
+            "dtype": "float32",
+            "projector": "mlp",
+            "lora_r": LORA.r,
+            "patches": SPEC.patches,
+            "width": SPEC.width,
+            "pass_tokens": PASS_TOKENS,
+            "row_tokens": ROW_TOKENS,
+            "usual_batch": USUAL_BATCH,
+        },
+        "rounds": ROUNDS,
+        **found,
+        "goals": goals,
+        "machine": machine(),
+        "versions": versions(("torch", "transformers", "peft", "open_clip_torch", "pillow")),
+    }
+    write_json(RESULTS / "step.json", result)
+
+
+if __name__ == "__main__":
+    main()
