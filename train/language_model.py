@@ -35,7 +35,8 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer.
 
     Raises:
-        SettingsError: None there, or one without an EOS token.
+        SettingsError: None there, one without an EOS token, or one that is Python code and so has
+            no serialised form to be recognised by.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.model)
@@ -43,6 +44,11 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
         raise _cannot_load(settings.model, error) from None
     if tokenizer.eos_token_id is None:
         raise SettingsError(f"llm.model: the tokenizer of {settings.model} has no EOS token.")
+    if not tokenizer.is_fast:
+        raise SettingsError(
+            f"llm.model: {settings.model}: wanted a tokenizer of the tokenizers library, with a "
+            f"tokenizer.json, found {type(tokenizer).__name__}."
+        )
     return tokenizer
 
 

@@ -9,7 +9,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 from transformers import AutoTokenizer
 
-from train.batching import Row, collate
+from train.batching import ImageTexts, collate
 from train.fingerprint import language_model_fingerprint
 from train.language_model import load_language_model, load_tokenizer
 from train.prompts import caption_text, encode, tokenize
@@ -113,7 +113,7 @@ def test_use_changes_no_fingerprint(make_model, phi_dir, store):
     tokenizer, model = load_tokenizer(settings), make_model(quantize="nf4", dtype="bf16")
     before = language_model_fingerprint(model.language_model, tokenizer)
     encode(["a red cat", "dog"], tokenizer)
-    batch = collate([Row(100, tuple(tokenize([caption_text("a cat")], tokenizer, 9)))], 4)
+    batch = collate([[ImageTexts(1, tuple(tokenize([caption_text("a cat")], tokenizer, 9)))]], 4)
     model.train()(torch.from_numpy(store.gather([100])), batch).backward()
     with torch.inference_mode():
         model.eval()(torch.from_numpy(store.gather([100])), batch)

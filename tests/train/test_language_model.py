@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PhiForCausalLM
 
 from cache.errors import SettingsError, StageError
-from train.batching import Row, collate
+from train.batching import ImageTexts, collate
 from train.language_model import (
     LORA_TARGETS,
     add_lora,
@@ -38,7 +38,8 @@ def load(phi_dir):
 @pytest.fixture
 def batch(tokenizer):
     texts = [caption_text("a red cat"), caption_text("the dog is in the box")]
-    return collate([Row(n, tuple(tokenize(texts, tokenizer, 99))) for n in range(2)], 4)
+    branches = tuple(tokenize(texts, tokenizer, 99))
+    return collate([[ImageTexts(n, branches)] for n in range(2)], 4)
 
 
 @pytest.fixture
@@ -303,6 +304,17 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer, tmp_path):
     plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     plain.save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match="no EOS token"):
+        load_tokenizer(settings_for(tmp_path))
+
+
+def test_a_tokenizer_in_python_is_refused(tmp_path):
+    from transformers import CTRLTokenizer
+
+    (tmp_path / "vocab.json").write_text('{"a</w>": 0, "<unk>": 1, "<eos>": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na </w>\n")
+    slow = CTRLTokenizer(tmp_path / "vocab.json", tmp_path / "merges.txt", eos_token="<eos>")
+    slow.save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match="found CTRLTokenizer"):
         load_tokenizer(settings_for(tmp_path))
 
 

@@ -61,6 +61,14 @@ def test_lora_where_none_is_wanted_is_refused_and_the_other_way_round(check):
         check(lora=False, wanted=True)
 
 
+def test_a_model_of_fewer_layers_than_it_says_is_refused(check):
+    def claim(model):
+        model.language_model.config.num_hidden_layers = 3
+
+    with refused("linear layers of the blocks: wanted 18, found 12"):
+        check(claim)
+
+
 @pytest.mark.parametrize(
     ("targets", "found"),
     [
