@@ -1,0 +1,290 @@
+"""Runs both training stages with a language model of Phi-2's size, and records what they take.
+
+    python -m bench.full_size [MODEL]
+
+MODEL is a directory in the layout of microsoft/phi-2; one with random weights is made there, or in
+a temporary folder, when it is missing (5.6 GB). Settings are those of configs/coco.yaml but for
+the number and size of the steps; every stage is a fresh process, as a user starts it.
+
+Two peaks of memory are taken of each process: `peak_gib` is ru_maxrss, which counts the pages of
+mapped files (the checkpoint's, which the system can drop at any time); `peak_anonymous_gib` leaves
+them out, and is the largest of a reading every 20 ms.
+
+With a GPU it also tells tokens and captions a second, memory, and the share of the chip's bf16
+rate, for several sizes of a forward pass.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from ruamel.yaml import YAML
+
+from bench.make_phi2 import PHI2, SHARD_BYTES, write_phi
+from bench.measure import RESULTS, machine, versions
+from bench.stores import make_random_store
+from cache.files import write_json
+from pipeline.index import SCHEMAS
+from train.fingerprint import language_model_fingerprint
+from train.language_model import load_language_model, load_tokenizer
+from train.run import pick_device
+from train.settings import LlmSettings
+
+ROOT = Path(__file__).parents[1]
+
+STEPS = 3
+"""Of a stage; there is a validation after the second, and one step after that."""
+
+BATCH = {"pretrain": ("batch_captions", 10), "finetune": ("batch_examples", 4)}
+
+CAPTIONS = (
+    "A man in a red jacket rides his skis down the side of a snowy mountain.",
+    "Two zebras are standing next to each other in a grassy field.",
+    "A kitchen with a stove, a refrigerator and a microwave.",
+    "There is a train coming down the tracks near the station.",
+    "A group of young people playing a game of frisbee.",
+)
+"""Of every image: COCO has five, of 10.5 words on average."""
+
+TURNS = (
+    ("What is the man in the picture doing?", CAPTIONS[0]),
+    ("How many animals are there in the field, and what are they doing?", " ".join(CAPTIONS[1:3])),
+    ("What can be said about the station?", " ".join(CAPTIONS[3:] + CAPTIONS[:1])),
+)
+"""Of every image: LLaVA's conversations have about as many words."""
+
+TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384)
+"""Positions of a forward pass, on a GPU."""
+
+IMAGE_TOKENS = 100
+"""About as many positions as an image takes with its captions."""
+
+GPU_STEPS = 8
+
+PEAK_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+}
+"""Dense bf16 with float32 sums, of NVIDIA's data sheets, which name twice as much with sparsity."""
+
+BLOCK_PARAMETERS = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
+"""Weights of the layers that every position goes through."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """What a process took."""
+
+    exit_code: int
+    seconds: float
+    peak_gib: float
+    peak_anonymous_gib: float
+
+    def memory(self) -> dict[str, float]:
+        """Return the two peaks, for a result file."""
+        return {
+            "peak_gib": round(self.peak_gib, 2),
+            "peak_anonymous_gib": round(self.peak_anonymous_gib, 2),
+        }
+
+
+def run_measured(arguments: list[str], folder: Path) -> Child:
+    """Run Python in a folder, with this code, and watch its memory."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment)
+    anonymous = pid = status = 0
+    while not pid:
+        time.sleep(0.02)
+        anonymous = max(anonymous, _anonymous_kib(process.pid))
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    # Waited for here, for the usage of this one process; Popen has to be told.
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    return Child(process.returncode, seconds, usage.ru_maxrss / 2**20, anonymous / 2**20)
+
+
+def _anonymous_kib(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1])
+    return 0
+
+
+def load(model: str, out: str) -> None:
+    """Load the language model as training does, and write the seconds to a file; in a child."""
+    settings = LlmSettings(model=model, quantize="nf4", dtype="bf16")
+    started = time.perf_counter()
+    language_model = load_language_model(settings, pick_device())
+    loaded = time.perf_counter()
+    language_model_fingerprint(language_model, load_tokenizer(settings))
+    named = time.perf_counter()
+    seconds = {"seconds": round(loaded - started, 1), "fingerprint_seconds": named - loaded}
+    write_json(Path(out), seconds)
+
+
+def measure_load(model: Path, folder: Path) -> dict[str, float]:
+    """Load the language model in a fresh process."""
+    code = "import sys; from bench.full_size import load; load(*sys.argv[1:])"
+    child = run_measured(["-c", code, str(model), "load.json"], folder)
+    _check(child, "load")
+    found: dict[str, float] = json.loads((folder / "load.json").read_text())
+    return {name: round(value, 2) for name, value in found.items()} | child.memory()
+
+
+def write_index(folder: Path, num_train: int) -> None:
+    """Write the tables of so many images to train, the next one for val, the one after held out."""
+    turns = [
+        {"role": role, "text": text}
+        for pair in TURNS
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    splits = ["train"] * num_train + ["val", "holdout"]
+    captions = [
+        {"caption_id": 5 * image + n, "image_id": image, "split": split, "caption": caption}
+        for image, split in enumerate(splits)
+        for n, caption in enumerate(CAPTIONS)
+        if split != "holdout"
+    ]
+    conversations = [
+        {"conversation_id": str(image), "image_id": image, "split": split, "turns": turns}
+        for image, split in enumerate(splits)
+        if split != "val"
+    ]
+    (folder / "data/index").mkdir(parents=True, exist_ok=True)
+    for name, rows in (("captions", captions), ("conversations", conversations)):
+        table = pa.Table.from_pylist(rows, SCHEMAS[name])
+        pq.write_table(table, folder / f"data/index/{name}.parquet")
+
+
+def run_stage(
+    folder: Path, model: Path, stage: str, *, batch: int, steps: int, **changes: int
+) -> tuple[Child, list[dict[str, float]]]:
+    """Train some steps in a fresh process, on as many images as they need.
+
+    Returns:
+        What the process took, and the rows of its history.
+    """
+    key, _ = BATCH[stage]
+    images = batch // len(CAPTIONS) if stage == "pretrain" else batch
+    write_index(folder, steps * images)
+    yaml = YAML(typ="safe")
+    params = yaml.load(ROOT / "configs/coco.yaml")
+    params["llm"]["model"] = str(model)
+    params["tracking"]["wandb"] = "disabled"
+    few = {key: batch, "log_every_steps": 1, "validate_every_steps": 2, "samples": 0}
+    params[stage] |= few | {name: v for name, v in changes.items() if name in params[stage]}
+    yaml.dump(params, folder / "params.yaml")
+    child = run_measured(["-m", f"train.{stage}"], folder)
+    if child.exit_code:
+        return child, []
+    with (folder / "runs" / stage / "history.csv").open() as file:
+        rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    for row in rows:
+        row["seconds"] = images / row["images_per_second"]
+    return child, rows
+
+
+def measure_stage(folder: Path, model: Path, stage: str) -> dict[str, Any]:
+    """Measure some steps of a stage."""
+    batch = BATCH[stage][1]
+    child, rows = run_stage(folder, model, stage, batch=batch, steps=STEPS)
+    _check(child, stage)
+    losses = [row[name] for row in rows for name in ("loss", "validation_loss") if name in row]
+    return {
+        BATCH[stage][0]: batch,
+        "steps": len(rows),
+        "seconds_per_step": round(statistics.median(row["seconds"] for row in rows), 2),
+        "seconds_of_each": [round(row["seconds"], 2) for row in rows],
+        "seconds": round(child.seconds, 1),
+        "losses": [row["loss"] for row in rows],
+        "all_losses_finite": all(map(math.isfinite, losses)),
+        **child.memory(),
+    }
+
+
+def measure_budget(folder: Path, model: Path, stage: str, budget: int) -> dict[str, Any]:
+    """Measure a stage on a GPU with forward passes of so many positions, two of them a step."""
+    images = max(1, 2 * budget // IMAGE_TOKENS)
+    batch = images * len(CAPTIONS) if stage == "pretrain" else images
+    sizes = {"micro_batch_tokens": budget, "row_tokens": budget}
+    child, rows = run_stage(folder, model, stage, batch=batch, steps=GPU_STEPS, **sizes)
+    if child.exit_code:
+        return {"exit_code": child.exit_code}
+    # The first steps choose and compile kernels.
+    rows = rows[2:]
+    tokens = statistics.median(row["tokens_per_second"] for row in rows)
+    result = {
+        "tokens_per_second": round(tokens, 1),
+        "texts_per_second": round(batch / statistics.median(row["seconds"] for row in rows), 1),
+        "peak_gpu_gib": max(row["peak_memory_gib"] for row in rows),
+    }
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_name())
+    if peak is not None:
+        # Forward, and the gradient of what goes through: a frozen weight takes part in both with
+        # two operations. LoRA, attention and the head are not counted.
+        result["share_of_bf16_peak"] = round(4 * BLOCK_PARAMETERS * tokens / peak, 3)
+    return result
+
+
+def measure(folder: Path, model: Path) -> dict[str, Any]:
+    """Run everything in an empty folder; never two of the large processes at once."""
+    if not (model / "model.safetensors.index.json").is_file():
+        write_phi(model, PHI2, SHARD_BYTES, seed=0)
+    on_gpu = torch.cuda.is_available()
+    most = GPU_STEPS * 2 * TOKEN_BUDGETS[-1] // IMAGE_TOKENS if on_gpu else STEPS * 4
+    (folder / "data").mkdir()
+    make_random_store(folder / "made", most + 2).rename(folder / "data/features")
+    result: dict[str, Any] = {"load": measure_load(model, folder)}
+    for stage in BATCH:
+        result[stage] = measure_stage(folder, model, stage)
+    if on_gpu:
+        result["forward_passes"] = {
+            stage: {str(size): measure_budget(folder, model, stage, size) for size in TOKEN_BUDGETS}
+            for stage in BATCH
+        }
+    return result
+
+
+def _check(child: Child, what: str) -> None:
+    if child.exit_code:
+        raise RuntimeError(f"{what}: exit code {child.exit_code}, after {child.seconds:.0f} s")
+
+
+def main() -> None:
+    """Read the command line, measure, write the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", nargs="?")
+    model = parser.parse_args().model
+    with tempfile.TemporaryDirectory() as name:
+        (folder := Path(name) / "work").mkdir()
+        result = measure(folder, model.resolve() if model else Path(name) / "phi-2")
+    libraries = ("torch", "transformers", "peft", "bitsandbytes")
+    result |= {"machine": machine(), "versions": versions(libraries)}
+    write_json(RESULTS / "full_size.json", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
