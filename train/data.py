@@ -165,14 +165,12 @@ def held_out_images() -> set[int]:
     return set(_numbers(_read(CONVERSATIONS, "holdout")["image_id"]).tolist())
 
 
-def with_features(examples: Sequence[Example], store: FeatureStore, what: str) -> Examples:
+def with_features(examples: Examples, store: FeatureStore, what: str) -> Examples:
     """Leave out the examples whose image failed to decode and so has no features.
 
     Raises:
         StageError: So many are missing that the store is another one.
     """
-    if not isinstance(examples, Examples):
-        examples = Examples.of(examples)
     has_features = store.contains(examples.image_ids)
     missing = int(np.count_nonzero(~has_features))
     if missing > MAX_MISSING_SHARE * len(examples):

@@ -169,16 +169,15 @@ def test_a_table_of_several_row_groups_is_read_as_one(workspace):
 def examples(known, unknown):
     """Examples of so many images that the store has and has not."""
     text = caption_text("x")
-    return [Example(100 + n, (text,)) for n in range(known)] + [
-        Example(9000 + n, (text,)) for n in range(unknown)
-    ]
+    image_ids = [*range(100, 100 + known), *range(9000, 9000 + unknown)]
+    return Examples.of(Example(image_id, (text,)) for image_id in image_ids)
 
 
 def test_up_to_half_of_the_images_may_lack_features(workspace):
     store = FeatureStore(FEATURES)
     for known, unknown in ((40, 0), (38, 2), (5, 5), (0, 0)):
-        for given in (examples(known, unknown), Examples.of(examples(known, unknown))):
-            assert list(with_features(given, store, "x")) == examples(known, 0)
+        found = with_features(examples(known, unknown), store, "x")
+        assert list(found) == list(examples(known, 0))
     for known, unknown in ((4, 5), (39, 40), (0, 5)):
         text = f"x: {unknown} of {known + unknown} images have no features in data/features"
         with pytest.raises(StageError, match=text):
