@@ -52,7 +52,7 @@ class Params:
             SettingsError: No such file, not YAML, or an unknown top-level key.
         """
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()
             values = YAML(typ="safe", pure=True).load(text)
         except OSError:
             raise SettingsError(

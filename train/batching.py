@@ -24,6 +24,10 @@ from torch import Tensor
 
 from train.prompts import Branch
 
+TRIALS = 8
+"""How many more rows than the fewest are tried: with images of like length, rows that hold four of
+them each are shorter than rows of four and five."""
+
 PADDING = -1
 """Image of positions that hold nothing."""
 
@@ -75,10 +79,9 @@ class PackedBatch:
 def pack(
     images: Sequence[ImageTexts], patches: int, *, row_tokens: int, pass_tokens: int
 ) -> list[list[Row]]:
-    """Pack images into rows, and rows into forward passes.
+    """Pack images into rows, and rows into forward passes, with as little padding as is found.
 
-    Rows are filled evenly, so that little of them is padding. The loss of a step does not depend
-    on how it is packed.
+    The loss of a step does not depend on how it is packed.
 
     Args:
         images: At least one.
@@ -91,19 +94,38 @@ def pack(
     """
     total = sum(patches + image.num_text_tokens for image in images)
     fewest = min(math.ceil(total / row_tokens), len(images))
+    best: list[_Pass] = []
     for num_rows in range(fewest, len(images) + 1):
-        rows = _fill_evenly(images, patches, num_rows)
-        if all(length <= row_tokens or len(row) == 1 for length, row in rows):
+        if best and num_rows > fewest + TRIALS:
             break
-    passes: list[list[Row]] = []
-    width = 0
+        rows = _fill_evenly(images, patches, num_rows)
+        if any(length > row_tokens and len(row) > 1 for length, row in rows):
+            continue
+        passes = _cut(rows, pass_tokens)
+        if not best or _slots(passes) < _slots(best):
+            best = passes
+    return [one.rows for one in best]
+
+
+@dataclass
+class _Pass:
+    width: int
+    rows: list[Row]
+
+
+def _cut(rows: list[tuple[int, Row]], pass_tokens: int) -> list[_Pass]:
+    """Put rows of like length into one pass."""
+    passes: list[_Pass] = []
     # The longest first: it decides the width of its pass.
     for length, row in sorted(rows, key=lambda row: -row[0]):
-        if not passes or (len(passes[-1]) + 1) * width > pass_tokens:
-            passes.append([])
-            width = length
-        passes[-1].append(row)
+        if not passes or (len(passes[-1].rows) + 1) * passes[-1].width > pass_tokens:
+            passes.append(_Pass(length, []))
+        passes[-1].rows.append(row)
     return passes
+
+
+def _slots(passes: list[_Pass]) -> int:
+    return sum(one.width * len(one.rows) for one in passes)
 
 
 def _fill_evenly(

@@ -79,7 +79,7 @@ class _Training:
 
     def to_the_end(self) -> dict[str, Any]:
         """Make the steps that are left; return the metrics."""
-        source = self._task.source(self._steps[self._done :])
+        source = self._task.source(self._steps, self._done)
         with StopRequest() as stop, self._bar() as bar:
             if self._done:
                 self._record(self._done, stop)

@@ -44,7 +44,7 @@ def plan_steps(
     Returns:
         The steps in order; at least one.
     """
-    rounds = -(-int(num_texts.max()) // texts_per_image)
+    rounds = num_rounds(num_texts, texts_per_image)
     wanted = max(1, round(epochs * int((-(-num_texts // texts_per_image)).sum())))
     steps: list[PlannedStep] = []
     number = 0
@@ -58,6 +58,11 @@ def plan_steps(
         wanted -= len(there)
         number += 1
     return steps
+
+
+def num_rounds(num_texts: NDArray[np.int64], texts_per_image: int) -> int:
+    """Return how often an epoch goes through the images."""
+    return -(-int(num_texts.max()) // texts_per_image)
 
 
 def _cut(

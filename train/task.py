@@ -13,7 +13,7 @@ from cache import FeatureStore
 from cache.order import global_order, windowed_order
 from train.data import Example, Examples
 from train.model import CaptionModel
-from train.plan import PlannedStep, plan_steps
+from train.plan import PlannedStep, num_rounds, plan_steps
 from train.settings import LoopSettings
 from train.source import Ahead, ShardsAhead
 from train.step import StepData, build_step
@@ -51,15 +51,19 @@ class Task:
         window = self.settings.window_shards
         return lambda number: windowed_order(shards, window, self.seed, number)
 
-    def source(self, steps: Sequence[PlannedStep]) -> Ahead[int, StepData]:
-        """Make the data of some steps ahead; of a windowed order, read the next window's shards."""
+    def source(self, plan: Sequence[PlannedStep], done: int) -> Ahead[int, StepData]:
+        """Make the data of the steps behind the first `done` ones, ahead of who uses them.
+
+        Of a windowed order, the shards of the next window are read meanwhile.
+        """
+        steps = plan[done:]
         distance = 0
         if self.settings.order == "windowed":
+            rounds = num_rounds(self.train.num_texts, self.settings.texts_per_image)
             windows = self.store.num_shards / self.settings.window_shards
-            distance = math.ceil(len(steps) / self.settings.epochs / windows)
-        shards = ShardsAhead(
-            self.store, [self.train.image_ids[step.numbers] for step in steps], distance
-        )
+            distance = math.ceil(len(plan) / (self.settings.epochs * rounds) / windows)
+        image_ids = [self.train.image_ids[step.numbers] for step in steps]
+        shards = ShardsAhead(self.store, image_ids, distance)
 
         def build(number: int) -> StepData:
             shards.before(number)

@@ -93,7 +93,10 @@ def coco_like(seed, num_images=51):
     ]
 
 
-@pytest.mark.parametrize(("row_tokens", "pass_tokens"), [(512, 2048), (512, 4096), (2048, 2048)])
+@pytest.mark.parametrize(
+    ("row_tokens", "pass_tokens"),
+    [(512, 2048), (512, 4096), (512, 8192), (2048, 2048), (8192, 8192)],
+)
 def test_nearly_every_position_of_a_step_of_coco_is_real(row_tokens, pass_tokens):
     shares = []
     for seed in range(20):
@@ -102,7 +105,7 @@ def test_nearly_every_position_of_a_step_of_coco_is_real(row_tokens, pass_tokens
         slots = sum(max(length_of(row, 49) for row in rows) * len(rows) for rows in passes)
         shares.append(length_of(images, 49) / slots)
     assert np.mean(shares) >= 0.95
-    assert min(shares) >= 0.9
+    assert min(shares) >= 0.95
 
 
 # Layout

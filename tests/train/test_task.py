@@ -77,7 +77,7 @@ def test_the_windowed_order_stays_in_its_window(task):
 def test_the_data_of_each_step_are_those_of_its_plan(task, order):
     made = task(texts_per_image=2, order=order)
     steps = made.plan()
-    found = list(made.source(steps))
+    found = list(made.source(steps, 0))
     assert len(found) == len(steps)
     for step, data in zip(steps, found, strict=True):
         chosen = [EXAMPLES[number] for number in step.numbers]
@@ -91,7 +91,7 @@ def test_an_epoch_reads_every_token_of_every_text_once(task):
     whole = made.step_data(EXAMPLES)
     wanted = Counter(itertools.chain(*(one.batch.targets.tolist() for one in whole.passes)))
     found = Counter()
-    for data in made.source(made.plan()):
+    for data in made.source(made.plan(), 0):
         found.update(itertools.chain(*(one.batch.targets.tolist() for one in data.passes)))
     assert found == wanted
     assert sum(wanted.values()) > TEXTS
@@ -101,9 +101,9 @@ def test_an_epoch_reads_every_token_of_every_text_once(task):
 def test_who_begins_in_the_middle_gets_what_would_have_come(task, order):
     made = task(texts_per_image=2, order=order, window_shards=1)
     steps = made.plan()
-    whole = list(made.source(steps))
+    whole = list(made.source(steps, 0))
     for start in (1, len(steps) // 2, len(steps) - 1, len(steps)):
-        rest = list(made.source(steps[start:]))
+        rest = list(made.source(steps, start))
         assert len(rest) == len(whole) - start
         for found, wanted in zip(rest, whole[start:], strict=True):
             assert_equal(found, wanted)
@@ -127,7 +127,7 @@ def test_shards_are_read_ahead_in_the_windowed_order_only(task, monkeypatch, ord
     made = task(batch_size=1, texts_per_image=4, order=order, window_shards=1)
     asked = []
     monkeypatch.setattr(type(made.store), "read_ahead", lambda store, shards: asked.extend(shards))
-    seen = [image_id for data in made.source(made.plan()) for image_id in data.image_ids]
+    seen = [image_id for data in made.source(made.plan(), 0) for image_id in data.image_ids]
     assert sorted(seen) == [example.image_id for example in EXAMPLES]
     visited = made.store.shards_of(np.array(seen)).tolist()
     assert asked == (list(dict.fromkeys(visited)) if asks else [])
@@ -142,7 +142,7 @@ def test_the_next_window_is_asked_for_before_this_one_ends(task, monkeypatch):
     monkeypatch.setattr(
         type(made), "step_data", lambda task, part: events.append("step") or build(task, part)
     )
-    assert all(isinstance(data, StepData) for data in made.source(steps))
+    assert all(isinstance(data, StepData) for data in made.source(steps, 0))
     first, second = (n for n, event in enumerate(events) if event != "step")
     # A window has twenty images here, and as many steps: it is known that far ahead.
     assert first == 0
