@@ -16,9 +16,11 @@ import train.loop
 import train.pretrain
 from tests.conftest import write_store
 from tests.train.stage_server import outcome
+from train.checkpoint import Checkpoints
 from train.finetune import finetune
 from train.pretrain import pretrain
 from train.projector import seeded_projector
+from train.run import RunDirectory
 
 STAGES = {"pretrain": pretrain, "finetune": finetune}
 STEPS = 9
@@ -226,32 +228,32 @@ def test_a_signal_saves_the_step_and_exits_with_130(world, server, unbroken, num
 
 
 POINTS = [
-    ("optimizer_step", 1),
-    ("optimizer_step", 5),
-    ("optimizer_step", STEPS),
-    ("validation_loss", 1),
-    ("validation_loss", 3),
-    ("samples", 1),
-    ("samples", 3),
+    (train.loop, "optimizer_step", 1, 1),
+    (train.loop, "optimizer_step", 5, 5),
+    (train.loop, "validation_loss", 1, 4),
+    (train.loop, "validation_loss", 3, STEPS),
+    (train.loop, "samples", 1, 4),
+    (RunDirectory, "write_history", 1, 3),
+    (RunDirectory, "write_history", 4, 8),
+    (Checkpoints, "save", 1, STEPS),
 ]
-"""A function that the loop calls, and for which time; there are three validations."""
+"""What is called, for which time, and at which step that is."""
 
 
-@pytest.mark.parametrize(("name", "call"), POINTS)
+@pytest.mark.parametrize(("owner", "name", "call", "step"), POINTS)
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_a_signal_at_any_point_saves_that_step(
-    world, unbroken, monkeypatch, capsys, stage, name, call
+    world, unbroken, monkeypatch, capsys, stage, owner, name, call, step
 ):
-    params = world.resumable()
+    params = world.resumable(every_steps=1000)
     wanted = unbroken(stage, params)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
-        signal_at(patch, name, call)
+        signal_at(patch, name, call, module=owner)
         with pytest.raises(KeyboardInterrupt):
             STAGES[stage](params)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-    step = call if name == "optimizer_step" else (4, 8, STEPS)[call - 1]
-    assert max(checkpoints(stage)) == step
+    assert list(checkpoints(stage)) == [step]
     assert not Path("runs", stage, "history.csv").exists()
     capsys.readouterr()
     STAGES[stage](params)
