@@ -6,6 +6,7 @@ Letters: R rows, T positions, N images, P patches, S supervised tokens, H width,
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
 
 from train.attention import use_packed_attention
 from train.batching import PackedBatch
@@ -22,6 +23,7 @@ class CaptionModel(nn.Module):
         self.projector = projector
         self.language_model = language_model
         self._mask = use_packed_attention(language_model)
+        use_fused_gelu(language_model)
 
     @property
     def device(self) -> torch.device:
@@ -78,3 +80,11 @@ class CaptionModel(nn.Module):
         """
         hidden_SH = self.hidden(patches_NPD, batch)
         return summed_cross_entropy(self.language_model.lm_head, hidden_SH, batch.targets)
+
+
+def use_fused_gelu(language_model: PreTrainedModel) -> None:
+    """Put torch's GELU in place of Phi-2's: the same formula, one operation instead of eight."""
+    for module in language_model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import NewGELUActivation
 
 from train.batching import ImageTexts, collate
 from train.language_model import lora_dropouts
@@ -72,3 +74,30 @@ def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patch
     model(patches, batch)
     assert seen == [(len(batch.targets), model.language_model.config.vocab_size)]
     assert len(batch.targets) < batch.token_ids.numel()
+
+
+def test_the_gelu_of_one_operation_is_that_of_eight(make_model):
+    model = make_model("mlp")
+    layers = model.language_model.model.layers
+    assert [type(layer.mlp.activation_fn) for layer in layers] == [torch.nn.GELU] * 2
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
+    fused, plain = layers[0].mlp.activation_fn(x), NewGELUActivation()(x)
+    torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-15)
+    (found,) = torch.autograd.grad(fused.sum(), x)
+    (wanted,) = torch.autograd.grad(plain.sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_no_gradient_is_added_in_an_order_that_threads_decide(make_model, batch, patches):
+    """On a CPU, `index_put` with `accumulate` adds atomically from several threads."""
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(function.name())
+            return function(*arguments, **(options or {}))
+
+    names: list[str] = []
+    with Recorded():
+        make_model(lora=0.0)(patches, batch).backward()
+    assert "aten::index_add" in names
+    assert not {name for name in names if "index_put" in name or "scatter_add" in name}
