@@ -13,6 +13,7 @@ from train.fingerprint import language_model_fingerprint
 from train.language_model import add_lora, load_language_model, load_tokenizer
 from train.loop import train
 from train.model import CaptionModel
+from train.preflight import check_model
 from train.projector import Projector, load_projector
 from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
@@ -57,6 +58,7 @@ def finetune(params: Params) -> None:
         seed=seed,
         settings=settings,
     )
+    check_model(task.model, tokenizer, llm, lora=True)
     with alone("finetune"):
         run = RunDirectory("finetune", params, decides, provenance(store, device))
         with Tracker(tracking, run, params.values) as tracker:
@@ -79,6 +81,7 @@ def make_optimizer(
             {"params": list(projector.parameters()), "lr": settings.projector_learning_rate},
         ],
         weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 

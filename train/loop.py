@@ -19,6 +19,7 @@ from cache.errors import StageError
 from train.checkpoint import Checkpoints
 from train.history import History
 from train.interrupt import StopRequest
+from train.preflight import check_first_logits
 from train.run import RunDirectory
 from train.settings import CheckpointSettings
 from train.step import NAMED_IMAGES, StepData, optimizer_step
@@ -84,6 +85,8 @@ class _Training:
             if self._done:
                 self._record(self._done, stop)
             for step, data in enumerate(source, start=self._done + 1):
+                if step == 1:
+                    check_first_logits(self._task.model, data)
                 self._make(step, data, source.last_wait)
                 asked = _any_process(stop.asked)
                 if asked or self._save_is_due(step):

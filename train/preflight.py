@@ -3,7 +3,7 @@
 Each of them has happened somewhere: a head without its bias, LoRA on the wrong layers, embeddings
 resized, half precision that overflows, a frozen model with dropout.
 
-Letters: N images, P patches, D width of the vision tower, S supervised tokens, V vocabulary.
+Letters: S supervised tokens, C of them at a time, H width, V vocabulary.
 """
 
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.errors import StageError
-from train.batching import PackedBatch
 from train.language_model import DTYPES, LORA_TARGETS
+from train.loss import CHUNK
 from train.model import CaptionModel
 from train.settings import LlmSettings
+from train.step import StepData
 
 VERSIONS = "Install the libraries of requirements.lock"
 
@@ -59,19 +59,23 @@ def check_model(
     _check_names("frozen layers that are not in eval() while training", set(), training)
 
 
-def check_first_logits(model: CaptionModel, patches_NPD: Tensor, batch: PackedBatch) -> None:
-    """Refuse a model whose logits of the first forward pass are not finite; leaves it in `eval()`.
+def check_first_logits(model: CaptionModel, data: StepData) -> None:
+    """Refuse a model whose logits of a step's first pass are not finite; leaves it in `eval()`.
 
     Raises:
         StageError: How many of them are not.
     """
     model.eval()
+    wrong = 0
     with torch.inference_mode():
-        logits_SV = model.logits(patches_NPD, batch.to(model.device))
-        wrong = int((~logits_SV.isfinite()).sum())
+        for one in data.passes[:1]:
+            hidden_SH = model.hidden(one.patches_NPD, one.batch.to(model.device))
+            for start in range(0, len(hidden_SH), CHUNK):
+                logits_CV = model.language_model.lm_head(hidden_SH[start : start + CHUNK])
+                wrong += int((~logits_CV.isfinite()).sum())
     advice = "Check the features with FeatureStore.verify(); if they are right, set llm.dtype: fp32"
-    wanted, found = f"{logits_SV.numel()} finite numbers", f"{wrong} that are not"
-    _check(wrong == 0, "logits of the first forward pass", wanted, found, advice)
+    what = "logits of the first forward pass that are not finite"
+    _check(wrong == 0, what, 0, wrong, advice)
 
 
 def _check_vocabulary(
@@ -87,9 +91,7 @@ def _check_vocabulary(
 
 def _check_head(model: PreTrainedModel) -> None:
     # Transformers 4.48.0 built the head without a bias, and only said that a tensor was left over.
-    bias = model.lm_head.bias
-    found = "none" if bias is None else "zeros"
-    _check(bias is not None and bool(bias.any()), "lm_head.bias", "the checkpoint's", found)
+    _check(model.lm_head.bias is not None, "lm_head.bias", "the checkpoint's", "none")
 
 
 def _check_layers(model: PreTrainedModel, llm: LlmSettings, lora: bool) -> None:

@@ -12,6 +12,7 @@ from train.fingerprint import language_model_fingerprint
 from train.language_model import load_language_model, load_tokenizer
 from train.loop import train
 from train.model import CaptionModel
+from train.preflight import check_model
 from train.projector import seeded_projector
 from train.run import RunDirectory, alone, identity, pick_device, provenance
 from train.settings import (
@@ -51,11 +52,15 @@ def pretrain(params: Params) -> None:
         validation=with_features(read_caption_examples("val"), store, "captions of split val"),
         batch_size=settings.batch_captions,
         optimizer=torch.optim.AdamW(
-            projector.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            projector.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         ),
         seed=seed,
         settings=settings,
     )
+    check_model(task.model, tokenizer, llm, lora=False)
     decides = identity(
         params,
         ("llm", "projector", "pretrain"),

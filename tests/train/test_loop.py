@@ -212,9 +212,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_images_and_check
     assert run.saved == []
 
 
-def test_of_many_images_the_first_are_named(make_task, loop):
-    task = make_task(EXAMPLES, batch_size=20)
+def test_a_model_whose_first_logits_are_not_finite_is_refused_before_a_step(make_task, loop):
+    task = make_task(EXAMPLES)
     task.model.projector.layers[2].bias.data.fill_(math.nan)
+    with pytest.raises(StageError, match=r"^before the first step: logits of the first forward"):
+        loop(task)
+
+
+def test_of_many_images_the_first_are_named(make_task, settings, loop):
+    task = make_task(EXAMPLES, batch_size=20, settings=settings(epochs=2))
+    poison_at(task, 1, math.nan)
     with pytest.raises(StageError, match=r"Images of the step \(10\): (\d+, ){8}\.\.\.\. Last"):
         loop(task)
     assert NAMED_IMAGES == 8
