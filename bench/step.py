@@ -75,8 +75,8 @@ CONTENDERS = {
 ROUNDS = {PRETRAIN: 5, FINETUNE: 5}
 UNITS = {PRETRAIN: "captions", FINETUNE: "conversations"}
 
-PASS_TOKENS, ROW_TOKENS = 2048, 512
-"""Of one of our forward passes and its rows, as in `configs/coco.yaml`."""
+PASS_TOKENS, ROW_TOKENS = 2048, 256
+"""Of one of our forward passes and its rows: short ones, which suit SDPA on a CPU."""
 USUAL_BATCH = {PRETRAIN: 32, FINETUNE: 8}
 """Texts of a forward pass of the usual loop."""
 STUDENT_CAPTIONS = 8

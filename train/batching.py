@@ -9,13 +9,15 @@ a fraction of the tokens. Several images are packed in a row.
     text       0 0 0 0   1 1 1    2 2      0 0 0 0   1 1 1     0  0
     position   0 1 2 3   4 5 6    4 5      0 1 2 3   4 5 6     0  0
 
-Letters: R rows, T positions of a row, N images, P patches, S supervised tokens.
+Letters: R rows, T positions of a row, N images, P patches, S supervised tokens, U slots that
+predict them.
 """
 
 import heapq
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -65,10 +67,12 @@ class PackedBatch:
     """int64 [R, T]: 0 the patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
     """int64 [N x P]: where the patches stand."""
-    target_slots: Tensor
-    """int64 [S]: the slots that predict the supervised tokens."""
+    slots: Tensor
+    """int64 [U], ascending: the slots that predict supervised tokens."""
+    counts: Tensor
+    """int64 [U]: how many each of them predicts; the last patch predicts all first tokens."""
     targets: Tensor
-    """int64 [S]: the supervised tokens."""
+    """int64 [S]: the supervised tokens, those of the first of `slots` first."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the same on a device."""
@@ -161,15 +165,18 @@ def collate(rows: Sequence[Row], patches: int) -> PackedBatch:
             positions[start:behind] = np.arange(patches)
             for text, branch in enumerate(image.branches, start=1):
                 targets += _targets(branch, last_patch=start + patches - 1, first=behind)
-                slots = slice(behind, behind + len(branch.token_ids) - 1)
-                token_ids[slots] = branch.token_ids[:-1]
-                positions[slots] = np.arange(patches, patches + len(branch.token_ids) - 1)
-                texts[slots] = text
-                behind = slots.stop
+                there = slice(behind, behind + len(branch.token_ids) - 1)
+                token_ids[there] = branch.token_ids[:-1]
+                positions[there] = np.arange(patches, patches + len(branch.token_ids) - 1)
+                texts[there] = text
+                behind = there.stop
             images[start:behind] = image_number
             start = behind
     # Of this shape too when a question was too long for its answer, and nothing is learned.
-    target_slots, target_ids = np.array(targets, np.int64).reshape(-1, 2).T.copy()
+    target_slots, target_ids = (
+        np.array(sorted(targets, key=itemgetter(0)), np.int64).reshape(-1, 2).T.copy()
+    )
+    slots, counts = np.unique(target_slots, return_counts=True)
     shape = (len(rows), width)
     return PackedBatch(
         image_ids=np.array([image.image_id for row in rows for image in row]),
@@ -178,7 +185,8 @@ def collate(rows: Sequence[Row], patches: int) -> PackedBatch:
         images=torch.from_numpy(images).reshape(shape),
         texts=torch.from_numpy(texts).reshape(shape),
         patch_slots=torch.from_numpy(np.concatenate(patch_slots)),
-        target_slots=torch.from_numpy(target_slots),
+        slots=torch.from_numpy(slots),
+        counts=torch.from_numpy(counts),
         targets=torch.from_numpy(target_ids),
     )
 

@@ -1,7 +1,11 @@
 """Projector and language model as one: patches and text in, the loss of supervised tokens out.
 
-Letters: R rows, T positions, N images, P patches, S supervised tokens, H width, V vocabulary.
+Letters: R rows, T positions, N images, P patches, S supervised tokens, U slots that
+predict them, H width, V vocabulary.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -56,30 +60,53 @@ class CaptionModel(nn.Module):
         return embeds
 
     def hidden(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
-        """Return the last hidden states at the slots that predict a supervised token: [S, H]."""
+        """Return the last hidden states at the slots that predict a supervised token: [U, H]."""
         patches_NPH = self.embed_patches(patches_NPD)
         slots_H = self.embed_text(batch.token_ids.flatten())
         slots_H = slots_H.index_copy(0, batch.patch_slots, patches_NPH.flatten(0, 1))
-        hidden_RTH: Tensor = self.language_model.model(
-            inputs_embeds=slots_H.view(*batch.token_ids.shape, -1),
-            attention_mask=self._mask(batch),
-            position_ids=batch.positions,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden_RTH.flatten(0, 1).index_select(0, batch.target_slots)
+        with only_at(self.language_model.model.layers[-1].mlp, batch.slots, batch.token_ids.shape):
+            hidden_RTH: Tensor = self.language_model.model(
+                inputs_embeds=slots_H.view(*batch.token_ids.shape, -1),
+                attention_mask=self._mask(batch),
+                position_ids=batch.positions,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden_RTH.flatten(0, 1).index_select(0, batch.slots)
 
     def logits(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
         """Return the logits of the supervised tokens: [S, V]."""
-        logits_SV: Tensor = self.language_model.lm_head(self.hidden(patches_NPD, batch))
-        return logits_SV
+        logits_UV: Tensor = self.language_model.lm_head(self.hidden(patches_NPD, batch))
+        return logits_UV.repeat_interleave(batch.counts, 0)
 
     def forward(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
         """Return the summed cross entropy of the supervised tokens: float32 [].
 
         Logits are made at supervised positions only, and never of all of them at once.
         """
-        hidden_SH = self.hidden(patches_NPD, batch)
-        return summed_cross_entropy(self.language_model.lm_head, hidden_SH, batch.targets)
+        return summed_cross_entropy(
+            self.language_model.lm_head,
+            self.hidden(patches_NPD, batch),
+            batch.targets,
+            batch.counts,
+        )
+
+
+@contextlib.contextmanager
+def only_at(module: nn.Module, slots_U: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Let a module, which treats every position alone, compute at some slots of [R, T] only.
+
+    Of the last block's outputs only those that predict a supervised token are read.
+    """
+
+    def select(_: nn.Module, arguments: tuple[Tensor]) -> Tensor:
+        return arguments[0].flatten(0, 1).index_select(0, slots_U)
+
+    def spread(_: nn.Module, arguments: tuple[Tensor], out_UH: Tensor) -> Tensor:
+        slots_H = out_UH.new_zeros(shape.numel(), out_UH.shape[1])
+        return slots_H.index_copy(0, slots_U, out_UH).view(*shape, -1)
+
+    with module.register_forward_pre_hook(select), module.register_forward_hook(spread):
+        yield
 
 
 def use_fused_gelu(language_model: PreTrainedModel) -> None:

@@ -142,7 +142,10 @@ def test_collate_places_every_token_as_if_its_text_were_alone(random_images, see
             ):
                 if learned:
                     wanted_targets[r * width + column, token_id] += 1
-    found = zip(batch.target_slots.tolist(), batch.targets.tolist(), strict=True)
+    assert torch.equal(batch.slots, batch.slots.unique())
+    assert (batch.counts > 0).all()
+    slots = batch.slots.repeat_interleave(batch.counts)
+    found = zip(slots.tolist(), batch.targets.tolist(), strict=True)
     assert Counter(found) == wanted_targets
     assert torch.equal(covered, batch.images != PADDING)
     assert (batch.images != PADDING).any(dim=0)[-1], "no column is padding alone"
@@ -157,8 +160,8 @@ def test_the_images_of_a_row_are_counted_from_nought(random_images):
 
 def test_texts_without_anything_to_learn_give_no_target():
     batch = collate([[ImageTexts(1, (Branch([3, 4], [False, False]),))]], PATCHES)
-    assert batch.targets.shape == batch.target_slots.shape == (0,)
-    assert batch.targets.dtype == batch.target_slots.dtype == torch.int64
+    assert batch.targets.shape == batch.slots.shape == batch.counts.shape == (0,)
+    assert batch.targets.dtype == batch.slots.dtype == batch.counts.dtype == torch.int64
 
 
 def test_moving_a_batch_keeps_all_of_it(random_images):
@@ -166,7 +169,7 @@ def test_moving_a_batch_keeps_all_of_it(random_images):
     moved = batch.to(torch.device("meta"))
     assert moved.image_ids is batch.image_ids
     tensors = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     for name, value in tensors.items():
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == value.shape

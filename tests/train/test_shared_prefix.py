@@ -135,13 +135,17 @@ def test_the_loss_is_that_of_the_logits(model, images, patches):
 
 
 def owners(images):
-    """Return image and text number of each supervised token, in collate's order."""
+    """Return image and text number of each supervised token, in collate's order.
+
+    First tokens stand first: the last patch predicts them, and stands before every text.
+    """
     return [
         (image.image_id, text)
         for image in images
+        for first in (True, False)
         for text, branch in enumerate(image.branches)
-        for is_learned in branch.learned
-        if is_learned
+        for index, is_learned in enumerate(branch.learned)
+        if is_learned and (index == 0) == first
     ]
 
 
