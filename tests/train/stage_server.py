@@ -97,7 +97,7 @@ class Command:
             if condition():
                 return True
             assert time.monotonic() < end, f"hangs: {self.kill() or self.output}"
-            time.sleep(0.002)
+            time.sleep(0.01)
         return False
 
     def kill(self):
