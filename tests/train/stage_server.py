@@ -41,9 +41,10 @@ def without_speeds(row):
 
 
 class StageServer:
-    """The process that forks; ended on leaving the `with`."""
+    """The process that forks; ended on leaving the `with`, with every command that goes on."""
 
     def __enter__(self):
+        self._commands = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=ROOT,
@@ -55,6 +56,9 @@ class StageServer:
         return self
 
     def __exit__(self, *_):
+        for command in self._commands:
+            if not command.is_done():
+                command.kill()
         self._process.kill()
         self._process.communicate()
 
@@ -62,7 +66,9 @@ class StageServer:
         """Start a stage in the current folder, or a function of tests, named `module:function`."""
         output = Path.cwd() / f"output of {time.monotonic_ns()}"
         asked = {"what": what, "folder": str(Path.cwd()), "output": str(output)}
-        return Command(self._ask(asked | {"environment": environment}), output, self._ask)
+        command = Command(self._ask(asked | {"environment": environment}), output, self._ask)
+        self._commands.append(command)
+        return command
 
     def _ask(self, question):
         print(json.dumps(question), file=self._process.stdin, flush=True)
