@@ -1,7 +1,7 @@
 """The state of an unfinished run, in one safetensors file a checkpoint.
 
 A file holds the parameters that learn and the optimizer's state as tensors, and in its metadata
-the number of optimizer steps, what the loop wants to find again, and a hash of the tensors. The
+the number of optimizer steps, what the loop wants to find again, and a hash of all of it. The
 schedule and every random choice are functions of the step: there is no state of them to keep.
 """
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cache.files import replacing
+from cache.files import canonical_json, replacing
 
 OPTIMIZER = "optimizer."
 PARAMETER = "parameter."
@@ -73,11 +73,15 @@ class Checkpoints:
         for number, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"{OPTIMIZER}{number}.{key}"] = _to_save(value)
-        about = {"step": step, "progress": dict(progress), "xxh3_128": _hash(tensors)}
+        state = {"step": step, "progress": dict(progress)}
+        about = {"state": state, "xxh3_128": _hash(state, tensors)}
         path = self._folder / f"step-{step:08}.safetensors"
         with replacing(path) as temporary:
             # One entry: safetensors writes several in an order that changes from run to run.
             save_file(tensors, temporary, {"checkpoint": json.dumps(about)})
+        for newer in (other for other in self.paths if other > path):
+            # Damaged, or the run would not have gone on from before it.
+            newer.unlink()
         for old in self.paths[: -self._keep]:
             old.unlink()
         return path
@@ -97,18 +101,18 @@ def _read(path: Path) -> Checkpoint:
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    if _hash(tensors) != about["xxh3_128"]:
-        raise ValueError("its tensors are not those that were written")
-    return Checkpoint(about["step"], about["progress"], tensors)
+    if _hash(about["state"], tensors) != about["xxh3_128"]:
+        raise ValueError("it does not hold what was written")
+    return Checkpoint(about["state"]["step"], about["state"]["progress"], tensors)
 
 
 def _to_save(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu").contiguous()
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
+def _hash(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128(canonical_json(state))
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

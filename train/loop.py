@@ -5,6 +5,7 @@ same history, bit by bit, as if it had never been stopped. The order of the imag
 rate and every random choice are functions of the step.
 """
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -156,10 +157,14 @@ class _Training:
         return f"Last checkpoint: {paths[-1] if paths else 'none yet'}."
 
     def _record(self, step: int, stop: StopRequest) -> None:
-        """Write a row of history where one is due; a run that is continued here does it again."""
+        """Write a row of history where one is due; a run that is continued here does it again.
+
+        A single process is stopped in it at once; several must stop together, after a step.
+        """
         before = self._history.state()
+        alone = PartialState().num_processes == 1
         try:
-            with stop.at_once():
+            with stop.at_once() if alone else contextlib.nullcontext():
                 if step == len(self._steps) or step % self._task.settings.validate_every_steps == 0:
                     self._history.write(step, self._validate(step))
                 elif step % self._task.settings.log_every_steps == 0:

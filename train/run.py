@@ -217,7 +217,8 @@ def git_commit() -> str:
 
 def pick_device() -> torch.device:
     """Return this process's GPU, or the CPU."""
-    device: torch.device = PartialState().device
+    # Of several processes on CPUs, accelerate forms a group only when told that it is CPUs.
+    device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
     return device
 
 

@@ -90,9 +90,10 @@ class World:
     def write_run(self, stage, seed, **llm):
         """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
         params = self.params(llm=llm)
-        run = RunDirectory(stage, params, provenance(self.store, torch.device("cpu")))
+        made_from = provenance(self.store, torch.device("cpu"))
+        run = RunDirectory(stage, params, {"seed": seed}, made_from)
         run.write_history(HISTORY)
-        seeded_projector("mlp", 8, 64, seed).save(run.path / "projector.safetensors")
+        seeded_projector("mlp", 8, 64, seed).save(run.files / "projector.safetensors")
         if stage == "finetune":
             settings = params.section("llm", LlmSettings)
             model = load_language_model(settings, torch.device("cpu"))
@@ -101,8 +102,8 @@ class World:
             for name, parameter in adapter.named_parameters():
                 if "lora_B" in name:
                     parameter.data.normal_(std=0.1, generator=generator)
-            adapter.save_pretrained(run.path / "adapter", save_embedding_layers=False)
-        run.publish({"loss": 2.5})
+            adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
+        run.publish({"loss": 2.5}, Path(f".work/{stage}.json"))
 
     @property
     def store(self):

@@ -208,7 +208,8 @@ def loss_of(asked, examples, max_text_tokens=64):
         examples,
         asked.tokenizer,
         asked.store,
-        max_tokens=9999,
+        pass_tokens=9999,
+        row_tokens=9999,
         max_text_tokens=max_text_tokens,
         device=torch.device("cpu"),
     )

@@ -168,3 +168,30 @@ def test_a_save_that_fails_leaves_those_before_and_no_half_file(small, save, tmp
             "step-00000003.safetensors"
         ]
     assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 3
+
+
+def test_a_flipped_bit_in_what_stands_before_the_tensors_is_noticed(small, tmp_path):
+    kept = Checkpoints(tmp_path, 2)
+    kept.save(3, small.learning, small.optimizer, PROGRESS)
+    path = kept.save(4, small.learning, small.optimizer, PROGRESS)
+    whole = path.read_bytes()
+    unnoticed = []
+    for place in range(8 + int.from_bytes(whole[:8], "little")):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        found = kept.latest()
+        if found.step != 3 and (found.step, found.progress) != (4, PROGRESS):
+            unnoticed.append(place)
+    assert not unnoticed
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_ones_do_not_count_as_kept(small, tmp_path, keep):
+    kept = Checkpoints(tmp_path, keep)
+    for step in (10, 11):
+        kept.save(step, small.learning, small.optimizer, PROGRESS).write_bytes(b"")
+    assert kept.latest() is None
+    path = kept.save(2, small.learning, small.optimizer, PROGRESS)
+    assert path.exists()
+    assert kept.latest().step == 2
