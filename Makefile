@@ -32,6 +32,9 @@ bench: $(INSTALLED)
 	python -m bench.verify
 	python -m bench.encode
 	python -m bench.extract
+	python -m bench.step
+	python -m bench.startup
+	python -m bench.full_size
 	python -m bench.demo
 
 $(INSTALLED): requirements.lock

@@ -84,7 +84,7 @@ class History:
             "loss": round(counts.loss_sum / counts.learned, 6),
             "learning_rate": self._learning_rate,
             "tokens_per_second": round(counts.positions / counts.seconds, 1),
-            "images_per_second": round(counts.images / counts.seconds, 2),
+            "images_per_second": round(counts.images / counts.seconds, 4),
             "data_wait_share": round(counts.wait / counts.seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(), 3),
         }
