@@ -4,7 +4,11 @@ Its weights never change; stage 2 learns LoRA matrices beside them. It stays in 
 stages, because Phi-2's config has a dropout of 0.1 that would make a frozen model random.
 """
 
+import ctypes
+import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +31,9 @@ from train.settings import LlmSettings, LoraSettings
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 """Every linear layer of a Phi block; not the embeddings, not lm_head."""
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
+"""Parameters' numbers in glibc's malloc.h."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -55,6 +62,8 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
     """Load the language model frozen, in `eval()`, quantised where the settings say so.
 
+    On a CPU the same checkpoint gives the same bits for any number of threads.
+
     Raises:
         SettingsError: No such model, not in the layout of a causal language model, or not whole.
     """
@@ -69,15 +78,16 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
     transformers_logging.disable_progress_bar()
     try:
         model: PreTrainedModel
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            settings.model,
-            dtype=DTYPES[settings.dtype],
-            quantization_config=quantization,
-            device_map={"": device},
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _quantising_on_cpu() if quantization and device.type == "cpu" else nullcontext():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                settings.model,
+                dtype=DTYPES[settings.dtype],
+                quantization_config=quantization,
+                device_map={"": device},
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+            )
         if loading["missing_keys"]:
             # Transformers would go on with random numbers in their place.
             raise ValueError(f"its files lack {', '.join(sorted(loading['missing_keys']))}")
@@ -87,6 +97,31 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
     model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
     return model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quantising_on_cpu() -> Iterator[None]:
+    """Quantise with one thread, and hand every large block back to the system when it is freed.
+
+    The mean that double quantisation subtracts depends on the number of threads in its last bits.
+    And glibc would keep freed blocks of up to 32 MiB on its heap, between those that stay in use:
+    up to twice the size of the model, never to be used again.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _set_malloc(MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        # Where glibc's own adjusting ends, which the first call has turned off.
+        _set_malloc(MMAP_THRESHOLD, 2**25)
+        _set_malloc(TRIM_THRESHOLD, 2**26)
+        torch.set_num_threads(threads)
+
+
+def _set_malloc(parameter: int, value: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def _keep_trainable_layout(model: nn.Module) -> None:

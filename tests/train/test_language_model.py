@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PhiForCausalLM
+from transformers import PhiConfig, PhiForCausalLM
 
 from cache.errors import SettingsError, StageError
 from train.batching import ImageTexts, collate
@@ -91,6 +91,23 @@ def test_a_loaded_model_is_frozen_and_not_random(load, quantize):
     model = load(quantize)
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(m.training for m in model.modules())
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_quantised_model(load, tmp_path):
+    # Wide enough that torch shares out the mean of a layer's 65,536 block maxima.
+    wide = {"hidden_size": 512, "intermediate_size": 8192, "num_attention_heads": 8}
+    torch.manual_seed(0)
+    phi = PhiForCausalLM(PhiConfig(vocab_size=64, num_hidden_layers=3, **wide))
+    phi.half().save_pretrained(tmp_path)
+
+    def offsets(threads):
+        torch.set_num_threads(threads)
+        layers = load("nf4", folder=tmp_path).model.layers
+        assert torch.get_num_threads() == threads
+        wide = [layer for block in layers for layer in (block.mlp.fc1, block.mlp.fc2)]
+        return [layer.weight.quant_state.offset.item() for layer in wide]
+
+    assert offsets(1) == offsets(2) == offsets(3) == offsets(5)
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
