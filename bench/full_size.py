@@ -199,8 +199,11 @@ def run_stage(
         return child, []
     with (folder / "runs" / stage / "history.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    metrics = json.loads((folder / "runs" / stage / "metrics.json").read_text())
+    # All images have the same texts, so all steps as many positions.
+    positions = metrics["tokens_per_second"] * metrics["seconds"] / metrics["steps"]
     for row in rows:
-        row["seconds"] = images / row["images_per_second"]
+        row["seconds"] = positions / row["tokens_per_second"]
     return child, rows
 
 
