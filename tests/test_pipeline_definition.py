@@ -25,7 +25,7 @@ ALLOWED = {
     "cache": {"cache"},
     "pipeline": {"pipeline", "cache"},
     "train": {"train", "cache"},
-    "eval": {"eval", "train", "cache"},
+    "eval": {"eval", "train", "pipeline", "cache"},
     "demo": {"demo", "pipeline", "train", "cache"},
     "bench": {"bench", "demo", "eval", "train", "pipeline", "cache"},
 }

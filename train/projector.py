@@ -73,19 +73,27 @@ def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
     Raises:
         StageError: No such file, not a projector, or of other widths.
     """
+    projector = read_projector(path)
+    found = (projector.vision_width, projector.text_width)
+    if found != (vision_width, text_width):
+        raise StageError(
+            f"{path}: maps width {found[0]} to {found[1]}, wanted {vision_width} (features) "
+            f"to {text_width} (language model). Run the stage that made it again."
+        )
+    return projector
+
+
+def read_projector(path: Path) -> Projector:
+    """Read a projector back, of whatever widths.
+
+    Raises:
+        StageError: No such file, or not a projector.
+    """
     try:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["projector"])
-        found = (about["vision_width"], about["text_width"])
-        if found != (vision_width, text_width):
-            raise StageError(
-                f"{path}: maps width {found[0]} to {found[1]}, wanted {vision_width} (features) "
-                f"to {text_width} (language model). Run the stage that made it again."
-            )
-        projector = Projector(about["kind"], *found)
+        projector = Projector(about["kind"], about["vision_width"], about["text_width"])
         load_model(projector, path)
-    except StageError:
-        raise
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise StageError(f"{path}: no projector ({error}). Run the stage that makes it.") from None
     return projector

@@ -5,6 +5,7 @@ that the model learns to stop. Each segment is tokenised on its own: " answer" a
 different tokens, and this way training and generation cut the text at the same place.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,20 @@ def conversation_text(turns: Sequence[tuple[str, str]]) -> Text:
     for question, answer in turns:
         segments += [Segment(question_text(question), False), Segment(f" {answer}", True)]
     return tuple(segments)
+
+
+def dialogue_prompt(
+    turns: Sequence[tuple[str, str]], question: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens of what was said so far and of a new question, as training has them.
+
+    Args:
+        turns: Questions and answers so far.
+        question: What is asked now.
+        tokenizer: Of the language model; its EOS ends every answer.
+    """
+    said = tokenize([conversation_text(turns)], tokenizer, sys.maxsize)[0].token_ids
+    return said + encode([question_text(question)], tokenizer)[0]
 
 
 def tokenize(

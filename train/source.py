@@ -13,20 +13,33 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache import FeatureStore
+from cache import FeatureStore, Spec
 
 Asked = TypeVar("Asked")
 Made = TypeVar("Made")
 
 DEPTH = 2
 """How many items are made ahead: one ready, one in the making."""
+
+
+class Features(Protocol):
+    """Where the features of images come from: a `FeatureStore`, or what stands in for one."""
+
+    @property
+    def spec(self) -> Spec:
+        """What they are."""
+
+    def gather(
+        self, image_ids: NDArray[np.int64], out: NDArray[np.float16] | None = None
+    ) -> NDArray[np.float16]:
+        """Return those of some images, in their order: float16 [B, P, D]."""
 
 
 class Ahead(Generic[Asked, Made]):
@@ -148,17 +161,15 @@ class ShardsAhead:
             self._looked += 1
 
 
-def gather_tensor(
-    store: FeatureStore, image_ids: NDArray[np.int64], device: torch.device
-) -> Tensor:
+def gather_tensor(features: Features, image_ids: NDArray[np.int64], device: torch.device) -> Tensor:
     """Gather features into a tensor of the main memory: float16 [B, P, D].
 
     It is pinned where the device is a GPU, so that `.to(device, non_blocking=True)` need not wait.
     """
     if device.type != "cuda":
         # Memory from numpy, which asks for huge pages: 1.2 times as fast as memory from torch here.
-        return torch.from_numpy(store.gather(image_ids))
-    shape = (len(image_ids), store.spec.patches, store.spec.width)
+        return torch.from_numpy(features.gather(image_ids))
+    shape = (len(image_ids), features.spec.patches, features.spec.width)
     features_BPD = torch.empty(shape, dtype=torch.float16, pin_memory=True)
-    store.gather(image_ids, features_BPD.numpy())
+    features.gather(image_ids, features_BPD.numpy())
     return features_BPD

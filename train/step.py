@@ -17,13 +17,12 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cache import FeatureStore
 from cache.errors import StageError
 from train.batching import ImageTexts, PackedBatch, collate, pack
 from train.data import Example
 from train.model import CaptionModel
 from train.prompts import tokenize
-from train.source import gather_tensor
+from train.source import Features, gather_tensor
 
 NAMED_IMAGES = 8
 """How many image ids an error names."""
@@ -60,7 +59,7 @@ class StepData:
 def build_step(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    store: FeatureStore,
+    store: Features,
     *,
     pass_tokens: int,
     row_tokens: int,
