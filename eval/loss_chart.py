@@ -1,28 +1,19 @@
 """Turns the history of a run into the geometry of one small line chart.
 
-Owns scales, ticks and points in the units of an SVG view box; `report.html.j2` draws them.
+Owns points in the units of an SVG view box; `page/charts.html.j2` draws them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from eval.chart_axes import BOTTOM, LEFT, RIGHT, TOP, Tick, round_values, scaled
 from eval.report_scores import as_number
 
-WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 48, 396, 12, 216
 _MAX_POINTS = 400
 
 Point = tuple[float, float]
 Rows = Sequence[Mapping[str, object]]
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A labelled place on an axis."""
-
-    at: float
-    label: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +25,6 @@ class LossChart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     summary: str
-    width: int = WIDTH
-    height: int = HEIGHT
 
 
 def loss_chart(rows: Rows) -> LossChart | None:
@@ -53,13 +42,13 @@ def loss_chart(rows: Rows) -> LossChart | None:
     if not points:
         return None
     losses = [loss for _, loss in points]
-    steps = _round_values(0, max(step for step, _ in points), smallest=1)
-    heights = _round_values(min(losses), max(losses), smallest=0.01)
+    steps = round_values(0, max(step for step, _ in points), smallest=1)
+    heights = round_values(min(losses), max(losses), smallest=0.01)
     return LossChart(
         train=_placed(train, steps, heights),
         validation=_placed(validation, steps, heights),
-        x_ticks=[Tick(_scaled(value, steps, LEFT, RIGHT), f"{value:,.0f}") for value in steps],
-        y_ticks=[Tick(_scaled(value, heights, BOTTOM, TOP), f"{value:.5g}") for value in heights],
+        x_ticks=[Tick(scaled(value, steps, LEFT, RIGHT), f"{value:,.0f}") for value in steps],
+        y_ticks=[Tick(scaled(value, heights, BOTTOM, TOP), f"{value:.5g}") for value in heights],
         summary=_summary("Train", train) + _summary("Validation", validation),
     )
 
@@ -72,23 +61,8 @@ def _series(rows: Rows, column: str) -> list[Point]:
     return points[::-1][::stride][::-1]
 
 
-def _round_values(low: float, high: float, smallest: float) -> list[float]:
-    """Return three to seven evenly spaced round numbers that enclose a range."""
-    rough = max((high - low) / 5, smallest)
-    power = 10.0 ** math.floor(math.log10(rough))
-    spacing = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    first = math.floor(low / spacing)
-    last = max(math.ceil(high / spacing), first + 2)
-    return [count * spacing for count in range(first, last + 1)]
-
-
 def _placed(points: list[Point], steps: list[float], heights: list[float]) -> list[Point]:
-    return [(_scaled(x, steps, LEFT, RIGHT), _scaled(y, heights, BOTTOM, TOP)) for x, y in points]
-
-
-def _scaled(value: float, values: list[float], start: float, end: float) -> float:
-    share = (value - values[0]) / (values[-1] - values[0])
-    return round(start + (end - start) * share, 1)
+    return [(scaled(x, steps, LEFT, RIGHT), scaled(y, heights, BOTTOM, TOP)) for x, y in points]
 
 
 def _summary(name: str, points: list[Point]) -> str:

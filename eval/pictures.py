@@ -1,20 +1,21 @@
 """Small copies of the pictures for the report page, where the images are at hand."""
 
-import dataclasses
+import base64
+import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.images import ImageArchive
-from eval.report import Example, choose_examples, thumbnail_uri
 
 IMAGES = Path("data/index/images.parquet")
+_JPEG_QUALITY = 80
 
 _UNREADABLE = (
     OSError,
@@ -31,23 +32,51 @@ _UNREADABLE = (
 damaged EXIF a TypeError."""
 
 
-def with_thumbnails(examples: Sequence[Example], data: DataSettings) -> list[Example]:
-    """Choose what the page shows and add the pictures.
+def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, str]:
+    """Make small copies of some images as data URIs.
 
-    A machine that trains from received features has no images; the page then says so.
+    Args:
+        image_ids: COCO image ids.
+        data: Where the images of each split lie.
+
+    Returns:
+        Image id to data URI, in ascending order. An image that is not at hand or does not decode
+        is left out: a machine that trains from received features has none.
+
+    Raises:
+        StageError: No table of images, or a damaged one.
     """
-    chosen = [e for kind in choose_examples(examples).values() for g in kind.values() for e in g]
-    names = _files({example.image_id for example in chosen})
     archives = {split: _archive(split, data) for split in ("train", "val")}
-    return [
-        dataclasses.replace(example, thumbnail=_thumbnail(*names[example.image_id], archives))
-        if example.image_id in names
-        else example
-        for example in chosen
-    ]
+    made = {
+        image_id: _thumbnail(split, file_name, archives)
+        for image_id, (split, file_name) in sorted(_files(image_ids).items())
+    }
+    return {image_id: uri for image_id, uri in made.items() if uri is not None}
 
 
-def _files(image_ids: set[int]) -> dict[int, tuple[str, str]]:
+def thumbnail_uri(image_bytes: bytes, side: int = 224) -> str:
+    """Shrink a picture for the page.
+
+    Args:
+        image_bytes: A picture file of any format that Pillow reads.
+        side: Largest width and height of the result, in pixels.
+
+    Returns:
+        Data URI of a JPEG, without the metadata of the picture.
+
+    Raises:
+        OSError: The bytes are no picture, or a cut one.
+    """
+    with Image.open(io.BytesIO(image_bytes)) as image:
+        # Upright, as the encoder saw it.
+        picture = ImageOps.exif_transpose(image).convert("RGB")
+    picture.thumbnail((side, side))
+    jpeg = io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
+
+
+def _files(image_ids: Collection[int]) -> dict[int, tuple[str, str]]:
     """Return split and file name of some images; an image that the index lacks is left out.
 
     Raises:

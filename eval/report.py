@@ -1,143 +1,143 @@
 """Renders `reports/index.html`: one page that needs no network and no other file.
 
-Owns what the page shows; how it looks is in `report.html.j2`, which escapes every text.
+Owns what the page holds; how it looks is in `report.html.j2` and `page/`, which escape every text.
+The page may run its own script and use its own style, known by their hashes, and nothing else.
 """
 
 import base64
-import io
-import random
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
-from PIL import Image, ImageOps
+from markupsafe import Markup
 
+from eval.chart_axes import HEIGHT, LEFT, RIGHT, WIDTH
+from eval.gallery import KINDS, Example, choose_examples, filter_options, gallery_image_ids
 from eval.loss_chart import loss_chart
-from eval.report_scores import score_cards, score_tables, section_of
+from eval.report_cards import headline, score_cards
+from eval.report_lengths import length_charts, stop_rates
+from eval.report_scores import Section, pope_sections, section_of
+from eval.report_tables import (
+    contaminated_images,
+    contamination_table,
+    pope_table,
+    score_tables,
+    still_scored,
+    type_table,
+)
 
-_GROUP_SIZE = 6
-_JPEG_QUALITY = 82
+__all__ = ["Example", "choose_examples", "gallery_image_ids", "render_report"]
+
+_HERE = Path(__file__).parent
 _STAGE_TITLES = {
     "pretrain": "Stage 1: projector",
     "finetune": "Stage 2: projector and language model",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One text of the model beside what was wanted."""
-
-    image_id: int
-    kind: Literal["caption", "answer"]
-    question: str
-    """Empty for a caption."""
-    targets: tuple[str, ...]
-    prediction: str
-    blind_prediction: str
-    """The text for the same question with the features of another image."""
-    score: float
-    thumbnail: str | None
-    """Data URI of the picture, or None where the pictures are not at hand."""
-
-    def __post_init__(self) -> None:
-        """Refuse a picture that the page would have to fetch."""
-        if self.thumbnail is not None and not self.thumbnail.startswith("data:image/"):
-            raise ValueError(
-                f"the thumbnail of image {self.image_id} must be a data URI of an image, found "
-                f"{self.thumbnail[:40]!r}."
-            )
-
-
-Gallery = dict[str, list[Example]]
-
-
-def thumbnail_uri(image_bytes: bytes, side: int = 192) -> str:
-    """Shrink a picture for the page.
-
-    Args:
-        image_bytes: A picture file of any format that Pillow reads.
-        side: Largest width and height of the result, in pixels.
-
-    Returns:
-        Data URI of a JPEG, without the metadata of the picture.
-
-    Raises:
-        OSError: The bytes are no picture, or a cut one.
-    """
-    with Image.open(io.BytesIO(image_bytes)) as image:
-        # Upright, as the encoder saw it.
-        picture = ImageOps.exif_transpose(image).convert("RGB")
-    picture.thumbnail((side, side))
-    jpeg = io.BytesIO()
-    picture.save(jpeg, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
-
-
-def choose_examples(examples: Sequence[Example]) -> dict[str, Gallery]:
-    """Choose what the galleries show: the best, the worst and some at random.
-
-    No example is shown twice. Choosing again among the chosen gives the same, so a caller may
-    choose first and make thumbnails of the chosen only.
-
-    Returns:
-        For each kind of example, its groups in the order of the page; empty groups are left out.
-    """
-    kinds = ("caption", "answer")
-    return {kind: _gallery([e for e in examples if e.kind == kind]) for kind in kinds}
-
-
 def render_report(
     *,
-    scores: Mapping[str, Any],
+    scores: Section,
     examples: Sequence[Example],
+    thumbnails: Mapping[int, str],
     histories: Mapping[str, Sequence[Mapping[str, object]]],
     provenance: Mapping[str, Any],
+    contamination: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> str:
     """Render the page.
 
     Args:
         scores: Content of `reports/eval.json`; any section may be absent, any value None.
-        examples: All examples or those of `choose_examples`.
+        examples: All texts of the model; the galleries show those of `choose_examples`.
+        thumbnails: Image id to a data URI of its picture; an image may be absent.
         histories: For each stage, the rows of its `history.csv`.
         provenance: Whatever says where the scores come from, nested at will. The names in
             `settings.llm.model`, `settings.encoder.model` and `settings.data.source` go into the
             opening sentence.
+        contamination: Content of `reports/contamination.json`.
 
     Returns:
         HTML text, the same for the same arguments.
+
+    Raises:
+        ValueError: A thumbnail that the page would have to fetch.
     """
+    _check_embedded(thumbnails)
+    style, script = (_own(name) for name in ("style.css", "script.js"))
+    cards = score_cards(scores)
+    chosen = choose_examples(examples)
+    return _template().render(
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
+        sentence=_sentence(provenance.get("settings") or {}),
+        headline=headline(cards),
+        cards=cards,
+        unscored=_unscored(scores),
+        kinds=KINDS,
+        galleries=chosen,
+        options=filter_options(chosen),
+        thumbnails=thumbnails,
+        charts={_STAGE_TITLES.get(name, name): loss_chart(histories[name]) for name in histories},
+        lengths=length_charts(examples),
+        stop_rates=stop_rates(scores),
+        types=type_table(scores),
+        pope=pope_table(scores),
+        contamination=contamination_table(scores),
+        still_scored=still_scored(scores),
+        contaminated=contaminated_images(contamination),
+        tables=score_tables(scores),
+        provenance=_facts(provenance),
+    )
+
+
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
-        sentence=_sentence(provenance.get("settings") or {}),
-        cards=score_cards(scores),
-        tables=score_tables(scores),
-        unscored=[name for name in ("captions", "answers") if not section_of(scores, name)],
-        galleries=choose_examples(examples),
-        charts={
-            _STAGE_TITLES.get(stage, stage): loss_chart(histories[stage]) for stage in histories
-        },
-        provenance=_facts(provenance),
+    return environment.get_template("report.html.j2")
+
+
+def _own(name: str) -> Markup:
+    return Markup((_HERE / "page" / name).read_text(encoding="utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    """Return a content security policy that allows this style, this script and data URIs."""
+
+    def source(text: str) -> str:
+        digest = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+    return (
+        f"default-src 'none'; img-src data:; style-src {source(style)}; "
+        f"script-src {source(script)}; base-uri 'none'; form-action 'none'"
     )
 
 
-def _gallery(examples: Sequence[Example]) -> Gallery:
-    ranked = sorted(examples, key=lambda e: (-e.score, e.image_id, e.question))
-    half = (len(ranked) + 1) // 2
-    best = ranked[: min(_GROUP_SIZE, half)]
-    worst = ranked[max(len(ranked) - _GROUP_SIZE, half) :][::-1]
-    middle = ranked[len(best) : len(ranked) - len(worst)]
-    some = random.Random(0).sample(middle, min(_GROUP_SIZE, len(middle)))
-    some.sort(key=lambda e: (e.image_id, e.question))
-    groups = {"Worst": worst, "Best": best, "Some at random": some}
-    return {name: group for name, group in groups.items() if group}
+def _check_embedded(thumbnails: Mapping[int, str]) -> None:
+    for image_id, uri in thumbnails.items():
+        if not uri.startswith("data:image/"):
+            raise ValueError(
+                f"the thumbnail of image {image_id} must be a data URI of an image, found "
+                f"{uri[:40]!r}."
+            )
+
+
+def _unscored(scores: Section) -> list[str]:
+    kinds = {
+        "captions": section_of(scores, "captions"),
+        "answers": section_of(scores, "answers"),
+        "yes/no questions": pope_sections(scores),
+    }
+    return [name for name, section in kinds.items() if not section]
 
 
 def _sentence(settings: Mapping[str, Any]) -> str:

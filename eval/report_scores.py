@@ -1,22 +1,19 @@
-"""Words and tables for the scores of `reports/eval.json`: names, units, verdicts.
+"""The scores of `reports/eval.json` as the page reads them: names, units, intervals, comparisons.
 
-A score counts only against its blind control, the same questions with the features of another
-image: what a model reaches without the picture it has not learned from pictures.
+A score counts only against its controls, the same questions without what the model needs to know of
+the picture: what it reaches without, it has not learned from pictures.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MARGIN = 0.02
-"""Share of the blind score by which a score must be better; less is taken for noise."""
-
 Section = Mapping[str, Any]
 Style = Literal["number", "share", "length", "count"]
-State = Literal["good", "bad", "open"]
 
 _DECIMALS = {"number": 3, "length": 1, "count": 0}
+_DASH = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Metric:
         """Write a value with its unit, or a dash where there is none."""
         number = as_number(value)
         if number is None:
-            return "\u2013"
+            return _DASH
         if self.style == "share":
             return f"{number:.1%}"
         return f"{number:,.{_DECIMALS[self.style]}f}"
@@ -45,73 +42,77 @@ METRICS = {
     "BLEU-3": Metric("BLEU-3", "for runs of three words"),
     "BLEU-4": Metric("BLEU-4", "for runs of four words"),
     "ROUGE-L": Metric("ROUGE-L", "longest common sequence of words"),
-    "exact_match": Metric("Exact answers", "same words as the target", "share"),
+    "exact_match": Metric(
+        "Exact match", "same words as the target, of at most five words", "share"
+    ),
     "token_f1": Metric("Token F1", "overlap with the words of the target", "share"),
     "loss": Metric(
         "Loss", "per token of the target, in nats; lower is better", lower_is_better=True
     ),
+    "accuracy": Metric("Accuracy", "yes and no answered rightly", "share"),
+    "precision": Metric("Precision", "of what it said is there, how much is", "share"),
+    "recall": Metric("Recall", "of what is there, how much it said is", "share"),
+    "f1": Metric("F1", "harmonic mean of precision and recall", "share"),
+    "yes_rate": Metric("Yes-rate", "questions answered with yes", "share"),
     "stop_rate": Metric("Stop rate", "texts that end by themselves", "share"),
     "repeated_4grams": Metric("Repeated 4-grams", "of all runs of four words", "share"),
     "mean_tokens": Metric("Mean length", "in tokens", "length"),
+    "short_count": Metric("Short targets", "that exact match is over", "count"),
     "count": Metric("Texts", "that were scored", "count"),
 }
 
-
-_VERDICTS: dict[bool | None, tuple[State, str]] = {
-    True: ("good", "Beats the blind control."),
-    False: (
-        "bad",
-        "Does NOT beat the blind control: it has learned nothing from the pictures.",
-    ),
-    None: ("open", "Cannot be judged: the score or its blind control was not measured."),
+CONTROLS = {
+    "blind": "blind control",
+    "noise": "noise control",
+    "untrained": "untrained projector",
 }
+"""Key of each control in a section, and what it is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
-    """One score beside its blind control; widths are percent of the longer bar."""
+class Measured:
+    """One score with its 95 % interval, each as far as it was measured."""
 
-    title: str
     metric: Metric
-    score: str
-    blind: str
-    score_width: float
-    blind_width: float
-    verdict: str
-    state: State
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def written(self) -> str:
+        """The value with its unit, or a dash."""
+        return self.metric.written(self.value)
+
+    @property
+    def interval(self) -> str:
+        """The ends of the interval, or nothing."""
+        if self.low is None or self.high is None:
+            return ""
+        low, high = self.metric.written(self.low), self.metric.written(self.high)
+        return f"{low.removesuffix('%')}{_DASH}{high}"
+
+    def beats(self, control: "Measured") -> bool | None:
+        """Say whether the intervals lie apart, this one on the better side.
+
+        Returns:
+            None if an interval was not measured.
+        """
+        if None in (self.low, self.high, control.low, control.high):
+            return None
+        if self.metric.lower_is_better:
+            return self.high < control.low  # type: ignore[operator]
+        return self.low > control.high  # type: ignore[operator]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """Scores of one kind; each row holds a metric and its written values."""
+class Bar:
+    """One row of a card; lengths and places are percent of the longest row."""
 
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[tuple[Metric, Sequence[str]]]
-
-
-def score_cards(scores: Section) -> list[Card]:
-    """Return the summary cards of the scores that were measured."""
-    wanted = (
-        ("Captions", ("captions",), "CIDEr"),
-        ("Answers", ("answers",), "token_f1"),
-        ("Answers", ("answers",), "exact_match"),
-        ("Answers", ("answers",), "loss"),
-        ("Captions after stage 1 alone", ("pretrain_only", "captions"), "CIDEr"),
-    )
-    sections = ((title, section_of(scores, *path), key) for title, path, key in wanted)
-    return [_card(title, section, key) for title, section, key in sections if key in section]
-
-
-def score_tables(scores: Section) -> list[Table]:
-    """Return one table of captions and one of answers, each left out if nothing was scored."""
-    captions, answers = section_of(scores, "captions"), section_of(scores, "answers")
-    stage1 = section_of(scores, "pretrain_only", "captions")
-    tables = (
-        _table("Captions", {"Both stages": captions, "Stage 1 alone": stage1}),
-        _table("Answers", {"Both stages": answers}),
-    )
-    return [table for table in tables if table.rows]
+    label: str
+    measured: Measured
+    width: float
+    low: float | None
+    high: float | None
 
 
 def section_of(scores: Section, *path: str) -> Section:
@@ -122,17 +123,49 @@ def section_of(scores: Section, *path: str) -> Section:
     return section if section.get("count", 1) else {}
 
 
-def beats_blind(metric: Metric, score: object, blind: object) -> bool | None:
-    """Say whether a score is better than its blind control by more than the margin.
+def pope_sections(scores: Section) -> dict[str, Section]:
+    """Return the subsets of yes/no questions that were scored."""
+    subsets = {name: section_of(scores, "pope", name) for name in scores.get("pope") or {}}
+    return {name: section for name, section in subsets.items() if section}
 
-    Returns:
-        None if either was not measured.
-    """
-    reached, control = as_number(score), as_number(blind)
-    if reached is None or control is None:
-        return None
-    gain = control - reached if metric.lower_is_better else reached - control
-    return gain > MARGIN * abs(control)
+
+def views_of(section: Section) -> dict[str, Section]:
+    """Return what is beside one another: the scores under `seen`, and the controls there are."""
+    controls = {view: section[view] for view in CONTROLS if section.get(view)}
+    return {"seen": section, **controls}
+
+
+def measured(section: Section, key: str) -> Measured:
+    """Return one score of a view."""
+    low, high = (section.get("intervals") or {}).get(key) or (None, None)
+    return Measured(
+        metric=METRICS[key],
+        value=as_number(section.get(key)),
+        low=as_number(low),
+        high=as_number(high),
+    )
+
+
+def bars_of(section: Section, key: str) -> list[Bar]:
+    """Return a bar for each view of a section; a share is measured against the whole."""
+    views = {view: measured(values, key) for view, values in views_of(section).items()}
+    ends = [end for m in views.values() for end in (m.value, m.high) if end is not None]
+    longest = 1.0 if METRICS[key].style == "share" else max([*ends, 0.0]) or 1.0
+    labels = {"seen": "Model", "blind": "Blind", "noise": "Noise", "untrained": "Untrained"}
+
+    def percent(value: float | None) -> float | None:
+        return None if value is None else round(100 * min(max(value / longest, 0.0), 1.0), 2)
+
+    return [
+        Bar(
+            label=labels[view],
+            measured=m,
+            width=percent(m.value) or 0.0,
+            low=percent(m.low),
+            high=percent(m.high),
+        )
+        for view, m in views.items()
+    ]
 
 
 def as_number(value: object) -> float | None:
@@ -140,36 +173,3 @@ def as_number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
-
-
-def _card(title: str, section: Section, key: str) -> Card:
-    metric, score, blind = METRICS[key], section[key], _blind(section).get(key)
-    longest = max(as_number(score) or 0.0, as_number(blind) or 0.0) or 1.0
-    state, verdict = _VERDICTS[beats_blind(metric, score, blind)]
-    return Card(
-        title=title,
-        metric=metric,
-        score=metric.written(score),
-        blind=metric.written(blind),
-        score_width=100 * (as_number(score) or 0.0) / longest,
-        blind_width=100 * (as_number(blind) or 0.0) / longest,
-        verdict=verdict,
-        state=state,
-    )
-
-
-def _table(title: str, runs: Mapping[str, Section]) -> Table:
-    columns: dict[str, Section] = {}
-    for name, section in runs.items():
-        if section:
-            columns |= {name: section, f"{name}, blind": _blind(section)}
-    keys = [key for key in METRICS if any(key in section for section in columns.values())]
-    rows = [
-        (METRICS[key], [METRICS[key].written(section.get(key)) for section in columns.values()])
-        for key in keys
-    ]
-    return Table(title=title, columns=list(columns), rows=rows)
-
-
-def _blind(section: Section) -> Section:
-    return section.get("blind") or {}

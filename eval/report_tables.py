@@ -1,0 +1,144 @@
+"""The tables of the page: all numbers, answers by type, yes/no questions, contamination.
+
+A cell is a tuple of texts: the value, then what is written small beneath it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eval.report_scores import METRICS, Section, measured, pope_sections, section_of, views_of
+
+LISTED = 50
+"""Images of a kind that are named as contaminated; the rest are counted."""
+
+_VIEWS = {"seen": "Model", "blind": "Blind", "noise": "Noise", "untrained": "Untrained projector"}
+_KINDS = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
+
+Cell = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row: its name, what that means, its cells."""
+
+    name: str
+    meaning: str = ""
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table; the first column has the names of the rows."""
+
+    title: str
+    first: str
+    columns: Sequence[str]
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contaminated:
+    """Images of one kind that lie in training too."""
+
+    title: str
+    named: Sequence[tuple[int, str]]
+    """Image id and reason of the first ones."""
+    more: int
+
+
+def score_tables(scores: Section) -> list[Table]:
+    """Return every number, a table a kind; what was not scored is left out."""
+    sections = {
+        "Captions": section_of(scores, "captions"),
+        "Captions of stage 1 alone": section_of(scores, "pretrain_only", "captions"),
+        "Answers": section_of(scores, "answers"),
+        **{f"Yes or no, {name}": part for name, part in pope_sections(scores).items()},
+    }
+    return [_all_views(title, section) for title, section in sections.items() if section]
+
+
+def type_table(scores: Section) -> Table | None:
+    """Return the answers by type of question, the most frequent first."""
+    types = section_of(scores, "answers").get("by_type") or {}
+    parts = {name: section_of(types, name) for name in types}
+    frequent = sorted(parts, key=lambda name: (-parts[name].get("count", 0), name))
+    keys = ("exact_match", "token_f1")
+    rows = [
+        Row(name=name, cells=[_count(parts[name]), *(_beside_blind(parts[name], k) for k in keys)])
+        for name in frequent
+        if parts[name]
+    ]
+    columns = ["Questions", *(METRICS[key].label for key in keys)]
+    title = "Answers by type of question"
+    return Table(title=title, first="Type", columns=columns, rows=rows) if rows else None
+
+
+def pope_table(scores: Section) -> Table | None:
+    """Return the yes/no questions, a row a subset."""
+    keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
+    rows = [
+        Row(name=name, cells=[_count(part), *(_beside_blind(part, key) for key in keys)])
+        for name, part in pope_sections(scores).items()
+    ]
+    columns = ["Questions", *(METRICS[key].label for key in keys)]
+    title = "Yes or no questions"
+    return Table(title=title, first="Subset", columns=columns, rows=rows) if rows else None
+
+
+def contamination_table(scores: Section) -> Table | None:
+    """Return how many images of each kind lie in training too, and how many were left out."""
+    counts = scores.get("contamination") or {}
+    rows = [
+        Row(
+            name=_KINDS.get(kind, kind),
+            cells=[
+                (METRICS["count"].written(of_kind.get(key)),)
+                for key in ("images", "contaminated", "left_out")
+            ],
+        )
+        for kind, of_kind in counts.items()
+    ]
+    columns = ["Images", "In training too", "Left out"]
+    return Table(title="Contamination", first="Kind", columns=columns, rows=rows) if rows else None
+
+
+def still_scored(scores: Section) -> int:
+    """Return how many images were scored although they lie in training too."""
+    counts = (scores.get("contamination") or {}).values()
+    return sum(of_kind["contaminated"] - of_kind["left_out"] for of_kind in counts)
+
+
+def contaminated_images(
+    contamination: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[Contaminated]:
+    """Return the images to name, kinds without any left out."""
+    return [
+        Contaminated(
+            title=_KINDS.get(kind, kind),
+            named=[(image["image_id"], image["reason"]) for image in images[:LISTED]],
+            more=max(len(images) - LISTED, 0),
+        )
+        for kind, images in contamination.items()
+        if images
+    ]
+
+
+def _all_views(title: str, section: Section) -> Table:
+    views = views_of(section)
+    rows = []
+    for key in [key for key in METRICS if any(key in values for values in views.values())]:
+        found = [measured(values, key) for values in views.values()]
+        cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
+        rows.append(Row(name=METRICS[key].label, meaning=METRICS[key].meaning, cells=cells))
+    return Table(title=title, first="Metric", columns=[_VIEWS[v] for v in views], rows=rows)
+
+
+def _count(section: Section) -> Cell:
+    return (METRICS["count"].written(section.get("count")),)
+
+
+def _beside_blind(section: Section, key: str) -> Cell:
+    seen, blind = measured(section, key), measured(section.get("blind") or {}, key)
+    lines = (seen.written, seen.interval, f"blind {blind.written}")
+    return tuple(line for line in lines if line)
