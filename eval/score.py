@@ -1,0 +1,146 @@
+"""Command: scores captions in COCO's results layout against captions that people wrote.
+
+python -m eval.score CAPTIONS RESULTS
+python -m eval.score CAPTIONS RESULTS --official
+
+CAPTIONS has the layout of COCO's captions_val2017.json; RESULTS is a list of image_id and caption,
+like reports/captions_results.json. Both must be about the same images. --official also runs the
+official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores beside ours; SPICE
+fetches 400 MB at first use. A score that cannot be had is said to be missing, with exit code 1.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cache.command import run_guarded
+from cache.errors import StageError
+from eval.metrics import score_captions
+from eval.official import Official, check_java, score_officially
+from train.compare import print_table
+
+ABSENT = "-"
+"""Stands where there is no score."""
+
+
+def score(captions: Path, results: Path, *, official: bool) -> None:
+    """Print the scores of a results file.
+
+    Args:
+        captions: What people wrote.
+        results: One caption for each of the same images.
+        official: Whether to run the official Java programs beside.
+
+    Raises:
+        SettingsError: The official programs are wanted, and there is no Java.
+        StageError: A file that cannot be used, other images in one file than in the other, or
+            an official score that could not be had.
+    """
+    if official:
+        check_java()
+    references, candidates = read_captions(captions), read_results(results)
+    try:
+        ours = score_captions(references, candidates)
+    except ValueError as error:
+        raise StageError(f"{results} does not fit {captions}: {error}") from None
+    theirs = score_officially(references, candidates) if official else None
+    count = sum(map(len, references.values()))
+    print(f"{len(candidates)} captions against {count} of people")
+    print_table(rows_of(ours, theirs))
+    if theirs is not None and theirs.missing:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in theirs.missing.items())
+        raise StageError(f"all but {', '.join(theirs.missing)} was computed. {reasons}.")
+
+
+def rows_of(ours: dict[str, float], theirs: Official | None) -> list[tuple[str, str, str, str]]:
+    """Return the lines of the table; what the official programs say only if they ran."""
+    if theirs is None:
+        return [(name, f"{value:.6f}", "", "") for name, value in ours.items()]
+    rows = [("", "ours", "official", "difference")]
+    for name in [*ours, *(n for n in (*theirs.scores, *theirs.missing) if n not in ours)]:
+        pair = [scores.get(name) for scores in (ours, theirs.scores)]
+        one, other = (ABSENT if value is None else f"{value:.6f}" for value in pair)
+        difference = ABSENT if None in pair else f"{ours[name] - theirs.scores[name]:+.6f}"
+        rows.append((name, one, other, difference))
+    return rows
+
+
+def read_captions(path: Path) -> dict[int, list[str]]:
+    """Return the captions of each image of a captions file.
+
+    Raises:
+        StageError: Not a file in COCO's layout.
+    """
+    content = _read_json(path)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        _refuse(path, "wanted COCO's layout: an object with the list 'annotations'")
+    captions: dict[int, list[str]] = {}
+    for image_id, caption in _entries(path, "annotations", annotations):
+        captions.setdefault(image_id, []).append(caption)
+    return captions
+
+
+def read_results(path: Path) -> dict[int, str]:
+    """Return the caption of each image of a results file.
+
+    Raises:
+        StageError: Not a file in COCO's layout, or two captions of an image.
+    """
+    content = _read_json(path)
+    if not isinstance(content, list):
+        _refuse(path, "wanted COCO's layout: a list of objects with image_id and caption")
+    results: dict[int, str] = {}
+    for image_id, caption in _entries(path, "", content):
+        if image_id in results:
+            _refuse(path, f"image {image_id} has two captions, wanted one")
+        results[image_id] = caption
+    return results
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"no usable JSON in UTF-8: {error}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _entries(path: Path, place: str, entries: list[Any]) -> Iterator[tuple[int, str]]:
+    for position, entry in enumerate(entries):
+        found = entry if isinstance(entry, dict) else {}
+        image_id, caption = found.get("image_id"), found.get("caption")
+        # Not isinstance: True is no id.
+        if type(image_id) is not int or not isinstance(caption, str):
+            wanted = "wanted an object with a number 'image_id' and a text 'caption'"
+            _refuse(path, f"{place}[{position}]: {wanted}")
+        try:
+            caption.encode()
+        except UnicodeEncodeError:
+            _refuse(path, f"{place}[{position}]: half a character (a lone surrogate)")
+        yield image_id, caption
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise StageError(f"{path}: {reason}.")
+
+
+def main() -> None:
+    """Read the command line and score."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("captions", metavar="CAPTIONS", type=Path, help="captions of people")
+    parser.add_argument("results", metavar="RESULTS", type=Path, help="captions to score")
+    parser.add_argument("--official", action="store_true", help="run the Java programs beside")
+    arguments = parser.parse_args()
+    run_guarded(lambda: score(arguments.captions, arguments.results, official=arguments.official))
+
+
+if __name__ == "__main__":
+    main()
