@@ -1,79 +1,48 @@
-"""Asks a model about pictures twice: with their own features, and with another picture's.
+"""Asks a model about pictures in all ways of asking, and scores it beside its controls."""
 
-The second is the blind control: what a model reaches with it, it did not learn from the pictures.
-"""
-
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from transformers import PreTrainedTokenizerBase
-
-from cache import FeatureStore
-from cache.errors import StageError
-from eval.metrics import (
-    cider_by_image,
-    exact_match,
-    repeated_4grams,
-    score_captions,
-    token_f1,
-)
+from eval.bootstrap import Measure
+from eval.controls import CONTROLS, SEEN, Asked, views
+from eval.losses import answer_losses
+from eval.measures import answer_measures, caption_measures, form_measures, pope_measures
+from eval.metrics import cider_by_image, exact_match, is_short, token_f1, yes_or_no
+from eval.pope import YesNo
+from eval.question_types import question_type
 from eval.settings import EvaluateSettings
 from train.data import Example, Question
 from train.generate import Generation, generate
-from train.model import CaptionModel
 from train.prompts import question_text
-from train.step import build_step, mean_loss
 
-LOSS_TOKENS = 4096
-"""Positions of one forward pass when only the loss is wanted, padding included."""
+YES_NO_TOKENS = 16
+"""Most tokens of a yes-no answer, of which the first sentence alone counts."""
+
+Scores = dict[str, Any]
+Made = Mapping[str, Sequence[Generation]]
+"""Way of asking to what came, text by text."""
+MeasuresOf = Callable[[Sequence[str]], Mapping[str, Measure]]
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One text that was asked for, what came, and what came blind."""
+class Said:
+    """One text that was asked for, and what came in each way of asking."""
 
     image_id: int
     question: str
     """Empty when the model was to go on straight behind the patches."""
     targets: tuple[str, ...]
-    seen: Generation
-    blind: Generation
+    made: dict[str, Generation]
     score: float
-    """CIDEr of a caption, exact match of an answer."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is asked, and how its input is made."""
-
-    name: str
-    model: CaptionModel
-    tokenizer: PreTrainedTokenizerBase
-    store: FeatureStore
-
-
-def other_images(image_ids: Sequence[int], store: FeatureStore) -> dict[int, int]:
-    """Give each image another one: the one half a round further among them.
-
-    Raises:
-        StageError: The store holds a single image, so there is no other.
-    """
-    distinct = sorted(set(image_ids))
-    if len(distinct) == 1:
-        distinct += [int(i) for i in store.image_ids if i != distinct[0]][:1]
-    if len(distinct) == 1:
-        raise StageError(f"{store.root}: holds one image, so there is none for the blind control.")
-    half = len(distinct) // 2
-    return dict(zip(distinct, distinct[half:] + distinct[:half], strict=True))
+    """CIDEr of a caption; exact match of an answer whose target is short, token F1 of another; 1 or
+    0 of yes and no."""
 
 
 def ask_captions(
-    asked: Model, references: dict[int, list[str]], question: str, settings: EvaluateSettings
-) -> tuple[dict[str, Any], list[Asked]]:
-    """Let a model caption images, and score it beside its blind control.
+    asked: Asked, references: dict[int, list[str]], question: str, settings: EvaluateSettings
+) -> tuple[Scores, list[Said]]:
+    """Let a model caption images.
 
     Args:
         asked: The model.
@@ -82,122 +51,158 @@ def ask_captions(
         settings: Limits.
 
     Returns:
-        The scores with a `blind` twin, and every caption.
+        The scores with those of the controls, and every caption.
     """
-    image_ids = list(references)
+    image_ids = sorted(references)
     prompts = [question_text(question) if question else ""] * len(image_ids)
-    seen, blind = _ask(asked, image_ids, prompts, settings.caption_tokens, settings.batch_size)
-    scores = _caption_scores(references, image_ids, seen)
-    scores["blind"] = _caption_scores(references, image_ids, blind)
-    texts = {i: generation.text for i, generation in zip(image_ids, seen, strict=True)}
-    cider = cider_by_image(references, texts)
-    captions = [
-        Asked(i, question, tuple(references[i]), s, b, cider[i])
-        for i, s, b in zip(image_ids, seen, blind, strict=True)
+    made = _ask(asked, image_ids, prompts, settings.caption_tokens, settings.batch_size)
+
+    def captions(texts: Sequence[str]) -> dict[int, str]:
+        return dict(zip(image_ids, texts, strict=True))
+
+    scores = _section(
+        made, image_ids, lambda texts: caption_measures(references, captions(texts)), asked.seed
+    )
+    cider = cider_by_image(references, captions(_texts(made[SEEN])))
+    said = [
+        Said(i, question, tuple(references[i]), one, cider[i])
+        for i, one in zip(image_ids, _by_text(made), strict=True)
     ]
-    return scores, captions
+    return scores, said
 
 
 def ask_questions(
-    asked: Model, questions: Sequence[Question], settings: EvaluateSettings
-) -> tuple[dict[str, Any], list[Asked]]:
-    """Ask a model questions, and score it beside its blind control.
+    asked: Asked,
+    questions: Sequence[Question],
+    examples: Sequence[Example],
+    settings: EvaluateSettings,
+) -> tuple[Scores, list[Said]]:
+    """Ask a model questions, each without the turns before it.
 
     Args:
         asked: The model.
         questions: At least one.
+        examples: The images of the questions with their conversations, for the loss.
         settings: Limits.
 
     Returns:
-        The scores with a `blind` twin, without the loss, and every answer.
+        The scores with those of the controls and of each type of question, and every answer.
     """
     image_ids = [question.image_id for question in questions]
     prompts = [question_text(question.question) for question in questions]
-    seen, blind = _ask(asked, image_ids, prompts, settings.answer_tokens, settings.batch_size)
-    targets = [question.answer for question in questions]
-    scores = _answer_scores(targets, seen)
-    scores["blind"] = _answer_scores(targets, blind)
-    answers = [
-        Asked(q.image_id, q.question, (q.answer,), s, b, exact_match(q.answer, s.text))
-        for q, s, b in zip(questions, seen, blind, strict=True)
+    made = _ask(asked, image_ids, prompts, settings.answer_tokens, settings.batch_size)
+    said = [
+        Said(q.image_id, q.question, (q.answer,), one, _answer_score(q.answer, one[SEEN].text))
+        for q, one in zip(questions, _by_text(made), strict=True)
     ]
-    return scores, answers
+    scores = _answer_section(said, asked.seed)
+    for view, losses in answer_losses(asked, examples, settings.max_text_tokens).items():
+        section = scores if view == SEEN else scores[view]
+        section["loss"] = losses.measure.value
+        section["intervals"]["loss"] = losses.measure.interval(losses.image_ids, asked.seed)
+    scores["by_type"] = {
+        name: _answer_section(
+            [one for one in said if question_type(one.question) == name], asked.seed
+        )
+        for name in sorted({question_type(one.question) for one in said})
+    }
+    return scores, said
 
 
-def answer_losses(
-    asked: Model, examples: Sequence[Example], max_text_tokens: int
-) -> tuple[float, float]:
-    """Return the mean loss of an answer's token: with the image, and with another one.
+def ask_pope(
+    asked: Asked, subsets: Mapping[str, Sequence[YesNo]], settings: EvaluateSettings
+) -> tuple[Scores, dict[str, list[Said]]]:
+    """Ask a model yes-no questions about objects; one that stands in several subsets is asked once.
 
-    Raises:
-        StageError: No other image, no answer within `max_text_tokens`, or a loss that is no number.
+    Args:
+        asked: The model.
+        subsets: Name to its questions, at least one.
+        settings: Limits.
+
+    Returns:
+        For each subset the scores with those of the controls, and every answer.
     """
-    others = other_images([example.image_id for example in examples], asked.store)
-    blind = [Example(others[example.image_id], example.texts) for example in examples]
-    seen_loss, blind_loss = (
-        mean_loss(
-            asked.model,
-            build_step(
-                part,
-                asked.tokenizer,
-                asked.store,
-                pass_tokens=LOSS_TOKENS,
-                row_tokens=LOSS_TOKENS,
-                max_text_tokens=max_text_tokens,
-                device=asked.model.device,
-            ),
-        )
-        for part in (examples, blind)
-    )
-    if not math.isfinite(seen_loss + blind_loss):
-        raise StageError(
-            f"{asked.name}: the loss of the answers is {seen_loss}, blind {blind_loss}, wanted "
-            f"finite numbers. Weights or features are damaged: run the {asked.name} stage again."
-        )
-    return seen_loss, blind_loss
+    pairs = sorted({(q.image_id, q.question) for qs in subsets.values() for q in qs})
+    image_ids = [image_id for image_id, _ in pairs]
+    prompts = [question_text(question) for _, question in pairs]
+    made = _ask(asked, image_ids, prompts, YES_NO_TOKENS, settings.batch_size)
+    answers = dict(zip(pairs, _by_text(made), strict=True))
+    said = {
+        name: [_yes_no(q, answers[q.image_id, q.question]) for q in questions]
+        for name, questions in subsets.items()
+    }
+    scores = {name: _pope_section(texts, asked.seed) for name, texts in said.items()}
+    return scores, said
+
+
+def _yes_no(question: YesNo, made: dict[str, Generation]) -> Said:
+    right = yes_or_no(made[SEEN].text) == question.label
+    return Said(question.image_id, question.question, (question.label,), made, float(right))
+
+
+def _answer_score(target: str, answer: str) -> float:
+    return exact_match(target, answer) if is_short(target) else token_f1(target, answer)
 
 
 def _ask(
-    asked: Model, image_ids: list[int], prompts: Sequence[str], max_tokens: int, batch_size: int
-) -> tuple[list[Generation], list[Generation]]:
-    others = other_images(image_ids, asked.store)
-    seen, blind = (
-        generate(
-            asked.model,
+    asked: Asked, image_ids: list[int], prompts: Sequence[str], max_tokens: int, batch_size: int
+) -> dict[str, list[Generation]]:
+    return {
+        view.name: generate(
+            view.model,
             asked.tokenizer,
-            asked.store,
-            ids,
+            view.features,
+            view.image_ids,
             prompts,
             max_tokens=max_tokens,
             batch_size=batch_size,
-            description=f"{asked.name}, {what}",
+            description=f"{asked.name}, {view.name}",
         )
-        for what, ids in (("seeing", image_ids), ("blind", [others[i] for i in image_ids]))
+        for view in views(asked, image_ids)
+    }
+
+
+def _answer_section(said: Sequence[Said], seed: int) -> Scores:
+    targets = [one.targets[0] for one in said]
+    scores = _section(
+        _made(said),
+        [one.image_id for one in said],
+        lambda texts: answer_measures(targets, texts),
+        seed,
     )
-    return seen, blind
+    return scores | {"short_count": sum(map(is_short, targets))}
 
 
-def _caption_scores(
-    references: dict[int, list[str]], image_ids: list[int], made: list[Generation]
-) -> dict[str, Any]:
-    texts = {i: generation.text for i, generation in zip(image_ids, made, strict=True)}
-    return {**score_captions(references, texts), **_form_scores(made)}
+def _pope_section(said: Sequence[Said], seed: int) -> Scores:
+    labels = [one.targets[0] for one in said]
+    image_ids = [one.image_id for one in said]
+    return _section(_made(said), image_ids, lambda texts: pope_measures(labels, texts), seed)
 
 
-def _answer_scores(targets: list[str], made: list[Generation]) -> dict[str, Any]:
-    pairs = [(target, g.text) for target, g in zip(targets, made, strict=True)]
-    return {
-        "exact_match": float(np.mean([exact_match(*pair) for pair in pairs])),
-        "token_f1": float(np.mean([token_f1(*pair) for pair in pairs])),
-        **_form_scores(made),
+def _section(made: Made, image_ids: Sequence[int], measures_of: MeasuresOf, seed: int) -> Scores:
+    """Score every way of asking: that with the own features, the controls inside of it."""
+    sections = {
+        view: _scored({**measures_of(_texts(texts)), **form_measures(texts)}, image_ids, seed)
+        for view, texts in made.items()
     }
+    return sections[SEEN] | {control: sections[control] for control in CONTROLS}
 
 
-def _form_scores(made: list[Generation]) -> dict[str, Any]:
-    """Score what needs no target: whether texts end, repeat themselves, and how long they are."""
-    return {
-        "stop_rate": float(np.mean([generation.stopped for generation in made])),
-        "repeated_4grams": repeated_4grams(generation.text for generation in made),
-        "mean_tokens": float(np.mean([generation.num_tokens for generation in made])),
-        "count": len(made),
-    }
+def _scored(measures: Mapping[str, Measure], image_ids: Sequence[int], seed: int) -> Scores:
+    values: Scores = {name: measure.value for name, measure in measures.items()}
+    intervals = {name: measure.interval(image_ids, seed) for name, measure in measures.items()}
+    return values | {"count": len(image_ids), "intervals": intervals}
+
+
+def _texts(made: Sequence[Generation]) -> list[str]:
+    return [one.text for one in made]
+
+
+def _by_text(made: Made) -> list[dict[str, Generation]]:
+    """Turn ways of asking with their texts into texts with their ways of asking."""
+    rows = zip(*made.values(), strict=True)
+    return [dict(zip(made, row, strict=True)) for row in rows]
+
+
+def _made(said: Sequence[Said]) -> dict[str, list[Generation]]:
+    return {view: [one.made[view] for one in said] for view in (SEEN, *CONTROLS)}

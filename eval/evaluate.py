@@ -1,63 +1,41 @@
 """Stage evaluate: captions and answers of the trained models, their scores, and the report page.
 
 Captions are made for validation images: by stage 1 alone straight behind the patches, and by the
-fine-tuned model when asked for one. Answers are to the questions about held-out images.
+fine-tuned model when asked for one. Answers are to the questions about held-out images, and to
+yes-no questions about objects.
 """
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.files import replacing, write_json, write_text
+from cache.files import write_json, write_text
 from cache.settings import Params
-from eval.asking import Asked, Model, answer_losses, ask_captions, ask_questions
-from eval.pictures import with_thumbnails
-from eval.report import Example, render_report
+from eval.asking import ask_captions, ask_pope, ask_questions
+from eval.controls import CONTROLS, Asked
+from eval.pictures import thumbnails_of
+from eval.predictions import Predictions
+from eval.report import gallery_image_ids, render_report
 from eval.settings import EvaluateSettings
-from train.data import (
-    FEATURES,
-    read_caption_examples,
-    read_conversation_examples,
-    read_questions,
-    with_features,
-)
+from eval.work import Work, choose_work
+from train.data import FEATURES
 from train.language_model import load_language_model, load_lora, load_tokenizer
 from train.model import CaptionModel
-from train.projector import load_projector
+from train.projector import load_projector, seeded_projector
 from train.run import RUNS, pick_device
 from train.settings import LlmSettings
 
 REPORTS = Path("reports")
 
-PREDICTIONS = pa.schema(
-    [
-        ("model", pa.string()),
-        ("kind", pa.string()),
-        ("image_id", pa.int64()),
-        ("question", pa.string()),
-        ("targets", pa.list_(pa.string())),
-        ("prediction", pa.string()),
-        ("num_tokens", pa.int32()),
-        ("stopped", pa.bool_()),
-        ("score", pa.float64()),
-        ("blind_prediction", pa.string()),
-    ]
-)
-
-Item = TypeVar("Item")
-
-Said = dict[tuple[str, str], list[Asked]]
-"""Model and kind to what it said."""
+NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
+"""Scores of a kind of which there is nothing to ask."""
 
 
 def evaluate(params: Params) -> None:
@@ -69,141 +47,107 @@ def evaluate(params: Params) -> None:
     histories = {stage: read_history(stage) for stage in ("pretrain", "finetune")}
     provenance = read_provenance(params)
     store = FeatureStore(FEATURES)
-    scores, said = score_runs(settings, llm, store, params.seed())
+    work = choose_work(settings, store, params.seed())
+    scores, predictions = score_runs(work, settings, llm, store, params.seed())
     write_json(REPORTS / "eval.json", scores)
-    write_predictions(said)
-    examples = with_thumbnails(gallery_examples(said), data)
+    write_json(REPORTS / "contamination.json", work.contamination_list())
+    predictions.write_table(REPORTS / "predictions.parquet")
+    predictions.write_coco_results(REPORTS / "captions_results.json")
+    examples = predictions.examples()
     page = render_report(
         scores=scores,
         examples=examples,
+        thumbnails=thumbnails_of(gallery_image_ids(examples), data),
         histories=histories,
         provenance=provenance,
+        contamination=work.contamination_list(),
     )
     write_text(REPORTS / "index.html", page)
     print_summary(scores)
 
 
 def score_runs(
-    settings: EvaluateSettings, llm: LlmSettings, store: FeatureStore, seed: int
-) -> tuple[dict[str, Any], Said]:
+    work: Work, settings: EvaluateSettings, llm: LlmSettings, store: FeatureStore, seed: int
+) -> tuple[dict[str, Any], Predictions]:
     """Ask stage 1 alone, then the fine-tuned model, and score them.
 
     Returns:
         The content of eval.json, and everything that was said.
     """
-    device = pick_device()
-    language_model = load_language_model(llm, device)
+    language_model = load_language_model(llm, pick_device())
     tokenizer = load_tokenizer(llm)
-    width = language_model.config.hidden_size
-
-    def load(stage: str) -> Model:
-        path = RUNS / stage / "projector.safetensors"
-        projector = load_projector(path, store.spec.width, width).to(device)
-        return Model(stage, CaptionModel(projector, language_model), tokenizer, store)
-
-    said: Said = {}
-    references = choose_references(settings.caption_images, store, seed)
-    model = load("pretrain")
-    stage_1, said["pretrain", "caption"] = caption_scores(model, references, "", settings)
-    load_lora(language_model, RUNS / "finetune" / "adapter")
-    model = load("finetune")
-    captions, said["finetune", "caption"] = caption_scores(
-        model, references, settings.caption_question, settings
+    # All of both runs is loaded before either is asked: a damaged one is found at once.
+    stage_1, both = (
+        load_asked(stage, language_model, tokenizer, store, seed)
+        for stage in ("pretrain", "finetune")
     )
-    answers, said["finetune", "answer"] = score_answers(model, settings, seed)
-    scores = {"captions": captions, "answers": answers, "pretrain_only": {"captions": stage_1}}
+    adapter = load_lora(language_model, RUNS / "finetune" / "adapter")
+    said = Predictions(work.splits)
+    with adapter.disable_adapter():
+        alone = score_captions(stage_1, work, "", settings, said)
+    scores = {
+        "captions": score_captions(both, work, settings.caption_question, settings, said),
+        "answers": score_answers(both, work, settings, said),
+        "pope": score_pope(both, work, settings, said),
+        "pretrain_only": {"captions": alone},
+        "contamination": work.contamination_counts(),
+    }
     return scores, said
 
 
-def caption_scores(
-    model: Model, references: dict[int, list[str]], question: str, settings: EvaluateSettings
-) -> tuple[dict[str, Any], list[Asked]]:
-    """Let a model caption images; without any, the count is 0 and there are no scores."""
-    if not references:
-        return {"count": 0, "blind": {"count": 0}}, []
-    return ask_captions(model, references, question, settings)
+def load_asked(
+    stage: str,
+    language_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: FeatureStore,
+    seed: int,
+) -> Asked:
+    """Load a stage's projector, and make the one that it would be without training."""
+    width = language_model.config.hidden_size
+    projector = load_projector(RUNS / stage / "projector.safetensors", store.spec.width, width)
+    untrained = seeded_projector(projector.kind, store.spec.width, width, seed)
+    model, control = (
+        CaptionModel(one.to(language_model.device), language_model)
+        for one in (projector, untrained)
+    )
+    return Asked(stage, model, control, tokenizer, store, seed)
+
+
+def score_captions(
+    asked: Asked, work: Work, question: str, settings: EvaluateSettings, said: Predictions
+) -> dict[str, Any]:
+    """Let a model caption the validation images; without any, the counts are 0."""
+    without = {"without_features": work.without_features["captions"]}
+    if not work.references:
+        return NOTHING | without
+    scores, captions = ask_captions(asked, work.references, question, settings)
+    said.add(captions, model=asked.name, kind="caption")
+    return scores | without
 
 
 def score_answers(
-    model: Model, settings: EvaluateSettings, seed: int
-) -> tuple[dict[str, Any], list[Asked]]:
-    """Ask about held-out images; without any, the count is 0 and there are no scores.
-
-    A turn that asks for a caption is left out: captions are scored as captions.
-    """
-    examples = with_features(
-        read_conversation_examples("holdout"), model.store, "conversations of split holdout"
-    )
-    known = set(examples.image_ids.tolist())
-    questions = [
-        q
-        for q in read_questions("holdout")
-        if q.image_id in known and q.question != settings.caption_question
-    ]
-    questions = choose(questions, settings.questions, seed)
-    if not questions:
-        return {"count": 0, "blind": {"count": 0}}, []
-    scores, answers = ask_questions(model, questions, settings)
-    asked = {question.image_id for question in questions}
-    loss, blind_loss = answer_losses(model, examples.only(asked)[:], settings.max_text_tokens)
-    blind: dict[str, Any] = {**scores["blind"], "loss": blind_loss}
-    return {**scores, "loss": loss, "blind": blind}, answers
+    asked: Asked, work: Work, settings: EvaluateSettings, said: Predictions
+) -> dict[str, Any]:
+    """Ask about the held-out images; without any question, the counts are 0."""
+    without = {"without_features": work.without_features["answers"]}
+    if not work.questions:
+        return NOTHING | without
+    scores, answers = ask_questions(asked, work.questions, work.examples, settings)
+    said.add(answers, model=asked.name, kind="answer")
+    return scores | without
 
 
-def choose_references(most: int, store: FeatureStore, seed: int) -> dict[int, list[str]]:
-    """Return the captions of up to so many validation images, chosen by the seed alone."""
-    examples = with_features(read_caption_examples("val"), store, "captions of split val")
-    return {
-        example.image_id: [text[0].text for text in example.texts]
-        for example in choose(examples, most, seed)
-    }
-
-
-def choose(items: Sequence[Item], most: int, seed: int) -> list[Item]:
-    """Return up to so many items, chosen by the seed alone, in their order."""
-    order = np.random.default_rng(seed).permutation(len(items))[:most]
-    return [items[number] for number in sorted(order)]
-
-
-def gallery_examples(said: Said) -> list[Example]:
-    """Return what the fine-tuned model said as examples of the page."""
-    return [
-        Example(
-            image_id=asked.image_id,
-            kind="caption" if kind == "caption" else "answer",
-            question="" if kind == "caption" else asked.question,
-            targets=asked.targets,
-            prediction=asked.seen.text,
-            blind_prediction=asked.blind.text,
-            score=asked.score,
-            thumbnail=None,
-        )
-        for (model, kind), texts in said.items()
-        if model == "finetune"
-        for asked in texts
-    ]
-
-
-def write_predictions(said: Said) -> None:
-    """Write everything that was said, one row a text."""
-    rows = [
-        {
-            "model": model,
-            "kind": kind,
-            "image_id": asked.image_id,
-            "question": asked.question,
-            "targets": list(asked.targets),
-            "prediction": asked.seen.text,
-            "num_tokens": asked.seen.num_tokens,
-            "stopped": asked.seen.stopped,
-            "score": asked.score,
-            "blind_prediction": asked.blind.text,
-        }
-        for (model, kind), texts in said.items()
-        for asked in texts
-    ]
-    with replacing(REPORTS / "predictions.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=PREDICTIONS), temporary)
+def score_pope(
+    asked: Asked, work: Work, settings: EvaluateSettings, said: Predictions
+) -> dict[str, Any]:
+    """Ask yes-no questions, subset by subset; without any question there is no subset."""
+    if not work.pope:
+        return {}
+    scores, answers = ask_pope(asked, work.pope, settings)
+    for subset, texts in answers.items():
+        said.add(texts, model=asked.name, kind="pope", subset=subset)
+    without = {"without_features": work.without_features["pope"]}
+    return {subset: section | without for subset, section in scores.items()}
 
 
 def read_history(stage: str) -> list[dict[str, float]]:
@@ -243,6 +187,9 @@ def print_summary(scores: dict[str, Any]) -> None:
     if answers["count"]:
         blind = answers["blind"]["exact_match"]
         print(f"answers:  exact match {answers['exact_match']:.3f} (blind {blind:.3f})")
+    for subset, pope in scores["pope"].items():
+        blind = pope["blind"]["accuracy"]
+        print(f"pope:     {subset} accuracy {pope['accuracy']:.3f} (blind {blind:.3f})")
     print(f"report:   {(REPORTS / 'index.html').resolve().as_uri()}")
 
 

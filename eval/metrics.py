@@ -16,6 +16,9 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from eval.caption_tokens import tokenize_caption
 
+SHORT_WORDS = 5
+"""Most words, without articles, of a target that an answer is to match exactly."""
+
 _NAMED_IDS = 5
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -40,7 +43,7 @@ def score_captions(
     Raises:
         ValueError: No image at all, an image without references, or different image ids.
     """
-    wanted, found = _tokenized_pairs(references, candidates)
+    wanted, found = tokenized_pairs(references, candidates)
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
     rouge, _ = Rouge().compute_score(wanted, found)
     scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
@@ -51,7 +54,7 @@ def cider_by_image(
     references: dict[int, list[str]], candidates: dict[int, str]
 ) -> dict[int, float]:
     """Return the CIDEr of each image, whose mean is the CIDEr of `score_captions`."""
-    wanted, found = _tokenized_pairs(references, candidates)
+    wanted, found = tokenized_pairs(references, candidates)
     return dict(zip(wanted, _ciders(wanted, found), strict=True))
 
 
@@ -73,7 +76,7 @@ def score_pope(labels: Sequence[str], answers: Sequence[str]) -> dict[str, float
         ValueError: No question, different numbers of labels and answers, or another label.
     """
     _check_labels(labels, answers)
-    counts = Counter(zip(labels, map(_yes_or_no, answers), strict=True))
+    counts = Counter(zip(labels, map(yes_or_no, answers), strict=True))
     true_yes, false_yes = counts["yes", "yes"], counts["no", "yes"]
     precision = _ratio(true_yes, true_yes + false_yes)
     recall = _ratio(true_yes, true_yes + counts["yes", "no"])
@@ -111,6 +114,22 @@ def token_f1(target: str, prediction: str) -> float:
     return 2 * (Counter(wanted) & Counter(found)).total() / (len(wanted) + len(found))
 
 
+def is_short(target: str) -> bool:
+    """Say whether an answer is so short that another wording of it would be a wrong answer."""
+    return len(normalize_answer(target).split()) <= SHORT_WORDS
+
+
+def rouge_l(target: str, prediction: str) -> float:
+    """Return ROUGE-L of one answer, on the tokens of the caption evaluation.
+
+    Two texts without tokens agree.
+    """
+    wanted, found = _tokenized(target), _tokenized(prediction)
+    if not wanted or not found:
+        return float(wanted == found)
+    return float(Rouge().calc_score([found], [wanted]))
+
+
 def repeated_4grams(texts: Iterable[str]) -> float:
     """Return the share of 4-grams that stood in the same text before.
 
@@ -123,18 +142,26 @@ def repeated_4grams(texts: Iterable[str]) -> float:
     Returns:
         From 0 (no repetition) to nearly 1; 0 if there is no 4-gram at all.
     """
-    repeated = total = 0
-    for text in texts:
-        tokens = text.lower().split()
-        grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
+    counts = np.array([repeated_4grams_counts(text) for text in texts]).reshape(-1, 2)
+    repeated, total = counts.sum(0).tolist()
     return _ratio(repeated, total)
 
 
-def _tokenized_pairs(
+def repeated_4grams_counts(text: str) -> tuple[int, int]:
+    """Return how many 4-grams of a text stood in it before, and how many it has."""
+    tokens = text.lower().split()
+    grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
+    return len(grams) - len(set(grams)), len(grams)
+
+
+def tokenized_pairs(
     references: dict[int, list[str]], candidates: dict[int, str]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Tokenise references and candidates as pycocoevalcap takes them, in order of image id.
+
+    Raises:
+        ValueError: As `score_captions`.
+    """
     _check_images(references, candidates)
     # One order of images, because the last digits of a mean depend on it.
     image_ids = sorted(references)
@@ -153,7 +180,8 @@ def _tokenized(caption: str) -> str:
     return " ".join(tokenize_caption(caption))
 
 
-def _yes_or_no(answer: str) -> str:
+def yes_or_no(answer: str) -> str:
+    """Return what an answer says, as POPE reads it: `yes` or `no`."""
     words = answer.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 

@@ -11,6 +11,8 @@ class EvaluateSettings:
     """Most validation images that are captioned."""
     questions: int
     """Most held-out questions that are asked."""
+    pope_images: int
+    """Most images that yes-no questions are asked about, in each subset."""
     caption_question: str
     """How the fine-tuned model is asked for a caption; stage 1 alone needs no question."""
     caption_tokens: int
@@ -21,6 +23,8 @@ class EvaluateSettings:
     """Longest text behind an image when the loss of answers is measured."""
     batch_size: int
     """Texts that are generated at the same time."""
+    exclude_contaminated: bool
+    """Whether images that were trained on are left out of the evaluation."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

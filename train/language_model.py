@@ -161,8 +161,10 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
     return peft_model
 
 
-def load_lora(model: PreTrainedModel, folder: Path) -> None:
+def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put trained LoRA matrices into the layers of `model`, from a folder in PEFT's format.
+
+    What is returned serves to turn them off for a while, or to merge them.
 
     Raises:
         StageError: No adapter there, or one of another model.
@@ -176,7 +178,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
             # PEFT only warns of matrices that are missing, and keeps quiet on those too many.
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", UserWarning)
-            peft_model = PeftModel.from_pretrained(model, folder, is_trainable=False)
+            peft_model: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=False)
         wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
         with safe_open(weights, "pt") as file:
             unmatched = sorted(wanted ^ set(file.keys()))
@@ -185,6 +187,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> None:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         detail = " ".join(str(error).split())[:300]
         raise StageError(f"{folder}: no adapter for this model ({detail}).") from None
+    return peft_model
 
 
 def lora_dropouts(model: nn.Module) -> list[nn.Module]:

@@ -95,7 +95,8 @@ def read_projector(path: Path) -> Projector:
         projector = Projector(about["kind"], about["vision_width"], about["text_width"])
         load_model(projector, path)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        raise StageError(f"{path}: no projector ({error}). Run the stage that makes it.") from None
+        detail = " ".join(str(error).split())[:300]
+        raise StageError(f"{path}: no projector ({detail}). Run the stage that makes it.") from None
     return projector
 
 

@@ -22,11 +22,13 @@ from train.settings import LlmSettings, LoraSettings
 LIMITS = {
     "caption_images": 99,
     "questions": 99,
+    "pope_images": 99,
     "caption_question": "What is in the box",
     "caption_tokens": 6,
     "answer_tokens": 5,
     "max_text_tokens": 64,
     "batch_size": 3,
+    "exclude_contaminated": True,
 }
 DATA = {
     "source": "local",
@@ -40,7 +42,14 @@ HISTORY = [
     {"step": 1, "loss": 3.5, "learning_rate": 1e-3},
     {"step": 2, "loss": 2.5, "learning_rate": 0.0, "validation_loss": 2.75},
 ]
-IMAGES = pa.schema([("image_id", pa.int64()), ("split", pa.string()), ("file_name", pa.string())])
+IMAGES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("split", pa.string()),
+        ("file_name", pa.string()),
+        ("source_xxh3", pa.uint64()),
+    ]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +85,8 @@ class World:
     def write_images(self, splits):
         """Write the index's table of images, and the pictures: a folder and a zip."""
         rows = [
-            {"image_id": i, "split": split, "file_name": f"{i}.jpg"} for i, split in splits.items()
+            {"image_id": i, "split": split, "file_name": f"{i}.jpg", "source_xxh3": 2**63 + i}
+            for i, split in splits.items()
         ]
         pq.write_table(pa.Table.from_pylist(rows, IMAGES), "data/index/images.parquet")
         Path("data/raw/train").mkdir(parents=True, exist_ok=True)

@@ -1,54 +1,19 @@
 import math
-import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import eval.asking
-from cache.errors import StageError
-from eval.asking import Model, answer_losses, ask_captions, ask_questions, other_images
-from eval.metrics import repeated_4grams, score_captions
-from train.data import Example, Question
+from eval.asking import ask_captions, ask_pope, ask_questions
+from eval.controls import CONTROLS, SEEN, Asked, other_images
+from eval.losses import Losses
+from eval.metrics import repeated_4grams, rouge_l, score_captions, score_pope
+from eval.pope import YesNo
+from train.data import Question
 from train.generate import Generation, generate
-from train.prompts import conversation_text, question_text
-from train.step import build_step, mean_loss
-
-STORE = SimpleNamespace(image_ids=np.arange(100, 140), root="data/features")
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 5, 39, 40])
-def test_every_image_gets_another_one_of_the_set_and_none_twice(count):
-    image_ids = random.Random(count).sample(range(100, 140), count)
-    others = other_images(image_ids, STORE)
-    assert others.keys() == set(others.values()) == set(image_ids)
-    assert all(own != other for own, other in others.items())
-
-
-def test_who_gets_whom_depends_on_the_set_alone():
-    image_ids = [131, 101, 120, 107, 139]
-    wanted = other_images(image_ids, STORE)
-    assert other_images(image_ids[::-1] + image_ids, STORE) == wanted
-    assert other_images(tuple(sorted(image_ids)), STORE) == wanted
-
-
-@pytest.mark.parametrize("image_id", [100, 117, 139])
-def test_a_single_image_gets_another_one_of_the_store(image_id):
-    other = other_images([image_id, image_id], STORE)[image_id]
-    assert other != image_id
-    assert other in STORE.image_ids
-
-
-def test_a_store_of_one_image_has_no_blind_control(make_store):
-    store = make_store([7])
-    with pytest.raises(StageError, match="holds one image, so there is none for the blind"):
-        other_images([7, 7], store)
-
-
-def test_no_images_have_no_others():
-    assert other_images([], STORE) == {}
-
+from train.model import CaptionModel
+from train.projector import seeded_projector
+from train.prompts import question_text
 
 REFERENCES = {
     139: ["a red cat on the box", "the cat is red"],
@@ -84,72 +49,163 @@ def said(text, num_tokens=3, stopped=True):
     return Generation(text, num_tokens, stopped)
 
 
-def nobody():
-    return Model("nobody", None, None, STORE)
+@pytest.fixture
+def nobody(store, monkeypatch):
+    monkeypatch.setattr(eval.asking, "answer_losses", lambda *_: dict.fromkeys(WAYS, ONE_LOSS))
+    return Asked("nobody", None, None, None, store, 0)
 
 
-def test_captions_are_scored_for_their_own_image_and_blind_for_another(say, limits):
+WAYS = (SEEN, *CONTROLS)
+ONE_LOSS = Losses([139, 100], [3.0, 2.0], [4, 1])
+
+
+def ask_all(asked, settings, questions=QUESTIONS):
+    return ask_questions(asked, questions, [], settings)
+
+
+def shown(ids, store):
+    """The images whose features are shown in each way of asking."""
+    others = other_images(ids, store)
+    return [ids, [others[i] for i in ids], ids, ids]
+
+
+def test_captions_are_scored_for_their_own_image_and_blind_for_another(say, nobody, store, limits):
     texts = {i: said(references[-1]) for i, references in REFERENCES.items()}
     calls = say(texts)
-    scores, captions = ask_captions(nobody(), REFERENCES, "", limits(caption_tokens=9))
-    ids, others = list(REFERENCES), other_images(list(REFERENCES), STORE)
-    assert [call[0] for call in calls] == [ids, [others[i] for i in ids]]
+    scores, captions = ask_captions(nobody, REFERENCES, "", limits(caption_tokens=9))
+    ids, others = sorted(REFERENCES), other_images(list(REFERENCES), store)
+    assert [call[0] for call in calls] == shown(ids, store)
     for _, prompts, settings in calls:
         assert prompts == [""] * 4
         assert (settings["max_tokens"], settings["batch_size"]) == (9, 3)
     seen = score_captions(REFERENCES, {i: texts[i].text for i in ids})
     blind = score_captions(REFERENCES, {i: texts[others[i]].text for i in ids})
-    assert {key: scores[key] for key in seen} == seen
-    assert {key: scores["blind"][key] for key in blind} == blind
+    assert {key: scores[key] for key in seen} == pytest.approx(seen)
+    assert {key: scores["blind"][key] for key in blind} == pytest.approx(blind)
     assert scores["CIDEr"] > 10 * blind["CIDEr"]
     for caption in captions:
         i = caption.image_id
-        assert (caption.seen, caption.blind) == (texts[i], texts[others[i]])
+        assert (caption.made[SEEN], caption.made["blind"]) == (texts[i], texts[others[i]])
         assert caption.targets == tuple(REFERENCES[i])
         assert caption.question == ""
     assert [c.image_id for c in captions] == ids
     assert np.mean([c.score for c in captions]) == pytest.approx(scores["CIDEr"])
-    assert scores["blind"].keys() == scores.keys() - {"blind"}
 
 
-def test_a_caption_that_is_asked_for_is_asked_as_in_training(say, limits):
+def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, limits):
+    say({i: said(references[-1]) for i, references in REFERENCES.items()})
+    captions, _ = ask_captions(nobody, REFERENCES, "", limits())
+    answers, _ = ask_all(nobody, limits())
+    pope, _ = ask_pope(nobody, POPE, limits())
+    for scores, extra in (
+        (captions, set()),
+        (answers, {"by_type", "short_count"}),
+        (answers["by_type"]["what"], {"short_count"}),
+        (pope["random"], set()),
+    ):
+        keys = scores.keys() - extra - set(CONTROLS)
+        for section in (scores, *(scores[control] for control in CONTROLS)):
+            assert keys <= section.keys()
+            assert section["intervals"].keys() == keys - {"count", "intervals"}
+            for name, (low, high) in section["intervals"].items():
+                assert low <= section[name] + 1e-9
+                assert section[name] <= high + 1e-9 or name.startswith("BLEU")
+
+
+def test_a_caption_that_is_asked_for_is_asked_as_in_training(say, nobody, limits):
     calls = say({i: said("a cat") for i in REFERENCES})
-    _, captions = ask_captions(nobody(), REFERENCES, "What is it", limits())
-    assert [prompts for _, prompts, _ in calls] == [[question_text("What is it")] * 4] * 2
+    _, captions = ask_captions(nobody, REFERENCES, "What is it", limits())
+    assert [prompts for _, prompts, _ in calls] == [[question_text("What is it")] * 4] * 4
     assert {caption.question for caption in captions} == {"What is it"}
 
 
-def test_answers_are_scored_for_their_own_image_and_blind_for_another(say, limits):
+def test_answers_are_scored_for_their_own_image_and_blind_for_another(say, nobody, store, limits):
     texts = {139: said("A red cat!"), 100: said("the blue boat")}
     calls = say(texts)
-    scores, answers = ask_questions(nobody(), QUESTIONS, limits(answer_tokens=7))
-    assert [call[0] for call in calls] == [[139, 100, 139], [100, 139, 100]]
+    scores, answers = ask_all(nobody, limits(answer_tokens=7))
+    assert [call[0] for call in calls] == shown([139, 100, 139], store)
     for _, prompts, settings in calls:
         assert prompts == [question_text(q.question) for q in QUESTIONS]
         assert (settings["max_tokens"], settings["batch_size"]) == (7, 3)
     assert scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["token_f1"] == pytest.approx((1 + 1 / 2 + 0) / 3)
+    pairs = [("a red cat", "A red cat!"), ("a blue dog", "the blue boat"), ("one", "A red cat!")]
+    assert scores["ROUGE-L"] == pytest.approx(np.mean([rouge_l(*pair) for pair in pairs]))
     assert (scores["blind"]["exact_match"], scores["blind"]["token_f1"]) == (0, 0)
-    assert scores["blind"].keys() == scores.keys() - {"blind"}
+    assert (scores["short_count"], scores["loss"]) == (3, 1.0)
     assert [(a.image_id, a.question, a.targets) for a in answers] == [
         (q.image_id, q.question, (q.answer,)) for q in QUESTIONS
     ]
     assert [a.score for a in answers] == [1, 0, 0]
-    assert [a.seen.text for a in answers] == ["A red cat!", "the blue boat", "A red cat!"]
-    assert [a.blind.text for a in answers] == ["the blue boat", "A red cat!", "the blue boat"]
+    assert [a.made[SEEN].text for a in answers] == ["A red cat!", "the blue boat", "A red cat!"]
+    assert [a.made["blind"].text for a in answers] == [
+        "the blue boat",
+        "A red cat!",
+        "the blue boat",
+    ]
+
+
+def test_the_types_of_questions_share_the_answers_out(say, nobody, limits):
+    say({139: said("one"), 100: said("a blue dog")})
+    scores, _ = ask_all(nobody, limits())
+    by_type = scores["by_type"]
+    assert {name: section["count"] for name, section in by_type.items()} == {
+        "what": 2,
+        "how many": 1,
+    }
+    assert by_type["how many"]["exact_match"] == 1
+    assert by_type["what"]["exact_match"] == 0.5
+    assert by_type["what"]["blind"]["exact_match"] == 0
+
+
+def test_a_long_answer_is_not_to_match_word_by_word(say, nobody, limits):
+    long = "one two three four five six seven"
+    say({139: said(f"{long} eight"), 100: said("a blue dog")})
+    questions = [Question(139, "Why", long), Question(100, "What", "a blue dog")]
+    scores, answers = ask_all(nobody, limits(), questions)
+    assert (scores["exact_match"], scores["short_count"]) == (1, 1)
+    assert [a.score for a in answers] == [pytest.approx(14 / 15), 1]
+
+
+POPE = {
+    "random": [
+        YesNo(139, "Is there a cat", "yes", "1"),
+        YesNo(139, "Is there a dog", "no", "2"),
+        YesNo(100, "Is there a dog", "yes", "3"),
+    ],
+    "popular": [
+        YesNo(139, "Is there a cat", "yes", "1"),
+        YesNo(100, "Is there a boat", "no", "2"),
+    ],
+}
+
+
+def test_yes_no_questions_are_scored_by_subset_and_asked_once(say, nobody, store, limits):
+    calls = say({139: said("Yes"), 100: said("No, there is none.")})
+    scores, answers = ask_pope(nobody, POPE, limits())
+    assert [call[0] for call in calls] == shown([100, 100, 139, 139], store)
+    assert calls[0][1] == [
+        question_text(f"Is there a {noun}") for noun in ("boat", "dog", "cat", "dog")
+    ]
+    random = score_pope(["yes", "no", "yes"], ["yes", "yes", "no"])
+    assert {key: scores["random"][key] for key in random} == pytest.approx(random)
+    assert scores["popular"]["accuracy"] == 1
+    assert scores["popular"]["blind"]["accuracy"] == 0
+    assert [a.score for a in answers["random"]] == [1, 0, 0]
+    assert [a.targets for a in answers["popular"]] == [("yes",), ("no",)]
 
 
 @pytest.mark.parametrize("kind", ["caption", "answer"])
-def test_what_needs_no_target_is_counted_by_hand(say, limits, kind):
+def test_what_needs_no_target_is_counted_by_hand(say, nobody, limits, kind):
     say(
         {139: said("a b c d a b c d", 8, False), 100: said("", 0), 117: said("a", 1), 121: said("")}
     )
     if kind == "caption":
-        scores, _ = ask_captions(nobody(), REFERENCES, "", limits())
+        scores, _ = ask_captions(nobody, REFERENCES, "", limits())
         assert (scores["stop_rate"], scores["mean_tokens"], scores["count"]) == (3 / 4, 3, 4)
         assert scores["blind"]["mean_tokens"] == 3, "the others are the same images"
     else:
-        scores, _ = ask_questions(nobody(), QUESTIONS, limits())
+        scores, _ = ask_all(nobody, limits())
         assert scores["stop_rate"] == pytest.approx(1 / 3)
         assert scores["blind"]["stop_rate"] == pytest.approx(2 / 3)
         assert scores["mean_tokens"] == pytest.approx(16 / 3)
@@ -157,99 +213,53 @@ def test_what_needs_no_target_is_counted_by_hand(say, limits, kind):
     assert scores["repeated_4grams"] == repeated_4grams(["a b c d a b c d"]) == 1 / 5
 
 
+def numbers_in(value):
+    """All numbers below some keys."""
+    values = value.values() if isinstance(value, dict) else value
+    for one in values:
+        if isinstance(one, dict | list):
+            yield from numbers_in(one)
+        else:
+            yield one
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", ".", "\U0001f370", "\ufffd\ufffd", "a\u0000b\nc", "?" * 999]
 )
-def test_whatever_is_said_or_wanted_has_finite_scores(say, limits, text):
+def test_whatever_is_said_or_wanted_has_finite_scores(say, nobody, limits, text):
     say({i: said(text) for i in range(100, 140)})
     for references in ({139: [text]}, {139: [text, ""], 100: [""]}, {139: ["a cat"], 100: ["x"]}):
-        scores, captions = ask_captions(nobody(), references, "", limits())
-        numbers = [*scores.values(), *scores["blind"].values(), *(c.score for c in captions)]
-        assert all(math.isfinite(n) for n in numbers if not isinstance(n, dict))
+        scores, captions = ask_captions(nobody, references, "", limits())
+        numbers = [*numbers_in(scores), *(c.score for c in captions)]
+        assert len(numbers) > 40
+        assert all(map(math.isfinite, numbers))
     questions = [Question(139, text, text), Question(139, text, text), Question(100, "", "")]
-    scores, _ = ask_questions(nobody(), questions, limits())
+    scores, _ = ask_all(nobody, limits(), questions)
     assert scores["exact_match"] >= 2 / 3
-    assert all(0 <= scores[key] <= 1 for key in ("exact_match", "token_f1", "repeated_4grams"))
+    assert all(map(math.isfinite, numbers_in(scores)))
 
 
-@pytest.fixture(scope="module", params=["none", "nf4"])
-def asked(request, make_model, tokenizer, store):
-    model = make_model(quantize=request.param, lora=0.5)
-    return Model("tiny", model, tokenizer, store)
-
-
-def test_the_blind_model_really_sees_the_other_image(asked, limits):
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_each_way_of_asking_really_shows_what_it_says(
+    make_model, tokenizer, store, limits, quantize, nobody
+):
+    model = make_model(quantize=quantize, lora=0.5)
+    untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
+    asked = Asked("tiny", model, untrained, tokenizer, store, 0)
     questions = [Question(i, "where", "in the box") for i in (139, 100, 117, 121, 130)]
     own = [question.image_id for question in questions]
-    others = other_images(own, asked.store)
-    scores, answers = ask_questions(asked, questions, limits(answer_tokens=12))
+    others = other_images(own, store)
+    _, answers = ask_all(asked, limits(answer_tokens=12), questions)
 
-    def plain(image_ids):
+    def plain(model, image_ids):
         return generate(
-            asked.model, asked.tokenizer, asked.store, image_ids,
+            model, tokenizer, store, image_ids,
             [question_text("where")] * 5, max_tokens=12, batch_size=8, description="test",
         )  # fmt: skip
 
-    assert [a.seen for a in answers] == plain(own)
-    assert [a.blind for a in answers] == plain([others[i] for i in own])
-    assert [a.seen.text for a in answers] != [a.blind.text for a in answers]
-    assert scores["count"] == 5
-
-
-EXAMPLES = [
-    Example(139, (conversation_text([("where", "in the box"), ("how many", "two")]),)),
-    Example(100, (conversation_text([("What is it", "a cat")]), conversation_text([("is", "")]))),
-    Example(120, (conversation_text([("is it red", "yes")]),)),
-]
-
-
-def loss_of(asked, examples, max_text_tokens=64):
-    data = build_step(
-        examples,
-        asked.tokenizer,
-        asked.store,
-        pass_tokens=9999,
-        row_tokens=9999,
-        max_text_tokens=max_text_tokens,
-        device=torch.device("cpu"),
-    )
-    return mean_loss(asked.model, data)
-
-
-@pytest.mark.parametrize("max_tokens", [1, 4096])
-def test_the_loss_is_that_of_training_and_blind_that_of_the_other_images(
-    asked, monkeypatch, max_tokens
-):
-    monkeypatch.setattr(eval.asking, "LOSS_TOKENS", max_tokens)
-    others = other_images([139, 100, 120], asked.store)
-    seen, blind = answer_losses(asked, EXAMPLES, 64)
-    assert seen == pytest.approx(loss_of(asked, EXAMPLES), rel=1e-5)
-    swapped = [Example(others[e.image_id], e.texts) for e in EXAMPLES]
-    assert blind == pytest.approx(loss_of(asked, swapped), rel=1e-5)
-    assert abs(seen - blind) > 1e-3, "features matter"
-
-
-def test_with_the_same_features_the_blind_loss_is_the_loss(asked, monkeypatch):
-    monkeypatch.setattr(eval.asking, "other_images", lambda ids, store: {i: i for i in ids})
-    seen, blind = answer_losses(asked, EXAMPLES, 64)
-    assert seen == blind
-
-
-def test_the_loss_ends_at_the_longest_text(asked):
-    seen, _ = answer_losses(asked, EXAMPLES, 20)
-    assert seen == pytest.approx(loss_of(asked, EXAMPLES, 20), rel=1e-5)
-    with pytest.raises(StageError, match="max_text_tokens is 1, which cuts off every answer"):
-        answer_losses(asked, EXAMPLES, 1)
-
-
-def test_dropout_is_off_for_scores(asked):
-    first = answer_losses(asked, EXAMPLES, 64)
-    asked.model.train()
-    assert answer_losses(asked, EXAMPLES, 64) == first
-
-
-def test_a_loss_that_is_no_number_is_an_error_in_words(make_model, tokenizer, store):
-    model = make_model()
-    next(model.projector.parameters()).data.fill_(math.nan)
-    with pytest.raises(StageError, match=r"finetune: the loss of the answers is nan, blind nan"):
-        answer_losses(Model("finetune", model, tokenizer, store), EXAMPLES, 64)
+    made = {way: [a.made[way] for a in answers] for way in WAYS}
+    assert made[SEEN] == plain(model, own)
+    assert made["blind"] == plain(model, [others[i] for i in own])
+    assert made["untrained"] == plain(untrained, own)
+    texts = {way: tuple(one.text for one in made[way]) for way in WAYS}
+    assert len(set(texts.values())) == 4

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,23 +14,33 @@ from safetensors.torch import load_file, save_file
 import eval.evaluate
 from cache.command import run_stage
 from cache.errors import CacheError, SettingsError, StageError
-from eval.asking import other_images
-from eval.evaluate import PREDICTIONS, choose, evaluate
+from eval.controls import CONTROLS, Noise, other_images
+from eval.evaluate import evaluate
 from eval.metrics import exact_match
+from eval.predictions import SCHEMA
 from train.data import read_questions
 from train.generate import generate
 from train.language_model import load_language_model, load_lora, load_tokenizer
 from train.model import CaptionModel
-from train.projector import load_projector
+from train.projector import load_projector, seeded_projector
 from train.prompts import question_text
 from train.settings import LlmSettings
 
-SCORES, TABLE, PAGE = (
-    Path("reports", name) for name in ("eval.json", "predictions.parquet", "index.html")
+SCORES, TABLE, RESULTS, LIST, PAGE = (
+    Path("reports", name)
+    for name in (
+        "eval.json",
+        "predictions.parquet",
+        "captions_results.json",
+        "contamination.json",
+        "index.html",
+    )
 )
 FORM = {"stop_rate", "repeated_4grams", "mean_tokens", "count"}
 CAPTION = {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"} | FORM
-ANSWER = {"exact_match", "token_f1", "loss"} | FORM
+ANSWER = {"exact_match", "token_f1", "ROUGE-L", "loss"} | FORM
+POPE = {"accuracy", "precision", "recall", "f1", "yes_rate"} | FORM
+NOTHING = {"count": 0, **{control: {"count": 0} for control in CONTROLS}, "without_features": 0}
 QUANTIZE = [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")]
 VAL, HOLDOUT = range(112, 116), range(116, 120)
 GONE = "The picture is not on this machine."
@@ -63,20 +74,48 @@ def one_line(caught):
     return "\n" not in str(caught.value)
 
 
-def test_every_promised_score_is_there_and_has_a_blind_twin(world):
+def write_pope(rows):
+    """Write yes-no questions: (image, subset, question, label)."""
+    table = [
+        {"question_id": str(n), "image_id": i, "subset": s, "question": q, "label": label}
+        for n, (i, s, q, label) in enumerate(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), "data/index/pope.parquet")
+
+
+ASKED = [
+    (112, "popular", "Is there a cat", "yes"),
+    (112, "popular", "Is there a box", "no"),
+    (113, "popular", "Is there a dog", "yes"),
+    (112, "random", "Is there a cat", "yes"),
+    (112, "random", "Is there a dog", "no"),
+]
+
+
+def test_every_promised_score_is_there_and_every_control_has_it_too(world):
+    write_pope(ASKED)
     evaluate(world.params())
     found = scores()
-    assert found.keys() == {"captions", "answers", "pretrain_only"}
+    assert found.keys() == {"captions", "answers", "pope", "pretrain_only", "contamination"}
+    answers = found["answers"]
+    assert found["pope"].keys() == {"popular", "random"}
+    assert answers["by_type"].keys() == {"what", "how many"}
     sections = {
         "captions": (found["captions"], CAPTION, 4),
-        "answers": (found["answers"], ANSWER, 8),
+        "answers": (answers, ANSWER, 8),
         "stage 1": (found["pretrain_only"]["captions"], CAPTION, 4),
+        "what": (answers["by_type"]["what"], ANSWER - {"loss"}, 4),
+        "popular": (found["pope"]["popular"], POPE, 3),
+        "random": (found["pope"]["random"], POPE, 2),
     }
     for section, keys, count in sections.values():
-        assert section.keys() == keys | {"blind"}
-        assert section["blind"].keys() == keys
-        assert section["count"] == section["blind"]["count"] == count
-        assert all(np.isfinite(section[key]) and np.isfinite(section["blind"][key]) for key in keys)
+        others = section.keys() - keys - set(CONTROLS)
+        assert others <= {"intervals", "without_features", "short_count", "by_type"}
+        for one in (section, *(section[control] for control in CONTROLS)):
+            assert keys <= one.keys()
+            assert one["count"] == count
+            assert all(np.isfinite(one[key]) for key in keys)
+            assert one["intervals"].keys() == keys - {"count"}
 
 
 def test_loss_and_answers_are_about_the_images_that_are_asked_about(world):
@@ -88,14 +127,14 @@ def test_loss_and_answers_are_about_the_images_that_are_asked_about(world):
     write_index(
         world, conversations=[(i, [("how many", f"{i}" * (i - 115))]) for i in sorted(asked)]
     )
-    evaluate(world.params())
+    evaluate(world.params(seed=2))
     assert len(asked) == 2
     assert scores()["answers"] == found
 
 
 def test_every_text_is_one_row_of_the_table(world):
     evaluate(world.params())
-    assert pq.read_schema(TABLE).equals(PREDICTIONS)
+    assert pq.read_schema(TABLE).equals(SCHEMA)
     found = [(r["model"], r["kind"], r["image_id"], r["question"], r["targets"]) for r in rows()]
     captions = ["a red cat in the box", "a blue dog in the box"]
     turns = [("What is on the box", "a red cat"), ("how many", "the dog")]
@@ -113,39 +152,44 @@ def test_every_text_is_one_row_of_the_table(world):
         assert section["count"] == len(made)
         assert section["stop_rate"] == np.mean([r["stopped"] for r in made])
         assert section["mean_tokens"] == np.mean([r["num_tokens"] for r in made])
+        assert {row["split"] for row in made} == {"val" if kind == "caption" else "holdout"}
         main = "CIDEr" if kind == "caption" else "exact_match"
         assert section[main] == pytest.approx(np.mean([r["score"] for r in made]))
 
 
 @pytest.mark.parametrize(("quantize", "dtype"), QUANTIZE)
-def test_stage_1_is_asked_without_lora_and_stage_2_with_it(world, quantize, dtype):
+def test_stage_1_is_asked_without_lora_and_stage_2_with_it_whatever_is_shown(
+    world, quantize, dtype
+):
     llm = {"quantize": quantize, "dtype": dtype}
     for stage, seed in (("pretrain", 1), ("finetune", 2)):
         world.write_run(stage, seed, **llm)
     evaluate(world.params(llm=llm, evaluate={"caption_tokens": 12}))
     settings = LlmSettings(model=str(world.workspace.phi_dir), **llm)
-    others = other_images(list(VAL), world.store)
+    ids, others = list(VAL), other_images(list(VAL), world.store)
+    shown = {
+        "prediction": (world.store, ids),
+        "blind_prediction": (world.store, [others[i] for i in ids]),
+        "noise_prediction": (Noise(world.store, 0), ids),
+        "untrained_prediction": (world.store, ids),
+    }
     said = {}
     for stage, prompt in (("pretrain", ""), ("finetune", question_text("What is in the box"))):
         language_model = load_language_model(settings, torch.device("cpu"))
         if stage == "finetune":
             load_lora(language_model, Path("runs/finetune/adapter"))
-        projector = load_projector(Path(f"runs/{stage}/projector.safetensors"), 8, 64)
-        said[stage], said[stage, "blind"] = (
-            [
-                generation.text
-                for generation in generate(
-                    CaptionModel(projector, language_model), load_tokenizer(settings), world.store,
-                    image_ids, [prompt] * 4, max_tokens=12, batch_size=3, description="test",
-                )
-            ]
-            for image_ids in (list(VAL), [others[i] for i in VAL])
-        )  # fmt: skip
-        made = rows(stage, "caption")
-        assert [row["prediction"] for row in made] == said[stage]
-        assert [row["blind_prediction"] for row in made] == said[stage, "blind"]
-    assert said["pretrain"] != said["finetune"]
-    assert said["finetune"] != said["finetune", "blind"]
+        for column, (features, image_ids) in shown.items():
+            projector = load_projector(Path(f"runs/{stage}/projector.safetensors"), 8, 64)
+            if column == "untrained_prediction":
+                projector = seeded_projector("mlp", 8, 64, 0)
+            made = generate(
+                CaptionModel(projector, language_model), load_tokenizer(settings), features,
+                image_ids, [prompt] * 4, max_tokens=12, batch_size=3, description="test",
+            )  # fmt: skip
+            said[stage, column] = [generation.text for generation in made]
+            assert [row[column] for row in rows(stage, "caption")] == said[stage, column]
+    assert said["pretrain", "prediction"] != said["finetune", "prediction"]
+    assert len({tuple(said["finetune", column]) for column in shown}) == 4
 
 
 def test_two_runs_give_the_same_bytes(world):
@@ -154,7 +198,7 @@ def test_two_runs_give_the_same_bytes(world):
         torch.manual_seed(len(made))
         evaluate(world.params())
         # Parquet too: the table has no time in it.
-        made.append([path.read_bytes() for path in (SCORES, TABLE, PAGE)])
+        made.append([path.read_bytes() for path in (SCORES, TABLE, RESULTS, LIST, PAGE)])
         shutil.rmtree("reports")
     assert made[0] == made[1]
 
@@ -165,8 +209,8 @@ def test_the_page_holds_everything_it_shows(world):
     links = re.findall(r"(?:src|href|srcset|data|action)=\"([^\"]*)\"", page)
     assert len(links) > 12
     assert all(link.startswith(("#", "data:")) for link in links)
-    assert not re.search(r"https?://|url\(|@import|<script", page)
-    assert page.count("data:image/jpeg;base64,") == 4 + 8
+    assert not re.search(r"https?://|url\(|@import|<script src", page)
+    assert page.count("data:image/jpeg;base64,") >= 8
     assert GONE not in page
     assert world.store.fingerprint in page
     assert "Stage 1: projector" in page
@@ -174,17 +218,21 @@ def test_the_page_holds_everything_it_shows(world):
 
 
 def test_the_summary_names_scores_blind_scores_and_the_page(world, capsys):
+    write_pope(ASKED)
     evaluate(world.params())
-    captions, answers, report = capsys.readouterr().out.splitlines()
+    captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(blind \d\.\d{3}\)", captions)
     assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(blind \d\.\d{3}\)", answers)
+    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(blind \d\.\d{3}\)", popular)
+    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(blind \d\.\d{3}\)", random)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
 
 
 def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, capsys):
     write_index(world, conversations=[])
     evaluate(world.params())
-    assert scores()["answers"] == {"count": 0, "blind": {"count": 0}}
+    assert scores()["answers"] == NOTHING
+    assert scores()["pope"] == {}
     assert scores()["captions"]["count"] == 4
     assert rows(kind="answer") == []
     assert "No answers were scored: the evaluation data holds none." in PAGE.read_text()
@@ -197,8 +245,7 @@ def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, caps
 def test_without_captions_there_are_only_answers_and_the_page_says_so(world, capsys):
     write_index(world, captions=[])
     evaluate(world.params())
-    assert scores()["captions"] == {"count": 0, "blind": {"count": 0}}
-    assert scores()["pretrain_only"]["captions"] == {"count": 0, "blind": {"count": 0}}
+    assert scores()["captions"] == scores()["pretrain_only"]["captions"] == NOTHING
     assert scores()["answers"]["count"] == 4
     assert {row["kind"] for row in rows()} == {"answer"}
     assert "No captions were scored: the evaluation data holds none." in PAGE.read_text()
@@ -212,7 +259,7 @@ def test_with_nothing_to_ask_the_page_is_made_all_the_same(world):
     write_index(world, captions=[], conversations=[])
     evaluate(world.params())
     assert rows() == []
-    assert pq.read_schema(TABLE).equals(PREDICTIONS)
+    assert pq.read_schema(TABLE).equals(SCHEMA)
     assert "Nothing was scored." in PAGE.read_text()
 
 
@@ -243,25 +290,19 @@ def test_of_more_texts_than_the_limits_exactly_so_many_are_asked(world):
     assert chosen(0) == first
 
 
-@pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
-def test_choosing_keeps_the_order_takes_none_twice_and_follows_the_seed(most):
-    items = list("abcdefghijklmnopqrst")
-    found = choose(items, most, 3)
-    assert len(found) == len(set(found)) == min(most, 20)
-    assert found == sorted(found) == choose(items, most, 3)
-    if most < 20:
-        assert any(choose(items, most, seed) != found for seed in range(9))
-    assert choose([], most, 3) == []
-
-
-def test_images_without_features_are_not_asked_about(world):
+def test_images_without_features_are_not_asked_about_but_counted(world):
     write_index(
         world,
         captions=[(i, "a cat") for i in (112, 113, 9000)],
         conversations=[(i, [("how many", "two")]) for i in (116, 9001, 117)],
     )
+    write_pope([*ASKED, (9002, "random", "Is there a cat", "yes")])
     evaluate(world.params())
     assert {row["image_id"] for row in rows()} == {112, 113, 116, 117}
+    found = scores()
+    assert [found[kind]["without_features"] for kind in ("captions", "answers")] == [1, 1]
+    assert found["pretrain_only"]["captions"]["without_features"] == 1
+    assert found["pope"]["random"]["without_features"] == 1
 
 
 @pytest.mark.parametrize("what", ["captions of split val", "conversations of split holdout"])
@@ -303,7 +344,7 @@ def test_hard_texts_come_through_whole(world):
     assert all(row["targets"] == HARD for row in rows(kind="caption"))
     answers = rows(kind="answer")
     assert [row["question"] for row in answers] == [row["targets"][0] for row in answers] == HARD
-    for row in answers:
+    for row in answers[:-1]:
         assert row["score"] == exact_match(row["targets"][0], row["prediction"])
     page = PAGE.read_text(encoding="utf-8")
     assert "\u4f60\u597d \U0001f370" in page
@@ -389,8 +430,7 @@ def cut(path):
 
 
 def widen(path):
-    save_file({"w": torch.zeros(3, 3)}, path, {"projector": json.dumps(
-        {"kind": "mlp", "vision_width": 9, "text_width": 64})})  # fmt: skip
+    seeded_projector("mlp", 9, 64, 0).save(path)
 
 
 def fill_nan(path):
@@ -406,7 +446,11 @@ def fill_nan(path):
         ("runs/pretrain/projector.safetensors", Path.unlink, "no projector"),
         ("runs/pretrain/projector.safetensors", cut, "no projector"),
         ("runs/finetune/projector.safetensors", widen, "maps width 9 to 64, wanted 8"),
-        ("runs/finetune/projector.safetensors", fill_nan, "loss of the answers is nan"),
+        (
+            "runs/finetune/projector.safetensors",
+            fill_nan,
+            "loss of the answers .seen. is not finite",
+        ),
         ("runs/finetune/adapter", shutil.rmtree, "holds no adapter_model.safetensors"),
         ("runs/finetune/adapter/adapter_model.safetensors", cut, "no adapter for this model"),
         ("runs/finetune/adapter/adapter_config.json", Path.unlink, "no adapter for this model"),
@@ -427,7 +471,7 @@ def test_what_is_missing_or_damaged_is_named_in_one_line(world, path, change, wo
 def test_a_store_of_one_image_has_no_control(world, make_store):
     shutil.rmtree("data/features")
     shutil.move(make_store([112]).root, "data/features")
-    write_index(world, captions=[(112, "a cat")])
+    write_index(world, captions=[(112, "a cat")], conversations=[])
     with pytest.raises(StageError, match="holds one image, so there is none for the blind"):
         evaluate(world.params())
 
@@ -436,7 +480,7 @@ def test_a_store_of_one_image_has_no_control(world, make_store):
     ("sections", "words"),
     [
         ({"evaluate": {"questions": 0}}, "evaluate: questions is 0"),
-        ({"evaluate": {"max_text_tokens": 1}}, "max_text_tokens is 1, which cuts off every answer"),
+        ({"evaluate": {"max_text_tokens": 1}}, "max_text_tokens: 1 cuts off every answer"),
         ({"data": {"source": "web"}}, "data.source is 'web'"),
         ({"llm": {"model": "/nowhere"}}, "llm.model: cannot load '/nowhere'"),
     ],
@@ -476,4 +520,66 @@ def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
     monkeypatch.setattr("eval.asking.generate", recording)
     evaluate(world.params())
     asked = [question_text(q.question) for q in read_questions("holdout")]
-    assert seen[-2 * len(asked) :] == asked * 2
+    assert seen[-4 * len(asked) :] == asked * 4
+
+
+def test_a_damaged_adapter_is_found_before_anything_is_asked(world, monkeypatch):
+    cut(Path("runs/finetune/adapter/adapter_model.safetensors"))
+    monkeypatch.setattr(eval.evaluate, "ask_captions", lambda *_: pytest.fail("asked"))
+    with pytest.raises(StageError, match="no adapter for this model"):
+        evaluate(world.params())
+
+
+def test_the_coco_results_are_the_captions_of_the_fine_tuned_model(world):
+    evaluate(world.params())
+    wanted = [
+        {"image_id": row["image_id"], "caption": row["prediction"]}
+        for row in rows("finetune", "caption")
+    ]
+    assert json.loads(RESULTS.read_text()) == wanted
+    assert len(wanted) == 4
+
+
+def contaminate():
+    """Give a validation and a held-out image the files of training images."""
+    path = "data/index/images.parquet"
+    table = pq.read_table(path)
+    found = table.to_pylist()
+    for number, twin in ((13, 5), (17, 6)):
+        found[number]["source_xxh3"] = found[twin]["source_xxh3"]
+    pq.write_table(pa.Table.from_pylist(found, table.schema), path)
+
+
+def test_images_that_were_trained_on_are_counted_listed_and_left_out(world):
+    contaminate()
+    write_pope([*ASKED, (105, "random", "Is there a cat", "yes")])
+    evaluate(world.params())
+    found = scores()
+    assert found["contamination"] == {
+        "captions": {"images": 4, "contaminated": 1, "left_out": 1},
+        "answers": {"images": 4, "contaminated": 1, "left_out": 1},
+        "pope": {"images": 3, "contaminated": 2, "left_out": 2},
+    }
+    twin = {"image_id": 113, "reason": "same file as training image 105"}
+    assert json.loads(LIST.read_text()) == {
+        "captions": [twin],
+        "answers": [{"image_id": 117, "reason": "same file as training image 106"}],
+        "pope": [{"image_id": 105, "reason": "trained on"}, twin],
+    }
+    assert {row["image_id"] for row in rows(kind="caption")} == {112, 114, 115}
+    assert {row["image_id"] for row in rows(kind="answer")} == {116, 118, 119}
+    assert {row["image_id"] for row in rows(kind="pope")} == {112}
+    assert "same file as training image 105" in PAGE.read_text()
+
+
+def test_images_that_were_trained_on_are_asked_about_where_the_settings_say_so(world):
+    contaminate()
+    write_pope([*ASKED, (105, "random", "Is there a cat", "yes")])
+    evaluate(world.params(evaluate={"exclude_contaminated": False}))
+    assert scores()["contamination"]["pope"] == {"images": 3, "contaminated": 2, "left_out": 0}
+    assert {row["image_id"] for row in rows(kind="caption")} == set(VAL)
+    assert {(row["image_id"], row["split"]) for row in rows(kind="pope")} == {
+        (105, "train"),
+        (112, "val"),
+        (113, "val"),
+    }

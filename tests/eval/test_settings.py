@@ -10,7 +10,7 @@ NUMBERS = [field.name for field in dataclasses.fields(EvaluateSettings) if field
 
 
 def test_there_are_numbers_to_check():
-    assert len(NUMBERS) == 6
+    assert len(NUMBERS) == 7
 
 
 @pytest.mark.parametrize("name", NUMBERS)
