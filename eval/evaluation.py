@@ -1,0 +1,131 @@
+"""Reads what the evaluate stage has written: in a folder, or in a revision of this repository."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.errors import SettingsError, StageError
+from train.compare import REVISION_METRICS, WORKSPACE, flatten, read_revision
+
+SCORES, PREDICTIONS = "eval.json", "predictions.parquet"
+
+REPORTS = "reports"
+
+COLUMNS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("kind", pa.string()),
+        ("subset", pa.string()),
+        ("image_id", pa.int64()),
+        ("question", pa.string()),
+        ("targets", pa.list_(pa.string())),
+        ("prediction", pa.string()),
+        ("score", pa.float64()),
+    ]
+)
+"""What is read of the predictions."""
+
+LATER = "subset"
+"""Column that evaluations did not always have, when none had subsets."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores and predictions."""
+
+    name: str
+    """As it was called."""
+    scores: dict[str, Any]
+    """By dotted names, like `captions.CIDEr` and `captions.intervals.CIDEr.0`."""
+    predictions: list[Row]
+    """What each text was about, what it says and how it scored: keys as in `COLUMNS`."""
+
+
+def read_evaluation(name: str) -> Evaluation:
+    """Read an evaluation.
+
+    Args:
+        name: A workspace, its reports folder, or a revision or experiment as
+            `train.compare.read_revision` knows it; a folder comes first.
+
+    Raises:
+        SettingsError: It is none of these.
+        StageError: It has no evaluation, or a file of it is damaged.
+    """
+    return _from_folder(name) if Path(name).is_dir() else _from_revision(name)
+
+
+def _from_folder(name: str) -> Evaluation:
+    places = [Path(name) / REPORTS, Path(name)]
+    folder = next((place for place in places if (place / SCORES).is_file()), None)
+    if folder is None:
+        raise SettingsError(
+            f"{name} has no evaluation: neither {REPORTS}/{SCORES} nor {SCORES} is in it. Run "
+            f"`dvc repro evaluate` there, or name another folder."
+        )
+    try:
+        scores = json.loads((folder / SCORES).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StageError(f"{folder / SCORES} is damaged: {error}") from None
+    if not isinstance(scores, dict):
+        raise StageError(f"{folder / SCORES} is damaged: it is {type(scores).__name__}, not keys.")
+    path = folder / PREDICTIONS
+    try:
+        with path.open("rb") as file:
+            return Evaluation(name, flatten(scores), read_predictions(file, str(path)))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing: try `dvc pull`, or `dvc repro evaluate`.") from None
+
+
+def _from_revision(name: str) -> Evaluation:
+    # Refuses with the right words what is no revision.
+    metrics = read_revision(name).metrics
+    of_stages = tuple(prefix for prefix in REVISION_METRICS if prefix)
+    scores = {key: value for key, value in metrics.items() if not key.startswith(of_stages)}
+    if not scores:
+        raise StageError(f"{name} has no {REPORTS}/{SCORES}: evaluate was not run there.")
+    # Importing DVC takes a second or two.
+    from dvc.api import DVCFileSystem
+    from dvc.exceptions import DvcException
+
+    path = f"{REPORTS}/{PREDICTIONS}"
+    files = DVCFileSystem(rev=None if name == WORKSPACE else name)
+    try:
+        content = files.cat_file(path)
+    except (DvcException, FileNotFoundError) as error:
+        raise StageError(
+            f"{name}: {path} cannot be read ({' '.join(str(error).split())}). Try "
+            f"`dvc fetch --all-commits {path}`, or name the folder of a workspace."
+        ) from None
+    return Evaluation(name, scores, read_predictions(io.BytesIO(content), f"{name}: {path}"))
+
+
+def read_predictions(file: BinaryIO, where: str) -> list[Row]:
+    """Read a table of predictions.
+
+    Args:
+        file: Open file.
+        where: What it is called, for the error text.
+
+    Returns:
+        Its rows, in their order; without subsets in the file, subset is empty.
+
+    Raises:
+        StageError: It is no such table.
+    """
+    try:
+        table = pq.ParquetFile(file).read()
+        if LATER not in table.column_names:
+            table = table.append_column(LATER, pa.array([""] * len(table), pa.string()))
+        rows: list[Row] = table.select(COLUMNS.names).cast(COLUMNS).to_pylist()
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        detail = " ".join(str(error).split())
+        raise StageError(f"{where} is damaged, or no table of predictions: {detail}") from None
+    return rows
