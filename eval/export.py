@@ -1,0 +1,199 @@
+"""Command: writes a finished run as a folder that transformers loads as LLaVA.
+
+    python -m eval.export --run runs/finetune OUT
+
+OUT holds everything: vision tower, projector, language model with LoRA merged, processor, chat
+format, and a model card with the scores. What LLaVA cannot hold is refused before the language
+model is loaded; an OUT that holds anything is never written to.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, PhiConfig
+from transformers.utils import logging as transformers_logging
+
+from cache.command import run_guarded
+from cache.errors import SettingsError, StageError
+from cache.files import sync, write_text
+from cache.settings import Params
+from cache.spec import Spec
+from eval.export_model_card import model_card
+from eval.export_processor import image_token_id, make_processor
+from eval.export_text import phi_config, plain_weights
+from eval.export_vision import clip_vision_config, clip_vision_weights
+from eval.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheImageProcessor
+from eval.settings import EvaluateSettings
+from eval.trained import Trained, load_run
+from pipeline.encoder import load_encoder
+from pipeline.settings import EncoderSettings
+from train.language_model import DTYPES, load_tokenizer
+from train.projector import Projector, read_projector
+from train.settings import LlmSettings
+
+MAX_SHARD = "2GB"
+"""Largest file of weights; also about what writing needs of memory beside the weights."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is known of an export before the language model is loaded."""
+
+    visual: nn.Module
+    spec: Spec
+    vision: CLIPVisionConfig
+    text: PhiConfig
+    image_token_id: int
+
+
+def export(run: Path, out: Path) -> None:
+    """Write a run as LLaVA.
+
+    Args:
+        run: Folder of a run of either stage.
+        out: Folder to make.
+
+    Raises:
+        CacheError: OUT holds something, or the run cannot be loaded or not be held by LLaVA.
+    """
+    check_free(out)
+    parts = check_parts(run)
+    trained = load_run(run)
+    trained.check_features(parts.spec, "the vision tower")
+    settings = trained.params.section("evaluate", EvaluateSettings)
+    model = build_model(trained, parts, settings)
+    processor = make_processor(
+        trained.tokenizer, parts.spec, parts.vision.patch_size, answers=trained.answers
+    )
+    with appearing(out) as folder:
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD)
+        processor.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(trained, parts.spec, settings))
+    print(f"export: {out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
+
+
+def check_free(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        SettingsError: There is something.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SettingsError(f"{out}: is there already. Wanted a folder that is new or empty.")
+
+
+def check_parts(run: Path) -> Parts:
+    """Load all but the language model, and refuse what LLaVA cannot hold.
+
+    Raises:
+        CacheError: Something is missing, damaged, or without a place in LLaVA.
+    """
+    if not (run / "params.yaml").is_file():
+        raise SettingsError(f"{run} is no run: it has no params.yaml.")
+    params = Params.read(run / "params.yaml")
+    kind = read_projector(run / "projector.safetensors").kind
+    if kind != "mlp":
+        raise StageError(
+            f"{run}: its projector is {kind!r}, and LLaVA's is 'mlp' (linear, GELU, linear). Set "
+            f"projector.kind to mlp, train again, and export that run."
+        )
+    llm = params.section("llm", LlmSettings)
+    tokenizer, text = load_tokenizer(llm), phi_config(llm)
+    encoder = params.section("encoder", EncoderSettings)
+    tower = load_encoder(dataclasses.replace(encoder, device="cpu"))
+    # Not public: a change to the encoder's code makes every store be checked against its probe.
+    visual = tower._visual
+    vision = clip_vision_config(visual, encoder.model)
+    return Parts(visual, tower.spec, vision, text, image_token_id(tokenizer, text))
+
+
+def build_model(
+    trained: Trained, parts: Parts, settings: EvaluateSettings
+) -> LlavaPhiForConditionalGeneration:
+    """Make LLaVA of a run, in the main memory."""
+    dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
+    with torch.device("meta"):
+        model = LlavaPhiForConditionalGeneration(llava_config(parts))
+    model.load_state_dict(dict(_weights(trained, parts, dtype)), assign=True)
+    eos = trained.tokenizer.eos_token_id
+    unused = set(range(len(trained.tokenizer), parts.text.vocab_size))
+    model.generation_config = GenerationConfig(
+        max_new_tokens=settings.answer_tokens if trained.answers else settings.caption_tokens,
+        do_sample=False,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        suppress_tokens=sorted(unused | {parts.image_token_id}),
+    )
+    return model
+
+
+def llava_config(parts: Parts) -> LlavaConfig:
+    """Describe the model as transformers does."""
+    return LlavaConfig(
+        vision_config=parts.vision,
+        text_config=parts.text,
+        image_token_index=parts.image_token_id,
+        image_seq_length=parts.spec.patches,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=parts.spec.layer,
+        vision_in_float32=parts.spec.precision == "fp32",
+    )
+
+
+def _weights(trained: Trained, parts: Parts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in clip_vision_weights(parts.visual):
+        yield f"model.vision_tower.{name}", tensor
+    projector: Projector = trained.model.projector
+    for linear, module in (("linear_1", projector.layers[0]), ("linear_2", projector.layers[2])):
+        for kind, tensor in module.state_dict().items():
+            yield f"model.multi_modal_projector.{linear}.{kind}", tensor.cpu()
+    for name, tensor in plain_weights(trained.model.language_model, dtype):
+        inner = name.removeprefix("model.")
+        yield name if inner == name else f"model.language_model.{inner}", tensor
+
+
+@contextlib.contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """Give a folder to fill; on leaving without an error it becomes `out`, else it is removed."""
+    target = out.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        for path in folder.iterdir():
+            sync(path)
+        os.replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sync(target.parent)
+
+
+def main() -> None:
+    """Read the command line and export."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    arguments = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    run_guarded(lambda: export(arguments.run, arguments.out))
+
+
+# What makes `save_pretrained` copy the file of these classes, and name them in the configs.
+LlavaPhiForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+PatchcacheImageProcessor.register_for_auto_class("AutoImageProcessor")
+
+if __name__ == "__main__":
+    main()

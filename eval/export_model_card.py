@@ -1,0 +1,130 @@
+"""The model card of an exported run: what it is, how it is used, what it scored, what made it."""
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+from cache.errors import StageError
+from cache.spec import Spec
+from eval.settings import EvaluateSettings
+from eval.trained import Trained
+
+DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
+"""What a source of data is called; other sources have no public name."""
+
+SHOWN = ("encoder", "llm", "projector", "pretrain", "finetune")
+"""Sections of the settings that decided the weights."""
+
+CONTROL = "blind"
+
+
+def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
+    """Write the model card of a run.
+
+    Args:
+        trained: The run.
+        spec: Of the features that it learned from.
+        settings: How it is asked.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    values = trained.params.values
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    return environment.get_template("model_card.md.j2").render(
+        header=_yaml(_header(values)).rstrip(),
+        answers=trained.answers,
+        encoder=values["encoder"],
+        llm=values["llm"],
+        datasets=DATASETS.get(_source(values), ()),
+        source=_source(values),
+        spec=spec,
+        question=settings.caption_question,
+        rows=list(score_rows(read_scores(trained))),
+        provenance=trained.provenance,
+        settings=_yaml({name: values[name] for name in SHOWN if name in values}).rstrip(),
+    )
+
+
+def read_scores(trained: Trained) -> dict[str, Any]:
+    """Return the scores of a run from the report beside it; empty where it has none.
+
+    A report that is older than the run is of an earlier one.
+
+    Raises:
+        StageError: A report that cannot be read.
+    """
+    report = trained.folder.parent.parent / "reports" / "eval.json"
+    made = (trained.folder / "projector.safetensors").stat().st_mtime
+    if not report.is_file() or report.stat().st_mtime < made:
+        return {}
+    try:
+        scores = json.loads(report.read_bytes())
+    except ValueError as error:
+        raise StageError(f"{report}: no scores ({error}). Run the evaluate stage.") from None
+    if not trained.answers:
+        scores = scores.get("pretrain_only", {})
+    return scores if isinstance(scores, dict) else {}
+
+
+def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield what was asked, the score's name, the score, and what it is blind."""
+    sections = {name: scores.get(name) for name in ("captions", "answers")}
+    pope = scores.get("pope")
+    sections |= {f"POPE {name}": part for name, part in (pope or {}).items()}
+    for title, section in sections.items():
+        if not isinstance(section, Mapping) or not section.get("count", 1):
+            continue
+        control = section.get(CONTROL) or {}
+        for key, value in section.items():
+            if isinstance(value, float):
+                yield title, key, _written(section, key), _written(control, key)
+
+
+def _written(section: Mapping[str, Any], key: str) -> str:
+    """Write a score with its interval, where it has one."""
+    if not isinstance(section.get(key), int | float):
+        return ""
+    interval = (section.get("intervals") or {}).get(key)
+    if not interval:
+        return f"{section[key]:.3f}"
+    return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def _header(values: Mapping[str, Any]) -> dict[str, Any]:
+    header: dict[str, Any] = {
+        "license": "other",
+        "license_name": "those-of-its-parts",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "phi", "clip", "patchcache"],
+    }
+    base = values["llm"]["model"]
+    if not Path(base).exists():
+        header["base_model"] = base
+    if _source(values) == "coco":
+        header["datasets"] = ["liuhaotian/LLaVA-Instruct-150K"]
+        header["language"] = ["en"]
+    return header
+
+
+def _source(values: Mapping[str, Any]) -> str:
+    return str(values.get("data", {}).get("source", "unknown"))
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(dict(values), text)
+    return text.getvalue()

@@ -1,0 +1,78 @@
+"""LLaVA around Phi-2, as transformers loads it from an exported folder.
+
+This file is copied there, so it imports nothing of the project. It keeps what transformers' own
+classes would lose: the bias of Phi's output layer, a vision tower and a projector in the precision
+that they were trained with, and the pixels that the features were made of.
+
+Letters: B images, P patches, D width of the vision tower, H width of the language model;
+C channels, I and J height and width of a picture.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_utils import ChannelDimension, SizeDict
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+
+class Float32Projector(LlavaMultiModalProjector):  # type: ignore[misc]
+    """Projects in float32, whatever the vision tower computes in."""
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        """Map [B, P, D] to [B, P, H]."""
+        projected: Tensor = super().forward(image_features.to(self.linear_1.weight.dtype))
+        return projected
+
+
+class LlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
+    """LLaVA with a bias in the output layer, and a projector that stays in float32.
+
+    The config's `vision_in_float32` says whether the vision tower does, too.
+    """
+
+    def __init__(self, config: LlavaConfig) -> None:
+        self._keep_in_fp32_modules_strict = {"multi_modal_projector"}
+        if config.vision_in_float32:
+            self._keep_in_fp32_modules_strict.add("vision_tower")
+        super().__init__(config)
+        self.model.multi_modal_projector = Float32Projector(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=True)
+        self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the language model computes in."""
+        return self.lm_head.weight.dtype
+
+
+class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
+    """CLIP's image processor on Pillow, with the crop of open_clip, on upright pictures."""
+
+    def convert_to_rgb(
+        self,
+        image: Image.Image | NDArray[np.generic],
+        input_data_format: str | ChannelDimension | None = None,
+    ) -> NDArray[np.generic]:
+        """Turn a picture as its EXIF says, and return it as RGB."""
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        converted: NDArray[np.generic] = super().convert_to_rgb(image, input_data_format)
+        return converted
+
+    def center_crop(
+        self, image: NDArray[np.generic], size: SizeDict, **_: object
+    ) -> NDArray[np.generic]:
+        """Crop the middle of [C, I, J]; half a pixel is rounded to even, as torchvision does."""
+        top, left = (
+            round((side - wanted) / 2)
+            for side, wanted in zip(image.shape[1:], (size.height, size.width), strict=True)
+        )
+        return image[:, top : top + size.height, left : left + size.width]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings; who does not trust this file gets transformers' own class."""
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}

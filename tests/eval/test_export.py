@@ -1,0 +1,369 @@
+"""An exported run says from pixels what the run says from its features."""
+
+import contextlib
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PhiConfig,
+    dynamic_module_utils,
+)
+
+from cache.errors import SettingsError, SpecMismatchError, StageError
+from eval import export as module
+from eval.export import export, main
+from eval.trained import load_run
+from pipeline.decode import decode_rgb
+from pipeline.encoder import load_encoder, patch_tokens
+from pipeline.settings import EncoderSettings
+from tests.conftest import HIDDEN, Workspace
+from tests.pipeline.conftest import TINY, draw_jpeg
+from train.generate import generate
+from train.language_model import add_lora, load_language_model
+from train.projector import seeded_projector
+from train.prompts import dialogue_prompt, question_text
+from train.run import RunDirectory, provenance
+from train.settings import LlmSettings, LoraSettings
+
+QUESTIONS = ["What is in the box", "how many", "yes no"]
+EVALUATE = {
+    "caption_images": 99,
+    "questions": 99,
+    "pope_images": 99,
+    "caption_question": "What is in the box",
+    "caption_tokens": 6,
+    "answer_tokens": 7,
+    "max_text_tokens": 64,
+    "batch_size": 3,
+    "exclude_contaminated": False,
+}
+
+KERNELS = 1e-5
+"""Same numbers in another order of operations, in float32: relative to the largest logit."""
+FLOAT16 = 2**-11
+"""Half of the last digit of a cached feature, which ours reads and theirs does not."""
+BFLOAT16 = 2**-6
+"""A few times the last digit of a weight and of every activation of the language model."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _copied_code_stays_here(tmp_path_factory):
+    """transformers copies the code of a folder to the user's cache before it runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
+
+
+class Pictures:
+    """Features of drawn pictures, made when they are asked for; the id of one is its seed."""
+
+    def __init__(self, encoder):
+        self.encoder, self.spec = encoder, encoder.spec
+        self.fingerprint = encoder.spec.fingerprint
+
+    def gather(self, image_ids, out=None):
+        pixels = [
+            decode_rgb(draw_jpeg(int(i)), self.spec.image_size, "shortest") for i in image_ids
+        ]
+        return self.encoder.encode(torch.from_numpy(np.stack(pixels)))
+
+    def unrounded(self, image_id):
+        """Return features [1, P, D] as they are before the cast to float16."""
+        pixels = decode_rgb(draw_jpeg(image_id), self.spec.image_size, "shortest")
+        x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255
+        x = (x - self.encoder._mean) / self.encoder._std
+        with torch.inference_mode():
+            return patch_tokens(self.encoder._visual, x, self.spec.layer).float()
+
+
+class Made:
+    """A workspace with a run, and what the run was made from."""
+
+    def __init__(self, root, phi_dir):
+        self.root = root
+        self.workspace = Workspace(root, phi_dir)
+
+    def write(self, *, layer=-2, kind="mlp", stage="finetune", llm=(), model="clip.json"):
+        (self.root / "clip.json").write_text(json.dumps(TINY))
+        encoder = {"model": model, "pretrained": "random", "layer": layer, "precision": "fp32"}
+        encoder |= {"batch_size": 4, "device": "cpu"}
+        with contextlib.chdir(self.root):
+            params = self.workspace.params(
+                encoder=encoder, evaluate=EVALUATE, llm=dict(llm), data={"source": "local"}
+            )
+            self.workspace.write_index([], [])
+            self.features = Pictures(load_encoder(EncoderSettings(**encoder)))
+            made_from = provenance(self.features, torch.device("cpu"))
+            run = RunDirectory(stage, params, {"layer": layer, "kind": kind}, made_from)
+            width = self.features.spec.width
+            seeded_projector(kind, width, HIDDEN, 3).save(run.files / "projector.safetensors")
+            if stage == "finetune":
+                self._write_adapter(params.section("llm", LlmSettings), run.files / "adapter")
+            run.publish({"loss": 2.5}, self.root / "reports" / f"{stage}.json")
+        self.run = self.root / "runs" / stage
+        return self
+
+    def _write_adapter(self, llm, folder):
+        model = load_language_model(llm, torch.device("cpu"))
+        adapter = add_lora(model, LoraSettings(r=4, alpha=8, dropout=0.5), 1)
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=generator)
+        adapter.save_pretrained(folder, save_embedding_layers=False)
+
+    def export(self):
+        self.out = self.root / "out"
+        with contextlib.chdir(self.root):
+            export(self.run, self.out)
+            self.trained = load_run(self.run)
+        return self
+
+
+@pytest.fixture
+def made(tmp_path, phi_dir):
+    return Made(tmp_path, phi_dir)
+
+
+RUNS = {
+    "none": {},
+    "nf4": {"llm": {"quantize": "nf4"}},
+    "last layer": {"layer": -1},
+    "bf16": {"llm": {"quantize": "nf4", "dtype": "bf16"}},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def exported(request, tmp_path_factory, phi_dir):
+    made = Made(tmp_path_factory.mktemp("exported"), phi_dir)
+    made.name = request.param
+    return made.write(**RUNS[request.param]).export()
+
+
+def load(out):
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        out, trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    return model, AutoProcessor.from_pretrained(out, trust_remote_code=True)
+
+
+def inputs_of(processor, image_ids, questions):
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        )
+        for question in questions
+    ]
+    pictures = [Image.open(io.BytesIO(draw_jpeg(i))) for i in image_ids]
+    return processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+
+
+@torch.inference_mode()
+def our_logits(made, patches, question):
+    """Logits [T, V] behind the patches, from the run itself."""
+    model = made.trained.model.eval()
+    prompt = dialogue_prompt([], question, made.trained.tokenizer)
+    embeds = torch.cat([model.embed_patches(patches)[0], model.embed_text(torch.tensor(prompt))])
+    return model.language_model(inputs_embeds=embeds[None]).logits[0].float()
+
+
+@torch.inference_mode()
+def their_logits(model, inputs):
+    return model(**inputs).logits[0].float()
+
+
+def distance(found, wanted):
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+
+def test_logits_from_pixels_are_those_from_the_features(exported):
+    model, processor = load(exported.out)
+    kernels, float16 = (BFLOAT16,) * 2 if exported.name == "bf16" else (KERNELS, FLOAT16)
+    for image_id, question in enumerate(QUESTIONS):
+        found = their_logits(model, inputs_of(processor, [image_id], [question]))
+        exact = our_logits(exported, exported.features.unrounded(image_id), question)
+        assert distance(found, exact) < kernels
+        cached = torch.from_numpy(exported.features.gather([image_id]))
+        assert distance(found, our_logits(exported, cached, question)) < float16
+
+
+@pytest.mark.parametrize("exported", ["none"], indirect=True)
+@pytest.mark.parametrize("broken", ["bias", "layer", "class token", "lora", "projector"])
+def test_every_part_is_seen_in_the_logits(exported, broken):
+    model, processor = load(exported.out)
+    if broken == "bias":
+        model.lm_head.bias.data.zero_()
+    if broken == "layer":
+        model.config.vision_feature_layer = -1
+    if broken == "class token":
+        model.model.vision_tower.embeddings.class_embedding.data.zero_()
+    if broken == "lora":
+        base = load_language_model(
+            exported.trained.params.section("llm", LlmSettings), torch.device("cpu")
+        )
+        model.model.language_model.load_state_dict(base.model.state_dict())
+    if broken == "projector":
+        model.model.multi_modal_projector.linear_2.bias.data.zero_()
+    found = their_logits(model, inputs_of(processor, [0], QUESTIONS[:1]))
+    wanted = our_logits(exported, exported.features.unrounded(0), QUESTIONS[0])
+    assert distance(found, wanted) > 10 * KERNELS
+
+
+# Not bf16: random weights decide by less than it rounds.
+@pytest.mark.parametrize("exported", ["none", "nf4", "last layer"], indirect=True)
+def test_greedy_answers_are_the_same_in_a_batch_too(exported):
+    model, processor = load(exported.out)
+    image_ids = list(range(len(QUESTIONS)))
+    wanted = generate(
+        exported.trained.model, exported.trained.tokenizer, exported.features, image_ids,
+        [question_text(question) for question in QUESTIONS],
+        max_tokens=EVALUATE["answer_tokens"], batch_size=2, description="test",
+    )  # fmt: skip
+    inputs = inputs_of(processor, image_ids, QUESTIONS)
+    with torch.inference_mode():
+        made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    answers = [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
+    assert answers == [generation.text for generation in wanted]
+    assert made.shape[1] == EVALUATE["answer_tokens"]
+
+
+@pytest.mark.parametrize("exported", ["bf16"], indirect=True)
+def test_tower_and_projector_stay_in_float32(exported):
+    model, _ = load(exported.out)
+    assert model.dtype == torch.bfloat16
+    for part in (model.model.vision_tower, model.model.multi_modal_projector):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    text = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    assert {parameter.dtype for parameter in text} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("exported", ["none"], indirect=True)
+def test_the_image_token_takes_a_row_that_no_token_has_and_is_never_made(exported):
+    model, processor = load(exported.out)
+    tokenizer = exported.trained.tokenizer
+    assert processor.image_token_id == model.config.image_token_id == len(tokenizer)
+    rows = model.get_input_embeddings().num_embeddings
+    assert rows == exported.trained.model.language_model.config.vocab_size
+    assert model.generation_config.suppress_tokens == list(range(len(tokenizer), rows))
+
+
+@pytest.mark.parametrize("exported", ["none"], indirect=True)
+def test_transformers_own_classes_load_it_but_for_the_bias(exported, caplog):
+    model, loading = LlavaForConditionalGeneration.from_pretrained(
+        exported.out, output_loading_info=True
+    )
+    assert loading["unexpected_keys"] == {"lm_head.bias"}
+    assert not loading["missing_keys"]
+    processor = LlavaProcessor.from_pretrained(exported.out)
+    assert type(processor.image_processor).__name__ == "CLIPImageProcessor"
+    with torch.inference_mode():
+        model(**inputs_of(processor, [0], QUESTIONS[:1]))
+
+
+@pytest.mark.parametrize("exported", ["none"], indirect=True)
+def test_the_snippet_of_the_model_card_runs(exported, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(exported.out)
+    (exported.out / "picture.jpg").write_bytes(draw_jpeg(5))
+    card = (exported.out / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    wanted = generate(
+        exported.trained.model, exported.trained.tokenizer, exported.features, [5],
+        [question_text(EVALUATE["caption_question"])],
+        max_tokens=EVALUATE["answer_tokens"], batch_size=1, description="test",
+    )  # fmt: skip
+    assert capsys.readouterr().out.strip() == wanted[0].text
+
+
+def test_a_run_of_stage_1_captions(made, monkeypatch, capsys):
+    made.write(stage="pretrain").export()
+    capsys.readouterr()
+    monkeypatch.chdir(made.out)
+    (made.out / "picture.jpg").write_bytes(draw_jpeg(5))
+    (snippet,) = re.findall(r"```python\n(.*?)```", (made.out / "README.md").read_text(), re.DOTALL)
+    exec(compile(snippet, "README.md", "exec"), {})
+    (wanted,) = generate(
+        made.trained.model, made.trained.tokenizer, made.features, [5], [""],
+        max_tokens=EVALUATE["caption_tokens"], batch_size=1, description="test",
+    )  # fmt: skip
+    assert capsys.readouterr().out.strip() == wanted.text
+    assert not (made.out / "chat_template.jinja").exists()
+
+
+@pytest.fixture
+def no_language_model(monkeypatch):
+    def load_run(folder):
+        raise AssertionError("the language model is loaded")
+
+    monkeypatch.setattr(module, "load_run", load_run)
+
+
+@pytest.mark.parametrize("kind", ["linear", "resblock"])
+@pytest.mark.usefixtures("no_language_model")
+def test_another_projector_is_refused_before_the_language_model_is_loaded(made, kind):
+    made.write(kind=kind)
+    with pytest.raises(StageError, match=f"projector is '{kind}'.*projector.kind to mlp"):
+        made.export()
+    assert not made.out.exists()
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_a_language_model_that_is_no_phi_is_refused(made, monkeypatch):
+    made.write()
+    monkeypatch.setattr("eval.export_text.PhiConfig", type("Other", (PhiConfig,), {}))
+    with pytest.raises(StageError, match="is of type 'phi', and only Phi"):
+        made.export()
+
+
+@pytest.mark.usefixtures("no_language_model")
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_what_is_there_is_never_written_over(made, there):
+    made.write()
+    out = made.root / "out"
+    kept = out if there == "file" else out / "kept"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    with pytest.raises(SettingsError, match="is there already"):
+        made.export()
+    assert kept.read_text() == "mine"
+
+
+def test_an_empty_folder_is_filled_and_a_half_one_never_seen(made, monkeypatch):
+    made.write()
+    (made.root / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "model_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made.export()
+    assert not list((made.root / "out").iterdir())
+    assert not list(made.root.glob(".out*"))
+    made.export()
+    assert (made.out / "model.safetensors").is_file()
+
+
+def test_another_tower_than_the_runs_is_refused(made):
+    made.write()
+    other = TINY | {"quick_gelu": False}
+    (made.root / "clip.json").write_text(json.dumps(other))
+    with pytest.raises(SpecMismatchError, match="vision tower"):
+        made.export()
+
+
+def test_a_folder_that_is_no_run_is_a_wrong_call(made, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["export", "--run", str(made.root), str(made.root / "out")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "is no run" in capsys.readouterr().err
