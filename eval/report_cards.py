@@ -98,10 +98,7 @@ def judge(section: Section, key: str) -> Verdict:
         for names, sentence in (
             (lost, f"Does NOT beat {_listed(lost, 'or')}."),
             (won, f"Beats {_listed(won, 'and')}."),
-            (
-                unknown,
-                f"Cannot be judged against {_listed(unknown, 'and')}: intervals are missing.",
-            ),
+            (unknown, f"No interval to judge by against {_listed(unknown, 'and')}."),
         )
         if names
     )

@@ -289,3 +289,13 @@ def workspace(tmp_path, monkeypatch, phi_dir):
     made.write_index(captions, conversations)
     made.params()
     return made
+
+
+# Not of the session: while Playwright runs, no other test can start an event loop.
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium of the system, for `tests.browser.visited`."""
+    from tests.browser import chromium
+
+    with chromium() as started:
+        yield started

@@ -1,7 +1,7 @@
 // The filter of the examples. Without it the page shows all of them.
 "use strict";
 (() => {
-  const FIRST = 6; // of a group, until somebody asks for more
+  const FIRST = window.innerWidth < 560 ? 3 : 6; // of a group, until somebody asks for more
   const form = document.getElementById("filter");
   if (!form) return;
   const nothing = document.getElementById("nothing");

@@ -9,28 +9,18 @@ from PIL import Image
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from eval.pictures import with_thumbnails
-from eval.report import Example, choose_examples
+from eval.pictures import thumbnail_uri, thumbnails_of
 
 INDEX = Path("data/index/images.parquet")
 
 
-def example(image_id, score=0.5, kind="caption"):
-    return Example(
-        image_id=image_id, kind=kind, question="" if kind == "caption" else "What?", targets=("x",),
-        prediction="y", blind_prediction="z", score=score, thumbnail=None,
-    )  # fmt: skip
-
-
 @pytest.fixture
 def shown(world):
-    """Return the thumbnail that the page shows for each image."""
+    """Return the thumbnails of some images."""
 
     def shown(image_ids, **data):
         settings = world.params(data=data).section("data", DataSettings)
-        made = with_thumbnails([example(i) for i in image_ids], settings)
-        assert sorted(e.image_id for e in made) == sorted(image_ids), "nothing is lost"
-        return {e.image_id: e.thumbnail for e in made}
+        return thumbnails_of(image_ids, settings)
 
     return shown
 
@@ -49,19 +39,14 @@ def test_each_image_gets_its_own_picture_from_folder_and_zip(shown):
     )
 
 
-def test_only_what_the_page_shows_is_read(world, monkeypatch):
+def test_only_the_pictures_asked_for_are_read(world, shown, monkeypatch):
     read = []
-    monkeypatch.setattr("eval.pictures.thumbnail_uri", lambda data: read.append(data))
-    examples = [
-        example(i, i / 140, kind) for i in range(100, 140) for kind in ("caption", "answer")
-    ]
-    settings = world.params().section("data", DataSettings)
-    made = with_thumbnails(examples, settings)
-    assert len(made) == len(read) == 36
-    assert choose_examples(made) == choose_examples(examples), "choosing again changes nothing"
+    monkeypatch.setattr("eval.pictures.thumbnail_uri", lambda data: read.append(data) or "data:")
+    assert list(shown({115, 101, 113})) == [101, 113, 115]
+    assert len(read) == 3
 
 
-def test_nothing_to_show_is_nothing(shown):
+def test_no_pictures_asked_for_are_none(shown):
     assert shown([]) == {}
 
 
@@ -69,11 +54,9 @@ def test_nothing_to_show_is_nothing(shown):
 def test_without_the_images_of_a_split_the_others_are_shown(shown, place):
     Path("data/empty").mkdir()
     found = shown([101, 113], train={"images": place, "captions": "unused"})
-    assert found[101] is None
-    assert found[113] is not None
+    assert list(found) == [113]
     found = shown([101, 113], val={"images": place, "captions": "unused"})
-    assert found[101] is not None
-    assert found[113] is None
+    assert list(found) == [101]
 
 
 def broken_png():
@@ -88,19 +71,18 @@ def broken_png():
 @pytest.mark.parametrize(
     "content", [None, b"", b"no picture", broken_png()], ids=["gone", "empty", "text", "png"]
 )
-def test_a_picture_that_is_gone_or_damaged_leaves_its_place_empty(shown, content):
+def test_a_picture_that_is_gone_or_damaged_is_left_out(shown, content):
     path = Path("data/raw/train/101.jpg")
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     found = shown([101, 102])
-    assert found[101] is None
-    assert found[102] is not None
+    assert list(found) == [102]
 
 
-def test_an_image_of_an_impossible_size_leaves_its_place_empty(shown, monkeypatch):
+def test_an_image_of_an_impossible_size_is_left_out(shown, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 20 // 2 - 1)
-    assert shown([101]) == {101: None}
+    assert shown([101]) == {}
 
 
 def test_the_picture_is_upright_as_the_encoder_saw_it(shown):
@@ -131,15 +113,14 @@ def rewrite(path, change):
     ],
     ids=["no row", "unknown split", "leaves the root", "absolute", "no name", "long name"],
 )
-def test_an_image_that_the_index_cannot_place_leaves_its_place_empty(world, shown, change):
+def test_an_image_that_the_index_cannot_place_is_left_out(world, shown, change):
     rewrite(INDEX, lambda rows: [r for r in rows if r["image_id"] != 101 or change(r)])
     rewrite(
         INDEX,
         lambda rows: [change(r) if r["image_id"] == 101 else r for r in rows],
     )
     found = shown([101, 102])
-    assert found[101] is None
-    assert found[102] is not None
+    assert list(found) == [102]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 no table PAR1"])
@@ -150,3 +131,27 @@ def test_without_a_table_of_images_it_says_what_to_run(shown, content):
     with pytest.raises(StageError, match=r"images.parquet: .* Run the index stage") as caught:
         shown([101])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK"])
+def test_a_thumbnail_is_a_small_jpeg_of_the_same_shape(mode):
+    data = io.BytesIO()
+    Image.new("RGB", (400, 100), (200, 30, 30)).convert(mode).save(
+        data, "TIFF" if mode == "CMYK" else "PNG"
+    )
+    head, _, body = thumbnail_uri(data.getvalue(), side=64).partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(body))) as image:
+        assert (image.format, image.size, image.mode) == ("JPEG", (64, 16), "RGB")
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", broken_png()[:60]])
+def test_bytes_that_are_no_picture_are_an_error(data):
+    with pytest.raises(OSError):  # noqa: PT011
+        thumbnail_uri(data)
+
+
+def test_a_page_of_large_pictures_stays_small():
+    data = io.BytesIO()
+    Image.effect_noise((640, 480), 40).convert("RGB").save(data, "JPEG")
+    assert len(thumbnail_uri(data.getvalue())) < 40_000, "photographs are a fraction of noise"
