@@ -5,7 +5,6 @@ Reads every image file once and decodes none.
 """
 
 import math
-import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,14 +17,9 @@ import xxhash
 from tqdm import tqdm
 
 from cache.images import ImageArchive, ImageNameError
-from pipeline.annotations import (
-    CaptionRecord,
-    ConversationRecord,
-    ImageRecord,
-    RecordError,
-    Rejection,
-)
+from pipeline.annotations import CaptionRecord, ConversationRecord, ImageRecord
 from pipeline.decode import DecodeError, image_size
+from pipeline.records import RecordError, Rejection, image_id_in
 
 Split = Literal["train", "val"]
 
@@ -102,11 +96,9 @@ class ImageCollection:
         name = next((name for name in names if _is_readable(archive, name)), None)
         if name is None:
             raise RecordError(f"image missing or unreadable: {names[0]!r} in {archive.path}")
-        number = re.search("[0-9]+$", PurePosixPath(name).stem)
-        if number is None or len(number[0]) > 18:
-            raise RecordError(f"image without an id: no number at the end of {name!r}")
+        image = ImageRecord(conversation.record, image_id_in(name), name)
         self.num_adopted += 1
-        self._add(ImageRecord(conversation.record, int(number[0]), name), "train", archive)
+        self._add(image, "train", archive)
         # So that the plain name finds it too, however this conversation spells it.
         self._ids.setdefault(names[1], self._ids[name])
 

@@ -1,14 +1,15 @@
 """Stage `index`: one clean set of tables from annotations and image files.
 
-Writes `data/index/{images,captions,conversations,rejected}.parquet` and `reports/index.json`.
-Every record of the inputs is in a table or among the rejected ones.
+Writes `data/index/{images,captions,conversations,pope,rejected}.parquet` and `reports/index.json`.
+Every record of the inputs is in a table or among the rejected ones; instances, from which yes-no
+questions are made, are counted.
 """
 
 import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,7 @@ from cache.errors import StageError
 from cache.files import WORK, link_or_copy, replacing, write_json
 from cache.images import ImageArchive
 from cache.settings import Params
-from pipeline.annotations import Kind, Rejection, read_captions, read_conversations
+from pipeline.annotations import read_captions, read_conversations
 from pipeline.collect import (
     CaptionRow,
     ConversationRow,
@@ -28,10 +29,15 @@ from pipeline.collect import (
     collect_captions,
     collect_conversations,
 )
+from pipeline.objects import QuestionRow
+from pipeline.pope import QuestionFiles, Questions, collect_questions, read_question_files
+from pipeline.records import Kind, Rejection
+from pipeline.rejections import check_reject_rates, commonest, count, with_faults
 
 INDEX = Path("data/index")
 REPORT = Path("reports/index.json")
 KINDS: tuple[Kind, ...] = ("images", "captions", "conversations")
+"""What is trained and encoded; the other kinds are about yes-no questions."""
 
 SCHEMAS = {
     "images": pa.schema(
@@ -61,6 +67,15 @@ SCHEMAS = {
             ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
         ]
     ),
+    "pope": pa.schema(
+        [
+            ("question_id", pa.string()),
+            ("image_id", pa.int64()),
+            ("subset", pa.string()),
+            ("question", pa.string()),
+            ("label", pa.string()),
+        ]
+    ),
     "rejected": pa.schema(
         [("kind", pa.string()), ("record", pa.string()), ("reason", pa.string())]
     ),
@@ -69,13 +84,20 @@ SCHEMAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """All rows of the four tables, sorted as they are written."""
+    """All rows of the five tables, sorted as they are written."""
 
     images: list[ImageRow]
     captions: list[CaptionRow]
     conversations: list[ConversationRow]
+    questions: Questions
+    question_files: QuestionFiles
     rejected: list[Rejection]
     num_read: dict[Kind, int]
+
+    @property
+    def pope(self) -> list[QuestionRow]:
+        """The yes-no questions."""
+        return self.questions.rows
 
 
 def index(params: Params) -> None:
@@ -89,14 +111,16 @@ def index(params: Params) -> None:
     work = WORK / "index"
     shutil.rmtree(work, ignore_errors=True)
     _write_table(work / "rejected.parquet", built.rejected)
-    check_reject_rates(built, data.max_reject_rate, work / "rejected.parquet")
-    for kind in KINDS:
-        _write_table(work / f"{kind}.parquet", getattr(built, kind))
+    check_reject_rates(
+        built.rejected, built.num_read, data.max_reject_rate, work / "rejected.parquet"
+    )
+    for table in (*KINDS, "pope"):
+        _write_table(work / f"{table}.parquet", getattr(built, table))
     _publish(work, INDEX)
-    counts = report(built)
-    write_json(REPORT, counts)
-    kept = ", ".join(f"{counts[kind]['kept']} {kind}" for kind in KINDS)
-    print(f"index: {kept} kept, {len(built.rejected)} records rejected")
+    write_json(REPORT, report(built))
+    kept = ", ".join(f"{len(getattr(built, kind))} {kind}" for kind in KINDS)
+    questions, rejected = len(built.pope), len(with_faults(built.rejected))
+    print(f"index: {kept}, {questions} yes-no questions kept, {rejected} records rejected")
 
 
 def build_index(data: DataSettings, seed: int) -> Index:
@@ -108,6 +132,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
     train = read_captions(Path(data.train.captions), key="data.train.captions")
     val = read_captions(Path(data.val.captions), key="data.val.captions")
     instruct = read_conversations(Path(data.instruct), key="data.instruct")
+    question_files = read_question_files(Path(data.val.captions))
     train_archive = ImageArchive(data.train.images, key="data.train.images")
     val_archive = ImageArchive(data.val.images, key="data.val.images")
 
@@ -124,75 +149,44 @@ def build_index(data: DataSettings, seed: int) -> Index:
         holdout=data.instruct_holdout,
         seed=seed,
     )
+    questions = collect_questions(question_files, images.rows, seed)
     rejected = train.rejected + val.rejected + instruct.rejected
-    rejected += images.rejected + bad_captions + bad_conversations
+    rejected += images.rejected + bad_captions + bad_conversations + questions.rejected
     if not images.rows:
         raise StageError(
-            f"data.train.images, data.val.images: not one usable image. {_commonest(rejected)}"
+            f"data.train.images, data.val.images: not one usable image. {commonest(rejected)}"
         )
     return Index(
         images=sorted(images.rows.values(), key=lambda row: row.image_id),
         captions=sorted(captions, key=lambda row: (row.image_id, row.caption_id)),
         conversations=sorted(conversations, key=lambda row: (row.image_id, row.conversation_id)),
-        rejected=sorted(rejected, key=lambda rejection: KINDS.index(rejection.kind)),
+        questions=questions,
+        question_files=question_files,
+        rejected=sorted(rejected, key=lambda rejection: get_args(Kind).index(rejection.kind)),
         num_read={
             "images": train.num_images + val.num_images + images.num_adopted,
             "captions": train.num_captions + val.num_captions,
             "conversations": instruct.num_conversations,
+            "objects": question_files.instances.num_entries,
+            "pope": question_files.num_official,
         },
     )
 
 
-def check_reject_rates(built: Index, limit: float, table: Path) -> None:
-    """Refuse an index of which too much is missing.
-
-    Args:
-        built: The index.
-        limit: Greatest share of rejected records of a kind.
-        table: Where all rejections can be read, for the error text.
-
-    Raises:
-        StageError: Above the limit; names the commonest reasons with an example each.
-    """
-    for kind in KINDS:
-        rejected = [rejection for rejection in built.rejected if rejection.kind == kind]
-        if len(rejected) > limit * built.num_read[kind]:
-            raise StageError(
-                f"{kind}: {len(rejected)} of {built.num_read[kind]} rejected, "
-                f"data.max_reject_rate allows {limit:g}. {_commonest(rejected)} "
-                f"All of them: {table}. Mend the inputs, or raise the limit."
-            )
-
-
-def _commonest(rejected: list[Rejection]) -> str:
-    counts = Counter(map(_reason_class, rejected))
-    examples = {_reason_class(rejection): rejection for rejection in reversed(rejected)}
-    named = [
-        f"{count} x {reason} ({examples[reason].record}: {examples[reason].reason})"
-        for reason, count in counts.most_common(3)
-    ]
-    return f"Commonest reasons: {'; '.join(named)}."
-
-
-def _reason_class(rejection: Rejection) -> str:
-    return rejection.reason.partition(":")[0]
-
-
 def report(built: Index) -> dict[str, Any]:
-    """Return the numbers of `reports/index.json`."""
-    return {kind: _report_kind(built, kind) for kind in KINDS}
+    """Return the numbers of `reports/index.json`.
 
-
-def _report_kind(built: Index, kind: Kind) -> dict[str, Any]:
-    rows = getattr(built, kind)
-    reasons = Counter(_reason_class(r) for r in built.rejected if r.kind == kind)
-    return {
-        "read": built.num_read[kind],
-        "kept": len(rows),
-        "rejected": sum(reasons.values()),
-        "reasons": dict(sorted(reasons.items())),
-        "splits": dict(sorted(Counter(row.split for row in rows).items())),
+    Of `pope`, what was read, kept and rejected are the questions that POPE published; `subsets`
+    counts all.
+    """
+    counts: dict[str, Any] = {
+        kind: count(kind, built.rejected, num_read) for kind, num_read in built.num_read.items()
     }
+    for kind in KINDS:
+        splits = Counter(row.split for row in getattr(built, kind))
+        counts[kind]["splits"] = dict(sorted(splits.items()))
+    counts["pope"] |= built.questions.report(built.question_files)
+    return counts
 
 
 def _write_table(path: Path, rows: list[Any]) -> None:

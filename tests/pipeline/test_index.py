@@ -55,14 +55,20 @@ class Workspace:
         }
         self.captions = {split: captions_file(names) for split, names in NAMES.items()}
         self.instruct = [conversation(number) for number in (1, 2, 2, 3, 4, 5)]
+        self.instances = None
+        self.official = []
         self.settings = {"instruct_holdout": 0.2, "max_reject_rate": 1.0}
         self.seed = 0
 
     def write(self):
         for split, files in self.images.items():
             self.write_images(split, files)
-            Path(f"{split}.json").write_text(json.dumps(self.captions[split]))
+            Path(f"captions_{split}.json").write_text(json.dumps(self.captions[split]))
         Path("instruct.json").write_text(json.dumps(self.instruct))
+        if self.instances is not None:
+            Path("instances_val.json").write_text(json.dumps(self.instances))
+        if self.official:
+            Path("coco_pope_random.json").write_text("\n".join(map(json.dumps, self.official)))
 
     def write_images(self, split, files):
         with zipfile.ZipFile(f"{split}.zip", "w") as archive:
@@ -73,7 +79,7 @@ class Workspace:
         if write:
             self.write()
         splits = {
-            split: {"images": f"{split}.zip", "captions": f"{split}.json"}
+            split: {"images": f"{split}.zip", "captions": f"captions_{split}.json"}
             for split in ("train", "val")
         }
         data = {"source": "local", **splits, "instruct": "instruct.json", **self.settings}
@@ -136,6 +142,80 @@ def test_every_row_says_what_the_inputs_say(space):
     }
 
 
+def instances_file():
+    nouns = ("dog", "apple", "cat")
+    return {
+        "images": [{"id": 100, "file_name": NAMES["val"][0]}],
+        "annotations": [{"image_id": image_id, "category_id": 0} for image_id in (1, 100, 100)],
+        "categories": [{"id": number, "name": noun} for number, noun in enumerate(nouns)],
+    }
+
+
+def official(number, image_id, **changes):
+    question = {"question_id": number, "image": f"COCO_val2014_{image_id:012d}.jpg"}
+    return question | {"text": "Is there a dog in the image?", "label": "yes"} | changes
+
+
+def test_yes_no_questions_are_made_and_collected(space):
+    space.instances = instances_file()
+    space.official = [official(2, 100), official(1, 3), official(3, 77)]
+    space.run()
+    rows = table("pope")
+    assert [(row["subset"], row["question_id"], row["image_id"], row["label"]) for row in rows] == [
+        ("adversarial", "adversarial/100/1", 100, "yes"),
+        ("adversarial", "adversarial/100/2", 100, "no"),
+        ("official random", "official random/2", 100, "yes"),
+        ("official random", "official random/1", 3, "yes"),
+        ("popular", "popular/100/1", 100, "yes"),
+        ("popular", "popular/100/2", 100, "no"),
+        ("random", "random/100/1", 100, "yes"),
+        ("random", "random/100/2", 100, "no"),
+    ]
+    assert {row["question"] for row in rows if row["label"] == "yes"} == {
+        "Is there a dog in the image?"
+    }
+    assert counts()["objects"] == {"read": 6, "kept": 6, "rejected": 0, "reasons": {}}
+    assert counts()["pope"] == {
+        "read": 3,
+        "kept": 2,
+        "rejected": 1,
+        "reasons": {"image not in the index": 1},
+        "files": ["instances_val.json", "coco_pope_random.json"],
+        "subsets": {"adversarial": 2, "official random": 2, "popular": 2, "random": 2},
+    }
+    assert reasons("pope") == ["image not in the index: 77"]
+
+
+def test_without_question_files_the_table_is_empty_and_the_report_says_why(space):
+    space.run()
+    assert table("pope") == []
+    assert counts()["pope"] == {
+        "read": 0,
+        "kept": 0,
+        "rejected": 0,
+        "reasons": {},
+        "files": [],
+        "subsets": {},
+        "why_empty": "neither instances_val.json nor coco_pope_*.json is in .",
+    }
+
+
+def test_questions_about_other_images_are_no_fault(space, capsys):
+    space.settings["max_reject_rate"] = 0.0
+    space.official = [official(number, 77) for number in range(50)]
+    space.run()
+    assert counts()["pope"]["rejected"] == len(reasons("pope")) == 50
+    assert ", 0 yes-no questions kept, 0 records rejected" in capsys.readouterr().out
+
+
+def test_damaged_question_files_are_found_before_any_image_is_read(space):
+    space.write()
+    Path("instances_val.json").write_text('{"annotations": [')
+    Path("train.zip").write_bytes(b"no zip")
+    with pytest.raises(StageError, match=r"instances_val\.json: not usable JSON"):
+        space.run(write=False)
+
+
 def test_two_runs_are_byte_identical_whatever_the_order_of_the_inputs(space):
     space.run()
     first = published()
@@ -145,7 +225,7 @@ def test_two_runs_are_byte_identical_whatever_the_order_of_the_inputs(space):
     random.Random(1).shuffle(space.captions["train"]["annotations"])
     space.run()
     assert published() == first
-    assert set(first) == {f"{name}.parquet" for name in (*KINDS, "rejected")}
+    assert set(first) == {f"{name}.parquet" for name in (*KINDS, "pope", "rejected")}
     assert not Path(".work/index").exists()
 
 
@@ -312,7 +392,7 @@ def test_repeated_ids_become_unique_and_never_collide():
     assert list(unique_ids(names)) == ["a", "a#3", "a#2", "a#4", "b", "a#2#2", "a#5"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "objects", "pope"])
 def test_too_many_rejections_fail_name_reasons_and_touch_nothing(space, kind):
     space.run()
     before, report = published(), counts()
@@ -321,6 +401,11 @@ def test_too_many_rejections_fail_name_reasons_and_touch_nothing(space, kind):
         space.captions["train"]["images"][4:6] = [7, {}]
     elif kind == "captions":
         space.captions["train"]["annotations"][:4] = [7, {}, 8, 9]
+    elif kind == "objects":
+        space.instances = instances_file()
+        space.instances["annotations"][:2] = [7, {}]
+    elif kind == "pope":
+        space.official = [official(1, 100), 7, {}]
     else:
         space.instruct[:3] = [7, {}, 8]
     with pytest.raises(StageError) as error:

@@ -1,0 +1,85 @@
+"""Reads the yes-no questions about objects that the index stage made and collected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache.errors import StageError
+
+POPE = Path("data/index/pope.parquet")
+
+COLUMNS = ("image_id", "question", "label", "question_id", "subset")
+
+_NAMED_IDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class YesNo:
+    """A question about an image whose right answer is the label, yes or no."""
+
+    image_id: int
+    question: str
+    label: str
+    question_id: str
+    """Unique over all subsets; of POPE's own questions, the subset and their number."""
+
+
+def read_pope() -> dict[str, list[YesNo]]:
+    """Return the questions of each subset, in the table's order.
+
+    Returns:
+        Nothing if there is no table: an index made by an older version has none.
+
+    Raises:
+        StageError: The table is damaged, or another one.
+    """
+    if not POPE.exists():
+        return {}
+    try:
+        with pq.ParquetFile(POPE) as file:
+            rows = file.read(columns=list(COLUMNS)).to_pylist()
+        questions = [(row["subset"], _yes_no(row)) for row in rows]
+    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        # Arrow's texts run over several lines.
+        reason = " ".join(str(error).split())
+        raise StageError(f"{POPE}: {reason}. Run the index stage, or `dvc pull`.") from None
+    subsets: dict[str, list[YesNo]] = {}
+    for subset, question in questions:
+        subsets.setdefault(subset, []).append(question)
+    return subsets
+
+
+def _yes_no(row: dict[str, object]) -> YesNo:
+    for name in COLUMNS:
+        wanted = int if name == "image_id" else str
+        if not isinstance(row[name], wanted):
+            raise ValueError(f"column {name} holds {row[name]!r}, wanted {wanted.__name__}")
+    if row["label"] not in ("yes", "no"):
+        raise ValueError(f"column label holds {row['label']!r}, wanted yes or no")
+    return YesNo(**{name: row[name] for name in COLUMNS if name != "subset"})  # type: ignore[arg-type]
+
+
+def labels_and_answers(
+    questions: Sequence[YesNo], answers: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Bring right and given answers into one order, as `score_pope` takes them.
+
+    Args:
+        questions: Of one subset.
+        answers: Text by question id, in any order.
+
+    Raises:
+        ValueError: An answer without its question, or a question without its answer.
+    """
+    ids = [question.question_id for question in questions]
+    differing = sorted(set(ids) ^ answers.keys())
+    if differing:
+        shown = ", ".join(differing[:_NAMED_IDS])
+        raise ValueError(
+            f"wanted one answer for each of {len(ids)} questions: {len(differing)} questions or "
+            f"answers have no counterpart, such as {shown}."
+        )
+    return [question.label for question in questions], [answers[number] for number in ids]
