@@ -1,0 +1,123 @@
+"""The model card says what the run scored, beside its control, and nothing of another run."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from ruamel.yaml import YAML
+
+from cache.errors import StageError
+from eval.export_model_card import model_card, read_scores
+from tests.eval.test_export_processor import spec
+
+SCORES = {
+    "captions": {
+        "CIDEr": 0.9, "stop_rate": 1.0, "count": 300,
+        "intervals": {"CIDEr": [0.8, 1.0]},
+        "blind": {"CIDEr": 0.1, "stop_rate": 1.0, "count": 300, "intervals": {"CIDEr": [0.0, 0.2]}},
+    },
+    "answers": {"exact_match": 0.75, "count": 9, "by_type": {}, "blind": {"exact_match": 0.25}},
+    "pope": {"random": {"accuracy": 0.875, "count": 4, "blind": {"accuracy": 0.5}}},
+    "pretrain_only": {"captions": {"CIDEr": 0.3, "count": 300, "blind": {"CIDEr": 0.125}}},
+}  # fmt: skip
+VALUES = {
+    "data": {"source": "coco"},
+    "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai", "layer": -2},
+    "llm": {"model": "microsoft/phi-2", "quantize": "nf4", "dtype": "bf16"},
+    "projector": {"kind": "mlp"},
+}
+PROVENANCE = {
+    "git_commit": "c0ffee",
+    "index_sha256": {"captions.parquet": "abc"},
+    "versions": {"torch": "9.9"},
+    "device": "a GPU",
+}
+SETTINGS = SimpleNamespace(caption_question='What is "this"?')
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make a run with a report beside it, written `after` seconds later."""
+
+    def make(answers=True, scores=SCORES, after=1.0, **changes):
+        folder = tmp_path / "runs" / ("finetune" if answers else "pretrain")
+        folder.mkdir(parents=True)
+        (folder / "projector.safetensors").write_bytes(b"")
+        os.utime(folder / "projector.safetensors", (1000, 1000))
+        if scores is not None:
+            report = tmp_path / "reports" / "eval.json"
+            report.parent.mkdir()
+            report.write_text(scores if isinstance(scores, str) else json.dumps(scores))
+            os.utime(report, (1000 + after, 1000 + after))
+        values = VALUES | changes
+        return SimpleNamespace(
+            folder=folder, params=SimpleNamespace(values=values), answers=answers,
+            provenance=PROVENANCE,
+        )  # fmt: skip
+
+    return make
+
+
+def card(trained):
+    return model_card(trained, spec(), SETTINGS)
+
+
+def header(text):
+    _, yaml, _ = text.split("---\n", 2)
+    return YAML(typ="safe").load(yaml)
+
+
+def test_scores_stand_beside_the_blind_control_with_intervals(run):
+    text = card(run())
+    assert "| captions | CIDEr | 0.900 (0.800 to 1.000) | 0.100 (0.000 to 0.200) |" in text
+    assert "| answers | exact_match | 0.750 | 0.250 |" in text
+    assert "| POPE random | accuracy | 0.875 | 0.500 |" in text
+    assert "not evaluated" not in text
+
+
+def test_a_run_of_stage_1_has_the_scores_of_stage_1_alone(run):
+    text = card(run(answers=False))
+    assert "| captions | CIDEr | 0.300 | 0.125 |" in text
+    assert "exact_match" not in text
+    assert "apply_chat_template" not in text
+
+
+@pytest.mark.parametrize("state", [{"scores": None}, {"after": -1.0}, {"scores": {}}])
+def test_without_a_report_of_this_run_it_was_not_evaluated(run, state):
+    text = card(run(**state))
+    assert "It was not evaluated." in text
+    assert "CIDEr" not in text
+
+
+def test_a_kind_with_nothing_to_score_has_no_row(run):
+    empty = {"captions": {"count": 0, "blind": {"count": 0}}, "pope": {}, "answers": None}
+    assert "not evaluated" in card(run(scores=empty))
+
+
+def test_a_damaged_report_is_one_line(run):
+    with pytest.raises(StageError, match=r"eval\.json: no scores"):
+        read_scores(run(scores="{"))
+
+
+def test_the_header_is_what_hubs_read(run):
+    found = header(card(run()))
+    assert found["base_model"] == "microsoft/phi-2"
+    assert found["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]
+    assert found["pipeline_tag"] == "image-text-to-text"
+    assert "llava" in found["tags"]
+
+
+def test_a_local_model_and_own_data_get_no_public_name(run, tmp_path):
+    llm = {"model": str(tmp_path), "quantize": "none", "dtype": "fp32"}
+    text = card(run(data={"source": "local"}, llm=llm))
+    assert {"base_model", "datasets"}.isdisjoint(header(text))
+    assert "NF4" not in text
+
+
+def test_it_says_where_the_model_comes_from(run):
+    text = card(run())
+    for known in ("c0ffee", spec().fingerprint, "sha256 abc", "torch 9.9", "quantize: nf4"):
+        assert known in text
+    assert "LoRA was trained beside NF4 weights" in text
+    assert 'question = "What is \\"this\\"?"' in text
