@@ -7,7 +7,7 @@ Letters: B texts of a batch, P patches, D width of the vision tower, T positions
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +47,13 @@ class Sampling:
     """Texts of a batch share it, so a text depends on what it is made beside."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}, wanted more than 0")
+        # Below, float32 would run over; the likeliest token has all of the probability anyway.
+        if not 0.001 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, wanted 0.001 or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, wanted more than 0, up to 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, wanted one from 0 to 2**63 - 1")
 
 
 def generate(
@@ -117,7 +120,7 @@ def stream(
         sampling: How tokens are drawn; without it the likeliest is taken.
 
     Yields:
-        Pieces that together are what `generate` makes, but for white space at the end.
+        Pieces that together are what `generate` makes.
     """
     model.eval()
     config = _config(model, tokenizer, max_tokens, sampling)
@@ -140,19 +143,22 @@ def stream(
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as thread:
         done = thread.submit(make)
         try:
-            yield from _without_leading_space(streamer)
+            yield from _stripped(streamer)
         finally:
             given_up.set()
         done.result()
 
 
-def _without_leading_space(pieces: Iterator[str]) -> Iterator[str]:
-    begun = False
+def _stripped(pieces: Iterable[str]) -> Iterator[str]:
+    """Yield pieces that together are what `str.strip` makes of all pieces."""
+    begun, held = False, ""
     for piece in pieces:
-        text = piece if begun else piece.lstrip()
-        begun = begun or bool(text)
-        if text:
-            yield text
+        text = held + piece if begun else piece.lstrip()
+        kept = text.rstrip()
+        held = text[len(kept) :]
+        if kept:
+            begun = True
+            yield kept
 
 
 def _config(
@@ -163,7 +169,10 @@ def _config(
 ) -> GenerationConfig:
     # Phi-2 has 51,200 rows of embeddings for 50,295 tokens: the rest decodes to nothing.
     unused = list(range(len(tokenizer), model.language_model.config.vocab_size))
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling else {}
+    drawn: dict[str, float] = {}
+    if sampling is not None:
+        # Transformers would draw from the 50 likeliest only.
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=sampling is not None,

@@ -1,6 +1,13 @@
 import pytest
 
-from train.prompts import caption_text, conversation_text, question_text, tokenize
+from train.prompts import (
+    caption_text,
+    conversation_text,
+    dialogue_prompt,
+    encode,
+    question_text,
+    tokenize,
+)
 
 TURNS = [
     [("What is in the box", "a red cat")],
@@ -100,3 +107,29 @@ def test_texts_do_not_depend_on_their_neighbours(tokenizer):
 def test_an_eos_written_in_a_text_is_text(tokenizer):
     (branch,) = tokenize([caption_text(f"a cat{tokenizer.eos_token} a dog")], tokenizer, 99)
     assert branch.token_ids.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("turns", TURNS)
+def test_a_dialogue_is_what_training_has_up_to_each_answer(tokenizer, turns):
+    (branch,) = tokenize([conversation_text(turns)], tokenizer, 999)
+    swept = 0
+    for number, (question, answer) in enumerate(turns):
+        prompt_ids = dialogue_prompt(turns[:number], question, tokenizer)
+        swept += len(prompt_ids)
+        answer_ids = encode([f" {answer}"], tokenizer)[0]
+        end = len(prompt_ids) + len(answer_ids)
+        assert branch.token_ids[:end] == prompt_ids + answer_ids
+        assert not branch.learned[len(prompt_ids) - 1]
+        assert branch.learned[len(prompt_ids)]
+    assert swept
+
+
+def test_a_dialogue_of_one_question_is_the_prompt_of_evaluation(tokenizer):
+    wanted = encode([question_text("where")], tokenizer)[0]
+    assert dialogue_prompt([], "where", tokenizer) == wanted
+
+
+def test_a_long_dialogue_is_not_cut(tokenizer):
+    turns = [("What is on the dog", "yes")] * 300
+    ends = dialogue_prompt(turns, "where", tokenizer).count(tokenizer.eos_token_id)
+    assert ends == 300
