@@ -180,7 +180,7 @@ def test_when_nothing_matches_it_says_so_and_leads_back(open_page):
     page.get_by_label("Words").fill("no such words")
     assert_shown(page, lambda group, e: False)
     page.get_by_role("button", name="Show all examples again").click()
-    assert page.locator("#nothing").is_hidden()
+    expect(page.locator("#nothing")).to_be_hidden()
     expect(page.locator("#examples [role=status]")).to_have_text(first)
     assert page.get_by_label("Words").input_value() == ""
 
