@@ -93,6 +93,12 @@ def test_a_mark_says_that_intervals_do_not_overlap(capsys, tmp_path, left):
     assert "* the 95 % intervals do not overlap" in lines
 
 
+def test_the_same_score_with_another_interval_is_shown(capsys, tmp_path, left):
+    right = write(tmp_path / "right", changed("captions", "intervals", "CIDEr", value=[0.75, 0.85]))
+    lines = printed(capsys, left, right)
+    assert lines[1] == "captions.CIDEr 0.8 [0.7, 0.9] 0.8 [0.75, 0.85] +0"
+
+
 @pytest.mark.parametrize(
     ("one", "other", "apart"),
     [

@@ -1,0 +1,238 @@
+"""How fast texts are made, beside the same texts made one by one.
+
+    python -m bench.generate
+
+All contenders have the same weights, features and prompts, take the likeliest token, and make the
+same texts. The language model is that of `bench.step`: a Phi in miniature, with Phi-2's vocabulary
+and random weights in float32. Such a model never stops, so all texts are equally long.
+
+    ours                  batches, keys and values of earlier tokens kept (`train.generate`)
+    one by one            the same for one text at a time, with the model as transformers has it
+    one by one, no cache  the whole sequence again for every token, logits at its end only
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.measure import (
+    RESULTS,
+    at_least,
+    interleaved,
+    machine,
+    medians,
+    print_goals,
+    print_table,
+    rate_of,
+    summary,
+    versions,
+)
+from bench.opening import resident
+from bench.step import PHI, PRETRAIN, Stage, as_published, make_features, make_stage, print_memory
+from bench.stores import SPEC
+from bench.texts import EOS_ID
+from cache.files import write_json
+from train.attention import NAME as OUR_ATTENTION
+from train.generate import generate
+from train.model import use_fused_gelu
+from train.prompts import encode
+
+OURS, ONE_BY_ONE, NO_CACHE = "ours", "one by one", "one by one, no cache"
+
+TEXTS = {OURS: 64, ONE_BY_ONE: 8, NO_CACHE: 4}
+"""Of a round: fewer of those that take long. The images are the first ones."""
+BATCH = 64
+PROMPT_TOKENS = 17
+"""Of `Instruct: Provide a one-sentence caption for the provided image.` and what stands around."""
+MAX_TOKENS = 20
+"""Of a text; COCO's captions have 7 to 26 (`bench.texts`)."""
+ROUNDS = 5
+
+LEAST = {NO_CACHE: 5.0}
+"""The goal: we are so many times as fast."""
+
+Texts = list[str]
+
+
+def prompt() -> str:
+    """Return what stands between an image's patches and the text: the same words for all."""
+    words = np.random.default_rng(0).integers(0, EOS_ID, PROMPT_TOKENS)
+    return " ".join(f"w{word}" for word in words)
+
+
+def make_contender(name: str, stage: Stage) -> Callable[[], Texts]:
+    """Return what makes the texts of a round.
+
+    Args:
+        name: One of `TEXTS`.
+        stage: Model, tokenizer and features.
+    """
+    if name == NO_CACHE:
+        return partial(without_cache, stage, TEXTS[name])
+    batch_size = BATCH if name == OURS else 1
+    return partial(with_cache, stage, TEXTS[name], batch_size, published=name != OURS)
+
+
+def with_cache(stage: Stage, num_texts: int, batch_size: int, *, published: bool) -> Texts:
+    """Make texts with `train.generate`, with the model as published or as ours."""
+    as_published(stage.model.language_model)
+    if not published:
+        stage.model.language_model.set_attn_implementation(OUR_ATTENTION)
+        use_fused_gelu(stage.model.language_model)
+    made = generate(
+        stage.model,
+        stage.tokenizer,
+        stage.store,
+        range(num_texts),
+        [prompt()] * num_texts,
+        max_tokens=MAX_TOKENS,
+        batch_size=batch_size,
+        description="texts",
+    )
+    return [one.text for one in made]
+
+
+@torch.inference_mode()
+def without_cache(stage: Stage, num_texts: int) -> Texts:
+    """Make texts one by one, each token by a pass over all tokens before it."""
+    as_published(stage.model.language_model)
+    stage.model.eval()
+    prompt_ids = encode([prompt()], stage.tokenizer)
+    texts = []
+    for image_id in range(num_texts):
+        patches_1PD = torch.from_numpy(stage.store.gather(np.array([image_id])))
+        patches_1PH = stage.model.embed_patches(patches_1PD)
+        token_ids = list(prompt_ids[0])
+        for _ in range(MAX_TOKENS):
+            token_ids.append(next_token(stage, patches_1PH, token_ids))
+        texts.append(stage.tokenizer.decode(token_ids[PROMPT_TOKENS:]))
+    return texts
+
+
+def next_token(stage: Stage, patches_1PH: Tensor, token_ids: list[int]) -> int:
+    """Return the likeliest token of the vocabulary behind patches and tokens."""
+    embeds_1TH = stage.model.embed_text(torch.tensor([token_ids]))
+    logits_11V = stage.model.language_model(
+        inputs_embeds=torch.cat([patches_1PH, embeds_1TH], 1), use_cache=False, logits_to_keep=1
+    ).logits
+    return int(logits_11V[0, -1, : len(stage.tokenizer)].argmax())
+
+
+def check_same(texts: Mapping[str, Texts]) -> int:
+    """Check that all contenders made the same texts of the same images, of the same length.
+
+    Args:
+        texts: Contender to what it made of the first images.
+
+    Returns:
+        How many texts of ours differ from one another.
+    """
+    ours = texts[OURS]
+    for name, theirs in texts.items():
+        assert theirs == ours[: len(theirs)], f"{name} made other texts than ours"
+        assert {len(text.split()) for text in theirs} == {MAX_TOKENS}, f"{name}: a text ended"
+    return len(set(ours))
+
+
+def peak_memory(contender: str, folder: Path) -> dict[str, float]:
+    """Make the texts of a round in this process; return MiB before it and at most."""
+    make = make_contender(contender, make_stage(PRETRAIN, folder, PHI))
+    # From here on VmHWM counts anew: what making the weights took is not the texts'.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    make()
+    peak = resident("VmHWM")
+    return {"before": round(before / 2**20), "peak": round(peak / 2**20)}
+
+
+def peaks(folder: Path) -> dict[str, dict[str, float]]:
+    """Return the memory of all contenders, each in a fresh process."""
+    found = {}
+    for contender in TEXTS:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found[contender] = process.submit(peak_memory, contender, folder).result()
+    return found
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Return what the result file says, and print the table."""
+    memory = peaks(folder)
+    stage = make_stage(PRETRAIN, folder, PHI)
+    contenders = {name: make_contender(name, stage) for name in TEXTS}
+    different = check_same({name: make() for name, make in contenders.items()})
+    works = {name: rate_of(partial(count, make)) for name, make in contenders.items()}
+    # Making them once to compare them has warmed all of them up.
+    rates = interleaved(works, ROUNDS, uncounted=0)
+    median = medians(rates)
+    print_table("generate", "texts", median)
+    print_memory(memory)
+    return {
+        "unit": "texts/s",
+        **summary(rates),
+        "tokens_per_second": {name: round(rate * MAX_TOKENS, 1) for name, rate in median.items()},
+        "ours is so many times as fast": {
+            name: round(median[OURS] / rate, 2) for name, rate in median.items() if name != OURS
+        },
+        "memory_mib": memory,
+        "different texts": different,
+    }
+
+
+def count(make: Callable[[], Texts]) -> int:
+    """Make texts and return how many."""
+    return len(make())
+
+
+def goals_of(median: Mapping[str, float]) -> dict[str, Any]:
+    """Return what was wanted and what was found."""
+    return {
+        f"{OURS} / {name}": at_least(wanted, median[OURS] / median[name])
+        for name, wanted in LEAST.items()
+    }
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(make_features(Path(folder), max(TEXTS.values())))
+    goals = goals_of(found["median"])
+    print_goals(goals)
+    result = {
+        "setting": {
+            "language_model": {
+                key: getattr(PHI, key)
+                for key in (
+                    "num_hidden_layers",
+                    "hidden_size",
+                    "intermediate_size",
+                    "num_attention_heads",
+                    "vocab_size",
+                )
+            },
+            "dtype": "float32",
+            "projector": "mlp",
+            "patches": SPEC.patches,
+            "prompt_tokens": PROMPT_TOKENS,
+            "tokens": MAX_TOKENS,
+            "texts": TEXTS,
+            "batch": BATCH,
+        },
+        "rounds": ROUNDS,
+        **found,
+        "goals": goals,
+        "machine": machine(),
+        "versions": versions(("torch", "transformers")),
+    }
+    write_json(RESULTS / "generate.json", result)
+
+
+if __name__ == "__main__":
+    main()

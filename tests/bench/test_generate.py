@@ -1,0 +1,96 @@
+import dataclasses
+
+import pytest
+import torch
+from transformers import PhiConfig
+
+from bench import generate
+from bench.generate import LEAST, MAX_TOKENS, NO_CACHE, ONE_BY_ONE, OURS, PROMPT_TOKENS, TEXTS
+from bench.step import PRETRAIN, make_features, make_stage
+from bench.stores import SPEC
+from train.prompts import encode
+
+IMAGES = 5
+TINY = PhiConfig(
+    vocab_size=51_200,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=1024,
+    partial_rotary_factor=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    torch.set_num_threads(1)
+    spec = dataclasses.replace(SPEC, patches=4, width=8)
+    made = make_stage(
+        PRETRAIN, make_features(tmp_path_factory.mktemp("features"), IMAGES, spec), TINY
+    )
+    for parameter in made.model.parameters():
+        if parameter.ndim > 1:
+            # Large enough that every position matters to every later token.
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _few_texts(monkeypatch):
+    monkeypatch.setattr(generate, "TEXTS", {OURS: IMAGES, ONE_BY_ONE: 3, NO_CACHE: 2})
+    # Two full batches and a rest.
+    monkeypatch.setattr(generate, "BATCH", 2)
+
+
+def test_all_contenders_make_the_same_texts_which_depend_on_the_image(stage):
+    texts = {name: generate.make_contender(name, stage)() for name in TEXTS}
+    assert {name: len(made) for name, made in texts.items()} == generate.TEXTS
+    assert generate.check_same(texts) == IMAGES
+    # In any order: each sets the model up for itself.
+    for name in reversed(TEXTS):
+        assert generate.make_contender(name, stage)() == texts[name]
+
+
+def test_every_text_has_as_many_tokens(stage):
+    for name in TEXTS:
+        made = generate.make_contender(name, stage)()
+        assert [len(ids) for ids in encode(made, stage.tokenizer)] == [MAX_TOKENS] * len(made)
+
+
+def test_other_texts_or_shorter_ones_are_not_measured():
+    whole = " ".join(f"w{number}" for number in range(MAX_TOKENS))
+    with pytest.raises(AssertionError, match="one by one made other texts than ours"):
+        generate.check_same({OURS: [whole, whole], ONE_BY_ONE: [whole, whole + "0"]})
+    with pytest.raises(AssertionError, match="ours: a text ended"):
+        generate.check_same({OURS: ["w1"], ONE_BY_ONE: ["w1"]})
+
+
+def test_the_prompt_is_as_long_as_is_said(stage):
+    (ids,) = encode([generate.prompt()], stage.tokenizer)
+    assert len(ids) == PROMPT_TOKENS
+    assert stage.tokenizer.eos_token_id not in ids
+
+
+def test_the_cache_is_used_where_it_is_said_to_be(stage):
+    lengths = []
+
+    def note(module, arguments):
+        lengths.append(arguments[0].shape[1])
+
+    prefix = 4 + PROMPT_TOKENS
+    with stage.model.language_model.model.layers[0].register_forward_pre_hook(note):
+        generate.without_cache(stage, 1)
+        assert lengths == list(range(prefix, prefix + MAX_TOKENS))
+        lengths.clear()
+        generate.with_cache(stage, 2, 1, published=True)
+        assert lengths == 2 * ([prefix] + [1] * (MAX_TOKENS - 1))
+        lengths.clear()
+        generate.with_cache(stage, IMAGES, IMAGES, published=False)
+        assert lengths == [prefix] + [1] * (MAX_TOKENS - 1)
+
+
+def test_the_goal_is_about_a_contender():
+    assert LEAST.keys() < TEXTS.keys()
+    goals = generate.goals_of({OURS: 12.0, ONE_BY_ONE: 4.0, NO_CACHE: 3.0})
+    assert goals == {f"{OURS} / {NO_CACHE}": {"wanted": ">= 5.0", "found": 4.0, "met": False}}
