@@ -1,7 +1,7 @@
 """Runs the programs of the official COCO caption evaluation: its tokenizer, METEOR and SPICE.
 
 They are Java programs, which pycocoevalcap brings and calls. SPICE needs Stanford CoreNLP besides:
-pycocoevalcap fetches it at first use, 400 MB, and keeps it in its own folder.
+pycocoevalcap fetches it at first use and keeps it in its own folder.
 """
 
 import shutil
