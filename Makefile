@@ -33,14 +33,17 @@ bench: $(INSTALLED)
 	python -m bench.encode
 	python -m bench.extract
 	python -m bench.step
+	python -m bench.generate
 	python -m bench.startup
 	python -m bench.full_size
 	python -m bench.demo
 
-$(INSTALLED): requirements.lock
+# Gradio asks for an older Pillow and an older tomlkit than it needs: what it depends on is locked, too.
+$(INSTALLED): requirements.lock requirements-no-deps.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: wanted Python 3.11 or newer, found $(PYTHON). Set PYTHON=..."; exit 2; }
 	@echo "dependencies: installing those of requirements.lock into $(VENV)"
 	$(PYTHON) -m venv --clear $(VENV)
 	pip install --quiet --quiet --disable-pip-version-check --requirement requirements.lock
+	pip install --quiet --quiet --disable-pip-version-check --no-deps --requirement requirements-no-deps.txt
 	@touch $@
