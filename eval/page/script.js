@@ -65,7 +65,6 @@
     });
   }
   form.addEventListener("input", show);
-  form.addEventListener("submit", (event) => event.preventDefault());
   // The fields have their first values only after the event.
   form.addEventListener("reset", () => setTimeout(show));
   nothing.querySelector("button").addEventListener("click", () => {
