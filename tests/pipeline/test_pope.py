@@ -24,7 +24,7 @@ def images(*ids, split="val"):
 
 
 def write(path, *lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return path
 
 
@@ -51,9 +51,9 @@ def test_a_published_question_is_kept_word_for_word(tmp_path):
 
 
 def test_a_published_question_is_the_same_wherever_it_stands(tmp_path):
-    lines = [LINE | {"question_id": n, "text": f"Is there a {n}?\u2028"} for n in range(9)]
+    lines = [LINE | {"question_id": n, "text": f"Is there\u2028a {n}?"} for n in range(9)]
     rows, _ = official(tmp_path, *lines)
-    assert [row.question for row in rows] == [line["text"].strip() for line in lines]
+    assert [row.question for row in rows] == [line["text"] for line in lines]
     fewer, _ = official(tmp_path, *lines[:2:-1])
     assert {row.question_id: row for row in fewer}.items() <= {
         row.question_id: row for row in rows
@@ -107,6 +107,13 @@ def test_a_file_without_a_question_is_refused_by_name(tmp_path, content, reason)
     with pytest.raises(StageError) as error:
         read_official(path, [])
     assert str(error.value).startswith(f"beside data.val.captions: {path}: {reason}")
+
+
+def test_usable_or_not_every_published_question_counts_as_read(captions):
+    lines = (LINE, LINE, LINE | {"question_id": 2, "label": "perhaps"})
+    write(captions.with_name("coco_pope_popular.json"), *lines)
+    files = read_question_files(captions)
+    assert (len(files.official), len(files.rejected), files.num_official) == (3, 2, 5)
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused_by_name(captions):
