@@ -6,7 +6,7 @@ python -m eval.score CAPTIONS RESULTS --official
 CAPTIONS has the layout of COCO's captions_val2017.json; RESULTS is a list of image_id and caption,
 like reports/captions_results.json. Both must be about the same images. --official also runs the
 official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores beside ours; SPICE
-fetches Stanford CoreNLP at first use. A score that cannot be had is said to be missing, with exit code 1.
+fetches Stanford CoreNLP at first use. A score that cannot be had is named, and the exit code is 1.
 """
 
 import argparse

@@ -1,6 +1,8 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from eval.work import choose
+from eval.work import choose, choose_work
 
 
 @pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
@@ -12,3 +14,29 @@ def test_choosing_keeps_the_order_takes_none_twice_and_follows_the_seed(most):
     if most < 20:
         assert any(choose(items, most, seed) != found for seed in range(9))
     assert choose([], most, 3) == []
+
+
+def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, limits):
+    rows = [
+        {"question_id": f"{s}{i}{n}", "image_id": i, "subset": s, "question": n, "label": label}
+        for s in ("popular", "random")
+        for i in range(112, 132)
+        for n, label in (("cat", "yes"), (f"dog of {s}", "no"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "data/index/pope.parquet")
+
+    def chosen(seed):
+        pope = choose_work(limits(pope_images=5), world.store, seed).pope
+        assert pope.keys() == {"popular", "random"}
+        images = {name: [q.image_id for q in questions] for name, questions in pope.items()}
+        assert images["popular"] == images["random"]
+        assert [q.label for q in pope["random"]] == ["yes", "no"] * 5
+        return images["random"]
+
+    assert len(set(chosen(0))) == 5
+    assert chosen(0) == chosen(0)
+    assert any(chosen(seed) != chosen(0) for seed in range(1, 5))
+
+
+def test_an_index_without_yes_no_questions_asks_none(world, limits):
+    assert choose_work(limits(), world.store, 0).pope == {}
