@@ -70,7 +70,7 @@ def read_images() -> IndexedImages:
         with pq.ParquetFile(IMAGES) as file:
             table = file.read(columns=list(names))
         image_ids, splits, hashes = (table[name].to_pylist() for name in names)
-    except (FileNotFoundError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise StageError(f"{IMAGES}: {error}. Run the index stage, or `dvc pull`.") from None
     return IndexedImages(
         dict(zip(image_ids, splits, strict=True)),

@@ -88,7 +88,7 @@ def _files(image_ids: Collection[int]) -> dict[int, tuple[str, str]]:
             columns=["image_id", "split", "file_name"],
             filters=[("image_id", "in", sorted(image_ids))],
         ).to_pylist()
-    except (FileNotFoundError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise StageError(f"{IMAGES}: {error}. Run the index stage, or `dvc pull`.") from None
     return {row["image_id"]: (row["split"], row["file_name"]) for row in rows}
 

@@ -85,7 +85,8 @@ def choose_work(settings: EvaluateSettings, store: FeatureStore, seed: int) -> W
     }
     captioned_here = with_features(captioned, store, "captions of split val")
     held_out_here = with_features(held_out, store, "conversations of split holdout")
-    pope_ids = {i for i in ids["pope"] if i in set(store.image_ids.tolist())}
+    has_features = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
+    pope_ids = {i for i, there in zip(ids["pope"], has_features, strict=True) if there}
     questions = _questions(held_out_here.without(shut_out["answers"]), settings, seed)
     return Work(
         references=_references(captioned_here.without(shut_out["captions"]), settings, seed),

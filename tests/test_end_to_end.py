@@ -72,6 +72,8 @@ def test_every_stage_leaves_its_outputs(clone, killed_then_finished):
         "runs/finetune/provenance.json",
         "reports/eval.json",
         "reports/predictions.parquet",
+        "reports/captions_results.json",
+        "reports/contamination.json",
         "reports/index.html",
     ]
     assert [name for name in wanted if not (clone / name).is_file()] == []

@@ -201,7 +201,7 @@ def _read(path: Path, split: str, *columns: str) -> pa.Table:
             schema = file.read_row_groups([], columns=wanted).schema
         table = pa.Table.from_batches(batches, schema)
         return table.select([name.partition(".")[0] for name in wanted])
-    except (FileNotFoundError, KeyError, pa.ArrowException) as error:
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise StageError(f"{path}: {error}. Run the index stage, or `dvc pull`.") from None
 
 
