@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, PhiConfig, PreTrainedModel
 
-from cache.errors import StageError
+from cache.errors import SettingsError, StageError
 from train.language_model import DTYPES
 from train.settings import LlmSettings
 
@@ -25,9 +25,14 @@ def phi_config(settings: LlmSettings) -> PhiConfig:
     """Return the language model's config, without loading its weights.
 
     Raises:
+        SettingsError: None that can be read.
         StageError: It is no Phi.
     """
-    config = AutoConfig.from_pretrained(settings.model)
+    try:
+        config = AutoConfig.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise SettingsError(f"llm.model: {settings.model}: no config ({detail}).") from None
     if not isinstance(config, PhiConfig):
         raise StageError(
             f"llm.model: {settings.model} is of type {config.model_type!r}, and only Phi can be "

@@ -82,7 +82,7 @@ class Pictures:
         """Return features [1, P, D] as they are before the cast to float16."""
         pixels = decode_rgb(draw_jpeg(image_id), self.spec.image_size, "shortest")
         x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255
-        x = (x - self.encoder._mean) / self.encoder._std
+        x = ((x - self.encoder._mean) / self.encoder._std).to(self.encoder._dtype)
         with torch.inference_mode():
             return patch_tokens(self.encoder._visual, x, self.spec.layer).float()
 
@@ -94,10 +94,10 @@ class Made:
         self.root = root
         self.workspace = Workspace(root, phi_dir)
 
-    def write(self, *, layer=-2, kind="mlp", stage="finetune", llm=(), model="clip.json"):
+    def write(self, *, layer=-2, kind="mlp", stage="finetune", llm=(), precision="fp32"):
         (self.root / "clip.json").write_text(json.dumps(TINY))
-        encoder = {"model": model, "pretrained": "random", "layer": layer, "precision": "fp32"}
-        encoder |= {"batch_size": 4, "device": "cpu"}
+        encoder = {"model": "clip.json", "pretrained": "random", "layer": layer}
+        encoder |= {"precision": precision, "batch_size": 4, "device": "cpu"}
         with contextlib.chdir(self.root):
             params = self.workspace.params(
                 encoder=encoder, evaluate=EVALUATE, llm=dict(llm), data={"source": "local"}
@@ -141,6 +141,7 @@ RUNS = {
     "nf4": {"llm": {"quantize": "nf4"}},
     "last layer": {"layer": -1},
     "bf16": {"llm": {"quantize": "nf4", "dtype": "bf16"}},
+    "bf16 tower": {"llm": {"dtype": "bf16"}, "precision": "bf16"},
 }
 
 
@@ -190,7 +191,7 @@ def distance(found, wanted):
 
 def test_logits_from_pixels_are_those_from_the_features(exported):
     model, processor = load(exported.out)
-    kernels, float16 = (BFLOAT16,) * 2 if exported.name == "bf16" else (KERNELS, FLOAT16)
+    kernels, float16 = (BFLOAT16,) * 2 if "bf16" in exported.name else (KERNELS, FLOAT16)
     for image_id, question in enumerate(QUESTIONS):
         found = their_logits(model, inputs_of(processor, [image_id], [question]))
         exact = our_logits(exported, exported.features.unrounded(image_id), question)
@@ -247,6 +248,13 @@ def test_tower_and_projector_stay_in_float32(exported):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
     text = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     assert {parameter.dtype for parameter in text} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("exported", ["bf16 tower"], indirect=True)
+def test_a_tower_that_encoded_in_bf16_stays_in_bf16(exported):
+    model, _ = load(exported.out)
+    assert {p.dtype for p in model.model.vision_tower.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("exported", ["none"], indirect=True)

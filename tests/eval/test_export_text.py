@@ -6,7 +6,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, GPT2Config, PhiForCausalLM
 
-from cache.errors import StageError
+from cache.errors import SettingsError, StageError
 from eval.export_text import phi_config, plain_weights
 from train.settings import LlmSettings
 
@@ -57,4 +57,13 @@ def test_another_kind_of_model_is_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     settings = LlmSettings(model=str(tmp_path), quantize="none", dtype="bf16")
     with pytest.raises(StageError, match="is of type 'gpt2', and only Phi can be exported"):
+        phi_config(settings)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"model_type": "no such model"}'])
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    settings = LlmSettings(model=str(tmp_path), quantize="none", dtype="bf16")
+    with pytest.raises(SettingsError, match=r"^llm\.model: .*: no config \([^\n]*\)\.$"):
         phi_config(settings)
