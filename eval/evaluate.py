@@ -16,7 +16,7 @@ from cache import FeatureStore
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.files import write_json, write_text
+from cache.files import sha256_of, write_json, write_text
 from cache.settings import Params
 from eval.asking import ask_captions, ask_pope, ask_questions
 from eval.controls import CONTROLS, Asked
@@ -34,6 +34,8 @@ from train.settings import LlmSettings
 
 REPORTS = Path("reports")
 
+STAGES = ("pretrain", "finetune")
+
 NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
 """Scores of a kind of which there is nothing to ask."""
 
@@ -44,7 +46,7 @@ def evaluate(params: Params) -> None:
     data = params.section("data", DataSettings)
     llm = params.section("llm", LlmSettings)
     # Read before the models run for hours: a run that is not there is found at once.
-    histories = {stage: read_history(stage) for stage in ("pretrain", "finetune")}
+    histories = {stage: read_history(stage) for stage in STAGES}
     provenance = read_provenance(params)
     store = FeatureStore(FEATURES)
     work = choose_work(settings, store, params.seed())
@@ -77,10 +79,7 @@ def score_runs(
     language_model = load_language_model(llm, pick_device())
     tokenizer = load_tokenizer(llm)
     # All of both runs is loaded before either is asked: a damaged one is found at once.
-    stage_1, both = (
-        load_asked(stage, language_model, tokenizer, store, seed)
-        for stage in ("pretrain", "finetune")
-    )
+    stage_1, both = (load_asked(stage, language_model, tokenizer, store, seed) for stage in STAGES)
     adapter = load_lora(language_model, RUNS / "finetune" / "adapter")
     said = Predictions(work.splits)
     with adapter.disable_adapter():
@@ -91,6 +90,7 @@ def score_runs(
         "pope": score_pope(both, work, settings, said),
         "pretrain_only": {"captions": alone},
         "contamination": work.contamination_counts(),
+        "projectors_sha256": {stage: sha256_of(projector_of(stage)) for stage in STAGES},
     }
     return scores, said
 
@@ -104,13 +104,18 @@ def load_asked(
 ) -> Asked:
     """Load a stage's projector, and make the one that it would be without training."""
     width = language_model.config.hidden_size
-    projector = load_projector(RUNS / stage / "projector.safetensors", store.spec.width, width)
+    projector = load_projector(projector_of(stage), store.spec.width, width)
     untrained = seeded_projector(projector.kind, store.spec.width, width, seed)
     model, control = (
         CaptionModel(one.to(language_model.device), language_model)
         for one in (projector, untrained)
     )
     return Asked(stage, model, control, tokenizer, store, seed)
+
+
+def projector_of(stage: str) -> Path:
+    """Return the file of a stage's projector, by whose hash a run is recognised."""
+    return RUNS / stage / "projector.safetensors"
 
 
 def score_captions(

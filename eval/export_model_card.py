@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from cache.errors import StageError
+from cache.files import sha256_of
 from cache.spec import Spec
 from eval.settings import EvaluateSettings
 from eval.trained import Trained
@@ -56,24 +57,23 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
 
 
 def read_scores(trained: Trained) -> dict[str, Any]:
-    """Return the scores of a run from the report beside it; empty where it has none.
-
-    A report that is older than the run is of an earlier one.
+    """Return the scores of a run from the report beside it; empty where that is of another run.
 
     Raises:
         StageError: A report that cannot be read.
     """
     report = trained.folder.parent.parent / "reports" / "eval.json"
-    made = (trained.folder / "projector.safetensors").stat().st_mtime
-    if not report.is_file() or report.stat().st_mtime < made:
+    if not report.is_file():
         return {}
     try:
         scores = json.loads(report.read_bytes())
     except ValueError as error:
         raise StageError(f"{report}: no scores ({error}). Run the evaluate stage.") from None
-    if not trained.answers:
-        scores = scores.get("pretrain_only", {})
-    return scores if isinstance(scores, dict) else {}
+    stage = "finetune" if trained.answers else "pretrain"
+    scored = scores.get("projectors_sha256", {}) if isinstance(scores, dict) else {}
+    if scored.get(stage) != sha256_of(trained.folder / "projector.safetensors"):
+        return {}
+    return dict(scores if trained.answers else scores.get("pretrain_only", {}))
 
 
 def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:

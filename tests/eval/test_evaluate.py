@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import eval.evaluate
 from cache.command import run_stage
 from cache.errors import CacheError, SettingsError, StageError
+from cache.files import sha256_of
 from eval.controls import CONTROLS, Noise, other_images
 from eval.evaluate import evaluate
 from eval.metrics import exact_match
@@ -96,7 +97,12 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
     write_pope(ASKED)
     evaluate(world.params())
     found = scores()
-    assert found.keys() == {"captions", "answers", "pope", "pretrain_only", "contamination"}
+    assert found["projectors_sha256"] == {
+        stage: sha256_of(Path(f"runs/{stage}/projector.safetensors"))
+        for stage in ("pretrain", "finetune")
+    }
+    sections = {"captions", "answers", "pope", "pretrain_only", "contamination"}
+    assert found.keys() == sections | {"projectors_sha256"}
     answers = found["answers"]
     assert found["pope"].keys() == {"popular", "random"}
     assert answers["by_type"].keys() == {"what", "how many"}

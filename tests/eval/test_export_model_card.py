@@ -1,7 +1,7 @@
 """The model card says what the run scored, beside its control, and nothing of another run."""
 
+import hashlib
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -38,18 +38,19 @@ SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run with a report beside it, written `after` seconds later."""
+    """Make a run with a report beside it, of a run whose projector has these bytes."""
 
-    def make(answers=True, scores=SCORES, after=1.0, **changes):
+    def make(answers=True, scores=SCORES, scored=b"", **changes):
         folder = tmp_path / "runs" / ("finetune" if answers else "pretrain")
         folder.mkdir(parents=True)
         (folder / "projector.safetensors").write_bytes(b"")
-        os.utime(folder / "projector.safetensors", (1000, 1000))
         if scores is not None:
             report = tmp_path / "reports" / "eval.json"
             report.parent.mkdir()
-            report.write_text(scores if isinstance(scores, str) else json.dumps(scores))
-            os.utime(report, (1000 + after, 1000 + after))
+            hashes = {folder.name: hashlib.sha256(scored).hexdigest()}
+            if isinstance(scores, dict):
+                scores = json.dumps(scores | {"projectors_sha256": hashes})
+            report.write_text(scores)
         values = VALUES | changes
         return SimpleNamespace(
             folder=folder, params=SimpleNamespace(values=values), answers=answers,
@@ -83,7 +84,9 @@ def test_a_run_of_stage_1_has_the_scores_of_stage_1_alone(run):
     assert "apply_chat_template" not in text
 
 
-@pytest.mark.parametrize("state", [{"scores": None}, {"after": -1.0}, {"scores": {}}])
+@pytest.mark.parametrize(
+    "state", [{"scores": None}, {"scored": b"other"}, {"scores": "[]"}, {"scores": {}}]
+)
 def test_without_a_report_of_this_run_it_was_not_evaluated(run, state):
     text = card(run(**state))
     assert "It was not evaluated." in text

@@ -13,7 +13,7 @@ from eval.metrics import (
 )
 from train.generate import Generation
 
-WORDS = "a the red cat dog boat on in under two box and looks".split()
+WORDS = ["a", "the", "red", "cat", "dog", "boat", "on", "in", "under", "two", "box", "and", "looks"]
 
 
 def text(rng, most=9):
