@@ -12,7 +12,7 @@ Letters: P patches, D width of the vision tower.
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def answer(
     turns: Sequence[tuple[str, str]] = (),
     max_tokens: int | None = None,
     sampling: Sampling | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Let a run answer about one picture.
 
     Args:

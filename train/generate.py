@@ -7,7 +7,7 @@ Letters: B texts of a batch, P patches, D width of the vision tower, T positions
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -106,7 +106,7 @@ def stream(
     *,
     max_tokens: int,
     sampling: Sampling | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Let the model go on behind one image, and yield its text word by word while it is made.
 
     Who stops iterating stops the model after its next token.
