@@ -116,12 +116,16 @@ class Host:
         return replace(conversation, turns=()) if conversation else None
 
     def reply(
-        self, question: str, conversation: Conversation | None, temperature: float, max_tokens: int
+        self,
+        question: str | None,
+        conversation: Conversation | None,
+        temperature: float,
+        max_tokens: int,
     ) -> Iterator[tuple[list[Message], str, Conversation]]:
         """Answer while the page looks on.
 
         Args:
-            question: Empty for a caption.
+            question: None or empty for a caption; None comes from a box that is not shown.
             conversation: So far.
             temperature: 0 takes the likeliest token.
             max_tokens: Most tokens of the answer.
@@ -132,7 +136,7 @@ class Host:
         """
         if conversation is None:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        question = question.strip()
+        question = (question or "").strip()
         if self.trained.answers:
             question = question or self.settings.caption_question
         text = ""

@@ -1,21 +1,25 @@
 """The page in a browser, served by a process of its own; and what stands behind it."""
 
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from gradio.data_classes import ImageData
 from playwright.sync_api import expect
 
 from eval.ask import answer
+from eval.serve import Host, Picture
 from eval.showcase import validation_pictures
 from eval.trained import load_run
+from eval.vision import Vision
 from tests.browser import visited
 from tests.eval.seeing import LIMITS, VAL, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
@@ -56,19 +60,19 @@ def free_port():
 
 
 @contextmanager
-def serving(root, *arguments):
+def serving(root, *arguments, uploads):
     """Serve as the command does, with a proxy that nobody may ask; yield process and address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.serve", *map(str, arguments)],
         cwd=root,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(root)}
+        | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(uploads)}
         | {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         said = process.stdout.readline()
-        assert said.startswith("serve: "), process.stderr.read() if not said else said
+        assert said.startswith("serve: "), said or process.stderr.read()
         yield process, said.removeprefix("serve: ").strip()
     finally:
         process.kill()
@@ -76,8 +80,9 @@ def serving(root, *arguments):
 
 
 @pytest.fixture(scope="module")
-def address(root):
-    with serving(root, "--run", "runs/finetune", "--port", free_port()) as (_, address):
+def address(root, tmp_path_factory):
+    arguments = ["--run", "runs/finetune", "--port", free_port()]
+    with serving(root, *arguments, uploads=tmp_path_factory.mktemp("uploads")) as (_, address):
         yield address
 
 
@@ -204,3 +209,226 @@ def test_the_answer_arrives_word_by_word(page, pictures, wanted):
     expect(said(page, "bot")).to_have_text(re.compile(rf"{start}.{{300}}"))
     lengths = sorted(len(text) for text in page.evaluate("[...window.seen]"))
     assert len(lengths) > 3, "it was seen while it grew"
+
+
+# What it refuses
+
+
+def complaint(page):
+    return page.get_by_test_id("toast-body").last
+
+
+@pytest.mark.parametrize("size", [19, 300], ids=["text", "cut short"])
+def test_what_is_no_picture_is_refused_and_ends_the_conversation(page, pictures, tmp_path, size):
+    choose(page, pictures[1])
+    ask(page, "where")
+    expect(said(page, "bot")).to_have_count(1)
+    page.get_by_label("Remove Image").click()
+    path = tmp_path / "<img src=x onerror=alert(1)>.png"
+    path.write_bytes(b"no picture <b>at all"[:size] if size < 20 else draw_jpeg(2)[:size])
+    page.set_input_files("input[type=file]", path)
+    expect(complaint(page)).to_contain_text("no picture that can be read: ")
+    assert complaint(page).locator("b, img").count() == 0
+    expect(page.get_by_label("Remove Image")).to_have_count(0)
+    ask(page, "where")
+    expect(complaint(page)).to_contain_text("Choose a picture first.")
+    expect(page.get_by_label("Question")).to_have_value("where")
+    expect(said(page, "bot")).to_have_count(0)
+
+
+def test_a_question_too_long_for_the_model_is_refused_and_kept(page, pictures):
+    choose(page, pictures[1])
+    ask(page, "x" * 999)
+    expect(complaint(page)).to_contain_text("Ask something shorter")
+    expect(page.get_by_label("Question")).to_have_value("x" * 999)
+    ask(page, "where")
+    expect(said(page, "bot")).to_have_count(1)
+
+
+def test_a_file_too_large_is_not_taken(page, address):
+    file = {"name": "large.jpg", "mimeType": "image/jpeg", "buffer": bytes(11 * 2**20)}
+    refused = page.request.post(f"{address}gradio_api/upload", multipart={"files": file})
+    assert refused.status == 413
+    small = file | {"buffer": bytes(9 * 2**20)}
+    assert page.request.post(f"{address}gradio_api/upload", multipart={"files": small}).ok
+
+
+def test_files_of_this_machine_are_not_handed_out(page, address, root):
+    for path in (root / "params.yaml", "/etc/passwd", root / "runs/finetune/projector.safetensors"):
+        assert page.request.get(f"{address}gradio_api/file={path}").status == 403
+
+
+def test_there_are_no_documents_of_an_interface_for_programs(page, address):
+    assert page.request.get(f"{address}gradio_api/info").json() == {
+        "named_endpoints": {},
+        "unnamed_endpoints": {},
+    }
+
+
+def test_only_this_machine_can_reach_it(address):
+    port = int(address.rstrip("/").rsplit(":", 1)[1])
+    listening = [line.split()[3] for line in sockets().splitlines() if f":{port} " in line]
+    assert listening == [f"127.0.0.1:{port}"]
+
+
+def sockets():
+    return subprocess.run(["ss", "-Hltn"], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_page_has_room_on_a_phone(browser, address):
+    with visited(browser, address, width=390) as visit:
+        expect(visit.page.get_by_role("button", name="Ask")).to_be_visible()
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+# How it ends, and other runs
+
+
+def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(browser, root, seeing, pictures, tmp_path):
+    stage_1 = load_run(root / "runs/pretrain")
+    wanted = "".join(answer(stage_1, seeing.store.gather([1])[0], ""))
+    arguments = ["--run", "runs/pretrain", "--port", free_port()]
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    with (
+        serving(root, *arguments, uploads=uploads) as (process, address),
+        visited(browser, address) as visit,
+    ):
+        choose(visit.page, pictures[1])
+        expect(visit.page.get_by_label("Question")).to_have_count(0)
+        for count in (1, 2):
+            visit.page.get_by_role("button", name="Caption").click()
+            expect(said(visit.page, "bot")).to_have_text([wanted] * count)
+        assert said(visit.page, "user").count() == 0
+        # The page is still open.
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert (out, errors.splitlines()[-1]) == ("", "error: interrupted; run the same command again")
+    assert "Traceback" not in errors
+    assert [path for path in uploads.rglob("*") if path.is_file()] == []
+
+
+def test_a_taken_port_is_an_error_in_one_line(root):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        code, errors = failing(root, "--run", "runs/finetune", "--port", port)
+    assert code == 1
+    assert re.fullmatch(rf"error: cannot serve at 127\.0\.0\.1:{port}: .* --port\.", errors)
+
+
+def test_another_tower_than_the_runs_is_refused_at_the_start(root, seeing, tmp_path):
+    copy = tmp_path / "run"
+    subprocess.run(["cp", "-r", root / "runs/finetune", copy], check=True)
+    (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
+    seeing.params()
+    code, errors = failing(root, "--run", copy)
+    assert code == 1
+    assert "gives features of fingerprint" in errors
+
+
+def failing(root, *arguments):
+    """Call the command, and return its exit code and last line of errors."""
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.serve", *map(str, arguments)],
+        cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=SECONDS,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.splitlines()[-1]
+
+
+# Behind the page
+
+
+@pytest.fixture(scope="module")
+def host(trained):
+    return Host(trained, Vision(trained))
+
+
+@pytest.fixture
+def conversation(host, pictures):
+    return host.begin(str(pictures[1]))[1]
+
+
+def test_a_reply_grows_and_is_the_answer(host, conversation, wanted):
+    seen = list(host.reply("where", conversation, 0, LIMITS["answer_tokens"]))
+    texts = [messages[-1]["content"] for messages, _, _ in seen]
+    (text,) = wanted(1, "where")
+    assert len(set(texts)) > 3
+    assert all(longer.startswith(shorter) for shorter, longer in pairwise(texts[1:]))
+    assert texts[-1] == text
+    assert [after.turns for _, _, after in seen] == [()] * (len(seen) - 1) + [(("where", text),)]
+
+
+def test_a_temperature_draws_anew_each_time(host, conversation):
+    drawn = [list(host.reply("where", conversation, 2.0, 30))[-1][0] for _ in range(4)]
+    assert len({str(messages) for messages in drawn}) > 1
+
+
+def streaming_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("stream")]
+
+
+def test_who_leaves_stops_the_model(host, conversation):
+    replies = host.reply("where", conversation, 0, 200)
+    for _ in range(3):
+        next(replies)
+    assert streaming_threads()
+    replies.close()
+    assert not streaming_threads()
+
+
+def test_closing_ends_the_answer_that_is_being_made(trained, conversation):
+    closing = Host(trained, None)
+    replies = closing.reply("where", conversation, 0, 200)
+    for _ in range(3):
+        messages, _, _ = next(replies)
+    closing.close()
+    assert [shown for shown, _, _ in replies] == [messages]
+    assert not streaming_threads()
+
+
+def test_the_uploaded_file_itself_is_read():
+    """Not what Gradio makes of it: a picture has been looked at by the pipeline's decoder alone."""
+    file = ImageData(path="uploads/any.png", orig_name="photo.svg")
+    assert Picture(type="filepath").preprocess(file) == "uploads/any.png"
+
+
+# The examples
+
+
+def test_examples_are_the_files_themselves_spread_over_the_set(seeing, tmp_path):
+    found = validation_pictures(seeing.params(), tmp_path, 3)
+    names = [path.name for path in found]
+    assert len(set(names)) == 3
+    assert set(names) <= {f"{image_id}.jpg" for image_id in VAL}
+    for path in found:
+        assert path.read_bytes() == draw_jpeg(int(path.stem))
+
+
+@pytest.mark.parametrize("images", ["nowhere", "nowhere.zip", "params.yaml"])
+def test_without_picture_files_there_are_no_examples(seeing, tmp_path, images):
+    params = seeing.params(data={"val": {"images": images, "captions": "unused"}})
+    assert validation_pictures(params, tmp_path, 3) == []
+
+
+def test_without_an_index_there_are_no_examples(seeing, tmp_path, monkeypatch):
+    params = seeing.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
+                                         "captions": "unused"}})  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert validation_pictures(params, tmp_path, 3) == []
+
+
+def test_a_damaged_picture_is_no_example(seeing, tmp_path):
+    folder = tmp_path / "val"
+    folder.mkdir()
+    for image_id in VAL:
+        (folder / f"{image_id}.jpg").write_bytes(draw_jpeg(image_id))
+    (folder / f"{VAL[0]}.jpg").write_bytes(b"no picture")
+    (folder / f"{VAL[1]}.jpg").unlink()
+    params = seeing.params(data={"val": {"images": str(folder), "captions": "unused"}})
+    found = validation_pictures(params, tmp_path, 99)
+    assert [path.name for path in found] == [f"{image_id}.jpg" for image_id in VAL[2:]]
