@@ -68,17 +68,6 @@ class Conversation:
         return [message for message in said if message["content"]]
 
 
-class Picture(gr.Image):  # type: ignore[misc]
-    """Hands out the uploaded file itself: Gradio's own reader would decode it in its own way."""
-
-    is_template = True
-    """For Gradio: it looks as its base class does."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return the path of the file."""
-        return payload.path if payload else None
-
-
 class Host:
     """Answers what visitors ask, one after the other; each conversation is handed in and out."""
 
@@ -92,18 +81,23 @@ class Host:
         """End the answer that is being made."""
         self._closed.set()
 
-    def begin(self, path: str | None) -> tuple[Any, Conversation | None, list[Message]]:
+    def begin(
+        self, upload: dict[str, Any] | None
+    ) -> tuple[Any, Conversation | None, list[Message]]:
         """Begin a conversation about a picture.
+
+        Args:
+            upload: What Gradio knows of the file: its `path` is below the uploads.
 
         Returns:
             What becomes of the picture, the conversation, and its messages. A picture that cannot
             be read goes, and the page says why.
         """
-        if path is None:
+        if upload is None:
             return gr.skip(), None, []
+        path = Path(upload["path"])
         try:
-            data = read_picture(Path(path))
-            conversation = Conversation(self._vision.look(data, Path(path).name))
+            conversation = Conversation(self._vision.look(read_picture(path), path.name))
         except CacheError as error:
             # Not an error of Gradio's, behind which the conversation before would go on.
             gr.Warning(html.escape(str(error)), duration=None)
@@ -180,7 +174,7 @@ def build_page(host: Host, examples: Sequence[Path]) -> gr.Blocks:
         conversation = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                picture = Picture(
+                picture = gr.Image(
                     label="Picture",
                     sources=["upload", "clipboard"],
                     image_mode=None,
@@ -223,8 +217,14 @@ def build_page(host: Host, examples: Sequence[Path]) -> gr.Blocks:
             "concurrency_id": "model",
             "api_visibility": "private",
         }
+        # The file itself: Gradio's own reader would open the picture before the pipeline's does.
         picture.change(
-            host.begin, picture, [picture, conversation, chat], show_progress="hidden", **at_a_time
+            host.begin,
+            picture,
+            [picture, conversation, chat],
+            preprocess=False,
+            show_progress="hidden",
+            **at_a_time,
         )
         chat.clear(host.forget, conversation, conversation, **at_a_time)
         gr.on(
