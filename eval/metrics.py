@@ -7,7 +7,7 @@ of the official COCO evaluation (Chen et al. 2015, arXiv 1504.00325) without its
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from pycocoevalcap.bleu.bleu import Bleu
@@ -130,25 +130,13 @@ def rouge_l(target: str, prediction: str) -> float:
     return float(Rouge().calc_score([found], [wanted]))
 
 
-def repeated_4grams(texts: Iterable[str]) -> float:
-    """Return the share of 4-grams that stood in the same text before.
-
-    One minus the share of distinct 4-grams (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319),
-    over the 4-grams of all texts together. Tokens are parted by white space, in lower case.
-
-    Args:
-        texts: Texts of a model. One of fewer than four tokens has no 4-gram.
-
-    Returns:
-        From 0 (no repetition) to nearly 1; 0 if there is no 4-gram at all.
-    """
-    counts = np.array([repeated_4grams_counts(text) for text in texts]).reshape(-1, 2)
-    repeated, total = counts.sum(0).tolist()
-    return _ratio(repeated, total)
-
-
 def repeated_4grams_counts(text: str) -> tuple[int, int]:
-    """Return how many 4-grams of a text stood in it before, and how many it has."""
+    """Return how many 4-grams of a text stood in it before, and how many it has.
+
+    The share of a corpus is the sum of the first over the sum of the second: one minus the share of
+    distinct 4-grams (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319). Tokens are parted by
+    white space, in lower case; a text of fewer than four has no 4-gram.
+    """
     tokens = text.lower().split()
     grams = list(zip(tokens, tokens[1:], tokens[2:], tokens[3:], strict=False))
     return len(grams) - len(set(grams)), len(grams)

@@ -1,6 +1,5 @@
 """Reads the yes-no questions about objects that the index stage made and collected."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from cache.errors import StageError
 POPE = Path("data/index/pope.parquet")
 
 COLUMNS = ("image_id", "question", "label", "question_id", "subset")
-
-_NAMED_IDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +57,3 @@ def _yes_no(row: dict[str, object]) -> YesNo:
     if row["label"] not in ("yes", "no"):
         raise ValueError(f"column label holds {row['label']!r}, wanted yes or no")
     return YesNo(**{name: row[name] for name in COLUMNS if name != "subset"})  # type: ignore[arg-type]
-
-
-def labels_and_answers(
-    questions: Sequence[YesNo], answers: Mapping[str, str]
-) -> tuple[list[str], list[str]]:
-    """Bring right and given answers into one order, as `score_pope` takes them.
-
-    Args:
-        questions: Of one subset.
-        answers: Text by question id, in any order.
-
-    Raises:
-        ValueError: An answer without its question, or a question without its answer.
-    """
-    ids = [question.question_id for question in questions]
-    differing = sorted(set(ids) ^ answers.keys())
-    if differing:
-        shown = ", ".join(differing[:_NAMED_IDS])
-        raise ValueError(
-            f"wanted one answer for each of {len(ids)} questions: {len(differing)} questions or "
-            f"answers have no counterpart, such as {shown}."
-        )
-    return [question.label for question in questions], [answers[number] for number in ids]

@@ -1,13 +1,9 @@
-import json
-import random
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cache.errors import StageError
-from eval.metrics import score_pope
-from eval.pope import POPE, YesNo, labels_and_answers, read_pope
+from eval.pope import POPE, YesNo, read_pope
 from pipeline.index import SCHEMAS
 
 ROWS = [
@@ -93,28 +89,3 @@ def test_a_damaged_table_is_one_line_that_says_what_to_do(damage):
     assert text.startswith(f"{POPE}: ")
     assert text.endswith("Run the index stage, or `dvc pull`.")
     assert "\n" not in text
-
-
-def test_answers_are_matched_by_question_and_not_by_position():
-    """In the layout of POPE's own answer files."""
-    write(ROWS)
-    questions = read_pope()["official random"]
-    lines = [
-        json.dumps({"question_id": number, "text": text})
-        for number, text in ((1, "No"), (2, "Yes, a dog."), (3, "No, there is not."))
-    ]
-    for seed in range(4):
-        random.Random(seed).shuffle(lines)
-        answers = {f"official random/{a['question_id']}": a["text"] for a in map(json.loads, lines)}
-        labels, texts = labels_and_answers(questions, answers)
-        assert labels == ["no", "no", "yes"]
-        assert texts == ["No, there is not.", "No", "Yes, a dog."]
-        assert score_pope(labels, texts)["accuracy"] == 1.0
-
-
-@pytest.mark.parametrize("ids", [[1, 2], [1, 2, 3, 4], [1, 2, 4]])
-def test_answers_to_other_questions_are_refused(ids):
-    write(ROWS)
-    answers = {f"popular/{number}": "yes" for number in ids}
-    with pytest.raises(ValueError, match=r"each of 3 questions: . questions or answers.*popular/"):
-        labels_and_answers(read_pope()["popular"], answers)
