@@ -1,18 +1,20 @@
 """Asks a model about pictures in all ways of asking, and scores it beside its controls."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eval.bootstrap import Measure
 from eval.controls import CONTROLS, SEEN, Asked, views
-from eval.losses import answer_losses
+from eval.kept import kept
+from eval.losses import Losses
 from eval.measures import answer_measures, caption_measures, form_measures, pope_measures
 from eval.metrics import cider_by_image, exact_match, is_short, token_f1, yes_or_no
 from eval.pope import YesNo
 from eval.question_types import question_type
 from eval.settings import EvaluateSettings
-from train.data import Example, Question
+from train.data import Question
 from train.generate import Generation, generate
 from train.prompts import question_text
 
@@ -74,7 +76,7 @@ def ask_captions(
 def ask_questions(
     asked: Asked,
     questions: Sequence[Question],
-    examples: Sequence[Example],
+    losses: Mapping[str, Losses],
     settings: EvaluateSettings,
 ) -> tuple[Scores, list[Said]]:
     """Ask a model questions, each without the turns before it.
@@ -82,7 +84,7 @@ def ask_questions(
     Args:
         asked: The model.
         questions: At least one.
-        examples: The images of the questions with their conversations, for the loss.
+        losses: Of the right answers, in each way of asking.
         settings: Limits.
 
     Returns:
@@ -96,10 +98,10 @@ def ask_questions(
         for q, one in zip(questions, _by_text(made), strict=True)
     ]
     scores = _answer_section(said, asked.seed)
-    for view, losses in answer_losses(asked, examples, settings.max_text_tokens).items():
+    for view, one in losses.items():
         section = scores if view == SEEN else scores[view]
-        section["loss"] = losses.measure.value
-        section["intervals"]["loss"] = losses.measure.interval(losses.image_ids, asked.seed)
+        section["loss"] = one.measure.value
+        section["intervals"]["loss"] = one.measure.interval(one.image_ids, asked.seed)
     scores["by_type"] = {
         name: _answer_section(
             [one for one in said if question_type(one.question) == name], asked.seed
@@ -147,8 +149,18 @@ def _answer_score(target: str, answer: str) -> float:
 def _ask(
     asked: Asked, image_ids: list[int], prompts: Sequence[str], max_tokens: int, batch_size: int
 ) -> dict[str, list[Generation]]:
-    return {
-        view.name: generate(
+    made = {}
+    for view in views(asked, image_ids):
+        decides = {
+            "model": asked.identity,
+            "view": view.name,
+            "image_ids": view.image_ids,
+            "prompts": prompts,
+            "max_tokens": max_tokens,
+            "batch_size": batch_size,
+        }
+        make = functools.partial(
+            generate,
             view.model,
             asked.tokenizer,
             view.features,
@@ -158,8 +170,8 @@ def _ask(
             batch_size=batch_size,
             description=f"{asked.name}, {view.name}",
         )
-        for view in views(asked, image_ids)
-    }
+        made[view.name] = kept(decides, make)
+    return made
 
 
 def _answer_section(said: Sequence[Said], seed: int) -> Scores:

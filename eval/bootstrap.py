@@ -6,6 +6,7 @@ Images are drawn again, with all their texts, because texts about one image are 
 Letters: N texts, K sums that a score is made of, G images, R draws.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,7 @@ def divide(numerator: Sums, denominator: Sums) -> Sums:
     return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=there)
 
 
+@functools.lru_cache(maxsize=2)
 def _draws(num_images: int, seed: int) -> NDArray[np.float64]:
     """Return how often each image is drawn: [R, G]; the same for all scores of the same images."""
     shares = np.full(num_images, 1 / num_images)

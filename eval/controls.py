@@ -37,6 +37,8 @@ class Asked:
     tokenizer: PreTrainedTokenizerBase
     store: FeatureStore
     seed: int
+    identity: str
+    """Hash of all weights and features."""
 
 
 @dataclass(frozen=True)

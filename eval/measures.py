@@ -11,7 +11,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 
 from eval.bootstrap import Measure, Sums, divide, mean_of, ratio_of
 from eval.metrics import (
-    cider_by_image,
+    ciders,
     exact_match,
     is_short,
     repeated_4grams_counts,
@@ -35,10 +35,9 @@ def caption_measures(
     wanted, found = tokenized_pairs(references, candidates)
     rouge = Rouge()
     rouges = [rouge.calc_score(found[i], wanted[i]) for i in wanted]
-    ciders = list(cider_by_image(references, candidates).values())
     bleus = _bleu_parts([found[i][0] for i in wanted], list(wanted.values()))
     measures = {f"BLEU-{n}": Measure(bleus, _bleu(n)) for n in range(1, BLEU_ORDERS + 1)}
-    return measures | {"ROUGE-L": mean_of(rouges), "CIDEr": mean_of(ciders)}
+    return measures | {"ROUGE-L": mean_of(rouges), "CIDEr": mean_of(ciders(wanted, found))}
 
 
 def _bleu_parts(candidates: Sequence[str], references: Sequence[list[str]]) -> Sums:

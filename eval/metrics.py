@@ -4,6 +4,7 @@ Owns what a score means; running the model is the work of `train.generate`. Capt
 of the official COCO evaluation (Chen et al. 2015, arXiv 1504.00325) without its Java tokenizer.
 """
 
+import functools
 import re
 import string
 from collections import Counter
@@ -47,7 +48,7 @@ def score_captions(
     bleu, _ = Bleu(4).compute_score(wanted, found, verbose=0)
     rouge, _ = Rouge().compute_score(wanted, found)
     scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    return scores | {"ROUGE-L": float(rouge), "CIDEr": float(np.mean(_ciders(wanted, found)))}
+    return scores | {"ROUGE-L": float(rouge), "CIDEr": float(np.mean(ciders(wanted, found)))}
 
 
 def cider_by_image(
@@ -55,7 +56,7 @@ def cider_by_image(
 ) -> dict[int, float]:
     """Return the CIDEr of each image, whose mean is the CIDEr of `score_captions`."""
     wanted, found = tokenized_pairs(references, candidates)
-    return dict(zip(wanted, _ciders(wanted, found), strict=True))
+    return dict(zip(wanted, ciders(wanted, found), strict=True))
 
 
 def score_pope(labels: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
@@ -98,7 +99,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(target: str, prediction: str) -> float:
-    """Return 1.0 if both texts are the same after `normalize_answer`, else 0.0."""
+    """Return 1.0 if both texts are the same after `normalize_answer`, else 0.0.
+
+    Nothing said is right only where nothing was wanted, not where an article was.
+    """
+    if not target.strip() or not prediction.strip():
+        return float(target.strip() == prediction.strip())
     return float(normalize_answer(target) == normalize_answer(prediction))
 
 
@@ -157,13 +163,15 @@ def tokenized_pairs(
     return wanted, {i: [_tokenized(candidates[i])] for i in image_ids}
 
 
-def _ciders(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> list[float]:
+def ciders(wanted: dict[int, list[str]], found: dict[int, list[str]]) -> list[float]:
+    """Return the CIDEr of each image from tokenised captions, in order of image id."""
     if not any(text for texts in wanted.values() for text in texts):
         return [0.0] * len(wanted)
     _, scores = Cider().compute_score(wanted, found)
     return [float(score) for score in scores]
 
 
+@functools.lru_cache(maxsize=2**16)
 def _tokenized(caption: str) -> str:
     return " ".join(tokenize_caption(caption))
 

@@ -27,10 +27,8 @@ def question_type(question: str) -> str:
 
     Words before a comma, as in "In the picture, what ...", are passed over.
     """
-    found = _longest(question)
-    if found == OTHER and "," in question:
-        found = _longest(question.rpartition(",")[2].strip())
-    return found
+    types = (_longest(part.strip()) for part in question.split(","))
+    return next((found for found in types if found != OTHER), OTHER)
 
 
 def _longest(question: str) -> str:

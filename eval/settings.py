@@ -20,7 +20,7 @@ class EvaluateSettings:
     answer_tokens: int
     """Most tokens of an answer."""
     max_text_tokens: int
-    """Longest text behind an image when the loss of answers is measured."""
+    """Longest question, and longest text behind an image when the loss of answers is measured."""
     batch_size: int
     """Texts that are generated at the same time."""
     exclude_contaminated: bool

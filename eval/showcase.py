@@ -22,25 +22,28 @@ def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
         most: How many; evenly spread over the set.
 
     Returns:
-        The files. None where pictures or index are not at hand.
+        The files, under the pictures' own names. None where pictures or index are not at hand.
     """
     data = params.section("data", DataSettings)
     try:
         archive = ImageArchive(data.val.images, key="data.val.images")
         table = pq.read_table(IMAGES, columns=["file_name"], filters=[("split", "==", "val")])
-    except (StageError, FileNotFoundError, pa.ArrowException):
+    except (StageError, OSError, pa.ArrowException):
         return []
     names = table["file_name"].to_pylist()
     chosen = [names[n * len(names) // most] for n in range(most)] if len(names) > most else names
-    return [path for name in chosen if (path := _write(archive, name, folder)) is not None]
+    # A folder each: a/1.jpg and b/1.jpg are two pictures.
+    places = [(name, folder / str(n)) for n, name in enumerate(chosen)]
+    return [path for name, own in places if (path := _write(archive, name, own)) is not None]
 
 
 def _write(archive: ImageArchive, name: str, folder: Path) -> Path | None:
     try:
         data = archive.read(name)
         image_size(data)
-    except (ImageNameError, DecodeError):
+    except (ImageNameError, DecodeError, OSError):
         return None
+    folder.mkdir()
     path = folder / Path(name).name
     path.write_bytes(data)
     return path

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
+from cache.errors import StageError
 from eval.contamination import Contaminated, counts, read_images
 from eval.pope import YesNo, read_pope
 from eval.settings import EvaluateSettings
@@ -22,6 +24,7 @@ from train.data import (
     read_questions,
     with_features,
 )
+from train.prompts import encode, question_text
 
 KINDS = ("captions", "answers", "pope")
 
@@ -40,6 +43,8 @@ class Work:
     """The images of the questions with their whole conversations."""
     pope: dict[str, list[YesNo]]
     """Subset to its questions."""
+    num_too_long: int
+    """Questions that are left out because they alone exceed `max_text_tokens`."""
     without_features: dict[str, int]
     """For each of `KINDS`, images that have no features in the store."""
     num_images: dict[str, int]
@@ -63,11 +68,17 @@ class Work:
         return {kind: list(map(asdict, found)) for kind, found in self.contaminated.items()}
 
 
-def choose_work(settings: EvaluateSettings, store: FeatureStore, seed: int) -> Work:
+def choose_work(
+    settings: EvaluateSettings,
+    store: FeatureStore,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> Work:
     """Read the index and choose what is asked, by the seed alone.
 
     Raises:
-        StageError: A table is missing or damaged, or most images have no features.
+        StageError: A table is missing or damaged, most images have no features, or every question
+            is too long.
     """
     captioned = read_caption_examples("val")
     held_out = read_conversation_examples("holdout")
@@ -87,12 +98,15 @@ def choose_work(settings: EvaluateSettings, store: FeatureStore, seed: int) -> W
     held_out_here = with_features(held_out, store, "conversations of split holdout")
     has_features = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
     pope_ids = {i for i, there in zip(ids["pope"], has_features, strict=True) if there}
-    questions = _questions(held_out_here.without(shut_out["answers"]), settings, seed)
+    all_questions = _questions(held_out_here.without(shut_out["answers"]), settings)
+    askable = _not_too_long(all_questions, tokenizer, settings.max_text_tokens)
+    questions = choose(askable, settings.questions, seed)
     return Work(
         references=_references(captioned_here.without(shut_out["captions"]), settings, seed),
         questions=questions,
         examples=held_out_here.only({question.image_id for question in questions})[:],
         pope=_pope(pope, pope_ids - shut_out["pope"], settings, seed),
+        num_too_long=len(all_questions) - len(askable),
         without_features={
             "captions": len(captioned) - len(captioned_here),
             "answers": len(held_out) - len(held_out_here),
@@ -118,15 +132,28 @@ def _references(examples: Examples, settings: EvaluateSettings, seed: int) -> di
     }
 
 
-def _questions(examples: Examples, settings: EvaluateSettings, seed: int) -> list[Question]:
-    """Choose questions; one that asks for a caption is none: captions are scored as captions."""
+def _questions(examples: Examples, settings: EvaluateSettings) -> list[Question]:
+    """Read questions; one that asks for a caption is none: captions are scored as captions."""
     known = set(examples.image_ids.tolist())
-    questions = [
+    return [
         question
         for question in read_questions("holdout")
         if question.image_id in known and question.question != settings.caption_question
     ]
-    return choose(questions, settings.questions, seed)
+
+
+def _not_too_long(
+    questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[Question]:
+    """Leave out what would fill the memory: a batch is as long as its longest prompt."""
+    prompts = encode([question_text(question.question) for question in questions], tokenizer)
+    kept = [q for q, prompt in zip(questions, prompts, strict=True) if len(prompt) <= max_tokens]
+    if questions and not kept:
+        raise StageError(
+            f"evaluate.max_text_tokens: each of {len(questions)} questions has more than "
+            f"{max_tokens} tokens. Raise it."
+        )
+    return kept
 
 
 def _pope(

@@ -50,9 +50,9 @@ def said(text, num_tokens=3, stopped=True):
 
 
 @pytest.fixture
-def nobody(store, monkeypatch):
-    monkeypatch.setattr(eval.asking, "answer_losses", lambda *_: dict.fromkeys(WAYS, ONE_LOSS))
-    return Asked("nobody", None, None, None, store, 0)
+def nobody(store, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return Asked("nobody", None, None, None, store, 0, "nobody")
 
 
 WAYS = (SEEN, *CONTROLS)
@@ -60,7 +60,7 @@ ONE_LOSS = Losses([139, 100], [3.0, 2.0], [4, 1])
 
 
 def ask_all(asked, settings, questions=QUESTIONS):
-    return ask_questions(asked, questions, [], settings)
+    return ask_questions(asked, questions, dict.fromkeys(WAYS, ONE_LOSS), settings)
 
 
 def shown(ids, store):
@@ -245,7 +245,7 @@ def test_each_way_of_asking_really_shows_what_it_says(
 ):
     model = make_model(quantize=quantize, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    asked = Asked("tiny", model, untrained, tokenizer, store, 0)
+    asked = Asked("tiny", model, untrained, tokenizer, store, 0, quantize)
     questions = [Question(i, "where", "in the box") for i in (139, 100, 117, 121, 130)]
     own = [question.image_id for question in questions]
     others = other_images(own, store)

@@ -43,7 +43,7 @@ def test_no_images_have_no_others():
 
 
 def test_the_four_ways_of_asking_differ_in_one_thing_each(store):
-    asked = Asked("x", "model", "untrained", None, store, 3)
+    asked = Asked("x", "model", "untrained", None, store, 3, "x")
     seen, blind, noise, untrained = views(asked, [139, 100, 139])
     assert (SEEN, *CONTROLS) == tuple(view.name for view in (seen, blind, noise, untrained))
     assert (seen.model, seen.features, seen.image_ids) == ("model", store, [139, 100, 139])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import eval.evaluate
 from cache.command import run_stage
-from cache.errors import CacheError, SettingsError, StageError
+from cache.errors import CacheError, SettingsError, SpecMismatchError, StageError
 from cache.files import sha256_of
 from eval.controls import CONTROLS, Noise, other_images
 from eval.evaluate import evaluate
@@ -42,6 +42,7 @@ CAPTION = {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"} | FORM
 ANSWER = {"exact_match", "token_f1", "ROUGE-L", "loss"} | FORM
 POPE = {"accuracy", "precision", "recall", "f1", "yes_rate"} | FORM
 NOTHING = {"count": 0, **{control: {"count": 0} for control in CONTROLS}, "without_features": 0}
+NO_ANSWERS = NOTHING | {"too_long": 0}
 QUANTIZE = [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")]
 VAL, HOLDOUT = range(112, 116), range(116, 120)
 GONE = "The picture is not on this machine."
@@ -116,7 +117,7 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
     }
     for section, keys, count in sections.values():
         others = section.keys() - keys - set(CONTROLS)
-        assert others <= {"intervals", "without_features", "short_count", "by_type"}
+        assert others <= {"intervals", "without_features", "too_long", "short_count", "by_type"}
         for one in (section, *(section[control] for control in CONTROLS)):
             assert keys <= one.keys()
             assert one["count"] == count
@@ -237,7 +238,7 @@ def test_the_summary_names_scores_blind_scores_and_the_page(world, capsys):
 def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, capsys):
     write_index(world, conversations=[])
     evaluate(world.params())
-    assert scores()["answers"] == NOTHING
+    assert scores()["answers"] == NO_ANSWERS
     assert scores()["pope"] == {}
     assert scores()["captions"]["count"] == 4
     assert rows(kind="answer") == []
@@ -346,7 +347,7 @@ def test_hard_texts_come_through_whole(world):
         captions=[(i, text) for i in VAL for text in HARD],
         conversations=[(i, [(text, text)]) for i, text in zip(range(116, 140), HARD, strict=False)],
     )
-    evaluate(world.params())
+    evaluate(world.params(evaluate={"max_text_tokens": 200}))
     assert all(row["targets"] == HARD for row in rows(kind="caption"))
     answers = rows(kind="answer")
     assert [row["question"] for row in answers] == [row["targets"][0] for row in answers] == HARD
@@ -383,7 +384,7 @@ def no_model(monkeypatch):
     def loaded(*_):
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(eval.evaluate, "load_language_model", loaded)
+    monkeypatch.setattr(eval.evaluate, "load_models", loaded)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -486,7 +487,10 @@ def test_a_store_of_one_image_has_no_control(world, make_store):
     ("sections", "words"),
     [
         ({"evaluate": {"questions": 0}}, "evaluate: questions is 0"),
-        ({"evaluate": {"max_text_tokens": 1}}, "max_text_tokens: 1 cuts off every answer"),
+        (
+            {"evaluate": {"max_text_tokens": 1}},
+            "max_text_tokens: each of 8 questions has more than 1",
+        ),
         ({"data": {"source": "web"}}, "data.source is 'web'"),
         ({"llm": {"model": "/nowhere"}}, "llm.model: cannot load '/nowhere'"),
     ],
@@ -589,3 +593,74 @@ def test_images_that_were_trained_on_are_asked_about_where_the_settings_say_so(w
         (112, "val"),
         (113, "val"),
     }
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monkeypatch):
+    write_pope(ASKED)
+    calls = []
+
+    def stopping_after(most):
+        def counting(model, tokenizer, features, image_ids, prompts, **limits):
+            calls.append(limits["description"])
+            if len(calls) > most:
+                raise Killed
+            return generate(model, tokenizer, features, image_ids, prompts, **limits)
+
+        monkeypatch.setattr("eval.asking.generate", counting)
+
+    stopping_after(99)
+    evaluate(world.params())
+    wanted, uninterrupted = [path.read_bytes() for path in (SCORES, TABLE, PAGE)], list(calls)
+    assert len(uninterrupted) == 4 * 4
+    shutil.rmtree("reports")
+    for made in range(1, 16):
+        calls.clear()
+        stopping_after(1)
+        with pytest.raises(Killed):
+            evaluate(world.params())
+        assert calls == uninterrupted[made - 1 : made + 1]
+    calls.clear()
+    stopping_after(99)
+    evaluate(world.params())
+    assert calls == uninterrupted[-1:]
+    assert [path.read_bytes() for path in (SCORES, TABLE, PAGE)] == wanted
+    # What is finished is made afresh.
+    calls.clear()
+    evaluate(world.params())
+    assert calls == uninterrupted
+
+
+@pytest.mark.parametrize("change", ["seed", "projector", "adapter", "limit", "prompt"])
+def test_what_was_made_of_something_else_is_not_taken(world, monkeypatch, change):
+    evaluate(world.params())
+    wanted = TABLE.read_bytes()
+    monkeypatch.setattr("eval.evaluate.forget", lambda: None)
+    other = {"seed": {"seed": 5}, "limit": {"evaluate": {"caption_tokens": 3}}}
+    other |= {"prompt": {"evaluate": {"caption_question": "where is it"}}}
+    if change in ("projector", "adapter"):
+        shutil.copytree("runs", "before")
+        world.write_run("finetune", 77)
+        if change == "adapter":
+            shutil.copy("before/finetune/projector.safetensors", "runs/finetune")
+    evaluate(world.params(**other.get(change, {})))
+    assert TABLE.read_bytes() != wanted
+    if change in ("projector", "adapter"):
+        shutil.rmtree("runs")
+        shutil.move("before", "runs")
+    evaluate(world.params())
+    assert TABLE.read_bytes() == wanted
+
+
+def test_a_run_that_learned_from_other_features_is_not_scored(world, monkeypatch):
+    no_model(monkeypatch)
+    path = Path("runs/pretrain/provenance.json")
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"features_fingerprint": "0" * 64}))
+    words = "pretrain/provenance.json: the run learned from features of fingerprint 000000000000"
+    with pytest.raises(SpecMismatchError, match=words) as caught:
+        evaluate(world.params())
+    assert one_line(caught)

@@ -20,7 +20,7 @@ from train.step import build_step, mean_loss
 def asked(request, make_model, tokenizer, store):
     model = make_model(quantize=request.param, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    return Asked("tiny", model, untrained, tokenizer, store, 0)
+    return Asked("tiny", model, untrained, tokenizer, store, 0, "tiny")
 
 
 EXAMPLES = [
@@ -96,6 +96,6 @@ def test_dropout_is_off_for_scores(asked):
 def test_a_loss_that_is_no_number_is_an_error_in_words(make_model, tokenizer, store):
     model = make_model()
     next(model.projector.parameters()).data.fill_(math.nan)
-    asked = Asked("finetune", model, model, tokenizer, store, 0)
+    asked = Asked("finetune", model, model, tokenizer, store, 0, "x")
     with pytest.raises(StageError, match=r"finetune: the loss of the answers \(seen\) is not fin"):
         answer_losses(asked, EXAMPLES, 64)

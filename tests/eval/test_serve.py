@@ -1,24 +1,20 @@
-"""The page in a browser, served by a process of its own; and what stands behind it."""
+"""The page in a browser, served by a process of its own."""
 
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
 from eval.ask import answer
-from eval.serve import Host
-from eval.showcase import validation_pictures
 from eval.trained import load_run
-from eval.vision import Vision
 from tests.browser import visited
 from tests.eval.seeing import LIMITS, VAL, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
@@ -27,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 60
 TOLERATED = ["Method not implemented."]
 """What Gradio's own scripts warn of."""
+LISTENING = "0A"
+"""State of a socket in the kernel's tables."""
 
 
 @pytest.fixture(scope="module")
@@ -266,12 +264,27 @@ def test_there_are_no_documents_of_an_interface_for_programs(page, address):
 
 def test_only_this_machine_can_reach_it(address):
     port = int(address.rstrip("/").rsplit(":", 1)[1])
-    listening = [line.split()[3] for line in sockets().splitlines() if f":{port} " in line]
-    assert listening == [f"127.0.0.1:{port}"]
+    assert listening_at(port) == ["127.0.0.1"]
 
 
-def sockets():
-    return subprocess.run(["ss", "-Hltn"], check=True, capture_output=True, text=True).stdout
+def listening_at(port):
+    """Addresses at which some process of this machine listens on a port."""
+    found = []
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        path = Path("/proc/net") / table
+        # Without IPv6 there is no tcp6.
+        lines = path.read_text().splitlines()[1:] if path.exists() else []
+        for _, local, _, state, *_ in map(str.split, lines):
+            address, local_port = local.split(":")
+            if (state, int(local_port, 16)) == (LISTENING, port):
+                found.append(socket.inet_ntop(family, in_network_order(address)))
+    return found
+
+
+def in_network_order(address):
+    """The kernel writes an address as numbers of 32 bits in the machine's own order."""
+    words = struct.unpack(f">{len(address) // 8}I", bytes.fromhex(address))
+    return struct.pack(f"={len(words)}I", *words)
 
 
 def test_the_page_has_room_on_a_phone(browser, address):
@@ -339,95 +352,7 @@ def failing(root, *arguments):
     return done.returncode, done.stderr.splitlines()[-1]
 
 
-# Behind the page
-
-
-@pytest.fixture(scope="module")
-def host(trained):
-    return Host(trained, Vision(trained))
-
-
-@pytest.fixture
-def conversation(host, pictures):
-    return host.begin({"path": str(pictures[1])})[1]
-
-
-def test_a_reply_grows_and_is_the_answer(host, conversation, wanted):
-    seen = list(host.reply("where", conversation, 0, LIMITS["answer_tokens"]))
-    texts = [messages[-1]["content"] for messages, _, _ in seen]
-    (text,) = wanted(1, "where")
-    assert len(set(texts)) > 3
-    assert all(longer.startswith(shorter) for shorter, longer in pairwise(texts[1:]))
-    assert texts[-1] == text
-    assert [after.turns for _, _, after in seen] == [()] * (len(seen) - 1) + [(("where", text),)]
-
-
-def test_a_temperature_draws_anew_each_time(host, conversation):
-    drawn = [list(host.reply("where", conversation, 2.0, 30))[-1][0] for _ in range(4)]
-    assert len({str(messages) for messages in drawn}) > 1
-
-
-def streaming_threads():
-    return [t for t in threading.enumerate() if t.name.startswith("stream")]
-
-
-def test_who_leaves_stops_the_model(host, conversation):
-    replies = host.reply("where", conversation, 0, 200)
-    for _ in range(3):
-        next(replies)
-    assert streaming_threads()
-    replies.close()
-    assert not streaming_threads()
-
-
-def test_closing_ends_the_answer_that_is_being_made(trained, conversation):
-    closing = Host(trained, None)
-    replies = closing.reply("where", conversation, 0, 200)
-    for _ in range(3):
-        messages, _, _ = next(replies)
-    closing.close()
-    assert [shown for shown, _, _ in replies] == [messages]
-    assert not streaming_threads()
-
-
 def test_nothing_is_written_beside_the_code():
     """Gradio writes a stub file beside a module that has a component of its own."""
     assert list((ROOT / "eval").glob("*.py"))
     assert not list((ROOT / "eval").glob("*.pyi"))
-
-
-# The examples
-
-
-def test_examples_are_the_files_themselves_spread_over_the_set(seeing, tmp_path):
-    found = validation_pictures(seeing.params(), tmp_path, 3)
-    names = [path.name for path in found]
-    assert len(set(names)) == 3
-    assert set(names) <= {f"{image_id}.jpg" for image_id in VAL}
-    for path in found:
-        assert path.read_bytes() == draw_jpeg(int(path.stem))
-
-
-@pytest.mark.parametrize("images", ["nowhere", "nowhere.zip", "params.yaml"])
-def test_without_picture_files_there_are_no_examples(seeing, tmp_path, images):
-    params = seeing.params(data={"val": {"images": images, "captions": "unused"}})
-    assert validation_pictures(params, tmp_path, 3) == []
-
-
-def test_without_an_index_there_are_no_examples(seeing, tmp_path, monkeypatch):
-    params = seeing.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
-                                         "captions": "unused"}})  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    assert validation_pictures(params, tmp_path, 3) == []
-
-
-def test_a_damaged_picture_is_no_example(seeing, tmp_path):
-    folder = tmp_path / "val"
-    folder.mkdir()
-    for image_id in VAL:
-        (folder / f"{image_id}.jpg").write_bytes(draw_jpeg(image_id))
-    (folder / f"{VAL[0]}.jpg").write_bytes(b"no picture")
-    (folder / f"{VAL[1]}.jpg").unlink()
-    params = seeing.params(data={"val": {"images": str(folder), "captions": "unused"}})
-    found = validation_pictures(params, tmp_path, 99)
-    assert [path.name for path in found] == [f"{image_id}.jpg" for image_id in VAL[2:]]
