@@ -2,34 +2,19 @@
 
 import base64
 import io
-import struct
 from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.images import ImageArchive
+from cache.images import ImageArchive, ImageNameError
+from pipeline.decode import DecodeError, decode_upright
 
 IMAGES = Path("data/index/images.parquet")
 _JPEG_QUALITY = 80
-
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""A name that no file has, and what Pillow raises on broken files: a damaged PNG is a SyntaxError,
-damaged EXIF a TypeError."""
 
 
 def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, str]:
@@ -58,18 +43,17 @@ def thumbnail_uri(image_bytes: bytes, side: int = 224) -> str:
     """Shrink a picture for the page.
 
     Args:
-        image_bytes: A picture file of any format that Pillow reads.
+        image_bytes: A picture file.
         side: Largest width and height of the result, in pixels.
 
     Returns:
         Data URI of a JPEG, without the metadata of the picture.
 
     Raises:
-        OSError: The bytes are no picture, or a cut one.
+        DecodeError: The bytes are no picture, or a cut one.
     """
-    with Image.open(io.BytesIO(image_bytes)) as image:
-        # Upright, as the encoder saw it.
-        picture = ImageOps.exif_transpose(image).convert("RGB")
+    # As the encoder saw it.
+    picture = decode_upright(image_bytes)
     picture.thumbnail((side, side))
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=_JPEG_QUALITY, optimize=True)
@@ -107,6 +91,6 @@ def _thumbnail(split: str, file_name: str, archives: dict[str, ImageArchive | No
         return None
     try:
         return thumbnail_uri(archive.read(file_name))
-    except _UNREADABLE:
+    except (ImageNameError, DecodeError):
         # The features were received from elsewhere and this image was not, or came damaged.
         return None

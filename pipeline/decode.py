@@ -78,14 +78,26 @@ def decode_rgb(
     Raises:
         DecodeError: Not an image, cut short, or too large; the text is one line.
     """
+    image = decode_upright(data)
+    try:
+        return np.array(_to_square(image, size, resize, _FILTERS[interpolation]))
+    except _PILLOW_ERRORS as error:
+        raise DecodeError(_reason(error)) from None
+
+
+def decode_upright(data: bytes) -> Image.Image:
+    """Decode an image file: turned as its EXIF says, in 8-bit RGB, at its own size.
+
+    Raises:
+        DecodeError: Not an image, cut short, or too large; the text is one line.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Opened once and loaded once: a second load of a truncated file gives half a picture.
             image = _open(data)
             image.load()
-            image = _to_rgb(ImageOps.exif_transpose(image))
-            return np.array(_to_square(image, size, resize, _FILTERS[interpolation]))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except _PILLOW_ERRORS as error:
         raise DecodeError(_reason(error)) from None
 

@@ -2,6 +2,7 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from eval.pictures import thumbnail_uri, thumbnails_of
+from pipeline.decode import DecodeError, decode_rgb
 
 INDEX = Path("data/index/images.parquet")
 
@@ -147,7 +149,7 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_same_shape(mode):
 
 @pytest.mark.parametrize("data", [b"", b"no picture", broken_png()[:60]])
 def test_bytes_that_are_no_picture_are_an_error(data):
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(DecodeError):
         thumbnail_uri(data)
 
 
@@ -155,3 +157,25 @@ def test_a_page_of_large_pictures_stays_small():
     data = io.BytesIO()
     Image.effect_noise((640, 480), 40).convert("RGB").save(data, "JPEG")
     assert len(thumbnail_uri(data.getvalue())) < 40_000, "photographs are a fraction of noise"
+
+
+def stored(image):
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        (Image.fromarray(np.full((20, 20), 32768, np.uint16)), 128),
+        (Image.new("RGBA", (20, 20), (0, 0, 0, 0)), 255),
+        (Image.new("LA", (20, 20), (0, 0)), 255),
+    ],
+    ids=["16-bit gray", "transparent", "transparent gray"],
+)
+def test_a_thumbnail_is_what_the_encoder_saw(image, wanted):
+    data = base64.b64decode(thumbnail_uri(stored(image)).partition(",")[2])
+    pixels = np.asarray(Image.open(io.BytesIO(data)))
+    assert np.abs(pixels.astype(int) - wanted).max() <= 2
+    assert np.abs(decode_rgb(stored(image), 20, "squash").astype(int) - wanted).max() == 0
