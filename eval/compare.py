@@ -25,6 +25,8 @@ and so no common order."""
 
 APART = "*"
 INTERVALS = "intervals"
+NO_SCORES = ("contamination", "projectors_sha256")
+"""Sections of `reports/eval.json` that say what was scored."""
 ABSENT = object()
 """What an evaluation has under a name that only the other one knows."""
 
@@ -78,7 +80,8 @@ def print_notes(left: Evaluation, right: Evaluation) -> None:
 
 def is_own_score(name: str) -> bool:
     """Whether a dotted name is of a score of a model with an image's own features."""
-    return not {INTERVALS, *CONTROLS} & set(name.split("."))
+    parts = name.split(".")
+    return parts[0] not in NO_SCORES and not {INTERVALS, *CONTROLS} & set(parts)
 
 
 def same(one: Any, other: Any) -> bool:

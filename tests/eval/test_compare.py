@@ -128,6 +128,21 @@ def test_controls_are_left_to_the_other_command(capsys, tmp_path, left):
     assert printed(capsys, left, right)[1] == "4 scores equal"
 
 
+def test_what_was_scored_is_no_score(capsys, tmp_path):
+    of_run = {
+        name: SCORES
+        | {
+            "projectors_sha256": {"pretrain": name},
+            "contamination": {"captions": {"images": number}},
+        }
+        for number, name in enumerate(("one", "other"))
+    }
+    one, other = (write(tmp_path / name, scores) for name, scores in of_run.items())
+    lines = printed(capsys, one, other)
+    assert not [line for line in lines if "projectors" in line or "contamination" in line]
+    assert "4 scores equal" in lines
+
+
 def test_no_number_equals_no_number(capsys, tmp_path):
     nothing = changed("captions", "CIDEr", value=float("nan"))
     names = [write(tmp_path / name, nothing) for name in ("one", "other")]
