@@ -5,16 +5,14 @@ A file that was saved anew, in another size or format, is not found.
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import StageError
+from eval.pictures import IMAGES
 from train.data import held_out_images, read_caption_examples, read_conversation_examples
-
-IMAGES = Path("data/index/images.parquet")
 
 
 @dataclass(frozen=True)

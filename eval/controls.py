@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore, Spec
 from cache.errors import StageError
+from eval.report_scores import VIEWS
 from train.model import CaptionModel
 from train.source import Features
 
-SEEN = "seen"
-CONTROLS = ("blind", "noise", "untrained")
+SEEN, *_CONTROLS = VIEWS
+CONTROLS = tuple(_CONTROLS)
 
 SAMPLED_IMAGES = 256
 """Images from which mean and deviation of the channels are taken."""

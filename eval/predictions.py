@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,10 +11,8 @@ import pyarrow.parquet as pq
 from cache.files import replacing, write_json
 from eval.asking import Said
 from eval.controls import CONTROLS, SEEN
-from eval.gallery import Example
+from eval.gallery import Example, Kind
 from eval.question_types import question_type
-
-Kind = Literal["caption", "answer", "pope"]
 
 SCHEMA = pa.schema(
     [

@@ -14,7 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from eval.chart_axes import HEIGHT, LEFT, RIGHT, WIDTH
-from eval.gallery import KINDS, Example, choose_examples, filter_options, gallery_image_ids
+from eval.gallery import KINDS, Example, choose_examples, filter_options
 from eval.loss_chart import loss_chart
 from eval.report_cards import headline, score_cards
 from eval.report_lengths import length_charts, stop_rates
@@ -27,8 +27,6 @@ from eval.report_tables import (
     still_scored,
     type_table,
 )
-
-__all__ = ["Example", "choose_examples", "gallery_image_ids", "render_report"]
 
 _HERE = Path(__file__).parent
 _STAGE_TITLES = {

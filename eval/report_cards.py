@@ -7,18 +7,28 @@ from typing import Literal
 from eval.report_scores import (
     CONTROLS,
     METRICS,
+    SEEN,
+    STAGE_1,
+    VIEWS,
     Bar,
     Measured,
     Metric,
     Section,
     bars_of,
+    is_over_nothing,
     measured,
-    pope_sections,
-    section_of,
-    views_of,
+    measured_views,
+    titled_sections,
 )
 
 State = Literal["good", "bad", "open"]
+
+_MAIN = {
+    "Captions": ("CIDEr",),
+    "Answers": ("exact_match", "token_f1", "loss"),
+    STAGE_1: ("CIDEr",),
+}
+"""Scores of a section that have a card; of yes/no questions, the accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +52,14 @@ class Card:
 
 
 def score_cards(scores: Section) -> list[Card]:
-    """Return the summary cards of the scores that were measured."""
-    captions, answers = section_of(scores, "captions"), section_of(scores, "answers")
-    wanted = [
-        ("Captions", captions, "CIDEr"),
-        ("Answers", answers, "exact_match"),
-        ("Answers", answers, "token_f1"),
-        ("Answers", answers, "loss"),
-        *((f"Yes or no, {name}", part, "accuracy") for name, part in pope_sections(scores).items()),
-        ("Captions of stage 1 alone", section_of(scores, "pretrain_only", "captions"), "CIDEr"),
+    """Return the summary cards of the scores that were measured, those of stage 1 last."""
+    sections = sorted(titled_sections(scores).items(), key=lambda item: item[0] == STAGE_1)
+    return [
+        _card(title, section, key)
+        for title, section in sections
+        for key in _MAIN.get(title, ("accuracy",))
+        if key in section and not is_over_nothing(section, key)
     ]
-    return [_card(title, section, key) for title, section, key in wanted if key in section]
 
 
 def headline(cards: Sequence[Card]) -> Verdict | None:
@@ -80,27 +87,28 @@ def judge(section: Section, key: str) -> Verdict:
 
     A score beats a control if their intervals lie apart, the score's on the better side.
     """
-    seen = measured(section, key)
+    views = measured_views(section, key)
+    seen = views[SEEN]
     if seen.value is None:
         return Verdict(state="open", text="Cannot be judged: the score was not measured.")
-    views = views_of(section)
-    controls = {view: measured(views.get(view, {}), key) for view in CONTROLS}
+    controls = {view: views.get(view) or measured({}, key) for view in CONTROLS}
     outcomes = {view: seen.beats(control) for view, control in controls.items()}
-    won = [f"the {CONTROLS[view]}" for view, outcome in outcomes.items() if outcome]
-    unknown = [f"the {CONTROLS[view]}" for view, outcome in outcomes.items() if outcome is None]
+    names = {view: f"the {VIEWS[view].sentence}" for view in CONTROLS}
+    won = [names[view] for view, outcome in outcomes.items() if outcome]
+    unknown = [names[view] for view, outcome in outcomes.items() if outcome is None]
     lost = [
-        f"the {CONTROLS[view]} ({_why(seen, controls[view])})"
+        f"{names[view]} ({_why(seen, controls[view])})"
         for view, outcome in outcomes.items()
         if outcome is False
     ]
     text = " ".join(
         sentence
-        for names, sentence in (
+        for listed, sentence in (
             (lost, f"Does NOT beat {_listed(lost, 'or')}."),
             (won, f"Beats {_listed(won, 'and')}."),
             (unknown, f"No interval to judge by against {_listed(unknown, 'and')}."),
         )
-        if names
+        if listed
     )
     if len(won) == len(CONTROLS):
         return Verdict(state="good", text="Beats all three controls.")
@@ -116,9 +124,9 @@ def _listed(names: Sequence[str], last: str) -> str:
 
 
 def _card(title: str, section: Section, key: str) -> Card:
-    count = section.get("short_count" if key == "exact_match" else "count")
-    if count is None:
-        count = section.get("count")
+    count = section.get("count")
+    if key == "exact_match":
+        count = section.get("short_count", count)
     return Card(
         title=title,
         metric=METRICS[key],

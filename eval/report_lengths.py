@@ -10,7 +10,7 @@ from statistics import median
 
 from eval.chart_axes import BOTTOM, LEFT, RIGHT, TOP, Tick, round_values, scaled
 from eval.gallery import KINDS, Example
-from eval.report_scores import Bar, Section, bars_of, pope_sections, section_of
+from eval.report_scores import Bar, Section, bars_of, titled_sections
 
 _MOST_BINS = 30
 _FEWEST_PLACES = 10
@@ -56,15 +56,9 @@ def length_charts(examples: Sequence[Example]) -> list[LengthChart]:
 
 def stop_rates(scores: Section) -> list[StopRates]:
     """Return the stop rates that were measured."""
-    sections = {
-        "Captions": section_of(scores, "captions"),
-        "Captions of stage 1 alone": section_of(scores, "pretrain_only", "captions"),
-        "Answers": section_of(scores, "answers"),
-        **{f"Yes or no, {name}": part for name, part in pope_sections(scores).items()},
-    }
     return [
         StopRates(title=title, bars=bars_of(section, "stop_rate"))
-        for title, section in sections.items()
+        for title, section in titled_sections(scores).items()
         if "stop_rate" in section
     ]
 

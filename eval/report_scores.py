@@ -61,12 +61,32 @@ METRICS = {
     "count": Metric("Texts", "that were scored", "count"),
 }
 
-CONTROLS = {
-    "blind": "blind control",
-    "noise": "noise control",
-    "untrained": "untrained projector",
+SEEN, BLIND = "seen", "blind"
+STAGE_1 = "Captions of stage 1 alone"
+SUBSET = "Yes or no, {}"
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a view is called."""
+
+    bar: str
+    """Beside a bar, where there is little room."""
+    column: str
+    """Above a column of a table."""
+    sentence: str
+    """In a sentence, behind an article."""
+
+
+VIEWS = {
+    SEEN: Label("Model", "Model", "model"),
+    BLIND: Label("Blind", "Blind", "blind control"),
+    "noise": Label("Noise", "Noise", "noise control"),
+    "untrained": Label("Untrained", "Untrained projector", "untrained projector"),
 }
-"""Key of each control in a section, and what it is called."""
+"""Key of each view of a section, and what it is called; all but the first are controls."""
+
+CONTROLS = tuple(view for view in VIEWS if view != SEEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +149,33 @@ def pope_sections(scores: Section) -> dict[str, Section]:
     return {name: section for name, section in subsets.items() if section}
 
 
+def titled_sections(scores: Section) -> dict[str, Section]:
+    """Return what was scored, each section under its title, in the order of the page."""
+    sections = {
+        "Captions": section_of(scores, "captions"),
+        STAGE_1: section_of(scores, "pretrain_only", "captions"),
+        "Answers": section_of(scores, "answers"),
+        **{SUBSET.format(name): part for name, part in pope_sections(scores).items()},
+    }
+    return {title: section for title, section in sections.items() if section}
+
+
 def views_of(section: Section) -> dict[str, Section]:
     """Return what is beside one another: the scores under `seen`, and the controls there are."""
     controls = {view: section[view] for view in CONTROLS if section.get(view)}
-    return {"seen": section, **controls}
+    return {SEEN: section, **controls}
+
+
+def is_over_nothing(section: Section, key: str) -> bool:
+    """Say whether a score is of nothing, whatever its number: exact match without short targets."""
+    return key == "exact_match" and section.get("short_count") == 0
+
+
+def measured_views(section: Section, key: str) -> dict[str, Measured]:
+    """Return one score of each view there is; of nothing, none has a value."""
+    nothing = is_over_nothing(section, key)
+    views = views_of(section)
+    return {view: measured({} if nothing else values, key) for view, values in views.items()}
 
 
 def measured(section: Section, key: str) -> Measured:
@@ -148,17 +191,16 @@ def measured(section: Section, key: str) -> Measured:
 
 def bars_of(section: Section, key: str) -> list[Bar]:
     """Return a bar for each view of a section; a share is measured against the whole."""
-    views = {view: measured(values, key) for view, values in views_of(section).items()}
+    views = measured_views(section, key)
     ends = [end for m in views.values() for end in (m.value, m.high) if end is not None]
     longest = 1.0 if METRICS[key].style == "share" else max([*ends, 0.0]) or 1.0
-    labels = {"seen": "Model", "blind": "Blind", "noise": "Noise", "untrained": "Untrained"}
 
     def percent(value: float | None) -> float | None:
         return None if value is None else round(100 * min(max(value / longest, 0.0), 1.0), 2)
 
     return [
         Bar(
-            label=labels[view],
+            label=VIEWS[view].bar,
             measured=m,
             width=percent(m.value) or 0.0,
             low=percent(m.low),

@@ -7,12 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.report_scores import METRICS, Section, measured, pope_sections, section_of, views_of
+from eval.report_scores import (
+    BLIND,
+    METRICS,
+    SEEN,
+    VIEWS,
+    Section,
+    measured,
+    measured_views,
+    pope_sections,
+    section_of,
+    titled_sections,
+    views_of,
+)
 
 LISTED = 50
 """Images of a kind that are named as contaminated; the rest are counted."""
 
-_VIEWS = {"seen": "Model", "blind": "Blind", "noise": "Noise", "untrained": "Untrained projector"}
 _KINDS = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
 
 Cell = tuple[str, ...]
@@ -49,13 +60,7 @@ class Contaminated:
 
 def score_tables(scores: Section) -> list[Table]:
     """Return every number, a table a kind; what was not scored is left out."""
-    sections = {
-        "Captions": section_of(scores, "captions"),
-        "Captions of stage 1 alone": section_of(scores, "pretrain_only", "captions"),
-        "Answers": section_of(scores, "answers"),
-        **{f"Yes or no, {name}": part for name, part in pope_sections(scores).items()},
-    }
-    return [_all_views(title, section) for title, section in sections.items() if section]
+    return [_all_views(title, section) for title, section in titled_sections(scores).items()]
 
 
 def type_table(scores: Section) -> Table | None:
@@ -63,13 +68,19 @@ def type_table(scores: Section) -> Table | None:
     types = section_of(scores, "answers").get("by_type") or {}
     parts = {name: section_of(types, name) for name in types}
     frequent = sorted(parts, key=lambda name: (-parts[name].get("count", 0), name))
-    keys = ("exact_match", "token_f1")
+    counts, keys = ("count", "short_count"), ("exact_match", "token_f1", "ROUGE-L")
     rows = [
-        Row(name=name, cells=[_count(parts[name]), *(_beside_blind(parts[name], k) for k in keys)])
+        Row(
+            name=name,
+            cells=[
+                *(_count(parts[name], key) for key in counts),
+                *(_beside_blind(parts[name], key) for key in keys),
+            ],
+        )
         for name in frequent
         if parts[name]
     ]
-    columns = ["Questions", *(METRICS[key].label for key in keys)]
+    columns = ["Questions", *(METRICS[key].label for key in ("short_count", *keys))]
     title = "Answers by type of question"
     return Table(title=title, first="Type", columns=columns, rows=rows) if rows else None
 
@@ -128,17 +139,18 @@ def _all_views(title: str, section: Section) -> Table:
     views = views_of(section)
     rows = []
     for key in [key for key in METRICS if any(key in values for values in views.values())]:
-        found = [measured(values, key) for values in views.values()]
+        found = measured_views(section, key).values()
         cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
         rows.append(Row(name=METRICS[key].label, meaning=METRICS[key].meaning, cells=cells))
-    return Table(title=title, first="Metric", columns=[_VIEWS[v] for v in views], rows=rows)
+    return Table(title=title, first="Metric", columns=[VIEWS[v].column for v in views], rows=rows)
 
 
-def _count(section: Section) -> Cell:
-    return (METRICS["count"].written(section.get("count")),)
+def _count(section: Section, key: str = "count") -> Cell:
+    return (METRICS[key].written(section.get(key)),)
 
 
 def _beside_blind(section: Section, key: str) -> Cell:
-    seen, blind = measured(section, key), measured(section.get("blind") or {}, key)
+    views = measured_views(section, key)
+    seen, blind = views[SEEN], views.get(BLIND) or measured({}, key)
     lines = (seen.written, seen.interval, f"blind {blind.written}")
     return tuple(line for line in lines if line)

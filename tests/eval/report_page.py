@@ -2,7 +2,8 @@
 
 from html.parser import HTMLParser
 
-from eval.report import Example, render_report
+from eval.gallery import Example
+from eval.report import render_report
 
 HOSTILE = (
     "</script></textarea><img src=x onerror=window.hacked=1><script>window.hacked=1</script> "

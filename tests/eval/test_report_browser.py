@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from eval.report import choose_examples, render_report
+from eval.gallery import choose_examples
+from eval.report import render_report
 from tests.browser import visited
 from tests.eval.report_page import EMPTY_PAGE, HOSTILE, LOW, example, section
 

@@ -122,6 +122,22 @@ def test_each_main_score_has_a_card_and_each_subset_one():
     ]
 
 
+def test_exact_match_over_no_short_target_has_no_card_and_is_not_judged():
+    nothing = section("exact_match", (0.0, 0.0, 0.0), **LOW) | {"short_count": 0}
+    cards = score_cards(scores(answers=nothing | {"token_f1": 0.5}))
+    assert [card.metric.label for card in cards if card.title == "Answers"] == ["Token F1"]
+    assert judge(nothing, "exact_match").state == "open"
+    assert {bar.measured.value for bar in bars_of(nothing, "exact_match")} == {None}
+    short = nothing | {"short_count": 1}
+    assert judge(short, "exact_match").state == "bad"
+
+
+@pytest.mark.parametrize(("changes", "texts"), [({"short_count": 3}, "3 texts"), ({}, "9 texts")])
+def test_exact_match_says_of_how_many_short_targets_where_that_is_known(changes, texts):
+    (card,) = score_cards({"answers": {"exact_match": 0.5, "count": 9} | changes})
+    assert card.texts == texts
+
+
 def test_the_longest_bar_or_whisker_fills_the_row():
     seen, *controls = bars_of(section("CIDEr", (2.0, 1.0, 4.0), **LOW), "CIDEr")
     assert (seen.width, seen.low, seen.high) == (50, 25, 100)

@@ -44,15 +44,35 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
 def test_types_are_ordered_by_how_often_they_are_asked_and_stand_beside_blind():
     types = {
         "rare": section("token_f1", SEEN, blind=(0.3, 0.2, 0.4), count=2),
-        "often": section("exact_match", SEEN, blind=(0.1, 0.0, 0.2), count=9),
+        "often": section("exact_match", SEEN, blind=(0.1, 0.0, 0.2), count=9) | {"short_count": 7},
+        "third": section("ROUGE-L", SEEN, count=1),
         "never": {"count": 0, "blind": {"count": 0}},
     }
     table = type_table({"answers": {"token_f1": 0.5, "by_type": types}})
     dash = "\u2013"
+    none = (dash, f"blind {dash}")
     assert [(row.name, row.cells) for row in table.rows] == [
-        ("often", [("9",), ("90.0%", "80.0\u2013100.0%", "blind 10.0%"), (dash, f"blind {dash}")]),
-        ("rare", [("2",), (dash, f"blind {dash}"), ("90.0%", "80.0\u2013100.0%", "blind 30.0%")]),
+        ("often", [("9",), ("7",), ("90.0%", "80.0\u2013100.0%", "blind 10.0%"), none, none]),
+        ("rare", [("2",), (dash,), none, ("90.0%", "80.0\u2013100.0%", "blind 30.0%"), none]),
+        ("third", [("1",), (dash,), none, none, ("0.900", "0.800\u20131.000", f"blind {dash}")]),
     ]
+    assert list(table.columns) == [
+        "Questions", "Short targets", "Exact match", "Token F1", "ROUGE-L",
+    ]  # fmt: skip
+
+
+def test_exact_match_over_no_short_target_is_a_dash_everywhere():
+    part = section("exact_match", (0.0, 0.0, 0.0), **dict.fromkeys(LOW, (0.0, 0.0, 0.0)))
+    part |= {"short_count": 0}
+    scores = {"answers": part | {"by_type": {"why": part}}}
+    dash = "\u2013"
+    (table,) = score_tables(scores)
+    rows = {row.name: row.cells for row in table.rows}
+    assert rows["Exact match"] == [(dash,)] * 4
+    assert type_table(scores).rows[0].cells[1:3] == [("0",), (dash, f"blind {dash}")]
+    of_older_version = {name: part[name] for name in part if name != "short_count"}
+    (table,) = score_tables({"answers": of_older_version})
+    assert {row.name: row.cells for row in table.rows}["Exact match"][0][0] == "0.0%"
 
 
 def test_yes_no_questions_have_a_row_a_subset():
