@@ -115,7 +115,7 @@ def test_the_features_of_a_file_are_the_cached_ones_to_rounding(runs, seeing):
         )
 
 
-def test_the_tower_is_loaded_once(runs, monkeypatch):
+def test_the_tower_is_loaded_once(runs):
     vision = Vision(runs["finetune"])
     assert vision.load() is vision.load()
 
