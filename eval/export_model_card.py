@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from cache.errors import StageError
 from cache.files import sha256_of
 from cache.spec import Spec
+from eval.report_scores import BLIND, is_over_nothing
 from eval.settings import EvaluateSettings
 from eval.trained import Trained
 
@@ -20,8 +21,6 @@ DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
 
 SHOWN = ("encoder", "llm", "projector", "pretrain", "finetune")
 """Sections of the settings that decided the weights."""
-
-CONTROL = "blind"
 
 
 def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
@@ -36,6 +35,7 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
         Markdown with a YAML header.
     """
     values = trained.params.values
+    shown = {name: without_folders(values[name]) for name in SHOWN if name in values}
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
@@ -44,16 +44,24 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
     return environment.get_template("model_card.md.j2").render(
         header=_yaml(_header(values)).rstrip(),
         answers=trained.answers,
-        encoder=values["encoder"],
-        llm=values["llm"],
+        encoder=shown["encoder"],
+        llm=shown["llm"],
         datasets=DATASETS.get(_source(values), ()),
         source=_source(values),
         spec=spec,
         question=settings.caption_question,
         rows=list(score_rows(read_scores(trained))),
         provenance=trained.provenance,
-        settings=_yaml({name: values[name] for name in SHOWN if name in values}).rstrip(),
+        settings=_yaml(shown).rstrip(),
     )
+
+
+def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which a file or folder of this machine has its last name alone."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        for name, value in values.items()
+    }
 
 
 def read_scores(trained: Trained) -> dict[str, Any]:
@@ -62,7 +70,7 @@ def read_scores(trained: Trained) -> dict[str, Any]:
     Raises:
         StageError: A report that cannot be read.
     """
-    report = trained.folder.parent.parent / "reports" / "eval.json"
+    report = trained.folder.resolve().parent.parent / "reports" / "eval.json"
     if not report.is_file():
         return {}
     try:
@@ -84,9 +92,9 @@ def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]
     for title, section in sections.items():
         if not isinstance(section, Mapping) or not section.get("count", 1):
             continue
-        control = section.get(CONTROL) or {}
+        control = section.get(BLIND) or {}
         for key, value in section.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and not is_over_nothing(section, key):
                 yield title, key, _written(section, key), _written(control, key)
 
 

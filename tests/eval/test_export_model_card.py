@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,37 @@ def test_a_local_model_and_own_data_get_no_public_name(run, tmp_path):
     text = card(run(data={"source": "local"}, llm=llm))
     assert {"base_model", "datasets"}.isdisjoint(header(text))
     assert "NF4" not in text
+
+
+def test_no_folder_of_this_machine_is_published(run, tmp_path):
+    for name in ("my-phi", "my-tower.pt"):
+        (tmp_path / name).mkdir()
+    encoder = VALUES["encoder"] | {"pretrained": str(tmp_path / "my-tower.pt")}
+    llm = VALUES["llm"] | {"model": f"{tmp_path}/my-phi/"}
+    text = card(run(encoder=encoder, llm=llm))
+    assert str(tmp_path) not in text
+    assert "# ViT-B-32-quickgelu with my-phi\n" in text
+    assert "`my-tower.pt`" in text
+    settings = YAML(typ="safe").load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["encoder"] == encoder | {"pretrained": "my-tower.pt"}
+    assert settings["llm"] == llm | {"model": "my-phi"}
+
+
+@pytest.mark.parametrize("name", ["runs/finetune", "finetune", "."])
+def test_the_report_is_found_however_the_run_is_named(run, tmp_path, monkeypatch, name):
+    trained = run()
+    monkeypatch.chdir(
+        {"runs/finetune": tmp_path, "finetune": tmp_path / "runs"}.get(name, trained.folder)
+    )
+    trained.folder = Path(name)
+    assert read_scores(trained)["captions"]["CIDEr"] == 0.9
+
+
+def test_exact_match_over_no_short_target_has_no_row(run):
+    answers = {"exact_match": 0.0, "token_f1": 0.5, "count": 9, "short_count": 0}
+    text = card(run(scores={"answers": answers}))
+    assert "| answers | token_f1 | 0.500 |  |" in text
+    assert "exact_match" not in text
 
 
 def test_it_says_where_the_model_comes_from(run):

@@ -77,6 +77,14 @@ def test_other_kinds_of_pictures_give_the_pixels_of_extraction(mode):
     assert torch.allclose(found, pixels_of(data), atol=1e-6)
 
 
+def test_gray_of_16_bits_is_not_scaled_as_the_model_card_says():
+    gray = np.random.default_rng(0).integers(0, 2**16, (48, 40), dtype=np.uint16)
+    data = png(Image.fromarray(gray))
+    found = processed(image_processor(spec()), Image.open(io.BytesIO(data)))
+    white = processed(image_processor(spec()), Image.new("RGB", (40, 48), "white"))
+    assert (found - white).abs().mean() < 0.1 < (pixels_of(data) - white).abs().mean()
+
+
 def test_a_picture_on_its_side_is_turned():
     exif = Image.Exif()
     exif[0x0112] = 6
