@@ -7,6 +7,7 @@ What needs torch is imported within its fixture: most other tests run without it
 import csv
 import hashlib
 import json
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from cache.table import ShardFile, StoreTable
 PATCHES, WIDTH, HIDDEN, ROWS, EOS = 4, 8, 64, 512, "<|endoftext|>"
 IMAGE_IDS = tuple(range(100, 140))
 WORDS = "a red blue green cat dog on in the box What is where Instruct: Output: yes no how many"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interruptible():
+    """Heed SIGINT, which a shell's background jobs ignore, and all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
