@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,55 @@ CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add a path to the system errors of a block that name none: a full disk, a failing one.
+
+    Python names the file when it cannot be opened, not when reading or writing fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path to write; on leaving without an error, sync it and rename it to `path`.
 
     The temporary file is removed when the block raises. A kill can leave one behind; its name
-    starts with a dot and the next write to the same path replaces it.
+    starts with a dot and the next write to the same path replaces it. What writes the file must
+    raise every error that it meets.
+
+    Raises:
+        OSError: Names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        yield temporary
-        sync(temporary)
+        with naming(path):
+            yield temporary
+            sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: Where it appears.
+        pieces: Its content, one behind the other.
+
+    Raises:
+        OSError: Names `path`.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
 
 
 @contextlib.contextmanager
@@ -67,15 +101,15 @@ def sync(path: Path) -> None:
     """Ask the system to bring a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -101,17 +135,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, temporary)
     except OSError:
         # Another file system, or one without hard links.
-        shutil.copyfile(source, temporary)
-        sync(temporary)
+        with replacing(target) as copy:
+            shutil.copyfile(source, copy)
+        return
     os.replace(temporary, target)
     # The rename of a link onto another link of the same file does nothing (rename(2)).
     temporary.unlink(missing_ok=True)
 
 
+def sha256_of_pieces(pieces: Iterable[bytes | memoryview]) -> str:
+    """Return the sha256 of bytes, one behind the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.files import link_or_copy, replacing, sha256_of
+from cache.files import link_or_copy, sha256_of, write_bytes
 from cache.plan import PlannedShard
 from cache.shard import open_shard
 from cache.spec import Spec
@@ -40,8 +40,7 @@ def publish(
     if probe:
         link_or_copy(probe, root / PROBE)
     table = _describe(root, plan, spec, hashes, sha256_of(probe) if probe else None)
-    with replacing(root / "spec.json") as temporary:
-        temporary.write_bytes(spec.to_json())
+    write_bytes(root / "spec.json", spec.to_json())
     table.write(root / INDEX)
     names = {shard.name for shard in plan} | ({PROBE} if probe else set())
     for path in [*root.glob("*.h5"), *root.glob(PROBE), *root.glob(".*.partial")]:

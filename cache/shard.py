@@ -28,7 +28,8 @@ from cache.errors import (
     SpecMismatchError,
     UnsafeShardError,
 )
-from cache.files import replacing
+from cache.files import write_bytes
+from cache.sparse_file import SparseFile
 from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
 ALIGNMENT = 4096
@@ -74,37 +75,54 @@ def write_shard(
     features_NPD: NDArray[np.float16],
     row_xxh3: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Write a shard, whole or not at all. Equal content gives equal bytes.
+    """Write a shard, whole or not at all; the arguments are those of `shard_bytes`."""
+    write_bytes(path, *shard_bytes(spec, image_ids, features_NPD, row_xxh3))
+
+
+def shard_bytes(
+    spec: Spec,
+    image_ids: NDArray[np.int64],
+    features_NPD: NDArray[np.float16],
+    row_xxh3: NDArray[np.uint64] | None = None,
+) -> list[bytes | memoryview]:
+    """Return the bytes of a shard in pieces. Equal content gives equal bytes.
+
+    The features are one of the pieces as they are, not copied: a shard can have gigabytes.
 
     Args:
-        path: Where it appears.
         spec: Of the features.
         image_ids: [N], ascending.
         features_NPD: float16 [N, P, D], C-contiguous.
         row_xxh3: What `hash_rows` gives for them; asked of it when not given.
     """
-    contents = {
-        "features": features_NPD.astype("<f2", copy=False),
-        "image_id": image_ids.astype("<i8", copy=False),
-        "row_xxh3": hash_rows(features_NPD) if row_xxh3 is None else row_xxh3,
-    }
-    with (
-        replacing(path) as temporary,
-        h5py.File(
-            temporary,
-            "w",
-            libver=LIBRARY_VERSIONS,
-            track_order=False,
-            # Of any size: a last shard of one small row is aligned too.
-            alignment_threshold=1,
-            alignment_interval=ALIGNMENT,
-        ) as file,
-    ):
-        for name, values in contents.items():
+    features = features_NPD.astype("<f2", copy=False)
+    image = SparseFile()
+    with h5py.File(
+        "shard",
+        "w",
+        driver="fileobj",
+        fileobj=image,
+        libver=LIBRARY_VERSIONS,
+        track_order=False,
+        # Of any size: a last shard of one small row is aligned too.
+        alignment_threshold=1,
+        alignment_interval=ALIGNMENT,
+    ) as file:
+        dataset = file.create_dataset("features", features.shape, "<f2", track_times=False)
+        if features.size:
+            # Any value makes HDF5 choose the place of all; they are put there below.
+            dataset[0, 0, 0] = 0
+        start = dataset.id.get_offset() or 0
+        for name, values in (
+            ("image_id", image_ids.astype("<i8", copy=False)),
+            ("row_xxh3", hash_rows(features_NPD) if row_xxh3 is None else row_xxh3),
+        ):
             file.create_dataset(name, data=values, track_times=False)
         for name, text in _attributes(spec).items():
             utf8 = h5py.string_dtype("utf-8", len(text))
             file.attrs.create(name, np.array(text, dtype=utf8), dtype=utf8)
+    head, tail = image.between(0, start), image.between(start + features.nbytes)
+    return [head, features.reshape(-1).view(np.uint8).data, tail]
 
 
 def open_shard(path: Path, spec: Spec) -> Shard:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cache.errors import CacheError, CorruptShardError, IncompleteStoreError, SpecMismatchError
-from cache.files import replacing
+from cache.files import write_bytes
 from cache.shard import Shard
 from cache.spec import Spec
 
@@ -108,17 +108,19 @@ class StoreTable:
         }
         if self.probe_sha256 is not None:
             metadata[b"probe_sha256"] = self.probe_sha256
-        with replacing(path) as temporary:
-            # Without the Arrow schema, which would hold the metadata, and the hash, once more.
-            with pq.ParquetWriter(
-                temporary, SCHEMA, store_schema=False, write_page_checksum=True
-            ) as writer:
-                writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=READ_ROWS)
-                writer.add_key_value_metadata(metadata)
-            blank = temporary.read_bytes()
-            place = _place_of_hash(blank)
-            digest = hashlib.sha256(blank).hexdigest().encode()
-            temporary.write_bytes(blank[:place] + digest + blank[place + len(BLANK) :])
+        # In memory, so that the file is written by calls that raise their errors.
+        buffer = pa.BufferOutputStream()
+        # Without the Arrow schema, which would hold the metadata, and the hash, once more.
+        with pq.ParquetWriter(
+            buffer, SCHEMA, store_schema=False, write_page_checksum=True
+        ) as writer:
+            writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=READ_ROWS)
+            writer.add_key_value_metadata(metadata)
+        blank = buffer.getvalue().to_pybytes()
+        place = _place_of_hash(blank)
+        digest = hashlib.sha256(blank).hexdigest().encode()
+        view = memoryview(blank)
+        write_bytes(path, view[:place], digest, view[place + len(BLANK) :])
 
     @cached_property
     def by_shard(self) -> list[NDArray[np.int64]]:

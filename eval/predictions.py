@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.files import replacing, write_json
+from cache.files import write_bytes, write_json
 from eval.asking import Said
 from eval.controls import CONTROLS, SEEN
 from eval.gallery import Example, Kind
@@ -78,8 +78,9 @@ class Predictions:
 
     def write_table(self, path: Path) -> None:
         """Write one row a text."""
-        with replacing(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), temporary)
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), buffer)
+        write_bytes(path, memoryview(buffer.getvalue()))
 
     def write_coco_results(self, path: Path) -> None:
         """Write the captions of the fine-tuned model as the COCO evaluation takes them."""

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cache.errors import StageError
+from cache.files import sha256_of_pieces
 from cache.plan import PlannedShard
-from cache.shard import hash_rows, write_shard
+from cache.shard import hash_rows, shard_bytes
 from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.encoder import Encoder, Started
 from pipeline.finished import finish
@@ -223,11 +224,12 @@ def _write(
     features_NPD: NDArray[np.float16],
     tally: Tally,
 ) -> None:
-    fresh = folder / f".{shard.name}.new"
     with tally.timed("hash"):
         row_xxh3 = hash_rows(features_NPD)
-    with tally.timed("write"):
-        write_shard(fresh, encoder.spec, shard.image_ids, features_NPD, row_xxh3)
+    pieces = shard_bytes(encoder.spec, shard.image_ids, features_NPD, row_xxh3)
     with tally.timed("hash"):
-        tally.encoded_shards[shard.name] = finish(fresh, folder / shard.name)
+        digest = sha256_of_pieces(pieces)
+    with tally.timed("write"):
+        finish(folder / shard.name, pieces, digest)
+    tally.encoded_shards[shard.name] = digest
     tally.images_encoded += len(shard.image_ids)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.files import SHARDS, exclusive, write_json
+from cache.files import SHARDS, exclusive, sha256_of_pieces, write_json
 from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
@@ -160,14 +160,13 @@ def prepare_probe(tower: Tower, must_check: bool) -> None:
     if is_kept and not (must_check or tower.is_loaded):
         return
     # Imports torch.
-    from pipeline.probe import check_probe, read_probe, take_probe, write_probe
+    from pipeline.probe import check_probe, probe_bytes, read_probe, take_probe
 
     if is_kept:
         check_probe(tower.encoder, read_probe(path, tower.spec))
         return
-    fresh = path.with_name(f".{path.name}.new")
-    write_probe(fresh, take_probe(tower.encoder), tower.spec)
-    finish(fresh, path)
+    data = probe_bytes(take_probe(tower.encoder), tower.spec)
+    finish(path, [data], sha256_of_pieces([data]))
 
 
 def check_space(missing: list[PlannedShard], plan: list[PlannedShard], spec: Spec) -> None:

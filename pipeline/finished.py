@@ -7,12 +7,12 @@ alone would not do: a shard damaged in its padding would be published under a ne
 import contextlib
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.files import SHARDS, WORK, sha256_of, write_text
+from cache.files import SHARDS, WORK, sha256_of, write_bytes, write_text
 from cache.plan import PlannedShard
 from cache.spec import Spec
 from cache.table import INDEX, PROBE, StoreTable
@@ -32,13 +32,18 @@ def probe_file(spec: Spec) -> Path:
     return SHARDS / f"probe-{spec.fingerprint[:16]}.safetensors"
 
 
-def finish(fresh: Path, path: Path) -> str:
-    """Give a file that was just written its name, and return its sha256."""
-    digest = sha256_of(fresh)
+def finish(path: Path, pieces: Sequence[bytes | memoryview], digest: str) -> None:
+    """Write a finished file, whole or not at all, and its hash.
+
+    Args:
+        path: Of the file.
+        pieces: Its content, one behind the other.
+        digest: Their sha256, taken before they are written: whatever becomes of them on the disk,
+            a file with other bytes is never taken for finished.
+    """
     # The hash first, so that a finished file without it is never there.
     write_text(hash_file(path), digest)
-    os.replace(fresh, path)
-    return digest
+    write_bytes(path, *pieces)
 
 
 def checked_hash(path: Path) -> str | None:
@@ -85,5 +90,7 @@ def _take_over(names: Collection[str], table: StoreTable, spec: Spec) -> None:
     hashes = {file.name: file.sha256 for file in table.shards} | {PROBE: table.probe_sha256}
     for name, place in places.items():
         pulled = PULLED / name
-        if pulled.exists() and sha256_of(pulled) == hashes.get(name):
-            finish(pulled, place)
+        digest = hashes.get(name)
+        if digest and pulled.exists() and sha256_of(pulled) == digest:
+            write_text(hash_file(place), digest)
+            os.replace(pulled, place)

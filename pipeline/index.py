@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.files import WORK, link_or_copy, replacing, write_json
+from cache.files import WORK, link_or_copy, write_bytes, write_json
 from cache.images import ImageArchive
 from cache.settings import Params
 from pipeline.annotations import read_captions, read_conversations
@@ -192,8 +192,9 @@ def report(built: Index) -> dict[str, Any]:
 def _write_table(path: Path, rows: list[Any]) -> None:
     schema = SCHEMAS[path.stem]
     columns = {name: [getattr(row, name) for row in rows] for name in schema.names}
-    with replacing(path) as temporary:
-        pq.write_table(pa.Table.from_pydict(columns, schema=schema), temporary, compression="zstd")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pydict(columns, schema=schema), buffer, compression="zstd")
+    write_bytes(path, memoryview(buffer.getvalue()))
 
 
 def _publish(work: Path, folder: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from cache.errors import (
@@ -27,7 +27,7 @@ from cache.errors import (
     SpecMismatchError,
     StageError,
 )
-from cache.files import canonical_json, replacing
+from cache.files import canonical_json
 from cache.spec import Spec
 from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.encoder import Encoder
@@ -66,7 +66,7 @@ spec names it, and `pipeline.encoder` checks it against the weights.
 TOLERANCES = {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
 
 MAX_HEADER_BYTES = 8192
-"""A header as `write_probe` makes it has some 400."""
+"""A header as `probe_bytes` makes it has some 400."""
 
 _VERSION = re.compile("[A-Za-z0-9_.+!-]{1,40}")
 """A library's name, or a version. Error texts quote both, so that they must be short."""
@@ -112,11 +112,10 @@ def take_probe(encoder: Encoder) -> NDArray[np.float16]:
     return encoder.encode(probe_pixels(encoder.spec))
 
 
-def write_probe(path: Path, features_BPD: NDArray[np.float16], spec: Spec) -> None:
-    """Write a probe, whole or not at all. Equal content gives equal bytes.
+def probe_bytes(features_BPD: NDArray[np.float16], spec: Spec) -> bytes:
+    """Return the bytes of a probe's file. Equal content gives equal bytes.
 
     Args:
-        path: Where it appears.
         features_BPD: As `take_probe` returns them.
         spec: Of the features.
     """
@@ -126,9 +125,8 @@ def write_probe(path: Path, features_BPD: NDArray[np.float16], spec: Spec) -> No
         "versions": library_versions(),
         "xxh3": xxhash.xxh3_64_hexdigest(features.data),
     }
-    with replacing(path) as temporary:
-        # One key, because safetensors writes several in an order that differs in each process.
-        save_file({"features": features}, temporary, {"probe": canonical_json(told).decode()})
+    # One key, because safetensors writes several in an order that differs in each process.
+    return save({"features": features}, {"probe": canonical_json(told).decode()})
 
 
 def read_probe(path: Path, spec: Spec) -> Probe:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cache.errors import CacheError, StageError
-from cache.files import WORK, canonical_json, replacing, sha256_of
+from cache.files import WORK, canonical_json, sha256_of, write_bytes
 from cache.spec import FORMAT, Spec
 from pipeline.settings import EncoderSettings
 from pipeline.versions import library_versions
@@ -84,8 +84,7 @@ def remember(settings: EncoderSettings, spec: Spec) -> None:
     """Keep the spec that these settings gave."""
     key = _key(settings)
     if key is not None:
-        with replacing(SPECS / f"{key}.json") as temporary:
-            temporary.write_bytes(spec.to_json())
+        write_bytes(SPECS / f"{key}.json", spec.to_json())
 
 
 def _key(settings: EncoderSettings) -> str | None:

@@ -1,8 +1,11 @@
+import errno
 import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,8 +14,11 @@ from cache.files import (
     canonical_json,
     exclusive,
     link_or_copy,
+    naming,
     replacing,
     sha256_of,
+    sha256_of_pieces,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -48,6 +54,61 @@ def test_a_published_file_is_replaced_not_written_into(tmp_path):
     os.link(path, reader)
     write_text(path, "new")
     assert (path.read_text(), reader.read_text()) == ("new", "old")
+
+
+def test_pieces_are_written_one_behind_the_other(tmp_path):
+    path = tmp_path / "deep" / "a"
+    pieces = [b"head", memoryview(bytes(100_000)), b"", b"tail"]
+    write_bytes(path, *pieces)
+    assert path.read_bytes() == b"head" + bytes(100_000) + b"tail"
+    assert sha256_of(path) == sha256_of_pieces(pieces)
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_files_only():
+    """No file of more than a thousand bytes can be written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("small_files_only")
+@pytest.mark.parametrize("sizes", [[1001], [999, 2], [0, 10**6], [1000, 1]])
+def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path, sizes):
+    path = tmp_path / "a"
+    write_bytes(path, b"old")
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_bytes(path, *map(bytes, sizes))
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("small_files_only")
+def test_a_copy_that_fails_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError("another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    source, target = Path(__file__), tmp_path / "target"
+    write_bytes(target, b"old")
+    with pytest.raises(OSError, match="File too large") as caught:
+        link_or_copy(source, target)
+    assert str(tmp_path) in str(caught.value)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failing_disk_is_named_with_the_file():
+    with pytest.raises(OSError, match="Input/output error: 'a'"), naming(Path("a")):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    # Neither another path nor an error that is not of the system.
+    with pytest.raises(OSError, match="error: 'b'"), naming(Path("a")):
+        raise OSError(errno.EIO, "error", "b")
+    with pytest.raises(OSError, match=r"^words$"), naming(Path("a")):
+        raise OSError("words")
 
 
 def test_json_reads_back_and_refuses_what_json_has_no_word_for(tmp_path):

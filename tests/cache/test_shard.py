@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from cache.errors import CacheError, CorruptShardError, SpecMismatchError, UnsafeShardError
-from cache.shard import hash_rows, open_shard, write_shard
+from cache.shard import hash_rows, open_shard, shard_bytes, write_shard
 
 TYPES = {"features": "<f2", "image_id": "<i8", "row_xxh3": "<u8"}
 
@@ -124,6 +124,41 @@ def test_plain_h5py_finds_the_layout_of_the_design(shard, spec, rows):
             kind = file.attrs.get_id(name).get_type()
             assert not kind.is_variable_str()
             assert kind.get_cset() == h5py.h5t.CSET_UTF8
+
+
+def write_as_hdf5_does(path, spec, image_ids, rows):
+    """The same shard, written to the disk by HDF5 itself."""
+    with h5py.File(
+        path, "w", libver=("v110", "v110"), alignment_threshold=1, alignment_interval=4096
+    ) as file:
+        contents = {"features": rows, "image_id": image_ids, "row_xxh3": hash_rows(rows)}
+        for name, values in contents.items():
+            file.create_dataset(name, data=values, track_times=False)
+        for name, text in texts(spec).items():
+            utf8 = h5py.string_dtype("utf-8", len(text))
+            file.attrs.create(name, np.array(text, dtype=utf8), dtype=utf8)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (0, 4, 6), (1, 1, 1), (1, 4, 6), (1, 576, 1024), (3, 576, 1024), (20, 4, 8), (7, 49, 768),
+        (5, 4096, 1), (2048, 4, 8), (5000, 2, 3), (20000, 1, 1),
+    ],
+)  # fmt: skip
+def test_the_bytes_are_those_that_hdf5_writes(tmp_path, spec, shape):
+    """Of all sizes beside those of HDF5's buffers, which decide in what order it writes."""
+    rows = np.random.default_rng(0).standard_normal(shape).astype(np.float16)
+    spec = dataclasses.replace(spec, patches=shape[1], width=shape[2])
+    image_ids = 3 * np.arange(shape[0]) - 5
+    write_as_hdf5_does(tmp_path / "wanted.h5", spec, image_ids, rows)
+    assert b"".join(shard_bytes(spec, image_ids, rows)) == (tmp_path / "wanted.h5").read_bytes()
+
+
+def test_the_features_are_not_copied(spec, rows):
+    head, features, tail = shard_bytes(spec, IDS, rows)
+    assert np.shares_memory(np.frombuffer(features, np.uint8), rows)
+    assert len(head) + len(tail) < 2**16
 
 
 def test_the_map_is_read_only(shard, spec):

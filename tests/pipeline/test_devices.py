@@ -29,7 +29,7 @@ from pipeline.devices import Job, encode_job
 from pipeline.encoder import load_encoder, pick_devices
 from pipeline.extract import open_images, read_source
 from pipeline.image_source import ImageSource
-from pipeline.probe import take_probe, write_probe
+from pipeline.probe import probe_bytes, take_probe
 from pipeline.tally import Tally
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -52,7 +52,7 @@ def job(two, settings, monkeypatch):
     data = Params.read(Path("params.yaml")).section("data", DataSettings)
     source = open_images(read_source(), data)
     source = dataclasses.replace(source, source_xxh3=source.source_xxh3.copy())
-    write_probe(Path("probe"), take_probe(encoder), encoder.spec)
+    Path("probe").write_bytes(probe_bytes(take_probe(encoder), encoder.spec))
     made = Job(
         shards=plan_shards(source.image_ids, source.source_xxh3, encoder.spec.fingerprint, 4),
         source=source,
@@ -159,7 +159,7 @@ def spoil(source: ImageSource, position):
 def test_a_device_that_does_not_reproduce_the_probe_stops_the_stage(job, threads, monkeypatch):
     """The first device does not go on with all that there is to do."""
     job, encoder = job
-    write_probe(job.probe, take_probe(encoder) + np.float16(1), job.spec)
+    job.probe.write_bytes(probe_bytes(take_probe(encoder) + np.float16(1), job.spec))
     taken = []
     real = module.Shared.taken
 

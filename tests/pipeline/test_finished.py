@@ -1,15 +1,16 @@
 """A file counts as finished when its bytes are those whose hash was written, and never else."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cache.files import SHARDS, sha256_of
+from cache.files import SHARDS, sha256_of, sha256_of_pieces
 from cache.plan import plan_shards
 from cache.publish import publish
-from cache.shard import write_shard
+from cache.shard import shard_bytes
 from cache.spec import FORMAT, Spec
 from cache.table import INDEX, PROBE
 from pipeline import finished as module
@@ -40,10 +41,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def fresh(data=b"content"):
-    path = SHARDS / ".x.h5.new"
-    path.write_bytes(data)
-    return path
+def finish_bytes(path, data=b"content"):
+    digest = hashlib.sha256(data).hexdigest()
+    finish(path, [data[:3], memoryview(data)[3:]], digest)
+    return digest
 
 
 def files(folder=SHARDS):
@@ -55,13 +56,21 @@ def files(folder=SHARDS):
 
 def test_what_was_finished_is_there_under_its_hash():
     path = SHARDS / "x.h5"
-    digest = finish(fresh(), path)
+    digest = finish_bytes(path)
     assert files() == {"x.h5": b"content", "x.sha256": digest.encode()}
     assert digest == sha256_of(path) == checked_hash(path)
 
 
+def test_a_file_that_holds_other_bytes_than_were_meant_is_never_finished(capsys):
+    """Whoever wrote them: the hash is not taken of what lies there."""
+    path = SHARDS / "x.h5"
+    finish(path, [bytes(7)], hashlib.sha256(b"content").hexdigest())
+    assert checked_hash(path) is None
+    assert "again" in capsys.readouterr().out
+
+
 def test_what_was_never_finished_is_not_there():
-    fresh()
+    (SHARDS / ".x.h5.partial").write_bytes(b"content")
     assert checked_hash(SHARDS / "x.h5") is None
 
 
@@ -71,7 +80,7 @@ def test_a_kill_between_the_hash_and_the_rename_leaves_nothing_finished(
 ):
     path = SHARDS / "x.h5"
     if before:
-        finish(fresh(before), path)
+        finish_bytes(path, before)
     if before == b"damaged":
         path.write_bytes(b"other")
     real, renamed = os.replace, []
@@ -82,23 +91,23 @@ def test_a_kill_between_the_hash_and_the_rename_leaves_nothing_finished(
             raise KeyboardInterrupt
         real(source, target)
 
-    unfinished = fresh()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            finish(unfinished, path)
+            finish_bytes(path)
     # The hash was there first.
-    assert renamed[0]["x.sha256"].decode() == sha256_of(SHARDS / ".x.h5.new")
+    assert renamed[0]["x.sha256"].decode() == hashlib.sha256(b"content").hexdigest()
+    assert renamed[0][".x.h5.partial"] == b"content"
     capsys.readouterr()
     assert checked_hash(path) is None
     assert bool(capsys.readouterr().out) == (before is not None)
-    finish(fresh(), path)
+    finish_bytes(path)
     assert checked_hash(path)
 
 
 def test_a_file_without_its_hash_is_not_finished():
     path = SHARDS / "x.h5"
-    finish(fresh(), path)
+    finish_bytes(path)
     hash_file(path).unlink()
     assert checked_hash(path) is None
 
@@ -106,7 +115,7 @@ def test_a_file_without_its_hash_is_not_finished():
 @pytest.mark.parametrize("data", [b"", b"conten", b"content ", b"Content"])
 def test_a_damaged_file_is_said_and_not_counted(data, capsys):
     path = SHARDS / "x.h5"
-    finish(fresh(), path)
+    finish_bytes(path)
     path.write_bytes(data)
     assert checked_hash(path) is None
     out = capsys.readouterr().out
@@ -118,7 +127,7 @@ def test_a_damaged_file_is_said_and_not_counted(data, capsys):
 )
 def test_a_damaged_hash_is_said_and_not_counted(data, capsys):
     path = SHARDS / "x.h5"
-    finish(fresh(), path)
+    finish_bytes(path)
     hash_file(path).write_bytes(data)
     assert checked_hash(path) is None
     assert "again" in capsys.readouterr().out
@@ -140,10 +149,9 @@ def plan_of(spec, num_images=12):
 
 def make_all(spec, plan):
     for planned in plan:
-        path = SHARDS / f".{planned.name}.new"
-        write_shard(path, spec, planned.image_ids, content(planned, spec))
-        finish(path, SHARDS / planned.name)
-    finish(fresh(b"probe of layer %d" % spec.layer), probe_file(spec))
+        pieces = shard_bytes(spec, planned.image_ids, content(planned, spec))
+        finish(SHARDS / planned.name, pieces, sha256_of_pieces(pieces))
+    finish_bytes(probe_file(spec), b"probe of layer %d" % spec.layer)
 
 
 def test_only_planned_shards_that_are_whole_are_counted(capsys):
@@ -275,7 +283,7 @@ def test_a_recovery_that_was_killed_goes_on_where_it_was(stored, monkeypatch):
 def test_a_probe_that_is_here_must_be_that_of_the_store_that_dvc_has(stored, is_same):
     probe = probe_file(SPEC)
     data = stored.files[PROBE] if is_same else b"of other libraries"
-    finish(fresh(data), probe)
+    finish_bytes(probe, data)
     recover_finished(stored.names, SPEC)
     assert finished_names() == (stored.names if is_same else set()) | {probe.name}
     assert probe.read_bytes() == data

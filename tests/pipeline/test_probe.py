@@ -21,7 +21,7 @@ from cache.errors import (
     SpecMismatchError,
     StageError,
 )
-from cache.files import canonical_json, sha256_of
+from cache.files import canonical_json, sha256_of, write_bytes
 from pipeline import decode, probe
 from pipeline.encoder import Encoder, load_encoder
 from pipeline.probe import (
@@ -30,11 +30,11 @@ from pipeline.probe import (
     TOLERANCES,
     Probe,
     check_probe,
+    probe_bytes,
     probe_pixels,
     read_probe,
     relative_differences,
     take_probe,
-    write_probe,
 )
 from pipeline.settings import EncoderSettings
 from pipeline.versions import library_versions
@@ -98,7 +98,7 @@ def features():
 @pytest.fixture
 def written(tmp_path, spec, features):
     path = tmp_path / "probe.safetensors"
-    write_probe(path, features, spec)
+    write_bytes(path, probe_bytes(features, spec))
     return path
 
 
@@ -178,10 +178,10 @@ def test_two_processes_write_the_same_bytes(written, tmp_path, spec):
     (tmp_path / "spec.json").write_bytes(spec.to_json())
     code = (
         "import sys; from pathlib import Path; from safetensors.numpy import load_file;"
-        "from cache.spec import Spec; from pipeline.probe import write_probe;"
+        "from cache.spec import Spec; from pipeline.probe import probe_bytes;"
         "old, new, spec = map(Path, sys.argv[1:]);"
         "spec = Spec.from_json(spec.read_bytes(), 'here');"
-        "write_probe(new, load_file(old)['features'], spec)"
+        "new.write_bytes(probe_bytes(load_file(old)['features'], spec))"
     )
     paths = [written, tmp_path / "again.safetensors", tmp_path / "spec.json"]
     subprocess.run(
@@ -190,20 +190,6 @@ def test_two_processes_write_the_same_bytes(written, tmp_path, spec):
         check=True,
     )
     assert paths[1].read_bytes() == written.read_bytes()
-
-
-def test_a_probe_appears_whole_or_not_at_all(written, spec, features, monkeypatch):
-    before = written.read_bytes()
-
-    def stop(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(probe, "save_file", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_probe(written, features, spec)
-    assert written.read_bytes() == before
-    assert list(written.parent.iterdir()) == [written]
 
 
 def test_no_probe_is_an_incomplete_store(tmp_path, spec):
@@ -351,7 +337,7 @@ def differences(encoder, precision):
 def test_an_encoder_passes_its_own_probe(tmp_path, precision):
     encoder = demo_encoder(precision)
     path = tmp_path / "probe.safetensors"
-    write_probe(path, take_probe(encoder), encoder.spec)
+    write_bytes(path, probe_bytes(take_probe(encoder), encoder.spec))
     check_probe(encoder, read_probe(path, encoder.spec))
 
 
