@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CacheError, CorruptShardError, FormatVersionError, SpecMismatchError
-from cache.files import sha256_of
+from cache.files import naming, sha256_of
+from cache.foreign import one_line
 from cache.location import Location
 from cache.plan import shard_key
 from cache.shard import Shard, hash_rows, open_shard
@@ -43,6 +44,8 @@ class VerifyReport:
     bad_files: list[str] = field(default_factory=list)
     """Names of the files that are not as they were written, which extracting again would mend. A
     file that could not be read, or of another version of the format, is none of them."""
+    unreadable: list[str] = field(default_factory=list)
+    """Those of the problems that are failures of the system: nothing is known of such a file."""
 
 
 Problems = list[tuple[str, CacheError | OSError]]
@@ -102,19 +105,26 @@ def audit(
 
 
 def _report(problems: Problems) -> VerifyReport:
-    lines = [" ".join(str(problem).split()) for _, problem in problems]
+    lines = [one_line(problem) for _, problem in problems]
     bad_files = [
         name
         for name, problem in problems
         if isinstance(problem, CacheError) and not isinstance(problem, FormatVersionError)
     ]
-    return VerifyReport(not problems, lines, bad_files)
+    unreadable = [
+        line
+        for line, (_, problem) in zip(lines, problems, strict=True)
+        if not isinstance(problem, CacheError)
+    ]
+    return VerifyReport(not problems, lines, bad_files, unreadable)
 
 
 def _check_spec(location: Location) -> Spec:
     path = location.path("spec.json", MAX_JSON_BYTES)
     spec = Spec.read(path)
-    if path.read_bytes() != spec.to_json():
+    with naming(path):
+        data = path.read_bytes()
+    if data != spec.to_json():
         raise SpecMismatchError(
             f"{path}: is not spelled as canonical JSON, so not as it was written. "
             f"Fetch it again, or run the extract stage."
@@ -175,7 +185,7 @@ def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -
     buffer = np.empty(max(1, BLOCK_BYTES // row_bytes) * row_bytes, np.uint8)
     bad = np.zeros(len(shard.image_ids), bool)
     done = 0
-    with shard.path.open("rb") as file:
+    with naming(shard.path), shard.path.open("rb") as file:
         for block in _blocks(file, buffer, shard.offset):
             digest.update(block.data)
         for block in _blocks(file, buffer, len(bad) * row_bytes):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from cache.files import CHUNK_BYTES
+from cache.files import CHUNK_BYTES, naming
 
 MD5 = re.compile(r"[0-9a-f]{32}")
 """A listing that was received could name a path instead."""
@@ -77,7 +77,7 @@ def _stored_as(objects: Path, names: Collection[str]) -> set[str]:
 
 def _md5_of(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 Owns which names are allowed and where they are looked up. Does not decode anything.
 """
 
+import errno
 import lzma
 import os
 import zipfile
@@ -10,6 +11,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from cache.errors import StageError
+from cache.files import naming
+from cache.zip_file import open_zip
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger file is refused before it is read: a zip member can claim any size."""
@@ -24,6 +27,10 @@ _ZIP_ERRORS = (
     RuntimeError,
 )
 """What zipfile raises on damaged, encrypted or oddly compressed archives."""
+
+
+FAILING_DISK = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors that say nothing about a file or its name."""
 
 
 class ImageNameError(ValueError):
@@ -63,7 +70,7 @@ class ImageArchive:
 
     def _open_zip(self, key: str) -> None:
         try:
-            archive = zipfile.ZipFile(self.path)
+            archive = open_zip(self.path)
         except _ZIP_ERRORS as error:
             raise StageError(
                 f"{key}: {self.path} is neither a folder nor a readable zip ({error}). "
@@ -71,6 +78,7 @@ class ImageArchive:
             ) from None
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if not names:
+            archive.close()
             raise StageError(f"{key}: {self.path} is an empty zip, wanted images in it.")
         # COCO's zips hold train2017/000000000009.jpg where annotations say 000000000009.jpg.
         for name in names:
@@ -98,8 +106,11 @@ class ImageArchive:
                 raise ImageNameError(f"no file {path.name!r} in {self.path}")
             if path.stat().st_size > MAX_IMAGE_BYTES:
                 raise ImageNameError(f"{path.name!r} has more than {MAX_IMAGE_BYTES} bytes")
-            return path.read_bytes()
+            with naming(path):
+                return path.read_bytes()
         except OSError as error:
+            if error.errno in FAILING_DISK:
+                raise
             # A name that the file system cannot hold, or a file that may not be read.
             raise ImageNameError(f"{path.name!r} in {self.path}: {error.strerror}") from None
 
@@ -107,7 +118,7 @@ class ImageArchive:
         if file_name not in self._members:
             raise ImageNameError(f"no file {file_name!r} in {self.path}")
         if self._zip is None or self._owner != os.getpid():
-            self._zip, self._owner = zipfile.ZipFile(self.path), os.getpid()
+            self._zip, self._owner = open_zip(self.path), os.getpid()
         member = self._zip.getinfo(self._members[file_name])
         if member.file_size > MAX_IMAGE_BYTES:
             raise ImageNameError(f"{file_name!r} has more than {MAX_IMAGE_BYTES} bytes")

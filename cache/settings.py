@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from cache.errors import SettingsError
+from cache.files import naming
 
 SECTIONS = (
     "seed",
@@ -52,9 +53,11 @@ class Params:
             SettingsError: No such file, not YAML, or an unknown top-level key.
         """
         try:
-            text = path.read_bytes().decode()
+            with naming(path):
+                text = path.read_bytes().decode()
             values = YAML(typ="safe", pure=True).load(text)
-        except OSError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
+            # Not of a failing disk, which says nothing about the settings.
             raise SettingsError(
                 f"{path}: no settings file that can be read. Run in a folder that has one, "
                 f"or name one with --params."

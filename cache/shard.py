@@ -22,13 +22,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from cache.errors import (
-    CacheError,
     CorruptShardError,
     IncompleteStoreError,
     SpecMismatchError,
     UnsafeShardError,
 )
 from cache.files import write_bytes
+from cache.foreign import reading_foreign_file
 from cache.sparse_file import SparseFile
 from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
@@ -132,26 +132,25 @@ def open_shard(path: Path, spec: Spec) -> Shard:
         CorruptShardError: HDF5 cannot read it, or its parts do not fit together.
         UnsafeShardError: Anything but three plain contiguous datasets.
         SpecMismatchError: Another encoder wrote it.
+        OSError: The system could not read it; it names the file.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     # Readers never write, and some shared file systems refuse locks.
     access.set_file_locking(False, True)
-    try:
+    with reading_foreign_file(functools.partial(_unreadable, path), path):
         file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
         try:
             return _read_checked(file, path, spec)
         finally:
             file.close()
-    except CacheError:
-        raise
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, MemoryError) as error:
-        # What h5py and numpy raise on damaged files.
-        detail = " ".join(str(error).split())
-        raise CorruptShardError(
-            f"{path}: HDF5 cannot read it ({detail}). Fetch it again, or run "
-            f"`python -m cache.verify {path.parent} --repair` and the extract stage."
-        ) from None
+
+
+def _unreadable(path: Path, detail: str) -> CorruptShardError:
+    return CorruptShardError(
+        f"{path}: HDF5 cannot read it ({detail}). Fetch it again, or run "
+        f"`python -m cache.verify {path.parent} --repair` and the extract stage."
+    )
 
 
 def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import FormatVersionError, IncompleteStoreError, SpecMismatchError
-from cache.files import canonical_json
+from cache.files import canonical_json, naming
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
@@ -70,7 +70,7 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> "Spec":
         """Read a store's spec.json; the errors are those of `from_json`."""
-        with path.open("rb") as file:
+        with naming(path), path.open("rb") as file:
             return cls.from_json(file.read(MAX_JSON_BYTES), str(path))
 
     @classmethod

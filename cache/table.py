@@ -4,23 +4,24 @@ Read with bounds on everything that later becomes a path, an offset or a size. I
 their own sha256, so that a flipped bit is found wherever it is.
 """
 
+import functools
 import hashlib
 import json
-import mmap
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptShardError, IncompleteStoreError, SpecMismatchError
-from cache.files import write_bytes
+from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.files import naming, write_bytes
+from cache.foreign import reading_foreign_file
 from cache.shard import Shard
 from cache.spec import Spec
 
@@ -56,6 +57,9 @@ ARRAYS = {
 
 READ_ROWS = 1 << 16
 """Rows of a row group, and rows that are read at a time."""
+
+READ_BYTES = 1 << 18
+"""Bytes of the file that are hashed at a time."""
 
 OWN_HASH = b"file_sha256"
 """Metadata key of the file's own hash, which is taken with `BLANK` in its place."""
@@ -166,23 +170,20 @@ class StoreTable:
             SpecMismatchError: It is of another encoder.
             CorruptShardError: Its rows contradict each other, or the sizes of the shards.
         """
-        try:
+        with (
+            reading_foreign_file(functools.partial(_no_parquet, path), path),
             # As a dictionary, each name is there once and not a million times.
-            with pq.ParquetFile(
+            pq.ParquetFile(
                 path,
                 read_dictionary=["shard"],
                 page_checksum_verification=True,
                 pre_buffer=False,
-            ) as file:
-                fingerprint, shards, probe = _read_header(file, path, spec)
-                for shard in shards:
-                    check_file(shard)
-                columns = _read_columns(file, shards, path)
-        except CacheError:
-            # Some are OSErrors too.
-            raise
-        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError) as error:
-            raise _bad(path, f"not a parquet file of these columns ({error})") from None
+            ) as file,
+        ):
+            fingerprint, shards, probe = _read_header(file, path, spec)
+            for shard in shards:
+                check_file(shard)
+            columns = _read_columns(file, shards, path)
         # Arrow would keep what it read with for its next use.
         pa.default_memory_pool().release_unused()
         table = cls(fingerprint, shards, probe_sha256=probe, **columns)
@@ -196,17 +197,19 @@ def check_own_hash(path: Path) -> None:
     Raises:
         CorruptShardError: They are not those that were written.
     """
-    # Mapped: whatever its size is, it takes no memory.
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        place = _place_of_hash(data)
-        if place < 0:
+    with naming(path), path.open("rb") as file:
+        place = _place_in(file)
+        if place is None:
             # Written elsewhere: the format does not ask for it.
             return
-        with memoryview(data) as view:
-            stated = bytes(view[place : place + len(BLANK)])
-            hashed = hashlib.sha256(view[:place])
-            hashed.update(BLANK)
-            hashed.update(view[place + len(BLANK) :])
+        file.seek(0)
+        hashed = hashlib.sha256()
+        for data in _chunks(file, place):
+            hashed.update(data)
+        stated = file.read(len(BLANK))
+        hashed.update(BLANK)
+        for data in _chunks(file):
+            hashed.update(data)
     digest = hashed.hexdigest().encode()
     if stated != digest:
         raise CorruptShardError(
@@ -215,7 +218,31 @@ def check_own_hash(path: Path) -> None:
         )
 
 
-def _place_of_hash(data: bytes | mmap.mmap) -> int:
+def _place_in(file: BinaryIO) -> int | None:
+    """Return where the own hash of an opened index starts; None if it has none.
+
+    Read and not mapped: a map of a disk that fails kills the process.
+    """
+    place, start, before = None, 0, b""
+    for data in _chunks(file):
+        # A key can lie across two chunks.
+        found = _place_of_hash(before + data)
+        if found >= 0:
+            place = start - len(before) + found
+        start += len(data)
+        before = (before + data)[1 - len(OWN_HASH) :]
+    return place
+
+
+def _chunks(file: BinaryIO, num_bytes: int | None = None) -> Iterator[bytes]:
+    """Read so many bytes, or the rest, some at a time."""
+    while data := file.read(READ_BYTES if num_bytes is None else min(READ_BYTES, num_bytes)):
+        yield data
+        if num_bytes is not None:
+            num_bytes -= len(data)
+
+
+def _place_of_hash(data: bytes) -> int:
     """Return where the file's own hash starts; -1 if it has none."""
     place = data.rfind(OWN_HASH)
     # Thrift writes a key, then a field header and a length below 128, then the value.
@@ -315,6 +342,10 @@ def _check_rows(table: StoreTable, path: Path) -> None:
                 f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
                 f"0, 1, 2, ... Fetch it again."
             )
+
+
+def _no_parquet(path: Path, detail: str) -> IncompleteStoreError:
+    return _bad(path, f"not a parquet file of these columns ({detail})")
 
 
 def _bad(path: Path, detail: str) -> IncompleteStoreError:

@@ -46,15 +46,23 @@ def verify(root: str, deep: bool, repair: bool) -> None:
         print(problem)
     if not report.ok:
         dropped = drop(Path(root), report) if repair else []
-        raise CorruptShardError(
-            f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}. "
-            + ("Run the extract stage." if repair else "--repair deletes what is bad.")
-        )
+        raise CorruptShardError(_what_to_do(root, report, dropped, repair))
     table = StoreTable.read(
         location.path(INDEX), Spec.read(location.path("spec.json", MAX_JSON_BYTES))
     )
     what = "all bytes are those that were written" if deep else "sizes and structure are right"
     print(f"{root}: {len(table.image_ids)} images in {len(table.shards)} shards, {what}")
+
+
+def _what_to_do(root: str, report: VerifyReport, dropped: list[str], repair: bool) -> str:
+    counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}"
+    if report.unreadable:
+        # Whether they are damaged nobody knows, so they stay.
+        return (
+            f"{counts}, not readable: {len(report.unreadable)}, the first: {report.unreadable[0]}. "
+            f"Look after the disk or the file system, then verify again."
+        )
+    return f"{counts}. {'Run the extract stage.' if repair else '--repair deletes what is bad.'}"
 
 
 def drop(folder: Path, report: VerifyReport) -> list[str]:

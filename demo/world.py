@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cache.command import run_guarded
 from cache.files import replacing, write_json
 from demo.coco import captions_file, file_name, instances_file, instruct_file
 from demo.draw import draw_scene
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=NUM_VAL, help="images (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="%(default)s")
     arguments = parser.parse_args()
-    write_world(arguments.root, arguments.train, arguments.val, arguments.seed)
+    run_guarded(lambda: write_world(arguments.root, arguments.train, arguments.val, arguments.seed))
 
 
 if __name__ == "__main__":

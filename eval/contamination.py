@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from eval.pictures import IMAGES
 from train.data import held_out_images, read_caption_examples, read_conversation_examples
 
@@ -64,17 +64,19 @@ def read_images() -> IndexedImages:
     conversed = read_conversation_examples("train")
     trained = {*captioned.image_ids.tolist(), *conversed.image_ids.tolist()}
     names = ("image_id", "split", "source_xxh3")
-    try:
+    with reading_foreign_file(_damaged, IMAGES):
         with pq.ParquetFile(IMAGES) as file:
             table = file.read(columns=list(names))
         image_ids, splits, hashes = (table[name].to_pylist() for name in names)
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise StageError(f"{IMAGES}: {error}. Run the index stage, or `dvc pull`.") from None
     return IndexedImages(
         dict(zip(image_ids, splits, strict=True)),
         dict(zip(image_ids, hashes, strict=True)),
         trained,
     )
+
+
+def _damaged(detail: str) -> StageError:
+    return StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`.")
 
 
 def counts(num_images: int, found: Collection[Contaminated], *, left_out: bool) -> dict[str, Any]:

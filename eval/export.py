@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from cache.command import run_guarded
 from cache.errors import SettingsError, StageError
 from cache.files import sync, write_text
+from cache.foreign import writing_foreign_file
 from cache.settings import Params
 from cache.spec import Spec
 from eval.export_model_card import model_card
@@ -73,7 +74,7 @@ def export(run: Path, out: Path) -> None:
     processor = make_processor(
         trained.tokenizer, parts.spec, parts.vision.patch_size, answers=trained.answers
     )
-    with appearing(out) as folder:
+    with appearing(out) as folder, writing_foreign_file(out):
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)
         processor.save_pretrained(folder)
         write_text(folder / "README.md", model_card(trained, parts.spec, settings))

@@ -5,6 +5,7 @@ what is exported is the model that was evaluated.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PhiConfig, PreTrainedModel
 
 from cache.errors import SettingsError, StageError
+from cache.foreign import reading_foreign_file
 from train.language_model import DTYPES
 from train.settings import LlmSettings
 
@@ -28,11 +30,12 @@ def phi_config(settings: LlmSettings) -> PhiConfig:
         SettingsError: None that can be read.
         StageError: It is no Phi.
     """
-    try:
+
+    def refuse(detail: str) -> SettingsError:
+        return SettingsError(f"llm.model: {settings.model}: no config ({detail}).")
+
+    with reading_foreign_file(refuse, Path(settings.model)):
         config = AutoConfig.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise SettingsError(f"llm.model: {settings.model}: no config ({detail}).") from None
     if not isinstance(config, PhiConfig):
         raise StageError(
             f"llm.model: {settings.model} is of type {config.model_type!r}, and only Phi can be "

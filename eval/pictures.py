@@ -5,11 +5,11 @@ import io
 from collections.abc import Collection
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from cache.images import ImageArchive, ImageNameError
 from pipeline.decode import DecodeError, decode_upright
 
@@ -66,15 +66,17 @@ def _files(image_ids: Collection[int]) -> dict[int, tuple[str, str]]:
     Raises:
         StageError: No such table, or a damaged one.
     """
-    try:
+    with reading_foreign_file(_damaged, IMAGES):
         rows = pq.read_table(
             IMAGES,
             columns=["image_id", "split", "file_name"],
             filters=[("image_id", "in", sorted(image_ids))],
         ).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{IMAGES}: {error}. Run the index stage, or `dvc pull`.") from None
     return {row["image_id"]: (row["split"], row["file_name"]) for row in rows}
+
+
+def _damaged(detail: str) -> StageError:
+    return StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`.")
 
 
 def _archive(split: str, data: DataSettings) -> ImageArchive | None:

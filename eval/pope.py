@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 
 POPE = Path("data/index/pope.parquet")
 
@@ -35,18 +35,18 @@ def read_pope() -> dict[str, list[YesNo]]:
     """
     if not POPE.exists():
         return {}
-    try:
+    with reading_foreign_file(_damaged, POPE):
         with pq.ParquetFile(POPE) as file:
             rows = file.read(columns=list(COLUMNS)).to_pylist()
         questions = [(row["subset"], _yes_no(row)) for row in rows]
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        # Arrow's texts run over several lines.
-        reason = " ".join(str(error).split())
-        raise StageError(f"{POPE}: {reason}. Run the index stage, or `dvc pull`.") from None
     subsets: dict[str, list[YesNo]] = {}
     for subset, question in questions:
         subsets.setdefault(subset, []).append(question)
     return subsets
+
+
+def _damaged(detail: str) -> StageError:
+    return StageError(f"{POPE}: {detail}. Run the index stage, or `dvc pull`.")
 
 
 def _yes_no(row: dict[str, object]) -> YesNo:

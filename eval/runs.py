@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
-from cache.files import canonical_json, sha256_of
+from cache.files import canonical_json, naming, sha256_of
 from cache.table import INDEX
 from eval.controls import Asked
 from train.data import FEATURES
@@ -89,7 +89,7 @@ def read_history(stage: str) -> list[dict[str, float]]:
     """
     path = RUNS / stage / "history.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with naming(path), path.open(newline="", encoding="utf-8") as file:
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     except (FileNotFoundError, csv.Error, ValueError, TypeError) as error:
         raise StageError(f"{path}: no history ({error}). Run the {stage} stage.") from None
@@ -104,9 +104,10 @@ def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
     """
     path = RUNS / stage / "provenance.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with naming(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
         learned_from = str(values["features_fingerprint"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise StageError(f"{path}: no provenance ({error}). Run the {stage} stage.") from None
     if learned_from != store.fingerprint:
         raise SpecMismatchError(

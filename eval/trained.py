@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cache.errors import SettingsError, SpecMismatchError, StageError
+from cache.files import naming
 from cache.settings import Params
 from cache.spec import Spec
 from train.language_model import load_language_model, load_lora, load_tokenizer
@@ -82,8 +83,9 @@ def load_run(folder: Path) -> Trained:
 
 def _provenance(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with naming(path):
+            values = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
         raise StageError(f"{path}: no provenance ({error}). Run the stage again.") from None
     if not isinstance(values, dict):
         raise StageError(f"{path}: no provenance: {type(values).__name__}. Run the stage again.")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from cache.errors import StageError
-from cache.files import CHUNK_BYTES, sha256_of, write_json
+from cache.files import CHUNK_BYTES, naming, sha256_of, write_json
 from pipeline.settings import Download
 
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -174,7 +174,7 @@ def _receive(
     headers = _range_headers(item, partial)
     with session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _accept(response, item, partial)
-        with partial.path.open("ab") as file:
+        with naming(partial.path), partial.path.open("ab") as file:
             bar.n = file.tell()
             # Not iter_content, which throws away the part of a chunk that came before a break.
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cache.errors import SettingsError, StageError
 from cache.files import canonical_json
+from cache.foreign import reading_foreign_file
 from cache.spec import FORMAT, Spec
 from pipeline.decode import Interpolation, Resize
 from pipeline.settings import EncoderSettings
@@ -206,10 +207,12 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
                 f"of open_clip.list_models(), or the path of an open_clip config JSON."
             )
         return model, config
-    try:
+
+    def refuse(detail: str) -> SettingsError:
+        return SettingsError(f"encoder.model: cannot read {model}: {detail}")
+
+    with reading_foreign_file(refuse, Path(model)):
         config = json.loads(Path(model).read_bytes())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"encoder.model: cannot read {model}: {error}") from None
     wanted = {"embed_dim", "vision_cfg", "text_cfg"}
     if not isinstance(config, dict) or not wanted <= config.keys():
         raise SettingsError(f"encoder.model: {model} is no open_clip config: it lacks {wanted}.")

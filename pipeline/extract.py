@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import SHARDS, exclusive, sha256_of_pieces, write_json
+from cache.foreign import reading_foreign_file
 from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
@@ -55,10 +55,8 @@ def read_source() -> ImageSource:
     Raises:
         StageError: No index, or an empty one.
     """
-    try:
+    with reading_foreign_file(_no_images, IMAGES):
         table = pq.read_table(IMAGES, columns=list(COLUMNS))
-    except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{IMAGES}: {error}. Run the index stage first.") from None
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
     return ImageSource(
@@ -68,6 +66,10 @@ def read_source() -> ImageSource:
         splits=table["split"].to_pylist(),
         archives={},
     )
+
+
+def _no_images(detail: str) -> StageError:
+    return StageError(f"{IMAGES}: {detail}. Run the index stage first.")
 
 
 def open_images(source: ImageSource, data: DataSettings) -> ImageSource:

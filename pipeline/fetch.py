@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from cache.command import run_stage
 from cache.data_settings import DataSettings
-from cache.errors import StageError
+from cache.errors import SettingsError, StageError
 from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
 from cache.settings import Params
+from cache.zip_file import open_zip
 from pipeline.download import check_free_space, download, problem
 from pipeline.settings import Download, FetchSettings
 
@@ -53,6 +54,9 @@ def render_demo(work: Path) -> None:
     checkout = str(Path(__file__).resolve().parents[1])
     search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
     finished = subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, check=False)
+    if finished.returncode in (1, SettingsError.exit_code):
+        # Its own line stands on stderr.
+        sys.exit(finished.returncode)
     if finished.returncode != 0:
         raise StageError(
             f"data.source demo: {' '.join(command[1:])} ended with exit code "
@@ -92,7 +96,7 @@ def unpack(archive: Path, members: tuple[str, ...], folder: Path) -> None:
         StageError: A member that is not there or is damaged.
     """
     try:
-        with zipfile.ZipFile(archive) as opened:
+        with open_zip(archive) as opened:
             for member in members:
                 with replacing(folder / PurePosixPath(member).name) as temporary:
                     _copy_member(opened, member, temporary)

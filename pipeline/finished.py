@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.files import SHARDS, WORK, sha256_of, write_bytes, write_text
+from cache.files import SHARDS, WORK, naming, sha256_of, write_bytes, write_text
 from cache.plan import PlannedShard
 from cache.spec import Spec
 from cache.table import INDEX, PROBE, StoreTable
@@ -51,8 +51,10 @@ def checked_hash(path: Path) -> str | None:
     if not path.exists() or not hash_file(path).exists():
         return None
     digest = sha256_of(path)
-    # As bytes: what is damaged need not be text.
-    if digest.encode() == hash_file(path).read_bytes():
+    with naming(hash_file(path)):
+        # As bytes: what is damaged need not be text.
+        stated = hash_file(path).read_bytes()
+    if digest.encode() == stated:
         return digest
     print(f"extract: making {path} again: its bytes are not those that were written", flush=True)
     return None

@@ -27,7 +27,7 @@ from cache.errors import (
     SpecMismatchError,
     StageError,
 )
-from cache.files import canonical_json
+from cache.files import canonical_json, naming
 from cache.spec import Spec
 from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.encoder import Encoder
@@ -144,7 +144,7 @@ def read_probe(path: Path, spec: Spec) -> Probe:
     shape = (len(NAMES), spec.patches, spec.width)
     num_bytes = math.prod(shape) * 2
     # By hand, as the safetensors format says: its own reader takes headers of 100 MB.
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, MAX_HEADER_BYTES))
         # One more than wanted, to see whether there are more.

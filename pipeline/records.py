@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
 from cache.errors import StageError
+from cache.files import naming
 from cache.images import ImageNameError, check_file_name
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
@@ -67,7 +68,8 @@ def read_text(path: Path, key: str, remedy: str = NAME_ANOTHER) -> str:
         StageError: No such file, or not UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with naming(path):
+            return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise StageError(
             f"{key}: {path} does not exist. Run the fetch stage, or name an annotation file there."

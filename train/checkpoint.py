@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cache.errors import StageError
 from cache.files import canonical_json, replacing
+from cache.foreign import reading_foreign_file, writing_foreign_file
 
 OPTIMIZER = "optimizer."
 PARAMETER = "parameter."
@@ -76,7 +78,8 @@ class Checkpoints:
         state = {"step": step, "progress": dict(progress)}
         about = {"state": state, "xxh3_128": _hash(state, tensors)}
         path = self._folder / f"step-{step:08}.safetensors"
-        with replacing(path) as temporary:
+        # Straight from the tensors to the file: in memory, safetensors makes two more copies.
+        with replacing(path) as temporary, writing_foreign_file(path):
             # One entry: safetensors writes several in an order that changes from run to run.
             save_file(tensors, temporary, {"checkpoint": json.dumps(about)})
         for newer in (other for other in self.paths if other > path):
@@ -90,10 +93,10 @@ class Checkpoints:
         """Read the newest checkpoint that is whole; damaged ones are named, and left there."""
         for path in reversed(self.paths):
             try:
-                return _read(path)
-            except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-                detail = " ".join(str(error).split())
-                print(f"{path}: damaged ({detail}); trying the one before", file=sys.stderr)
+                with reading_foreign_file(StageError, path):
+                    return _read(path)
+            except StageError as damage:
+                print(f"{path}: damaged ({damage}); trying the one before", file=sys.stderr)
         return None
 
 

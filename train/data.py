@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from train.prompts import Text, caption_text, conversation_text
 
 FEATURES = Path("data/features")
@@ -190,7 +191,11 @@ def _read_texts(path: Path, split: str, column: str) -> tuple[NDArray[np.int64],
 def _read(path: Path, split: str, *columns: str) -> pa.Table:
     """Read columns of the rows of a split, besides `image_id` and `split`."""
     wanted = ["image_id", "split", *columns]
-    try:
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{path}: {detail}. Run the index stage, or `dvc pull`.")
+
+    with reading_foreign_file(refuse, path):
         # Not pq.read_table: it looks for a data set of several files, with a module for each kind.
         with pq.ParquetFile(path, read_dictionary=["split"]) as file:
             # Some at a time, so that there is never much more than the result.
@@ -201,8 +206,6 @@ def _read(path: Path, split: str, *columns: str) -> pa.Table:
             schema = file.read_row_groups([], columns=wanted).schema
         table = pa.Table.from_batches(batches, schema)
         return table.select([name.partition(".")[0] for name in wanted])
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise StageError(f"{path}: {error}. Run the index stage, or `dvc pull`.") from None
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:

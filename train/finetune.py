@@ -7,6 +7,7 @@ import torch
 from cache import FeatureStore
 from cache.command import run_stage
 from cache.files import sha256_of
+from cache.foreign import writing_foreign_file
 from cache.settings import Params
 from train.data import FEATURES, read_conversation_examples, with_features
 from train.fingerprint import language_model_fingerprint
@@ -65,8 +66,9 @@ def finetune(params: Params) -> None:
             metrics = train(task, saving, run, tracker)
         if run.is_main:
             projector.save(run.files / "projector.safetensors")
-            # Left to itself, PEFT asks the hub whether embeddings were added.
-            adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
+            with writing_foreign_file(run.files / "adapter"):
+                # Left to itself, PEFT asks the hub whether embeddings were added.
+                adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
             run.publish(metrics, REPORT)
 
 

@@ -7,14 +7,14 @@ stages, because Phi-2's config has a dropout of 0.1 that would make a frozen mod
 import ctypes
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from cache.errors import SettingsError, StageError
+from cache.foreign import reading_foreign_file
 from train.settings import LlmSettings, LoraSettings
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
@@ -45,10 +46,8 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
         SettingsError: None there, one without an EOS token, or one that is Python code and so has
             no serialised form to be recognised by.
     """
-    try:
+    with reading_foreign_file(_refusal(settings.model), Path(settings.model)):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(settings.model, error) from None
     if tokenizer.eos_token_id is None:
         raise SettingsError(f"llm.model: the tokenizer of {settings.model} has no EOS token.")
     if not tokenizer.is_fast:
@@ -76,7 +75,7 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
             bnb_4bit_compute_dtype=DTYPES[settings.dtype],
         )
     transformers_logging.disable_progress_bar()
-    try:
+    with reading_foreign_file(_refusal(settings.model), Path(settings.model)):
         model: PreTrainedModel
         with _quantising_on_cpu() if quantization and device.type == "cpu" else nullcontext():
             model, loading = AutoModelForCausalLM.from_pretrained(
@@ -91,8 +90,6 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
         if loading["missing_keys"]:
             # Transformers would go on with random numbers in their place.
             raise ValueError(f"its files lack {', '.join(sorted(loading['missing_keys']))}")
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load(settings.model, error) from None
     # What the checkpoint recommends (sampling, penalties, beams) would mix into greedy decoding.
     model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
@@ -173,7 +170,11 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not weights.is_file():
         # PEFT would go on to a pickled file, or to the network.
         raise StageError(f"{folder}: holds no adapter_model.safetensors. Run the finetune stage.")
-    try:
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{folder}: no adapter for this model ({detail}).")
+
+    with reading_foreign_file(refuse, folder):
         with warnings.catch_warnings():
             # PEFT only warns of matrices that are missing, and keeps quiet on those too many.
             warnings.simplefilter("ignore", FutureWarning)
@@ -184,9 +185,6 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
             unmatched = sorted(wanted ^ set(file.keys()))
         if unmatched:
             raise ValueError(f"{len(unmatched)} matrices without a match: {unmatched[0]}, ...")
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise StageError(f"{folder}: no adapter for this model ({detail}).") from None
     return peft_model
 
 
@@ -195,9 +193,8 @@ def lora_dropouts(model: nn.Module) -> list[nn.Module]:
     return [module for name, module in model.named_modules() if name.endswith("lora_dropout")]
 
 
-def _cannot_load(model: str, error: Exception) -> SettingsError:
-    detail = " ".join(str(error).split())[:300]
-    return SettingsError(
+def _refusal(model: str) -> Callable[[str], SettingsError]:
+    return lambda detail: SettingsError(
         f"llm.model: cannot load {model!r}: {detail}. Wanted a hub id that can be reached, or a "
         f"directory with config.json, safetensors and tokenizer files."
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cache.errors import StageError
 from cache.files import replacing
+from cache.foreign import writing_foreign_file
 
 
 class Residual(nn.Module):
@@ -63,7 +64,7 @@ class Projector(nn.Module):
         }
         # One entry: safetensors writes several in an order that changes from run to run.
         metadata = {"projector": json.dumps(about)}
-        with replacing(path) as temporary:
+        with replacing(path) as temporary, writing_foreign_file(path):
             save_model(self, str(temporary), metadata)
 
 

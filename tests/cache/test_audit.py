@@ -196,6 +196,31 @@ def test_a_file_that_cannot_be_read_is_a_problem_but_not_bad(store, monkeypatch)
     assert report.bad_files == []
 
 
+@pytest.mark.parametrize(
+    ("place", "raised"),
+    [
+        ("cache.shard.h5py.h5g.open", ValueError("Unable to open group (errno = 5, error message")),
+        (
+            "cache.shard.h5py.h5o.get_info",
+            RuntimeError("Can't get info (file read: errno = 5, err"),
+        ),
+        ("cache.shard._read", OSError(5, "Can't read data (file read failed:\nerrno = 5, error")),
+        ("cache.table.pq.ParquetFile", OSError(5, "Error reading bytes. Detail: [errno 5] I")),
+        ("cache.audit.check_own_hash", OSError(5, "Input/output error", "a/index.parquet")),
+    ],
+)
+def test_no_library_calls_a_failing_disk_damage(store, monkeypatch, place, raised):
+    def fail(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(place, fail)
+    report = check(store.root)
+    assert not report.ok
+    assert report.bad_files == []
+    assert report.unreadable == report.problems
+    assert all("Input/output error: " in line for line in report.problems)
+
+
 def test_a_spec_larger_than_any_is_refused_unread(store):
     path = store.root / "spec.json"
     path.write_bytes(path.read_bytes() + b" " * 2**16)

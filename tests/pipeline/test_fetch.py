@@ -90,6 +90,16 @@ def test_a_demo_that_fails_publishes_nothing():
     assert not list(Path("data/raw").iterdir())
 
 
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_demo_that_says_what_is_wrong_is_not_explained_again(code, capfd):
+    write_world(code=code)
+    with pytest.raises(SystemExit) as ended:
+        run("demo")
+    assert ended.value.code == code
+    assert capfd.readouterr().err == ""
+    assert not list(Path("data/raw").iterdir())
+
+
 @pytest.fixture
 def remote(tmp_path_factory):
     """A folder and the address it is served at; `asked` lists the requests."""

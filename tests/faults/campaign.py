@@ -1,0 +1,258 @@
+"""Runs stages while the n-th write or read below their folder fails, and says what ends wrong.
+
+    python -m tests.faults.campaign LIBRARY FOLDER [--stages extract pretrain] [--most 3]
+
+LIBRARY is `failing_io.c`, compiled, and must be preloaded; FOLDER is for what is made, and is
+best in memory. Without --most every n is tried: some 3,000 tries, an hour on two cores; so one
+process for each few stages. Prints a line of JSON for each stage and way of failing, with the
+number of tries and what was wrong.
+
+A try must end with exit code 1 and one line that names a path and the system's reason, or with
+exit code 0 and the right files; and after exit code 1, the same command must make the right files.
+"""
+
+import argparse
+import ctypes
+import errno
+import gc
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.stages import STAGES, Stage, import_all, offer_downloads, serve, write_inputs
+
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A way in which calls fail, as `failing_io.c` numbers them."""
+
+    name: str
+    mode: int
+    reads: bool
+    errno: int
+
+
+FAULTS = (
+    Fault("all writes from the n-th", 0, False, errno.ENOSPC),
+    Fault("one write", 1, False, errno.ENOSPC),
+    Fault("one short write, then all", 2, False, errno.EDQUOT),
+    Fault("one short write", 3, False, errno.ENOSPC),
+    Fault("one read", 1, True, errno.EIO),
+    Fault("all reads from the n-th", 0, True, errno.EIO),
+)
+
+DAMAGE = ("corrupt", "damaged", "again: its bytes", "not the file that was indexed")
+"""Words for a file that is not as it was written, which a failed read does not show."""
+
+
+TOP_LEVEL = (
+    r"\.work/",
+    "data/",
+    "demo/",
+    "exported",
+    "reports/",
+    "runs/",
+    "world/",
+    r"params\.yaml",
+)
+"""What a workspace holds, of which an error names one."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a try ended."""
+
+    code: int
+    """Exit code; negative: the number of the signal; 99: a traceback."""
+    calls: int
+    out: str
+    err: str
+
+
+class Campaign:
+    """Tries stages in copies of the folders that undisturbed runs left."""
+
+    def __init__(self, library: Path, folder: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._folder = folder.resolve()
+        self._library.fault_arm(b"/nowhere", 0, 0, 0, 0)
+
+    def prepare(self, names: list[str]) -> Iterator[tuple[Stage, Path, dict[str, str]]]:
+        """Run the stages undisturbed; yield those that are named, each with the folder before it
+        and its outputs.
+        """
+        before = self._folder / "inputs"
+        before.mkdir(parents=True)
+        write_inputs(before)
+        server = 0
+        try:
+            last = max(n for n, stage in enumerate(STAGES) if stage.name in names)
+            for stage in STAGES[: last + 1]:
+                if stage.name == "fetch":
+                    server, port = serve(before / "world")
+                    offer_downloads(before, port)
+                after = self._folder / f"after {stage.name}"
+                shutil.copytree(before, after)
+                ended = self._run(stage, after)
+                if (ended.code, ended.err) != (0, ""):
+                    raise RuntimeError(f"{stage.name}, undisturbed: {ended}")
+                wanted = stage.result(after)
+                if not wanted:
+                    raise RuntimeError(f"{stage.name}: no outputs")
+                if stage.name in names:
+                    yield stage, before, wanted
+                before = after
+        finally:
+            if server:
+                os.kill(server, signal.SIGKILL)
+                os.waitpid(server, 0)
+
+    def count(self, stage: Stage, before: Path, fault: Fault) -> int:
+        """Return how many calls there are of the kind that fails."""
+        with_copy = self._copy(before)
+        return self._run(stage, with_copy, fault).calls
+
+    def try_one(
+        self, stage: Stage, before: Path, wanted: dict[str, str], fault: Fault, n: int
+    ) -> str:
+        """Let a stage meet a fault; return what was wrong, or nothing."""
+        folder = self._copy(before)
+        ended = self._run(stage, folder, fault, n)
+        if problem := _problem(ended, fault, folder):
+            return problem
+        if fault.reads:
+            lost = [path for path in _files(before) if not (folder / path).exists()]
+            if lost:
+                return f"deleted {lost}"
+        if ended.code == 0:
+            return _difference(stage.result(folder), wanted)
+        again = self._run(stage, folder)
+        if again.code != 0:
+            return f"the next run ended with {again.code}: {again.err[-2000:]}"
+        difference = _difference(stage.result(folder), wanted)
+        return difference and f"after the next run: {difference}"
+
+    def _copy(self, before: Path) -> Path:
+        folder = self._folder / "try"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        return folder
+
+    def _run(self, stage: Stage, folder: Path, fault: Fault | None = None, n: int = 0) -> Ended:
+        """Run a stage in a forked process; the parent never computes, so that it has no threads."""
+        logs = [self._folder / "out.txt", self._folder / "err.txt"]
+        process = os.fork()
+        if process == 0:
+            self._be_the_stage(stage, folder, logs, fault, n)
+        code = _wait(process)
+        out, err = (path.read_text(errors="replace") for path in logs)
+        return Ended(code, self._library.fault_calls(), out, err)
+
+    def _be_the_stage(
+        self, stage: Stage, folder: Path, logs: list[Path], fault: Fault | None, n: int
+    ) -> None:
+        os.setsid()
+        code = 99
+        try:
+            for descriptor, path in zip((1, 2), logs, strict=True):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+            os.chdir(folder)
+            if fault:
+                arguments = (n, fault.errno, fault.mode, int(fault.reads))
+                self._library.fault_arm(os.fsencode(folder), *arguments)
+            stage.run()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        # What the exit of an interpreter does, but for tearing down all that the parent imported.
+        gc.collect()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(process: int) -> int:
+    """Wait for a process and return its exit code, or the negative number of its signal."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return -signal.SIGKILL
+
+
+def _problem(ended: Ended, fault: Fault, folder: Path) -> str:
+    """Say what is wrong with how a try ended, but for its files."""
+    said = ended.out + ended.err
+    if ended.code not in (0, 1) or "Traceback" in said:
+        return f"ended with {ended.code}: {said[-3000:]}"
+    if fault.reads and any(word in said.lower() for word in DAMAGE):
+        return f"calls it damage: {said}"
+    if ended.code == 0:
+        return ""
+    lines = ended.err.splitlines()
+    reason = os.strerror(fault.errno).lower()
+    if len(lines) != 1 or not lines[0].startswith("error: ") or reason not in lines[0].lower():
+        return f"wanted one line with {reason!r}: {said}"
+    is_named = re.search("|".join(TOP_LEVEL), lines[0])
+    return "" if is_named else f"names no path: {said}"
+
+
+def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
+    names = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+    return f"other files: {names}" if names else ""
+
+
+def _files(folder: Path) -> list[Path]:
+    return [
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".")
+    ]
+
+
+def chosen(calls: int, most: int | None) -> list[int]:
+    """Return which calls are tried: all, or so many of them, spread over all."""
+    if most is None or calls <= most:
+        return list(range(1, calls + 1))
+    return sorted({1 + round(part * (calls - 1) / max(1, most - 1)) for part in range(most)})
+
+
+def main() -> None:
+    """Read the command line and try."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("library", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stages", nargs="*", default=[stage.name for stage in STAGES])
+    parser.add_argument("--most", type=int, help="calls to try, of each stage and fault")
+    arguments = parser.parse_args()
+    import_all()
+    campaign = Campaign(arguments.library, arguments.folder)
+    for stage, before, wanted in campaign.prepare(arguments.stages):
+        for fault in FAULTS:
+            calls = campaign.count(stage, before, fault)
+            numbers = chosen(calls, arguments.most)
+            found = {n: campaign.try_one(stage, before, wanted, fault, n) for n in numbers}
+            wrong = {n: problem for n, problem in found.items() if problem}
+            line = {"stage": stage.name, "fault": fault.name, "calls": calls}
+            print(json.dumps(line | {"tries": len(numbers), "wrong": wrong}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
