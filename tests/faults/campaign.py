@@ -3,9 +3,9 @@
     python -m tests.faults.campaign LIBRARY FOLDER [--stages extract pretrain] [--most 3]
 
 LIBRARY is `failing_io.c`, compiled, and must be preloaded; FOLDER is for what is made, and is
-best in memory. Without --most every n is tried: some 3,000 tries, an hour on two cores; so one
-process for each few stages. Prints a line of JSON for each stage and way of failing, with the
-number of tries and what was wrong.
+best in memory. Without --most every n is tried, in every way: some 2,000 tries, an hour of a core;
+two processes can share the stages. Prints a line of JSON for each stage: how often each way was
+tried, and what was wrong.
 
 A try must end with exit code 1 and one line that names a path and the system's reason, or with
 exit code 0 and the right files; and after exit code 1, the same command must make the right files.
@@ -74,9 +74,28 @@ class Ended:
 
     code: int
     """Exit code; negative: the number of the signal; 99: a traceback."""
-    calls: int
     out: str
     err: str
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """How a stage runs when nothing fails."""
+
+    stage: Stage
+    before: Path
+    """The folder as the stages before left it."""
+    wanted: dict[str, str]
+    """Its outputs."""
+    calls: list[int]
+    """How many writes and reads it makes."""
+
+    def tries(self, most: int | None) -> list[tuple[Fault, int]]:
+        """Return every fault at every call, or so many of them, spread over all."""
+        every = [(f, n) for f in FAULTS for n in range(1, self.calls[f.reads] + 1)]
+        if most is None:
+            return every
+        return [every[int((part + 0.5) * len(every) / most)] for part in range(most)]
 
 
 class Campaign:
@@ -87,10 +106,8 @@ class Campaign:
         self._folder = folder.resolve()
         self._library.fault_arm(b"/nowhere", 0, 0, 0, 0)
 
-    def prepare(self, names: list[str]) -> Iterator[tuple[Stage, Path, dict[str, str]]]:
-        """Run the stages undisturbed; yield those that are named, each with the folder before it
-        and its outputs.
-        """
+    def prepare(self, names: list[str]) -> Iterator["Undisturbed"]:
+        """Run the stages as they are, up to the last of those that are named; yield those."""
         before = self._folder / "inputs"
         before.mkdir(parents=True)
         write_inputs(before)
@@ -110,22 +127,17 @@ class Campaign:
                 if not wanted:
                     raise RuntimeError(f"{stage.name}: no outputs")
                 if stage.name in names:
-                    yield stage, before, wanted
+                    calls = [self._library.fault_calls(kind) for kind in (False, True)]
+                    yield Undisturbed(stage, before, wanted, calls)
                 before = after
         finally:
             if server:
                 os.kill(server, signal.SIGKILL)
                 os.waitpid(server, 0)
 
-    def count(self, stage: Stage, before: Path, fault: Fault) -> int:
-        """Return how many calls there are of the kind that fails."""
-        with_copy = self._copy(before)
-        return self._run(stage, with_copy, fault).calls
-
-    def try_one(
-        self, stage: Stage, before: Path, wanted: dict[str, str], fault: Fault, n: int
-    ) -> str:
+    def try_one(self, undisturbed: "Undisturbed", fault: Fault, n: int) -> str:
         """Let a stage meet a fault; return what was wrong, or nothing."""
+        stage, before = undisturbed.stage, undisturbed.before
         folder = self._copy(before)
         ended = self._run(stage, folder, fault, n)
         if problem := _problem(ended, fault, folder):
@@ -135,11 +147,11 @@ class Campaign:
             if lost:
                 return f"deleted {lost}"
         if ended.code == 0:
-            return _difference(stage.result(folder), wanted)
+            return _difference(stage.result(folder), undisturbed.wanted)
         again = self._run(stage, folder)
         if again.code != 0:
             return f"the next run ended with {again.code}: {again.err[-2000:]}"
-        difference = _difference(stage.result(folder), wanted)
+        difference = _difference(stage.result(folder), undisturbed.wanted)
         return difference and f"after the next run: {difference}"
 
     def _copy(self, before: Path) -> Path:
@@ -156,7 +168,7 @@ class Campaign:
             self._be_the_stage(stage, folder, logs, fault, n)
         code = _wait(process)
         out, err = (path.read_text(errors="replace") for path in logs)
-        return Ended(code, self._library.fault_calls(), out, err)
+        return Ended(code, out, err)
 
     def _be_the_stage(
         self, stage: Stage, folder: Path, logs: list[Path], fault: Fault | None, n: int
@@ -167,9 +179,8 @@ class Campaign:
             for descriptor, path in zip((1, 2), logs, strict=True):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
             os.chdir(folder)
-            if fault:
-                arguments = (n, fault.errno, fault.mode, int(fault.reads))
-                self._library.fault_arm(os.fsencode(folder), *arguments)
+            failure = (fault.errno, fault.mode, int(fault.reads)) if fault else (0, 0, 0)
+            self._library.fault_arm(os.fsencode(folder), n, *failure)
             stage.run()
         except SystemExit as ended:
             code = int(ended.code or 0)
@@ -225,13 +236,6 @@ def _files(folder: Path) -> list[Path]:
     ]
 
 
-def chosen(calls: int, most: int | None) -> list[int]:
-    """Return which calls are tried: all, or so many of them, spread over all."""
-    if most is None or calls <= most:
-        return list(range(1, calls + 1))
-    return sorted({1 + round(part * (calls - 1) / max(1, most - 1)) for part in range(most)})
-
-
 def main() -> None:
     """Read the command line and try."""
     parser = argparse.ArgumentParser(
@@ -240,18 +244,19 @@ def main() -> None:
     parser.add_argument("library", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stages", nargs="*", default=[stage.name for stage in STAGES])
-    parser.add_argument("--most", type=int, help="calls to try, of each stage and fault")
+    parser.add_argument("--most", type=int, help="tries for each stage")
     arguments = parser.parse_args()
     import_all()
     campaign = Campaign(arguments.library, arguments.folder)
-    for stage, before, wanted in campaign.prepare(arguments.stages):
-        for fault in FAULTS:
-            calls = campaign.count(stage, before, fault)
-            numbers = chosen(calls, arguments.most)
-            found = {n: campaign.try_one(stage, before, wanted, fault, n) for n in numbers}
-            wrong = {n: problem for n, problem in found.items() if problem}
-            line = {"stage": stage.name, "fault": fault.name, "calls": calls}
-            print(json.dumps(line | {"tries": len(numbers), "wrong": wrong}), flush=True)
+    for undisturbed in campaign.prepare(arguments.stages):
+        tried: dict[str, int] = {}
+        wrong = []
+        for fault, n in undisturbed.tries(arguments.most):
+            tried[fault.name] = tried.get(fault.name, 0) + 1
+            if problem := campaign.try_one(undisturbed, fault, n):
+                wrong.append(f"{fault.name}, n {n}: {problem}")
+        line = {"stage": undisturbed.stage.name, "tried": tried, "wrong": wrong}
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ static atomic_long *calls;
 
 void fault_arm(const char *folder, long n, int error, int mode, int kind) {
   if (!calls)
-    calls = mmap(NULL, sizeof *calls, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  atomic_store(calls, 0);
+    calls = mmap(NULL, 2 * sizeof *calls, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+                 0);
+  atomic_store(&calls[WRITES], 0);
+  atomic_store(&calls[READS], 0);
   snprintf(root, sizeof root, "%s/", folder);
   fail_at = n, fail_errno = error, fail_mode = mode, fail_kind = kind, armed = 1;
 }
 
-long fault_calls(void) { return calls ? atomic_load(calls) : 0; }
+long fault_calls(int kind) { return atomic_load(&calls[kind]); }
 
 static int is_below_root(int descriptor) {
   struct stat about;
@@ -46,13 +48,13 @@ static int is_below_root(int descriptor) {
 }
 
 static enum outcome decide(int descriptor, enum kind kind) {
-  if (!armed || (int)kind != fail_kind) return PASS;
+  if (!armed) return PASS;
   int before = errno;
   int is_counted = is_below_root(descriptor);
   errno = before;
   if (!is_counted) return PASS;
-  long call = atomic_fetch_add(calls, 1) + 1;
-  if (fail_at < 1 || call < fail_at) return PASS;
+  long call = atomic_fetch_add(&calls[kind], 1) + 1;
+  if ((int)kind != fail_kind || fail_at < 1 || call < fail_at) return PASS;
   return call == fail_at ? AT[fail_mode] : AFTER[fail_mode];
 }
 

@@ -6,6 +6,7 @@ does, and leaves outputs that an undisturbed run leaves again, byte by byte.
 
 import functools
 import http.server
+import importlib
 import json
 import os
 import shutil
@@ -87,9 +88,11 @@ def _without_times(value: object) -> object:
     return value
 
 
-def _of_pipeline(module: str, name: str) -> Callable[[], None]:
+def _of_params(module: str) -> Callable[[], None]:
+    """Return what runs a stage that takes nothing but the settings."""
+
     def run() -> None:
-        stage = getattr(sys.modules[module], name)
+        stage = getattr(sys.modules[module], module.rpartition(".")[2])
         run_guarded(lambda: stage(Params.read(Path("params.yaml"))))
 
     return run
@@ -114,37 +117,42 @@ def _verify() -> None:
     run_guarded(lambda: verify("data/features", deep=True, repair=True))
 
 
+MODULES = (
+    "demo.world", "pipeline.fetch", "pipeline.index", "pipeline.extract", "pipeline.devices",
+    "train.pretrain", "train.finetune", "eval.evaluate", "eval.export", "cache.verify",
+)  # fmt: skip
+
 RUN = ("projector.safetensors", "adapter", "params.yaml", "metrics.json")
 
 STAGES = (
     Stage("world", _world, ("world",)),
-    Stage("fetch", _of_pipeline("pipeline.fetch", "fetch"), ("data/raw",)),
-    Stage("index", _of_pipeline("pipeline.index", "index"), ("data/index", "reports/index.json")),
+    Stage("fetch", _of_params("pipeline.fetch"), ("data/raw",)),
+    Stage("index", _of_params("pipeline.index"), ("data/index", "reports/index.json")),
     Stage(
         "extract",
-        _of_pipeline("pipeline.extract", "extract"),
+        _of_params("pipeline.extract"),
         ("data/features", "reports/extract.json"),
     ),
     Stage("verify", _verify, ("data/features",)),
     Stage(
         "pretrain",
-        _of_pipeline("train.pretrain", "pretrain"),
+        _of_params("train.pretrain"),
         ("reports/pretrain.json", *(f"runs/pretrain/{name}" for name in RUN)),
     ),
     Stage(
         "finetune",
-        _of_pipeline("train.finetune", "finetune"),
+        _of_params("train.finetune"),
         ("reports/finetune.json", *(f"runs/finetune/{name}" for name in RUN)),
     ),
-    Stage("evaluate", _of_pipeline("eval.evaluate", "evaluate"), ("reports",)),
+    Stage("evaluate", _of_params("eval.evaluate"), ("reports",)),
     Stage("export", _export, ("exported",)),
 )
 
 
 def import_all() -> None:
     """Import what the stages run, once for all tries, which are forked."""
-    import train.finetune
-    import train.pretrain  # noqa: F401
+    for name in MODULES:
+        importlib.import_module(name)
 
 
 def write_inputs(folder: Path) -> None:
