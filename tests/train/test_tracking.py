@@ -1,7 +1,9 @@
+import errno
 import socket
 from pathlib import Path
 
 import pytest
+import wandb
 
 from train.settings import TrackingSettings
 from train.tracking import Tracker
@@ -66,3 +68,44 @@ def test_of_several_processes_only_the_main_one_records():
     other.is_main = False
     log_something("offline", other)
     assert [path for path in Path().rglob("*") if path.is_file()] == []
+
+
+class Failing:
+    """A run whose n-th call fails, and every later one."""
+
+    def __init__(self, n):
+        self.n, self.calls = n, 0
+
+    def _call(self, *args, **options):
+        self.calls += 1
+        if self.calls >= self.n:
+            raise OSError(errno.ENOSPC, "No space left on device", ".work/wandb/x")
+
+    log = finish = _call
+
+
+@pytest.mark.parametrize("n", range(5))
+def test_what_wandb_meets_is_said_once_and_ends_the_recording_alone(n, monkeypatch, capsys):
+    """At the start, while it records, and at the end."""
+    failing = Failing(n)
+
+    def init(**options):
+        failing._call()
+        failing.calls = 0
+        return failing
+
+    monkeypatch.setattr(wandb, "init", init if n == 0 else lambda **options: failing)
+    log_something("offline")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (n <= 3)
+    assert all("No space left on device: '.work/wandb/x'); training goes on" in x for x in lines)
+    assert failing.calls <= max(n, 3)
+
+
+def test_an_interrupt_while_wandb_works_is_an_interrupt(monkeypatch):
+    def init(**options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(KeyboardInterrupt):
+        log_something("offline")
