@@ -4,11 +4,14 @@ DVC empties `data/features/` before it runs the stage, on a machine that only ev
 too. `dvc.lock` still names what was there, so none of that needs a second encoding.
 """
 
+import contextlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cache.files import replacing
+from cache.errors import StageError
+from cache.files import naming, replacing
+from cache.foreign import one_line, reading_foreign_file
 
 FEATURES = "data/features"
 
@@ -29,24 +32,26 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
         The names of those that were fetched.
     """
     lock = Path("dvc.lock")
-    if not lock.is_file() or FEATURES not in lock.read_text():
-        return []
+    with naming(lock):
+        if not lock.is_file() or FEATURES not in lock.read_text():
+            return []
     # Importing DVC takes a second or two.
     from dvc.api import DVCFileSystem
-    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.exceptions import NotDvcRepoError
     from dvc.repo import Repo
-    from dvc_data.index import DataIndexDirError
 
     wanted = {name for name in names if not (folder / name).exists()}
     try:
-        with Repo() as repo:
+        # Not even the listing need be anywhere, a remote can need a package that is not installed,
+        # and a full disk is an error of the database that DVC keeps.
+        with (
+            reading_foreign_file(StageError),
+            contextlib.suppress(NotDvcRepoError),
+            Repo() as repo,
+        ):
             _fetch(DVCFileSystem(repo=repo), wanted, folder)
-    except NotDvcRepoError:
-        pass
-    except (DvcException, DataIndexDirError, OSError, ImportError) as error:
-        # The second: not even the listing is anywhere. An ImportError says which package a remote
-        # of its kind needs.
-        print(f"extract: DVC gives no shards: {' '.join(str(error).split())}", flush=True)
+    except (StageError, OSError) as error:
+        print(f"extract: DVC gives no shards: {one_line(error)}", flush=True)
     return sorted(name for name in wanted if (folder / name).exists())
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,17 @@ def test_a_failure_of_dvc_is_one_line(repository, capfd, file, text, words):
     assert out.startswith("extract: DVC gives no shards: ")
     assert words in out
     assert (out.count("\n"), err) == (1, "")
+
+
+def test_a_full_disk_in_the_database_of_dvc_is_one_line(repository, capfd, monkeypatch):
+    def fail(*args, **options):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("dvc.repo.Repo.__init__", fail)
+    assert recover({"a.h5"}, Path("work")) == []
+    said = capfd.readouterr()
+    assert said.out == "extract: DVC gives no shards: OperationalError: database or disk is full\n"
+    assert said.err == ""
 
 
 @pytest.mark.parametrize("has_remote", [True, False])
