@@ -16,6 +16,7 @@ from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
+from cache.interrupts import without_interrupts
 from cache.settings import Params
 from pipeline.download import check_free_space, download, problem
 from pipeline.settings import Download, FetchSettings
@@ -52,11 +53,19 @@ def render_demo(work: Path) -> None:
     command = [sys.executable, "-m", "demo.world", str(work)]
     checkout = str(Path(__file__).resolve().parents[1])
     search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
-    finished = subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, check=False)
-    if finished.returncode != 0:
+    environment = os.environ | {"PYTHONPATH": search_path}
+    with without_interrupts():
+        process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    finally:
+        # Still there only after an interrupt, which is the matter of this process.
+        process.kill()
+        process.wait()
+    if code != 0:
         raise StageError(
-            f"data.source demo: {' '.join(command[1:])} ended with exit code "
-            f"{finished.returncode}. Its own message stands above."
+            f"data.source demo: {' '.join(command[1:])} ended with exit code {code}. Its own "
+            f"message stands above."
         )
     for file in sorted(path for path in work.rglob("*") if path.is_file()):
         link_or_copy(file, RAW / file.relative_to(work))
