@@ -83,7 +83,7 @@ MOST_OF_BARE = 1.05
 
 def bare_loop() -> None:
     """Decode and encode in the working directory as the stage does, and drop the features."""
-    from torch.utils.data import DataLoader
+    from torch.utils.data import DataLoader, Dataset
 
     from cache.data_settings import DataSettings
     from cache.plan import plan_shards
@@ -99,15 +99,26 @@ def bare_loop() -> None:
     encoder = load_encoder(params.section("encoder", EncoderSettings))
     fingerprint = encoder.spec.fingerprint
     plan = plan_shards(source.image_ids, source.source_xxh3, fingerprint, settings.shard_rows)
+    decoder = BatchDecoder(plan, source, encoder)
+
+    class Pixels(Dataset[torch.Tensor]):
+        """Batches as torch's loader passes them on: in shared memory."""
+
+        def __len__(self) -> int:
+            return len(decoder)
+
+        def __getitem__(self, number: int) -> torch.Tensor:
+            return torch.from_numpy(decoder[number].pixels_BSSC)
+
     loader = DataLoader(
-        BatchDecoder(plan, source, encoder),
+        Pixels(),
         batch_size=None,
         num_workers=settings.workers,
         prefetch_factor=PREFETCH_BATCHES,
         pin_memory=encoder.device.type == "cuda",
     )
-    for batch in loader:
-        encoder.encode(batch.pixels_BSSC)
+    for pixels_BSSC in loader:
+        encoder.encode(pixels_BSSC)
 
 
 def usual_script(processor_name: str) -> None:

@@ -5,18 +5,17 @@
 
 import argparse
 import io
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from cache.errors import CacheError
+from cache.interrupts import heed_interrupts, ignore_interrupts
 from cache.settings import Params
 
 INTERRUPTED = 130
-"""Exit code of a stage stopped by Ctrl-C or SIGTERM, as shells use it."""
+"""Exit code of a stage stopped by Ctrl-C, SIGTERM or SIGHUP, as shells use it."""
 
 
 def run_stage(stage: Callable[[Params], None], description: str) -> NoReturn:
@@ -40,13 +39,16 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     """Run some work and exit with the code that says how it ended, without a traceback for
     anything that a user, a file or the machine can cause.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    heed_interrupts()
     # A path can hold bytes that are no text.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        work()
+        try:
+            work()
+        finally:
+            ignore_interrupts()
     except CacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
@@ -61,7 +63,3 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
 def _fail(message: str, exit_code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return exit_code
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt

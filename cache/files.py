@@ -5,11 +5,13 @@ is never opened for writing again.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ WORK = Path(".work")
 
 SHARDS = WORK / "shards"
 """Every shard ever encoded here, under its name; of any encoder and any set of images."""
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""How file systems say that they have no locks: NFS without lockd, Lustre without flock, FUSE."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -81,6 +86,8 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep a folder, which is made, for one process at a time.
 
+    Where its file system has no locks, the user is warned that only they can see to that.
+
     Raises:
         StageError: Another process has it.
     """
@@ -94,6 +101,15 @@ def exclusive(folder: Path) -> Iterator[None]:
                 f"{folder}: another process works in it. Wait until it is done, then run the same "
                 f"command again."
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"warning: {folder}: its file system has no locks ({error.strerror}), so that "
+                f"nothing keeps a second process out. See that none works in it.",
+                file=sys.stderr,
+                flush=True,
+            )
         yield
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from cache.command import run_guarded
 from cache.files import SHARDS, exclusive
 from cache.location import Location
+from cache.sizes import human_size
 from cache.spec import MAX_JSON_BYTES, Spec
 from cache.table import INDEX, StoreTable
 
@@ -38,16 +39,16 @@ def collect(stores: Sequence[str], delete: bool) -> None:
         unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
         sizes = {path: path.stat() for path in unneeded if path.is_file()}
         for path, found in sizes.items():
-            print(f"{path}  {found.st_size / 2**20:.1f} MiB")
+            print(f"{path}  {human_size(found.st_size)}")
             if delete:
                 path.unlink()
     shards = sum(path.suffix == ".h5" for path in sizes)
     num_bytes = sum(found.st_size for found in sizes.values())
     linked = sum(found.st_size for found in sizes.values() if found.st_nlink > 1)
     print(
-        f"{SHARDS}: {shards} shards and {num_bytes / 2**20:.1f} MiB "
+        f"{SHARDS}: {shards} shards and {human_size(num_bytes)} "
         + ("freed" if delete else "can be freed with --delete")
-        + (f", but for {linked / 2**20:.1f} MiB that DVC or a store has too" if linked else "")
+        + (f", but for {human_size(linked)} that DVC or a store has too" if linked else "")
     )
 
 

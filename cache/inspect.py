@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 
 from cache.command import run_guarded
+from cache.sizes import human_size
 from cache.store import FeatureStore
 
 NAMED_SHARDS = 3
@@ -25,7 +26,7 @@ def inspect(root: str) -> None:
     store = FeatureStore(root, partial=True)
     image_ids = store.image_ids
     here = store.num_shards - len(store.missing_shards)
-    print(f"{root}: {len(store)} images in {here} shards, {_size(store.num_bytes)}")
+    print(f"{root}: {len(store)} images in {here} shards, {human_size(store.num_bytes)}")
     if store.missing_shards:
         names = ", ".join(store.missing_shards[:NAMED_SHARDS])
         more = ", ..." * (len(store.missing_shards) > NAMED_SHARDS)
@@ -39,10 +40,6 @@ def inspect(root: str) -> None:
     for name, value in dataclasses.asdict(store.spec).items():
         # As Python spells it: a text of another's can hold what steers a terminal.
         print(f"  {name:<20} {value!r}")
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def main() -> None:

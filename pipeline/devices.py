@@ -9,20 +9,19 @@ import contextlib
 import dataclasses
 import math
 import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from ctypes import c_longlong
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.sharedctypes import Synchronized, synchronized
 from pathlib import Path
+from threading import RLock, Thread
 
 from tqdm import tqdm
 
 from cache.errors import CacheError, StageError
+from cache.interrupts import without_interrupts
 from cache.plan import PlannedShard
 from cache.spec import Spec, check_same_spec
 from pipeline.encode import encode_shards
@@ -31,12 +30,10 @@ from pipeline.image_source import ImageSource
 from pipeline.probe import check_probe, read_probe
 from pipeline.settings import EncoderSettings
 from pipeline.tally import Tally
+from pipeline.workers import end_with_parent
 
 LAST = 2**62
 """A number that no shard has."""
-
-LOOK_SECONDS = 0.2
-"""How often a process looks whether the one that started it still runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,19 @@ class Shared:
     next_shard: "Synchronized[int]"
     images_done: "Synchronized[int]"
 
+    @classmethod
+    def among(cls, num_processes: int) -> "Shared":
+        """Begin to count. One process alone needs nothing of the system's for it.
+
+        Raises:
+            StageError: The system has no shared memory left.
+        """
+        if num_processes == 1:
+            return cls(_counter(), _counter())
+        context = multiprocessing.get_context("spawn")
+        with _needing_shared_memory():
+            return cls(context.Value("q", 0), context.Value("q", 0))
+
     def taken(self, num_shards: int) -> Iterator[int]:
         """Yield the numbers of the shards that this process takes."""
         while (number := _add(self.next_shard, 1)) < num_shards:
@@ -86,9 +96,8 @@ def encode_job(job: Job, encoder: Encoder) -> Tally:
     Raises:
         StageError: As `encode_shards` does, or a process of another device failed or died.
     """
-    context = multiprocessing.get_context("spawn")
-    shared = Shared(context.Value("q", 0), context.Value("q", 0))
     others = pick_devices(job.settings.device)[1:]
+    shared = Shared.among(1 + len(others))
     tally = Tally(devices=1 + len(others))
     num_images = sum(len(shard.image_ids) for shard in job.shards)
     with tqdm(total=num_images, desc="extract", unit="image", disable=None) as bar:
@@ -115,8 +124,10 @@ def _others(job: Job, devices: list[str], tally: Tally, shared: Shared) -> Itera
 
     before = multiprocessing.active_children()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(devices), context, _remember, (shared,)) as pool:
-        with _uninterrupted():
+    with _needing_shared_memory():
+        pool = ProcessPoolExecutor(len(devices), context, _remember, (shared,))
+    with pool:
+        with without_interrupts():
             running = [pool.submit(_encode_elsewhere, job, device) for device in devices]
         for future in running:
             future.add_done_callback(stop_after_error)
@@ -140,14 +151,28 @@ def _others(job: Job, devices: list[str], tally: Tally, shared: Shared) -> Itera
             raise
 
 
+def _counter() -> "Synchronized[int]":
+    """Make a counter for the threads of this process alone."""
+    # RLock: the stubs want one of multiprocessing.
+    counter: Synchronized[int] = synchronized(c_longlong(0), RLock())  # type: ignore[call-overload]
+    return counter
+
+
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Processes that begin in the block let Ctrl-C be the matter of this one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _needing_shared_memory() -> Iterator[None]:
+    """Say what the semaphores need that processes make in the block.
+
+    Raises:
+        StageError: It is not there.
+    """
     try:
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except OSError as error:
+        raise StageError(
+            f"encoder.device: the processes of several devices need semaphores, which the system "
+            f"keeps in /dev/shm: {error.strerror}. Give it some MB that can be written (docker run "
+            f"--shm-size=64m), or name one device."
+        ) from None
 
 
 def _encode(
@@ -173,15 +198,7 @@ def _encode(
 def _remember(shared: Shared) -> None:
     global _shared
     _shared = shared
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """End this process once its parent was killed, so that the next run has the folder alone."""
-    parent = multiprocessing.parent_process()
-    while parent and os.getppid() == parent.pid:
-        time.sleep(LOOK_SECONDS)
-    os._exit(1)
+    Thread(target=end_with_parent, daemon=True).start()
 
 
 def _encode_elsewhere(job: Job, device: str) -> Tally:

@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from cache.errors import StageError
 from cache.files import CHUNK_BYTES, naming, sha256_of, write_json
+from cache.sizes import human_size
 from pipeline.settings import Download
 
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -124,8 +125,9 @@ def check_free_space(items: tuple[Download, ...], folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise StageError(
-            f"fetch.files: {missing} bytes are still to be downloaded to {folder}, {free} are "
-            f"free there. Free some space, or work in a folder on another disk."
+            f"fetch.files: {human_size(missing)} are still to be downloaded to {folder}, "
+            f"{human_size(missing - free)} more than is free there. Free some space, or work in a "
+            f"folder on another disk."
         )
 
 

@@ -10,17 +10,14 @@ Letters: B images of a batch, S side of the input in pixels, P patches, D width 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from cache.errors import StageError
 from cache.files import sha256_of_pieces
 from cache.plan import PlannedShard
 from cache.shard import hash_rows, shard_bytes
@@ -29,6 +26,7 @@ from pipeline.encoder import Encoder, Started
 from pipeline.finished import finish
 from pipeline.image_source import ImageSource
 from pipeline.tally import Tally
+from pipeline.workers import Workers
 
 PREFETCH_BATCHES = 2
 """Decoded batches that wait for the encoder, per worker process."""
@@ -41,19 +39,13 @@ class DecodedBatch:
     shard_number: int
     start: int
     """Row of the first image in its shard."""
-    pixels_BSSC: Tensor
-    """uint8; images that failed are left out."""
+    pixels_BSSC: NDArray[np.uint8]
+    """Images that failed are left out."""
     failures: dict[int, str]
-    error: str
-    """Why the whole run must stop, or empty."""
     seconds: float
 
-    def pin_memory(self) -> "DecodedBatch":
-        """Return the same in memory from which a GPU can copy while it computes."""
-        return replace(self, pixels_BSSC=self.pixels_BSSC.pin_memory())
 
-
-class BatchDecoder(Dataset[DecodedBatch]):
+class BatchDecoder:
     """Decodes the n-th batch of some shards; a batch never crosses a shard."""
 
     def __init__(self, shards: list[PlannedShard], source: ImageSource, encoder: Encoder) -> None:
@@ -76,27 +68,20 @@ class BatchDecoder(Dataset[DecodedBatch]):
         for shard_number in taken:
             yield from np.flatnonzero(numbers == shard_number).tolist()
 
-    def __getitem__(self, index: int) -> DecodedBatch:
+    def __getitem__(self, number: int) -> DecodedBatch:
         started = time.perf_counter()
-        shard_number, start, image_ids = self._batches[index]
+        shard_number, start, image_ids = self._batches[number]
         pixels: list[NDArray[np.uint8]] = []
         failures: dict[int, str] = {}
-        error = ""
-        try:
-            for image_id in image_ids.tolist():
-                data = self._source.read(image_id)
-                try:
-                    pixels.append(decode_rgb(data, self._side, self._resize, self._interpolation))
-                except DecodeError as reason:
-                    failures[image_id] = str(reason)
-        except StageError as reason:
-            # Sent as a value: an exception would arrive wrapped in the worker's traceback.
-            error = str(reason)
+        for image_id in image_ids.tolist():
+            data = self._source.read(image_id)
+            try:
+                pixels.append(decode_rgb(data, self._side, self._resize, self._interpolation))
+            except DecodeError as reason:
+                failures[image_id] = str(reason)
         stacked = np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)
         seconds = time.perf_counter() - started
-        return DecodedBatch(
-            shard_number, start, torch.from_numpy(stacked), failures, error, seconds
-        )
+        return DecodedBatch(shard_number, start, stacked, failures, seconds)
 
 
 def encode_shards(
@@ -136,9 +121,9 @@ def encode_shards(
     written: Future[None] | None = None
     decoder = BatchDecoder(shards, source, encoder)
     numbers = decoder.batches_of(range(len(shards)) if taken is None else taken)
-    decoded = _decoded(decoder, numbers, encoder, workers)
-    healthy = _healthy(decoded, tally, max_failures, len(source.image_ids), progress)
-    with ThreadPoolExecutor(1) as writer:
+    with Workers(decoder.__getitem__, workers) as pool, ThreadPoolExecutor(1) as writer:
+        decoded = pool.results(numbers, PREFETCH_BATCHES)
+        healthy = _healthy(decoded, tally, max_failures, len(source.image_ids), progress)
         for batch, features_BPD in _encoded(healthy, encoder, tally):
             shard = shards[batch.shard_number]
             if batch.start == 0:
@@ -153,28 +138,6 @@ def encode_shards(
             written.result()
 
 
-def _decoded(
-    decoder: BatchDecoder, numbers: Iterator[int], encoder: Encoder, workers: int
-) -> Iterator[DecodedBatch]:
-    loader = DataLoader(
-        decoder,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        prefetch_factor=PREFETCH_BATCHES if workers else None,
-        pin_memory=encoder.device.type == "cuda",
-    )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise StageError(
-            f"extract: a decoding process died ({str(error).splitlines()[0]}). Finished "
-            f"shards are kept; lower extract.workers if memory ran out, and run again."
-        ) from None
-
-
 def _healthy(
     batches: Iterator[DecodedBatch],
     tally: Tally,
@@ -185,8 +148,6 @@ def _healthy(
     """Yield the batches of shards in which no image failed so far; count the failures."""
     broken: set[int] = set()
     for batch in batches:
-        if batch.error:
-            raise StageError(batch.error)
         tally.seconds["decode"] += batch.seconds
         tally.failures.update(batch.failures)
         tally.check(max_failures, num_images)
@@ -204,7 +165,7 @@ def _encoded(
     before: tuple[DecodedBatch, Started] | None = None
     for batch in batches:
         with tally.timed("encode"):
-            started = encoder.start(batch.pixels_BSSC)
+            started = encoder.start(torch.from_numpy(batch.pixels_BSSC))
         if before:
             yield before[0], _finished(before[1], encoder, tally)
         before = batch, started

@@ -6,9 +6,9 @@ The feature is the output of one block before the final norm, class token droppe
 Letters: B images, S side of the input in pixels, P patches, D width of the tower.
 """
 
+import contextlib
 import hashlib
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,14 +18,14 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.pretrained import download_pretrained_from_hf
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cache.errors import SettingsError, StageError
 from cache.files import canonical_json
-from cache.foreign import reading_foreign_file
+from cache.foreign import one_line, reading_foreign_file
 from cache.spec import FORMAT, Spec
 from pipeline.decode import Interpolation, Resize
+from pipeline.hub import reaching_hub, without_logging
 from pipeline.settings import EncoderSettings
 
 PREPROCESS_VERSION = 1
@@ -33,24 +33,6 @@ PREPROCESS_VERSION = 1
 
 RANDOM_SEED = 0
 """Seed of the weights of `pretrained: random`, so that they are the same in every process."""
-
-_LOADING_ERRORS = (
-    OSError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    EOFError,
-    StopIteration,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-"""What open_clip, torch and safetensors raise on no network, on files that are no checkpoint or
-are cut short, and on configs with unknown or impossible values.
-"""
 
 
 class Encoder:
@@ -81,6 +63,9 @@ class Encoder:
     @torch.inference_mode()
     def start(self, pixels_BSSC: Tensor) -> "Started":
         """Give a batch to the device, as `encode` does; does not wait for a GPU."""
+        if self.device.type == "cuda":
+            # Memory from which a GPU copies while it computes.
+            pixels_BSSC = pixels_BSSC.pin_memory()
         x = pixels_BSSC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         x = ((x - self._mean) / self._std).to(self._dtype)
         features_BPD = patch_tokens(self._visual, x, self.spec.layer).to(torch.float16)
@@ -244,31 +229,48 @@ def _create(name: str, settings: EncoderSettings) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(RANDOM_SEED)
             return _created(name, None)
-    is_tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if not is_tag and not Path(pretrained).is_file():
-        if pretrained.count("/") != 1 or Path(pretrained).suffix:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-            raise SettingsError(
-                f"encoder.pretrained: {pretrained!r} is no file and no tag of {name}. Tags: {tags}."
-            )
-        return _created(name, pretrained, from_hub=True)
-    return _created(name, pretrained)
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag or Path(pretrained).is_file():
+        return _created(name, pretrained, from_hub=bool(tag.get("hf_hub")))
+    if pretrained.count("/") != 1 or Path(pretrained).suffix:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise SettingsError(
+            f"encoder.pretrained: {pretrained!r} is no file and no tag of {name}. Tags: {tags}."
+        )
+    return _created(name, pretrained, from_hub=True)
 
 
 def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Module:
-    try:
-        path = str(download_pretrained_from_hf(pretrained)) if from_hub else pretrained
-        model: nn.Module = open_clip.create_model(name, path, pretrained_text=False)
-    except _LOADING_ERRORS as error:
-        detail = " ".join(str(error).split())[:500] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            # Its own text advises to run whatever code the file holds.
-            detail = "not a file of tensors alone"
-        raise StageError(
-            f"encoder: cannot load {pretrained or 'random'!r} into {name}: {detail}. Check "
-            f"encoder.model and encoder.pretrained."
-        ) from None
-    return model
+    """Build a tower.
+
+    Args:
+        name: The architecture, as open_clip knows it.
+        pretrained: A tag of it, a file, or the id of a repository of the hub; none for random.
+        from_hub: Whether the weights come from the hub, or from what is kept here of it.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_logging())
+        hub_failure = stack.enter_context(reaching_hub()) if from_hub else ""
+
+        def refuse(detail: str) -> StageError:
+            cannot = f"encoder: cannot load {pretrained or 'random'!r} into {name}:"
+            if hub_failure and "Failed to download" in detail:
+                return StageError(
+                    f"{cannot} the model hub cannot be reached ({hub_failure}), and its local "
+                    f"cache (HF_HOME) lacks these weights. Run again with a network, bring the "
+                    f"cache of a machine that has one, or name a file in encoder.pretrained."
+                )
+            if detail.startswith("UnpicklingError"):
+                # Its own text advises to run whatever code the file holds.
+                detail = "not a file of tensors alone"
+            return StageError(f"{cannot} {detail}. Check encoder.model and encoder.pretrained.")
+
+        stack.enter_context(reading_foreign_file(refuse))
+        is_tag = open_clip.get_pretrained_cfg(name, pretrained or "")
+        is_id = from_hub and not is_tag
+        weights = str(download_pretrained_from_hf(pretrained)) if is_id else pretrained
+        model: nn.Module = open_clip.create_model(name, weights, pretrained_text=False)
+        return model
 
 
 def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) -> Tensor:
@@ -284,7 +286,7 @@ def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) ->
         except (AssertionError, RuntimeError) as error:
             raise SettingsError(
                 f"encoder.model: {settings.model} cannot encode an image of {image_size} x "
-                f"{image_size} pixels: {' '.join(str(error).split())}"
+                f"{image_size} pixels: {one_line(error)}"
             ) from None
 
 

@@ -23,6 +23,7 @@ from cache.images import ImageArchive
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
+from cache.sizes import human_size
 from cache.spec import Spec
 from pipeline.finished import checked_hash, checked_hashes, finish, probe_file, recover_finished
 from pipeline.image_source import ImageSource
@@ -180,7 +181,7 @@ def check_space(missing: list[PlannedShard], plan: list[PlannedShard], spec: Spe
     row_bytes = spec.patches * spec.width * 2
     num_images = sum(len(shard.image_ids) for shard in missing)
     needed = num_images * row_bytes
-    print(f"extract: {num_images} images to encode, {needed / 2**20:.1f} MiB", flush=True)
+    print(f"extract: {num_images} images to encode, {human_size(needed)}", flush=True)
     _require_space(SHARDS, needed)
     if SHARDS.stat().st_dev != FEATURES.parent.stat().st_dev:
         # No hard links from one to the other: the whole store is copied.
@@ -191,8 +192,8 @@ def _require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StageError(
-            f"{folder}: the features need {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} are "
-            f"free. Make room and run the same command again."
+            f"{folder}: the features need {human_size(needed)}, {human_size(needed - free)} more "
+            f"than is free there. Make room and run the same command again."
         )
 
 

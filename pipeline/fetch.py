@@ -16,6 +16,7 @@ from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import SettingsError, StageError
 from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
+from cache.interrupts import without_interrupts
 from cache.settings import Params
 from cache.zip_file import open_zip
 from pipeline.download import check_free_space, download, problem
@@ -53,14 +54,22 @@ def render_demo(work: Path) -> None:
     command = [sys.executable, "-m", "demo.world", str(work)]
     checkout = str(Path(__file__).resolve().parents[1])
     search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
-    finished = subprocess.run(command, env=os.environ | {"PYTHONPATH": search_path}, check=False)
-    if finished.returncode in (1, SettingsError.exit_code):
+    environment = os.environ | {"PYTHONPATH": search_path}
+    with without_interrupts():
+        process = subprocess.Popen(command, env=environment)
+    try:
+        code = process.wait()
+    finally:
+        # Still there only after an interrupt, which is the matter of this process.
+        process.kill()
+        process.wait()
+    if code in (1, SettingsError.exit_code):
         # Its own line stands on stderr.
-        sys.exit(finished.returncode)
-    if finished.returncode != 0:
+        sys.exit(code)
+    if code != 0:
         raise StageError(
-            f"data.source demo: {' '.join(command[1:])} ended with exit code "
-            f"{finished.returncode}. Its own message stands above."
+            f"data.source demo: {' '.join(command[1:])} ended with exit code {code}. Its own "
+            f"message stands above."
         )
     for file in sorted(path for path in work.rglob("*") if path.is_file()):
         link_or_copy(file, RAW / file.relative_to(work))

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -179,3 +180,28 @@ def test_a_folder_is_for_one_process_until_that_one_ends_even_if_its_children_li
     holder.join()
     with exclusive(tmp_path / "held"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
+def test_without_locks_it_warns_and_goes_on(tmp_path, monkeypatch, capsys, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    done = []
+    with exclusive(tmp_path / "held"):
+        done.append(True)
+    assert done
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"warning: {tmp_path / 'held'}: its file system has no locks (")
+    assert err.count("\n") == 1
+
+
+def test_another_failure_of_a_lock_is_not_taken_for_a_lack_of_locks(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(OSError, match="Input/output error"), exclusive(tmp_path / "held"):
+        pytest.fail("went on")

@@ -14,6 +14,7 @@ from cache import gc as module
 from cache.errors import CacheError, StageError
 from cache.files import SHARDS, exclusive, sha256_of
 from cache.gc import collect
+from cache.sizes import human_size
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,10 +124,10 @@ def test_delete_frees_exactly_what_no_store_needs(needed, unneeded, folder):
     before = {path.name: path.read_bytes() for path in Path(FEATURES).iterdir()}
     done = run(folder, "--delete")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.endswith("MiB freed\n")
+    assert done.stdout.endswith("iB freed\n")
     assert names() == needed
     assert {path.name: path.read_bytes() for path in Path(FEATURES).iterdir()} == before
-    assert run(folder, "--delete").stdout == f"{SHARDS}: 0 shards and 0.0 MiB freed\n"
+    assert run(folder, "--delete").stdout == f"{SHARDS}: 0 shards and 0 bytes freed\n"
 
 
 def test_every_kind_of_leftover_is_tried(unneeded):
@@ -161,7 +162,7 @@ def test_it_says_what_stays_since_dvc_has_it_too(needed, other, folder):
     large = sum(path.stat().st_size for path in other.root.glob("*.h5"))
     assert large > 2**14
     out = run(folder).stdout.splitlines()[-1]
-    assert out.endswith(f", but for {large / 2**20:.1f} MiB that DVC or a store has too")
+    assert out.endswith(f", but for {human_size(large)} that DVC or a store has too")
     shutil.rmtree(other.root)
     assert "too" not in run(folder).stdout.splitlines()[-1]
 

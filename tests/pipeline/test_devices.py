@@ -75,7 +75,7 @@ def threads(monkeypatch):
         return ThreadPoolExecutor(count, initializer=initializer, initargs=arguments)
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(module, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(module, "end_with_parent", lambda: None)
     yield
     del module._shared
 

@@ -416,6 +416,7 @@ def test_a_missing_checkpoint_is_refused(settings, name):
 
 
 def test_a_hub_id_is_loaded_like_a_file(settings, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.hub.hub_failure", lambda: "")
     save_file(checkpoint, tmp_path / "a.safetensors")
     asked = []
     monkeypatch.setattr(
@@ -427,14 +428,54 @@ def test_a_hub_id_is_loaded_like_a_file(settings, checkpoint, tmp_path, monkeypa
     assert found == load_encoder(settings(pretrained=str(tmp_path / "a.safetensors"))).spec
 
 
-def test_a_hub_that_does_not_answer_is_one_line(settings, monkeypatch):
-    def fail(name):
-        raise FileNotFoundError("no\nnetwork")
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """A machine that reaches no hub; returns the folder that is its cache of one repository."""
+    monkeypatch.setattr("pipeline.hub.hub_failure", lambda: "no network")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub/models--somebody--some-clip"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    return folder / "snapshots" / ("0" * 40)
 
-    monkeypatch.setattr("pipeline.encoder.download_pretrained_from_hf", fail)
-    with pytest.raises(StageError, match=r"'somebody/some-clip'.*no network") as caught:
+
+@pytest.mark.parametrize(
+    ("model", "pretrained"),
+    [
+        ("ViT-B-32-quickgelu", "openai"),
+        ("ViT-B-32", "laion2b_s34b_b79k"),
+        ("ViT-B-32", "somebody/some-clip"),
+    ],
+)
+@pytest.mark.usefixtures("no_network")
+def test_without_a_network_it_says_so_in_one_line(settings, model, pretrained, capfd):
+    with pytest.raises(StageError, match=r"hub cannot be reached \(no network\)") as caught:
+        load_encoder(settings(model=model, pretrained=pretrained))
+    assert f"'{pretrained}'" in one_line(caught)
+    assert "encoder.pretrained" in str(caught.value)
+    assert "HF_HOME" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_without_a_network_what_is_in_the_cache_is_loaded(settings, checkpoint, no_network, name):
+    path = no_network / name
+    save_file(checkpoint, path) if path.suffix == ".safetensors" else torch.save(checkpoint, path)
+    found = load_encoder(settings(pretrained="somebody/some-clip")).spec
+    assert found == load_encoder(settings(pretrained=str(path))).spec
+
+
+def test_without_a_network_a_damaged_file_in_the_cache_is_called_so(settings, no_network):
+    (no_network / "open_clip_model.safetensors").write_bytes(b"garbage" * 99)
+    with pytest.raises(StageError, match="cannot load") as caught:
         load_encoder(settings(pretrained="somebody/some-clip"))
-    one_line(caught)
+    assert "cannot be reached" not in one_line(caught)
+
+
+def test_random_weights_are_no_warning(settings, capfd):
+    load_encoder(settings())
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"embed_dim": 3}', "\ud800"])

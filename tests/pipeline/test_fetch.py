@@ -1,4 +1,7 @@
 import functools
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +12,11 @@ from ruamel.yaml import YAML
 
 from cache.errors import SettingsError, StageError
 from cache.files import sha256_of
+from cache.interrupts import INTERRUPTS
 from cache.settings import Params
 from pipeline.fetch import fetch, unpack
+
+ROOT = Path(__file__).parents[2]
 
 DATA = {
     "train": {"images": "data/raw/train.zip", "captions": "data/raw/annotations/train.json"},
@@ -40,9 +46,13 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(source, **sections):
+def write_params(source, **sections):
     with Path("params.yaml").open("w") as file:
         YAML().dump({"data": {"source": source, **DATA}, **sections}, file)
+
+
+def run(source, **sections):
+    write_params(source, **sections)
     fetch(Params.read(Path("params.yaml")))
 
 
@@ -219,3 +229,26 @@ def test_two_downloads_of_one_name_are_a_settings_error():
     ]
     with pytest.raises(SettingsError, match=r"files ends in 'a\.zip'"):
         run("coco", fetch={"files": entries})
+
+
+@pytest.mark.parametrize("number", INTERRUPTS)
+def test_a_signal_to_the_group_while_it_renders_is_one_line(number):
+    write_params("demo")
+    write_world()
+    # It says that it is at it, and never ends by itself.
+    Path("demo/world.py").write_text(
+        "import os, time\nos.write(1, b'%d ' % os.getpid())\ntime.sleep(99)"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.fetch"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    renderer = int(os.read(started.stdout.fileno(), 20))
+    os.killpg(started.pid, number)
+    _, error = started.communicate(timeout=60)
+    assert (started.returncode, error) == (130, b"error: interrupted; run the same command again\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(renderer, 0)

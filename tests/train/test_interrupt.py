@@ -2,9 +2,34 @@ import signal
 
 import pytest
 
+from train import interrupt
 from train.interrupt import StopRequest
 
-NUMBERS = [signal.SIGINT, signal.SIGTERM]
+NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture(autouse=True)
+def _no_repeats(monkeypatch):
+    monkeypatch.setattr(interrupt, "REPEAT_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_signal_that_is_sent_twice_at_once_is_one_request(number, monkeypatch):
+    monkeypatch.setattr(interrupt, "REPEAT_SECONDS", 1000.0)
+    with StopRequest() as stop:
+        for _ in range(3):
+            signal.raise_signal(number)
+        assert stop.asked
+
+
+def test_with_nohup_a_run_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -1,0 +1,47 @@
+"""How a command is interrupted, and how the processes that it starts are left out of it.
+
+Ctrl-C, `timeout`, a batch system and `docker stop` send their signal to all processes of a command
+at once. The first process heeds it and ends the others; those never see it.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a command to stop."""
+
+
+def heed_interrupts() -> None:
+    """Let the first signal that asks to stop raise KeyboardInterrupt, and all later ones nothing.
+
+    Those that the caller ignores stay ignored, as `nohup` and a shell's background jobs want it;
+    but for SIGTERM, which nobody sends by accident.
+    """
+    for number in INTERRUPTS:
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def ignore_interrupts() -> None:
+    """Let no signal cut off what is left to do on the way out."""
+    for number in INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that begin in the block never see a signal that asks to stop."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    # `timeout` sends its signal to the process, and then to the group.
+    ignore_interrupts()
+    raise KeyboardInterrupt

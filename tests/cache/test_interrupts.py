@@ -1,0 +1,66 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from cache.interrupts import INTERRUPTS, without_interrupts
+
+COMMAND = """
+import os, signal, sys
+from cache.command import run_guarded
+{before}
+def work():
+    {body}
+run_guarded(work)
+"""
+
+LINE = "error: interrupted; run the same command again\n"
+
+
+def run(body, before=""):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(body=body, before=before)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_one_signal_or_many_leave_by_the_front_door(name):
+    send = f"os.kill(os.getpid(), signal.{name})"
+    once = f"{send}; signal.pause()"
+    again = f"try: {once}\n    finally: {send}; print('put away')"
+    assert run(once) == (130, "", LINE)
+    assert run(again) == (130, "put away\n", LINE)
+
+
+def test_what_the_caller_ignores_stays_ignored_but_for_sigterm():
+    ignore = "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)"
+    body = "os.kill(os.getpid(), 1); os.kill(os.getpid(), 2); print('on'); os.kill(os.getpid(), 15)"
+    assert run(body, ignore) == (130, "on\n", LINE)
+
+
+def test_a_process_that_begins_in_the_block_never_sees_them():
+    code = "import os; [os.kill(os.getpid(), n) for n in (1, 2, 15)]; print('on')"
+    with without_interrupts():
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.communicate() == (b"on\n", None)
+
+
+def test_this_process_hears_behind_the_block_what_came_in_it():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with without_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not heard
+        assert heard == [signal.SIGTERM]
+        with without_interrupts(), without_interrupts():
+            pass
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(INTERRUPTS)
+    finally:
+        signal.signal(signal.SIGTERM, before)
