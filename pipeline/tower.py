@@ -5,7 +5,6 @@ decides it: the settings, the files they name, the libraries, and the code but f
 So a store whose shards are all there is checked and published again without torch.
 """
 
-import ast
 import dataclasses
 import hashlib
 from functools import cached_property
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from cache.errors import CacheError, StageError
 from cache.files import WORK, canonical_json, sha256_of, write_bytes
 from cache.spec import FORMAT, Spec
+from pipeline.code import code_hash
 from pipeline.settings import EncoderSettings
 from pipeline.versions import library_versions
 
@@ -96,12 +96,7 @@ def _key(settings: EncoderSettings) -> str | None:
         "settings": dataclasses.asdict(settings) | {"device": None},
         "files": {name: sha256_of(Path(name)) for name in files},
         "versions": library_versions(),
-        "code": {name: _code(Path(__file__).with_name(name)) for name in CODE},
+        "code": {name: code_hash(Path(__file__).with_name(name)) for name in CODE},
         "format": FORMAT,
     }
     return hashlib.sha256(canonical_json(decisive)).hexdigest()[:16]
-
-
-def _code(path: Path) -> str:
-    """Hash what a module does: a change to its comments or its layout changes nothing."""
-    return hashlib.sha256(ast.dump(ast.parse(path.read_bytes())).encode()).hexdigest()

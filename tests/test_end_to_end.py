@@ -141,16 +141,25 @@ def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
     assert "up to date" in stdout
 
 
-def test_a_comment_republishes_the_same_store_and_trains_nothing(clone, killed_then_finished):
+def test_a_comment_anywhere_runs_the_stage_code_alone(clone, killed_then_finished):
+    for name in ("pipeline/encoder.py", "cache/audit.py", "train/loop.py", "eval/report.py"):
+        append(clone / name, "# A remark.")
+    assert stages_run(dvc(clone, "repro")) == ["code"]
+    assert "up to date" in dvc(clone, "status")
+
+
+def test_a_statement_runs_the_stages_that_import_it(clone, killed_then_finished):
+    """The encoder's features stay the same, so nothing is encoded or trained again."""
     before = bytes_of(clone / "data/features")
-    for name in ("pipeline/encoder.py", "cache/publish.py"):
-        path = clone / name
-        path.write_text(path.read_text() + "\n# A remark.\n")
-    stdout = dvc(clone, "repro")
-    assert stages_run(stdout) == ["extract"]
+    append(clone / "pipeline/encoder.py", "CHANGED = True")
+    assert stages_run(dvc(clone, "repro")) == ["code", "extract"]
     report = json.loads((clone / "reports/extract.json").read_text())
     assert (report["shards_encoded"], report["shards_reused"]) == (0, report["shards"])
     assert bytes_of(clone / "data/features") == before
+
+
+def append(path: Path, line: str) -> None:
+    path.write_text(f"{path.read_text()}\n{line}\n")
 
 
 def test_features_lie_on_the_disk_once(clone, killed_then_finished):

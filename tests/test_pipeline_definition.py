@@ -9,6 +9,8 @@ from ruamel.yaml import YAML
 from cache.data_settings import DataSettings
 from cache.settings import Params
 from eval.settings import EvaluateSettings
+from pipeline.code import PACKAGES
+from pipeline.code import STAGES as CODE_STAGES
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.settings import (
     CheckpointSettings,
@@ -46,10 +48,6 @@ SECTIONS = {
 
 STAGES = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 
-# The source demo runs the world in a process of its own, which no import shows.
-STARTED = {"fetch": ["demo.world"]}
-READ = {"extract": {"pipeline/probe_images"}, "evaluate": {"eval/page", "eval/report.html.j2"}}
-
 
 def imported_modules(path: Path) -> set[str]:
     names: set[str] = set()
@@ -61,35 +59,19 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] in ALLOWED}
 
 
-def files_of(module: str) -> list[Path]:
-    """The files that importing a module runs: its packages' and its own."""
-    parts = module.split(".")
-    paths = [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-    return [path for path in [*paths, ROOT.joinpath(*parts).with_suffix(".py")] if path.exists()]
+@pytest.mark.parametrize("stage", sorted(STAGES.keys() - {"code"}))
+def test_a_stage_depends_on_the_hash_of_its_code(stage):
+    assert f"data/code/{stage}" in STAGES[stage]["deps"]
+    assert STAGES[stage]["cmd"] == f"python -m {CODE_STAGES[stage][0]}"
+    assert not any(dep.endswith(".py") for dep in STAGES[stage]["deps"])
 
 
-def code_behind(modules: list[str]) -> set[str]:
-    seen: set[Path] = set()
-    waiting = list(modules)
-    while waiting:
-        for path in files_of(waiting.pop()):
-            if path not in seen:
-                seen.add(path)
-                waiting += imported_modules(path)
-    return {str(path.relative_to(ROOT)) for path in seen}
+def test_the_stage_code_depends_on_every_package():
+    assert STAGES["code"]["deps"] == list(PACKAGES)
 
 
-@pytest.mark.parametrize("stage", sorted(STAGES))
-def test_a_stage_depends_on_exactly_the_code_that_it_runs(stage):
-    module = STAGES[stage]["cmd"].removeprefix("python -m ")
-    code = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    named = code | (READ.get(stage, set()) & set(STAGES[stage]["deps"]))
-    assert named == code_behind([module, *STARTED.get(stage, [])]) | READ.get(stage, set())
-
-
-def test_there_are_the_six_stages():
-    wanted = ["fetch", "index", "extract", "pretrain", "finetune", "evaluate"]
-    assert list(STAGES) == wanted
+def test_there_are_the_six_stages_and_their_code():
+    assert list(STAGES) == ["code", *CODE_STAGES]
 
 
 @pytest.mark.parametrize("package", sorted(ALLOWED))
@@ -114,12 +96,15 @@ def test_a_shipped_settings_file_fits_every_section(path):
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_the_settings_of_a_stage_are_in_the_settings_file(stage):
     values = Params.read(ROOT / "params.yaml").values
-    for key in STAGES[stage]["params"]:
+    for key in STAGES[stage].get("params", ()):
         found = values
         for part in key.split("."):
             assert part in found, key
             found = found[part]
-    assert STAGES[stage]["params"]
+
+
+def test_all_stages_but_one_have_settings():
+    assert [stage for stage in STAGES if "params" not in STAGES[stage]] == ["code"]
 
 
 def test_a_training_setting_never_touches_the_features():
@@ -129,5 +114,5 @@ def test_a_training_setting_never_touches_the_features():
 
 
 def test_what_changes_no_number_makes_no_stage_run_again():
-    named = {key.split(".")[0] for stage in STAGES.values() for key in stage["params"]}
+    named = {key.split(".")[0] for stage in STAGES.values() for key in stage.get("params", ())}
     assert named == {"seed", *SECTIONS} - {"checkpoints", "tracking"}
