@@ -20,6 +20,8 @@ FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
 
 
+SPEC = "spec.json"
+
 MAX_JSON_BYTES = 1 << 16
 """A spec's JSON has about 700 bytes; no more than this is ever read."""
 

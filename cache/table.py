@@ -188,8 +188,12 @@ class StoreTable:
         return table
 
 
-def check_own_hash(path: Path) -> None:
+def check_own_hash(path: Path, where: str | None = None) -> None:
     """Hold the bytes of an index against the hash that they carry.
+
+    Args:
+        path: Of the file.
+        where: What the error calls it; the path when not given.
 
     Raises:
         CorruptShardError: They are not those that were written.
@@ -208,7 +212,7 @@ def check_own_hash(path: Path) -> None:
     digest = hashed.hexdigest().encode()
     if stated != digest:
         raise CorruptShardError(
-            f"{path}: its sha256 is {digest.decode()}, the one it carries "
+            f"{where or path}: its sha256 is {digest.decode()}, the one it carries "
             f"{stated.decode(errors='replace')!r}. Fetch it again, or run the extract stage."
         )
 
