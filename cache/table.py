@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import replacing
+from cache.parquet import open_parquet
 from cache.shard import Shard
 from cache.spec import Spec
 
@@ -38,10 +39,6 @@ SCHEMA = pa.schema(
         ("source_xxh3", pa.uint64()),
     ]
 )
-
-READ_TYPES = {field.name: field.type for field in SCHEMA} | {
-    "shard": pa.dictionary(pa.int32(), pa.string())
-}
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
 
@@ -164,23 +161,16 @@ class StoreTable:
             SpecMismatchError: It is of another encoder.
             CorruptShardError: Its rows contradict each other, or the sizes of the shards.
         """
-        try:
-            # As a dictionary, each name is there once and not a million times.
-            with pq.ParquetFile(
-                path,
-                read_dictionary=["shard"],
-                page_checksum_verification=True,
-                pre_buffer=False,
-            ) as file:
-                fingerprint, shards, probe = _read_header(file, path, spec)
-                for shard in shards:
-                    check_file(shard)
-                columns = _read_columns(file, shards, path)
-        except CacheError:
-            # Some are OSErrors too.
-            raise
-        except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError, MemoryError) as error:
-            raise _bad(path, f"not a parquet file of these columns ({error})") from None
+
+        def refuse(detail: str) -> IncompleteStoreError:
+            return _bad(path, f"not a parquet file of these columns ({detail})")
+
+        # As a dictionary, each name is there once and not a million times.
+        with open_parquet(path, SCHEMA, refuse, read_dictionary=["shard"]) as file:
+            fingerprint, shards, probe = _read_header(file, path, spec)
+            for shard in shards:
+                check_file(shard)
+            columns = _read_columns(file, shards, path)
         # Arrow would keep what it read with for its next use.
         pa.default_memory_pool().release_unused()
         table = cls(fingerprint, shards, probe_sha256=probe, **columns)
@@ -228,9 +218,8 @@ def _read_header(
     file: pq.ParquetFile, path: Path, spec: Spec
 ) -> tuple[str, tuple[ShardFile, ...], str | None]:
     """Check everything that the footer says, before any row is read."""
-    found = {field.name: field.type for field in file.schema_arrow}
-    if found != READ_TYPES or file.schema_arrow.names != SCHEMA.names:
-        raise _bad(path, f"its columns are {found}, wanted {READ_TYPES}")
+    if file.schema_arrow.names != SCHEMA.names:
+        raise _bad(path, f"its columns are {file.schema_arrow.names}, wanted {SCHEMA.names}")
     metadata = file.metadata.metadata or {}
     if OWN_HASH not in metadata and metadata.keys() - FOREIGN_KEYS:
         # One of them may be the key of its hash, damaged.

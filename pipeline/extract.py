@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import SHARDS, exclusive, write_json
 from cache.images import ImageArchive
+from cache.parquet import read_columns
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
@@ -31,7 +31,15 @@ from pipeline.tally import Tally
 from pipeline.tower import Tower
 
 IMAGES = Path("data/index/images.parquet")
-COLUMNS = ("image_id", "split", "file_name", "source_xxh3")
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("split", pa.string()),
+        ("file_name", pa.string()),
+        ("source_xxh3", pa.uint64()),
+    ]
+)
+"""What is read of the table of images."""
 FEATURES = Path("data/features")
 REPORT = Path("reports/extract.json")
 
@@ -55,10 +63,11 @@ def read_source() -> ImageSource:
     Raises:
         StageError: No index, or an empty one.
     """
-    try:
-        table = pq.read_table(IMAGES, columns=list(COLUMNS))
-    except (OSError, pa.ArrowException) as error:
-        raise StageError(f"{IMAGES}: {error}. Run the index stage first.") from None
+    table = read_columns(
+        IMAGES,
+        SCHEMA,
+        lambda detail: StageError(f"{IMAGES}: {detail}. Run the index stage first."),
+    )
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
     return ImageSource(
