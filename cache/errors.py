@@ -14,6 +14,9 @@
 Each text says what was checked, what was wanted, what was found, where, and what to do.
 """
 
+REMEDY = "Run `dvc pull`, or `python -m cache.verify --repair` on its folder and the extract stage."
+"""What to do about a file of a store that is not as it was written."""
+
 
 class CacheError(Exception):
     """Base of all errors raised on purpose; `exit_code` is what a command ends with."""

@@ -6,6 +6,7 @@ all of it is caught in one place, instead of a list of exceptions beside each pa
 """
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 
 from cache.errors import CacheError
@@ -24,7 +25,8 @@ def reading_foreign_file(refuse: Callable[[str], CacheError]) -> Iterator[None]:
     Errors of ours, interrupts, and failures of the system pass as they are. An OSError with an
     `errno` is such a failure (no permission, an input/output error): it says nothing about what is
     in the file, so nobody may call the file damaged. Libraries raise OSErrors without `errno` for
-    files that they cannot parse.
+    files that they cannot parse, and EINVAL is what the system says of a place that no file has,
+    which a damaged file can name.
 
     Args:
         refuse: Makes the error out of one line that says what the library found wrong.
@@ -38,7 +40,7 @@ def reading_foreign_file(refuse: Callable[[str], CacheError]) -> Iterator[None]:
     except (CacheError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise refuse(describe(error)) from None
 

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.errors import CacheError, CorruptShardError, IncompleteStoreError
+from cache.errors import REMEDY, CacheError, CorruptShardError, IncompleteStoreError
 from cache.remote import RemoteFolder
 from cache.spec import SPEC, Spec
 from cache.table import INDEX, ShardFile, check_own_hash
@@ -75,7 +75,7 @@ class Location:
         """What to do about a file that is not as it was written."""
         if self.is_remote:
             return "Push the store there again."
-        return "Run `dvc pull`, or `python -m cache.verify --repair` and the extract stage."
+        return REMEDY
 
     def path(self, name: str, most_bytes: int | None = None, sha256: str | None = None) -> Path:
         """Return where a file can be read; a remote one is copied, and checked, on first use.

@@ -6,7 +6,6 @@ page is. What they promise may take so much memory as a real table of the file's
 """
 
 import contextlib
-import errno
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +78,7 @@ def open_parquet(
         CacheError: What `refuse` returned.
         OSError: The system could not read the file.
     """
-    with _of_system(path, refuse), reading_foreign_file(refuse):
+    with _naming(path), reading_foreign_file(refuse):
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 # A pipe would be waited for.
@@ -133,13 +132,11 @@ def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
 
 
 @contextlib.contextmanager
-def _of_system(path: Path, refuse: Refuse) -> Iterator[None]:
+def _naming(path: Path) -> Iterator[None]:
     """Let a failure of the system name the file, as Arrow's does not."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            raise refuse("it names a place that no file has") from None
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from None

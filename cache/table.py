@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import replacing
 from cache.parquet import open_parquet
 from cache.shard import Shard
@@ -141,7 +141,7 @@ class StoreTable:
         ):
             raise CorruptShardError(
                 f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
-                f"Fetch both again, or run the extract stage."
+                f"{REMEDY}"
             )
 
     @classmethod
@@ -203,7 +203,7 @@ def check_own_hash(path: Path, where: str | None = None) -> None:
     if stated != digest:
         raise CorruptShardError(
             f"{where or path}: its sha256 is {digest.decode()}, the one it carries "
-            f"{stated.decode(errors='replace')!r}. Fetch it again, or run the extract stage."
+            f"{stated.decode(errors='replace')!r}. {REMEDY}"
         )
 
 
@@ -245,7 +245,7 @@ def _read_header(
     if file.metadata.num_rows * row_bytes > sum(shard.num_bytes for shard in shards):
         raise CorruptShardError(
             f"{path}: has {file.metadata.num_rows} rows of {row_bytes} bytes of features, more "
-            f"than the shards that it names can hold. Fetch the store again, or run extract."
+            f"than the shards that it names can hold. {REMEDY}"
         )
     probe = metadata.get(b"probe_sha256")
     return fingerprint, shards, None if probe is None else probe.decode()
@@ -296,7 +296,7 @@ def _check_rows(table: StoreTable, path: Path) -> None:
         claims = [table.shards[n].name for n in table.shard_number[first : first + 2]]
         raise CorruptShardError(
             f"{path}: image ids must ascend, but {table.image_ids[first + 1]} follows "
-            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). Fetch it again."
+            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). {REMEDY}"
         )
     for number, positions in enumerate(table.by_shard):
         if np.any(positions < 0) or not np.array_equal(
@@ -304,9 +304,9 @@ def _check_rows(table: StoreTable, path: Path) -> None:
         ):
             raise CorruptShardError(
                 f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
-                f"0, 1, 2, ... Fetch it again."
+                f"0, 1, 2, ... {REMEDY}"
             )
 
 
 def _bad(path: Path, detail: str) -> IncompleteStoreError:
-    return IncompleteStoreError(f"{path}: {detail}. Fetch the store again, or run extract.")
+    return IncompleteStoreError(f"{path}: {detail}. {REMEDY}")
