@@ -9,6 +9,7 @@ from cache.errors import (
     SettingsError,
     SpecMismatchError,
     StageError,
+    UnreachableStoreError,
     UnsafeShardError,
 )
 from cache.spec import Spec
@@ -24,6 +25,7 @@ __all__ = [
     "Spec",
     "SpecMismatchError",
     "StageError",
+    "UnreachableStoreError",
     "UnsafeShardError",
     "VerifyReport",
 ]

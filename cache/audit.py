@@ -15,13 +15,19 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptShardError, FormatVersionError, SpecMismatchError
+from cache.errors import (
+    CacheError,
+    CorruptShardError,
+    FormatVersionError,
+    SpecMismatchError,
+    UnreachableStoreError,
+)
 from cache.files import naming, sha256_of
 from cache.foreign import one_line
 from cache.location import Location
 from cache.plan import shard_key
 from cache.shard import Shard, hash_rows, open_shard
-from cache.spec import MAX_JSON_BYTES, Spec
+from cache.spec import MAX_JSON_BYTES, SPEC, Spec
 from cache.table import INDEX, PROBE, StoreTable, check_own_hash
 
 BLOCK_BYTES = 1 << 20
@@ -43,7 +49,7 @@ class VerifyReport:
     """One line each."""
     bad_files: list[str] = field(default_factory=list)
     """Names of the files that are not as they were written, which extracting again would mend. A
-    file that could not be read, or of another version of the format, is none of them."""
+    file that could not be read or fetched, or of another version of the format, is none of them."""
     unreadable: list[str] = field(default_factory=list)
     """Those of the problems that are failures of the system: nothing is known of such a file."""
 
@@ -73,9 +79,10 @@ def audit(
     """
     checked = "spec.json"
     try:
-        spec = _check_spec(location)
-        checked = INDEX
-        table = _check_index(location, spec)
+        with location.naming_files():
+            spec = _check_spec(location)
+            checked = INDEX
+            table = _check_index(location, spec)
     except (CacheError, OSError) as error:
         # Without them nothing can be said about the shards.
         return _report([(checked, error)])
@@ -89,8 +96,9 @@ def audit(
     def check(number: int) -> CacheError | OSError | None:
         file = table.shards[number]
         try:
-            if not (partial and location.size(file.name) is None):
-                _check_shard(location, spec, table, number, tell if deep else None)
+            with location.naming_files():
+                if not (partial and location.size(file.name) is None):
+                    _check_shard(location, spec, table, number, tell if deep else None)
         except (CacheError, OSError) as error:
             return error
         return None
@@ -109,7 +117,8 @@ def _report(problems: Problems) -> VerifyReport:
     bad_files = [
         name
         for name, problem in problems
-        if isinstance(problem, CacheError) and not isinstance(problem, FormatVersionError)
+        if isinstance(problem, CacheError)
+        and not isinstance(problem, FormatVersionError | UnreachableStoreError)
     ]
     unreadable = [
         line
@@ -120,7 +129,7 @@ def _report(problems: Problems) -> VerifyReport:
 
 
 def _check_spec(location: Location) -> Spec:
-    path = location.path("spec.json", MAX_JSON_BYTES)
+    path = location.path(SPEC, MAX_JSON_BYTES)
     spec = Spec.read(path)
     with naming(path):
         data = path.read_bytes()
@@ -142,7 +151,7 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
     if table.probe_sha256 is None:
         return []
     try:
-        path = location.path(PROBE)
+        path = location.path(PROBE, sha256=table.probe_sha256)
         if sha256_of(path) != table.probe_sha256:
             raise CorruptShardError(
                 f"{path}: its sha256 is not the one in {INDEX}. Fetch it again, or extract."
@@ -161,7 +170,7 @@ def _check_shard(
 ) -> None:
     file = table.shards[number]
     location.check_size(file)
-    shard = open_shard(location.path(file.name), spec)
+    shard = open_shard(location.shard_path(file), spec)
     table.check_shard(number, shard)
     mine = table.by_shard[number]
     key = shard_key(spec.fingerprint, table.image_ids[mine], table.source_xxh3[mine])

@@ -8,10 +8,14 @@
     |-- MissingImageError      an image id that the store does not hold
     |-- CorruptShardError      bytes that are not what was written
     |-- UnsafeShardError       a shard that is not built as shards are built
-    `-- IncompleteStoreError   a folder that is not a whole store
+    |-- IncompleteStoreError   a folder that is not a whole store
+    `-- UnreachableStoreError  a server that does not deliver: nothing is known of its store
 
 Each text says what was checked, what was wanted, what was found, where, and what to do.
 """
+
+REMEDY = "Run `dvc pull`, or `python -m cache.verify --repair` on its folder and the extract stage."
+"""What to do about a file of a store that is not as it was written."""
 
 
 class CacheError(Exception):
@@ -59,3 +63,7 @@ class IncompleteStoreError(CacheError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class UnreachableStoreError(CacheError, ConnectionError):
+    """A store whose server cannot be reached, refuses access, or does not deliver."""

@@ -1,19 +1,16 @@
 """Where a store's files are: a folder here, or an fsspec URL whose files are copied here."""
 
+import contextlib
 import os
 import re
-import shutil
 import stat
-import tempfile
-import threading
-import weakref
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
-
-from cache.errors import CorruptShardError, IncompleteStoreError, SettingsError
-from cache.table import ShardFile
+from cache.errors import REMEDY, CacheError, CorruptShardError, IncompleteStoreError
+from cache.remote import RemoteFolder
+from cache.spec import SPEC, Spec
+from cache.table import INDEX, ShardFile, check_own_hash
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
@@ -31,47 +28,26 @@ class Location:
         self.is_remote = "://" in self.root and bool(URL.match(self.root))
         self.address = self.root if self.is_remote else str(Path(root).absolute())
         """The URL, or the whole path, which holds when the working directory changes."""
-        if self.is_remote:
-            self._opened: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
-            self._files()
-            self._copies = Path(tempfile.mkdtemp(prefix="patchcache-"))
-            weakref.finalize(self, _remove, self._copies, os.getpid())
+        self._remote = RemoteFolder(self.root) if self.is_remote else None
 
-    def _files(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        """Return the file system of the URL and the folder in it."""
-        # One a process: those with connections refuse to work in a forked child.
-        process = os.getpid()
-        if process not in self._opened:
-            try:
-                self._opened[process] = fsspec.core.url_to_fs(self.root.rstrip("/"))
-            except (ValueError, ImportError) as error:
-                raise SettingsError(f"{self.root}: cannot be read here: {error}") from None
-        return self._opened[process]
-
-    @cached_property
-    def _listed(self) -> dict[str, int | None]:
-        """Sizes from one listing, where the file system lists folders."""
-        filesystem, folder = self._files()
-        try:
-            found = filesystem.ls(folder, detail=True)
-        except (OSError, ValueError, NotImplementedError):
-            return {}
-        return {str(file["name"]).rsplit("/", 1)[-1]: file.get("size") for file in found}
+    def _where(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
 
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes; None when there is no such file.
 
         Raises:
             IncompleteStoreError: It is no file, or its server does not say how large it is.
+            UnreachableStoreError: Its server cannot be asked.
         """
         try:
-            found = self._remote_size(name) if self.is_remote else self._local_size(name)
+            found = self._remote.size(name) if self._remote else self._local_size(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if found is None:
             raise IncompleteStoreError(
-                f"{self.root}/{name}: is no file, or of unknown size. Fetch the store again, or "
-                f"copy it here."
+                f"{self._where(name)}: is no file, or of unknown size. Put the file of the store "
+                f"in its place, or use a copy of the store on this machine."
             )
         return found
 
@@ -80,11 +56,6 @@ class Location:
         found = os.stat(f"{self.address}/{name}")  # noqa: PTH116
         # A pipe would be waited for, and a device has no end.
         return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-    def _remote_size(self, name: str) -> int | None:
-        filesystem, folder = self._files()
-        found = self._listed.get(name) or filesystem.size(f"{folder}/{name}")
-        return None if found is None else int(found)
 
     def check_size(self, shard: ShardFile) -> None:
         """Hold the size of a shard's file, if there is one, against the index.
@@ -95,45 +66,84 @@ class Location:
         found = self.size(shard.name)
         if found is not None and found != shard.num_bytes:
             raise CorruptShardError(
-                f"{self.root}/{shard.name}: has {found} bytes, the index says {shard.num_bytes}. "
-                f"Fetch it again, or run the extract stage."
+                f"{self._where(shard.name)}: has {found} bytes, the index says {shard.num_bytes}. "
+                f"{self.remedy}"
             )
 
-    def path(self, name: str, most_bytes: int | None = None) -> Path:
-        """Return where a file can be read; a remote one is copied on first use.
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is not as it was written."""
+        if self.is_remote:
+            return "Push the store there again."
+        return REMEDY
+
+    def path(self, name: str, most_bytes: int | None = None, sha256: str | None = None) -> Path:
+        """Return where a file can be read; a remote one is copied, and checked, on first use.
 
         Args:
             name: Of the file.
             most_bytes: A larger one is refused, and not copied.
+            sha256: What a remote file must have; spec.json and index.parquet carry their own.
 
         Raises:
             IncompleteStoreError: There is no such file, none of a known size, or a larger one.
+            UnreachableStoreError: The server does not deliver it.
+            CorruptShardError: The server delivers other bytes than were written, more than once.
         """
         found = self.size(name)
         if found is not None and most_bytes is not None and found > most_bytes:
             raise IncompleteStoreError(
-                f"{self.root}/{name}: has {found} bytes, wanted at most {most_bytes}. "
-                f"Fetch it again."
+                f"{self._where(name)}: has {found} bytes, wanted at most {most_bytes}. "
+                f"{self.remedy}"
             )
-        if found is None:
-            raise IncompleteStoreError(
-                f"{self.root}/{name}: missing, so {self.root} is no whole store. "
-                f"Run `dvc pull`, or the extract stage."
-            )
-        return self._copied(name) if self.is_remote else Path(self.address) / name
+        if found is not None and not self._remote:
+            return Path(self.address) / name
+        with contextlib.suppress(FileNotFoundError):
+            if found is not None and self._remote:
+                return self._copy(self._remote, name, found, sha256)
+        raise self._missing(name)
 
-    def _copied(self, name: str) -> Path:
-        copy = self._copies / name
-        if not copy.exists():
-            # Each process and thread under a name of its own: workers may fetch the same file.
-            partial = copy.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
-            filesystem, folder = self._files()
-            filesystem.get_file(f"{folder}/{name}", str(partial))
-            os.replace(partial, copy)
-        return copy
+    def shard_path(self, shard: ShardFile) -> Path:
+        """Return where a shard's file can be read; the errors are those of `path`."""
+        return self.path(shard.name, shard.num_bytes, shard.sha256)
 
+    def _copy(self, remote: RemoteFolder, name: str, num_bytes: int, sha256: str | None) -> Path:
+        where = self._where(name)
 
-def _remove(folder: Path, owner: int) -> None:
-    """Delete the copies, unless this is a forked child of the process that made them."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+        def check(copy: Path, found_bytes: int, found_sha256: str) -> None:
+            if found_bytes != num_bytes:
+                raise CorruptShardError(
+                    f"{where}: {found_bytes} bytes came, the server says {num_bytes}. {self.remedy}"
+                )
+            if sha256 is not None and found_sha256 != sha256:
+                raise CorruptShardError(
+                    f"{where}: its sha256 is {found_sha256}, {INDEX} has {sha256}. It was damaged "
+                    f"or changed. {self.remedy}"
+                )
+            if name == SPEC:
+                Spec.from_json(copy.read_bytes(), where)
+            if name == INDEX:
+                check_own_hash(copy, where)
+
+        return remote.copy(name, num_bytes, check)
+
+    def _missing(self, name: str) -> IncompleteStoreError:
+        remedy = (
+            "Check the address, or push the store there again."
+            if self.is_remote
+            else "Run `dvc pull`, or the extract stage."
+        )
+        return IncompleteStoreError(
+            f"{self._where(name)}: missing, so this is no whole store. {remedy}"
+        )
+
+    @contextlib.contextmanager
+    def naming_files(self) -> Iterator[None]:
+        """Let errors that name the copy of a file name the file of the server instead."""
+        try:
+            yield
+        except CacheError as error:
+            if self._remote:
+                copies, url = str(self._remote.copies), self._remote.url
+                error.args = tuple(str(text).replace(copies, url) for text in error.args)
+            raise

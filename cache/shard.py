@@ -22,13 +22,15 @@ import xxhash
 from numpy.typing import NDArray
 
 from cache.errors import (
+    REMEDY,
     CorruptShardError,
     IncompleteStoreError,
     SpecMismatchError,
     UnsafeShardError,
 )
 from cache.files import write_bytes
-from cache.foreign import reading_foreign_file
+from cache.foreign import one_line, reading_foreign_file
+from cache.object_headers import find_tree
 from cache.sparse_file import SparseFile
 from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
@@ -134,23 +136,25 @@ def open_shard(path: Path, spec: Spec) -> Shard:
         SpecMismatchError: Another encoder wrote it.
         OSError: The system could not read it; it names the file.
     """
-    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-    # Readers never write, and some shared file systems refuse locks.
-    access.set_file_locking(False, True)
-    with reading_foreign_file(functools.partial(_unreadable, path), path):
+
+    def refuse(detail: str) -> CorruptShardError:
+        return CorruptShardError(f"{path}: HDF5 cannot read it ({detail}). {REMEDY}")
+
+    if not path.is_file():
+        # A pipe would be waited for.
+        raise refuse("no such file")
+    with reading_foreign_file(refuse, path):
+        if tree := find_tree(path):
+            raise _unsafe(path, tree)
+        access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+        access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+        # Readers never write, and some shared file systems refuse locks.
+        access.set_file_locking(False, True)
         file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
         try:
             return _read_checked(file, path, spec)
         finally:
             file.close()
-
-
-def _unreadable(path: Path, detail: str) -> CorruptShardError:
-    return CorruptShardError(
-        f"{path}: HDF5 cannot read it ({detail}). Fetch it again, or run "
-        f"`python -m cache.verify {path.parent} --repair` and the extract stage."
-    )
 
 
 def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
@@ -160,7 +164,7 @@ def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
         raise _unsafe(path, "it starts with a user block")
     if root.get_num_objs() != len(DATASETS) or set(root) != DATASETS.keys():
         names = sorted(name.decode(errors="replace") for name in islice(root, MAX_NAMED))
-        raise _unsafe(path, f"its root holds {names}, wanted {sorted(DATASETS)}")
+        raise _unsafe(path, f"its root holds {one_line(names)}, wanted {sorted(DATASETS)}")
     _check_attributes(root, path, spec)
     num_bytes = path.stat().st_size
     features, image_id, row_xxh3 = (
@@ -172,11 +176,11 @@ def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
         raise CorruptShardError(
             f"{path}: features are {features.shape} beside {image_id.shape[0]} ids and "
             f"{row_xxh3.shape[0]} hashes, wanted {spec.patches} x {spec.width} for each. "
-            f"Fetch it again."
+            f"{REMEDY}"
         )
     image_ids, hashes = _read(image_id, "<i8"), _read(row_xxh3, "<u8")
     if np.any(np.diff(image_ids) <= 0):
-        raise CorruptShardError(f"{path}: its image ids do not ascend. Fetch it again.")
+        raise CorruptShardError(f"{path}: its image ids do not ascend. {REMEDY}")
     return Shard(path, features.get_offset() or 0, features.shape, image_ids, hashes)
 
 
@@ -218,7 +222,7 @@ def _check_extent(dataset: h5py.h5d.DatasetID, name: str, path: Path, num_bytes:
     wanted = math.prod(dataset.shape) * DATASETS[name.encode()][0].get_size()
     offset = dataset.get_offset()
     if wanted and (offset is None or offset + wanted > num_bytes):
-        raise CorruptShardError(f"{path}: {name} reaches beyond the end of the file.")
+        raise CorruptShardError(f"{path}: {name} reaches beyond the end of the file. {REMEDY}")
     if name == "features" and wanted and offset % ALIGNMENT:
         raise _unsafe(path, f"features start at byte {offset}, wanted a multiple of {ALIGNMENT}")
 
@@ -235,8 +239,9 @@ def _check_attributes(root: h5py.h5g.GroupID, path: Path, spec: Spec) -> None:
     for name in sorted(wanted):
         if found[name] != wanted[name]:
             raise SpecMismatchError(
-                f"{path}: {name} is {found[name]!r}, the store has {wanted[name]!r}. "
-                f"Another encoder wrote this shard: delete it and run the extract stage."
+                f"{path}: {name} is {one_line(found[name])}, the store has "
+                f"{one_line(wanted[name])}. Another encoder wrote this shard: delete it and run "
+                f"the extract stage."
             )
 
 

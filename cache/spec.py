@@ -13,12 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cache.errors import FormatVersionError, IncompleteStoreError, SpecMismatchError
+from cache.errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
 from cache.files import canonical_json, naming
+from cache.foreign import one_line, reading_foreign_file
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
 
+
+SPEC = "spec.json"
 
 MAX_JSON_BYTES = 1 << 16
 """A spec's JSON has about 700 bytes; no more than this is ever read."""
@@ -85,40 +88,45 @@ class Spec:
             IncompleteStoreError: Not the JSON of a spec.
             SpecMismatchError: Another format version, or a fingerprint that does not fit.
         """
-        values = _parse(text, where)
+
+        def refuse(detail: str) -> IncompleteStoreError:
+            return IncompleteStoreError(f"{where}: not the JSON of a spec ({detail}). {REMEDY}")
+
+        with reading_foreign_file(refuse):
+            return cls._from_values(_parse(text), where)
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any], where: str) -> "Spec":
         found = values.get("format")
         fingerprint = values.pop("fingerprint", None)
         if found != FORMAT:
             # With a fingerprint that fits, it is as it was written, whatever it is.
             is_whole = hashlib.sha256(canonical_json(values)).hexdigest() == fingerprint
             raise (FormatVersionError if is_whole else SpecMismatchError)(
-                f"{where}: format is {found!r}, wanted {FORMAT!r}. "
+                f"{where}: format is {one_line(repr(found))}, wanted {FORMAT!r}. "
                 f"Read it with the version of patchcache that wrote it."
             )
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
+            differing = one_line(sorted(values.keys() ^ names))
             raise IncompleteStoreError(
-                f"{where}: fields that differ from a spec's: {sorted(values.keys() ^ names)}. "
-                f"Run the extract stage again."
+                f"{where}: fields that differ from a spec's: {differing}. {REMEDY}"
             )
         _check_types(values, where)
         values |= {name: tuple(values[name]) for name in ("mean", "std")}
         spec = cls(**values)
         if spec.fingerprint != fingerprint:
             raise SpecMismatchError(
-                f"{where}: fingerprint is {fingerprint!r}, its fields give {spec.fingerprint!r}. "
-                f"Somebody edited it: fetch the store again."
+                f"{where}: fingerprint is {one_line(repr(fingerprint))}, its fields give "
+                f"{spec.fingerprint!r}. It was edited or damaged. {REMEDY}"
             )
         return spec
 
 
-def _parse(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
+def _parse(text: bytes) -> dict[str, Any]:
+    values = json.loads(text)
     if not isinstance(values, dict):
-        raise IncompleteStoreError(f"{where}: not the JSON of a spec. Fetch the store again.")
+        raise ValueError(f"{type(values).__name__} and no object")
     return values
 
 
@@ -144,7 +152,7 @@ def _check_types(values: dict[str, Any], where: str) -> None:
         wrong = ["patches", "width"]
     if wrong:
         details = "; ".join(f"{name} is {values[name]!r}" for name in wrong)
-        raise IncompleteStoreError(f"{where}: no spec has that: {details}. Fetch the store again.")
+        raise IncompleteStoreError(f"{where}: no spec has that: {one_line(details)}. {REMEDY}")
 
 
 def check_same_spec(found: Spec, wanted: Spec, where: str) -> None:

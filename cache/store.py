@@ -22,7 +22,7 @@ from cache.ids import UNKNOWN, RowLookup
 from cache.location import Location
 from cache.rows import RowSpace
 from cache.shard import open_shard
-from cache.spec import MAX_JSON_BYTES, Spec
+from cache.spec import MAX_JSON_BYTES, SPEC, Spec
 from cache.table import INDEX, ShardFile, StoreTable
 
 INT64_MAX = np.iinfo(np.int64).max
@@ -35,8 +35,8 @@ class FeatureStore:
         """Open a store and check its spec, its index, and size and structure of its shards.
 
         Args:
-            root: Folder or fsspec URL. Of a URL, each shard is copied here, and checked, on its
-                first use; the copies go when the store does.
+            root: Folder or fsspec URL. Of a URL, each shard is copied here on its first use, and
+                held against the index byte for byte; the copies go when the store does.
             partial: Whether shards may be missing. Their images are then not in the store, and
                 `missing_shards` names them.
 
@@ -45,12 +45,14 @@ class FeatureStore:
             SpecMismatchError: Spec, index and shards are of different encoders.
             CorruptShardError: The index contradicts itself, or a shard is not what it says.
             UnsafeShardError: A shard is not built as shards are built.
+            UnreachableStoreError: The server of a URL does not deliver.
         """
         self.root = str(root)
         self._partial = partial
         self._location = Location(root)
-        self.spec = Spec.read(self._location.path("spec.json", MAX_JSON_BYTES))
-        table = self._read_table()
+        with self._location.naming_files():
+            self.spec = Spec.read(self._location.path(SPEC, MAX_JSON_BYTES))
+            table = self._read_table()
         self._shards = table.shards
         is_here = np.array([not partial or self._has(file.name) for file in table.shards], bool)
         self.missing_shards: tuple[str, ...] = tuple(
@@ -102,6 +104,15 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    def __repr__(self) -> str:
+        shards = f"{self.num_shards - len(self.missing_shards)} shards"
+        if self.missing_shards:
+            shards += f" ({len(self.missing_shards)} missing)"
+        return (
+            f"<FeatureStore {self.root!r}: {len(self)} images in {shards}, "
+            f"{self.spec.patches} x {self.spec.width} float16, encoder {self.fingerprint[:12]}>"
+        )
+
     def __contains__(self, image_id: object) -> bool:
         if not isinstance(image_id, int | np.integer):
             return False
@@ -140,6 +151,7 @@ class FeatureStore:
             MissingImageError: An id is not in the store; names up to five.
             IncompleteStoreError: A shard is not there any more.
             CorruptShardError: A shard is not what the index says.
+            UnreachableStoreError: The server of a URL does not deliver a shard.
             ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
         rows = self._rows_of(image_ids)
@@ -227,7 +239,7 @@ class FeatureStore:
             offset = self._check(number, self._read_table())
         self._space.attach(
             number,
-            self._location.path(file.name),
+            self._location.shard_path(file),
             num_bytes=file.num_bytes,
             offset=offset,
             rows=self._sizes[number],
@@ -238,8 +250,9 @@ class FeatureStore:
         """Hold a shard against the index; return, and remember, where its features start."""
         file = self._shards[number]
         self._location.check_size(file)
-        shard = open_shard(self._location.path(file.name), self.spec)
-        table.check_shard(number, shard)
+        with self._location.naming_files():
+            shard = open_shard(self._location.shard_path(file), self.spec)
+            table.check_shard(number, shard)
         self._offsets[number] = shard.offset
         return shard.offset
 

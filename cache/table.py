@@ -4,7 +4,6 @@ Read with bounds on everything that later becomes a path, an offset or a size. I
 their own sha256, so that a flipped bit is found wherever it is.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -19,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import naming, write_bytes
-from cache.foreign import reading_foreign_file
+from cache.parquet import open_parquet
 from cache.shard import Shard
 from cache.spec import Spec
 
@@ -39,10 +38,6 @@ SCHEMA = pa.schema(
         ("source_xxh3", pa.uint64()),
     ]
 )
-
-READ_TYPES = {field.name: field.type for field in SCHEMA} | {
-    "shard": pa.dictionary(pa.int32(), pa.string())
-}
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
 
@@ -150,7 +145,7 @@ class StoreTable:
         ):
             raise CorruptShardError(
                 f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
-                f"Fetch both again, or run the extract stage."
+                f"{REMEDY}"
             )
 
     @classmethod
@@ -170,16 +165,12 @@ class StoreTable:
             SpecMismatchError: It is of another encoder.
             CorruptShardError: Its rows contradict each other, or the sizes of the shards.
         """
-        with (
-            reading_foreign_file(functools.partial(_no_parquet, path), path),
-            # As a dictionary, each name is there once and not a million times.
-            pq.ParquetFile(
-                path,
-                read_dictionary=["shard"],
-                page_checksum_verification=True,
-                pre_buffer=False,
-            ) as file,
-        ):
+
+        def refuse(detail: str) -> IncompleteStoreError:
+            return _bad(path, f"not a parquet file of these columns ({detail})")
+
+        # As a dictionary, each name is there once and not a million times.
+        with open_parquet(path, SCHEMA, refuse, read_dictionary=["shard"]) as file:
             fingerprint, shards, probe = _read_header(file, path, spec)
             for shard in shards:
                 check_file(shard)
@@ -191,8 +182,12 @@ class StoreTable:
         return table
 
 
-def check_own_hash(path: Path) -> None:
+def check_own_hash(path: Path, where: str | None = None) -> None:
     """Hold the bytes of an index against the hash that they carry.
+
+    Args:
+        path: Of the file.
+        where: What the error calls it; the path when not given.
 
     Raises:
         CorruptShardError: They are not those that were written.
@@ -213,8 +208,8 @@ def check_own_hash(path: Path) -> None:
     digest = hashed.hexdigest().encode()
     if stated != digest:
         raise CorruptShardError(
-            f"{path}: its sha256 is {digest.decode()}, the one it carries "
-            f"{stated.decode(errors='replace')!r}. Fetch it again, or run the extract stage."
+            f"{where or path}: its sha256 is {digest.decode()}, the one it carries "
+            f"{stated.decode(errors='replace')!r}. {REMEDY}"
         )
 
 
@@ -253,9 +248,8 @@ def _read_header(
     file: pq.ParquetFile, path: Path, spec: Spec
 ) -> tuple[str, tuple[ShardFile, ...], str | None]:
     """Check everything that the footer says, before any row is read."""
-    found = {field.name: field.type for field in file.schema_arrow}
-    if found != READ_TYPES or file.schema_arrow.names != SCHEMA.names:
-        raise _bad(path, f"its columns are {found}, wanted {READ_TYPES}")
+    if file.schema_arrow.names != SCHEMA.names:
+        raise _bad(path, f"its columns are {file.schema_arrow.names}, wanted {SCHEMA.names}")
     metadata = file.metadata.metadata or {}
     if OWN_HASH not in metadata and metadata.keys() - FOREIGN_KEYS:
         # One of them may be the key of its hash, damaged.
@@ -281,7 +275,7 @@ def _read_header(
     if file.metadata.num_rows * row_bytes > sum(shard.num_bytes for shard in shards):
         raise CorruptShardError(
             f"{path}: has {file.metadata.num_rows} rows of {row_bytes} bytes of features, more "
-            f"than the shards that it names can hold. Fetch the store again, or run extract."
+            f"than the shards that it names can hold. {REMEDY}"
         )
     probe = metadata.get(b"probe_sha256")
     return fingerprint, shards, None if probe is None else probe.decode()
@@ -332,7 +326,7 @@ def _check_rows(table: StoreTable, path: Path) -> None:
         claims = [table.shards[n].name for n in table.shard_number[first : first + 2]]
         raise CorruptShardError(
             f"{path}: image ids must ascend, but {table.image_ids[first + 1]} follows "
-            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). Fetch it again."
+            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). {REMEDY}"
         )
     for number, positions in enumerate(table.by_shard):
         if np.any(positions < 0) or not np.array_equal(
@@ -340,13 +334,9 @@ def _check_rows(table: StoreTable, path: Path) -> None:
         ):
             raise CorruptShardError(
                 f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
-                f"0, 1, 2, ... Fetch it again."
+                f"0, 1, 2, ... {REMEDY}"
             )
 
 
-def _no_parquet(path: Path, detail: str) -> IncompleteStoreError:
-    return _bad(path, f"not a parquet file of these columns ({detail})")
-
-
 def _bad(path: Path, detail: str) -> IncompleteStoreError:
-    return IncompleteStoreError(f"{path}: {detail}. Fetch the store again, or run extract.")
+    return IncompleteStoreError(f"{path}: {detail}. {REMEDY}")

@@ -7,11 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from cache.errors import StageError
-from cache.foreign import reading_foreign_file
-from eval.pictures import IMAGES
+from eval.pictures import read_image_columns
 from train.data import held_out_images, read_caption_examples, read_conversation_examples
 
 
@@ -63,20 +59,13 @@ def read_images() -> IndexedImages:
     captioned = read_caption_examples("train").without(held_out_images())
     conversed = read_conversation_examples("train")
     trained = {*captioned.image_ids.tolist(), *conversed.image_ids.tolist()}
-    names = ("image_id", "split", "source_xxh3")
-    with reading_foreign_file(_damaged, IMAGES):
-        with pq.ParquetFile(IMAGES) as file:
-            table = file.read(columns=list(names))
-        image_ids, splits, hashes = (table[name].to_pylist() for name in names)
+    table = read_image_columns("image_id", "split", "source_xxh3")
+    image_ids, splits, hashes = (column.to_pylist() for column in table.columns)
     return IndexedImages(
         dict(zip(image_ids, splits, strict=True)),
         dict(zip(image_ids, hashes, strict=True)),
         trained,
     )
-
-
-def _damaged(detail: str) -> StageError:
-    return StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`.")
 
 
 def counts(num_images: int, found: Collection[Contaminated], *, left_out: bool) -> dict[str, Any]:

@@ -5,16 +5,39 @@ import io
 from collections.abc import Collection
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
-from cache.foreign import reading_foreign_file
 from cache.images import ImageArchive, ImageNameError
+from cache.parquet import read_columns
 from pipeline.decode import DecodeError, decode_upright
 
 IMAGES = Path("data/index/images.parquet")
+TYPES = {
+    "image_id": pa.int64(),
+    "split": pa.string(),
+    "file_name": pa.string(),
+    "source_xxh3": pa.uint64(),
+}
+"""Of the columns that are read."""
+
 _JPEG_QUALITY = 80
+
+
+def read_image_columns(*names: str) -> pa.Table:
+    """Read columns of the table of images.
+
+    Raises:
+        StageError: No such table, or a damaged one.
+    """
+    schema = pa.schema([(name, TYPES[name]) for name in names])
+    return read_columns(
+        IMAGES,
+        schema,
+        lambda detail: StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`."),
+    )
 
 
 def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, str]:
@@ -66,17 +89,10 @@ def _files(image_ids: Collection[int]) -> dict[int, tuple[str, str]]:
     Raises:
         StageError: No such table, or a damaged one.
     """
-    with reading_foreign_file(_damaged, IMAGES):
-        rows = pq.read_table(
-            IMAGES,
-            columns=["image_id", "split", "file_name"],
-            filters=[("image_id", "in", sorted(image_ids))],
-        ).to_pylist()
+    table = read_image_columns("image_id", "split", "file_name")
+    wanted = pa.array(sorted(image_ids), pa.int64())
+    rows = table.filter(pc.is_in(table["image_id"], wanted)).to_pylist()
     return {row["image_id"]: (row["split"], row["file_name"]) for row in rows}
-
-
-def _damaged(detail: str) -> StageError:
-    return StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`.")
 
 
 def _archive(split: str, data: DataSettings) -> ImageArchive | None:

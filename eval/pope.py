@@ -3,14 +3,23 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from cache.errors import StageError
-from cache.foreign import reading_foreign_file
+from cache.parquet import read_columns
 
 POPE = Path("data/index/pope.parquet")
 
-COLUMNS = ("image_id", "question", "label", "question_id", "subset")
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("question", pa.string()),
+        ("label", pa.string()),
+        ("question_id", pa.string()),
+        ("subset", pa.string()),
+    ]
+)
+"""What is read of the table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,25 +44,16 @@ def read_pope() -> dict[str, list[YesNo]]:
     """
     if not POPE.exists():
         return {}
-    with reading_foreign_file(_damaged, POPE):
-        with pq.ParquetFile(POPE) as file:
-            rows = file.read(columns=list(COLUMNS)).to_pylist()
-        questions = [(row["subset"], _yes_no(row)) for row in rows]
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{POPE}: {detail}. Run the index stage, or `dvc pull`.")
+
+    rows = read_columns(POPE, SCHEMA, refuse).to_pylist()
+    for row in rows:
+        if row["label"] not in ("yes", "no"):
+            raise refuse(f"column label holds {row['label'][:20]!r}, wanted yes or no")
+    questions = [(row.pop("subset"), YesNo(**row)) for row in rows]
     subsets: dict[str, list[YesNo]] = {}
     for subset, question in questions:
         subsets.setdefault(subset, []).append(question)
     return subsets
-
-
-def _damaged(detail: str) -> StageError:
-    return StageError(f"{POPE}: {detail}. Run the index stage, or `dvc pull`.")
-
-
-def _yes_no(row: dict[str, object]) -> YesNo:
-    for name in COLUMNS:
-        wanted = int if name == "image_id" else str
-        if not isinstance(row[name], wanted):
-            raise ValueError(f"column {name} holds {row[name]!r}, wanted {wanted.__name__}")
-    if row["label"] not in ("yes", "no"):
-        raise ValueError(f"column label holds {row['label']!r}, wanted yes or no")
-    return YesNo(**{name: row[name] for name in COLUMNS if name != "subset"})  # type: ignore[arg-type]

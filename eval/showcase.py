@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.images import ImageArchive, ImageNameError
 from cache.settings import Params
-from eval.pictures import IMAGES
+from eval.pictures import read_image_columns
 from pipeline.decode import DecodeError, image_size
 
 
@@ -27,10 +26,10 @@ def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
     data = params.section("data", DataSettings)
     try:
         archive = ImageArchive(data.val.images, key="data.val.images")
-        table = pq.read_table(IMAGES, columns=["file_name"], filters=[("split", "==", "val")])
-    except (StageError, OSError, pa.ArrowException):
+        table = read_image_columns("split", "file_name")
+    except (StageError, OSError):
         return []
-    names = table["file_name"].to_pylist()
+    names = table.filter(pc.equal(table["split"], "val"))["file_name"].to_pylist()
     chosen = [names[n * len(names) // most] for n in range(most)] if len(names) > most else names
     # A folder each: a/1.jpg and b/1.jpg are two pictures.
     places = [(name, folder / str(n)) for n, name in enumerate(chosen)]

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import SHARDS, exclusive, sha256_of_pieces, write_json
-from cache.foreign import reading_foreign_file
 from cache.images import ImageArchive
+from cache.parquet import read_columns
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
@@ -32,7 +32,15 @@ from pipeline.tally import Tally
 from pipeline.tower import Tower
 
 IMAGES = Path("data/index/images.parquet")
-COLUMNS = ("image_id", "split", "file_name", "source_xxh3")
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("split", pa.string()),
+        ("file_name", pa.string()),
+        ("source_xxh3", pa.uint64()),
+    ]
+)
+"""What is read of the table of images."""
 FEATURES = Path("data/features")
 REPORT = Path("reports/extract.json")
 
@@ -56,8 +64,11 @@ def read_source() -> ImageSource:
     Raises:
         StageError: No index, or an empty one.
     """
-    with reading_foreign_file(_no_images, IMAGES):
-        table = pq.read_table(IMAGES, columns=list(COLUMNS))
+    table = read_columns(
+        IMAGES,
+        SCHEMA,
+        lambda detail: StageError(f"{IMAGES}: {detail}. Run the index stage first."),
+    )
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
     return ImageSource(
@@ -67,10 +78,6 @@ def read_source() -> ImageSource:
         splits=table["split"].to_pylist(),
         archives={},
     )
-
-
-def _no_images(detail: str) -> StageError:
-    return StageError(f"{IMAGES}: {detail}. Run the index stage first.")
 
 
 def open_images(source: ImageSource, data: DataSettings) -> ImageSource:

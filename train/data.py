@@ -14,12 +14,11 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.foreign import reading_foreign_file
+from cache.parquet import check_values, open_parquet
 from train.prompts import Text, caption_text, conversation_text
 
 FEATURES = Path("data/features")
@@ -28,6 +27,14 @@ CONVERSATIONS = Path("data/index/conversations.parquet")
 
 TURNS = "turns.list.element.text"
 """Column of what is said in the turns; who says it follows from the order."""
+
+TYPES = {
+    "image_id": pa.int64(),
+    "split": pa.string(),
+    "caption": pa.string(),
+    "turns": pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())])),
+}
+"""Of the columns that are read, in either table."""
 
 READ_ROWS = 1 << 14
 """Rows of a table that are read at a time."""
@@ -191,21 +198,29 @@ def _read_texts(path: Path, split: str, column: str) -> tuple[NDArray[np.int64],
 def _read(path: Path, split: str, *columns: str) -> pa.Table:
     """Read columns of the rows of a split, besides `image_id` and `split`."""
     wanted = ["image_id", "split", *columns]
+    names = [name.partition(".")[0] for name in wanted]
 
     def refuse(detail: str) -> StageError:
         return StageError(f"{path}: {detail}. Run the index stage, or `dvc pull`.")
 
-    with reading_foreign_file(refuse, path):
-        # Not pq.read_table: it looks for a data set of several files, with a module for each kind.
-        with pq.ParquetFile(path, read_dictionary=["split"]) as file:
-            # Some at a time, so that there is never much more than the result.
-            batches = [
-                batch.filter(pc.equal(batch["split"], split))
-                for batch in file.iter_batches(READ_ROWS, columns=wanted, use_threads=False)
-            ]
-            schema = file.read_row_groups([], columns=wanted).schema
-        table = pa.Table.from_batches(batches, schema)
-        return table.select([name.partition(".")[0] for name in wanted])
+    schema = pa.schema([(name, TYPES[name]) for name in names])
+    # Not pq.read_table: it looks for a data set of several files, with a module for each kind.
+    with open_parquet(path, schema, refuse, read_dictionary=["split"]) as file:
+        batches = []
+        # Some at a time, so that there is never much more than the result.
+        for batch in file.iter_batches(READ_ROWS, columns=wanted, use_threads=False):
+            check_values(batch.columns, refuse)
+            _check_answered(batch, refuse)
+            batches.append(batch.filter(pc.equal(batch["split"], split)))
+        read_schema = file.read_row_groups([], columns=wanted).schema
+    return pa.Table.from_batches(batches, read_schema).select(names)
+
+
+def _check_answered(batch: pa.RecordBatch, refuse: Callable[[str], StageError]) -> None:
+    if "turns" in batch.schema.names:
+        lengths = np.from_dlpack(pc.list_value_length(batch["turns"]))
+        if np.any(lengths % 2):
+            raise refuse("a conversation in it has a turn without an answer")
 
 
 def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -30,6 +30,7 @@ def refuse(detail):
         (OSError("file signature not found"), "file: file signature not found"),
         (PanicError("no entry found for key"), "file: PanicError: no entry found for key"),
         (RecursionError("too deep"), "file: too deep"),
+        (OSError(errno.EINVAL, "Invalid argument"), "file: [Errno 22] Invalid argument"),
         (MemoryError(), "file: MemoryError"),
     ],
 )

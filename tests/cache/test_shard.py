@@ -427,7 +427,7 @@ def test_a_file_cut_short_is_corrupt(tmp_path, spec, shard, part):
     # Evenly over the file, and its very last byte.
     length = min(len(data) * part // 40, len(data) - 1)
     (tmp_path / "short.h5").write_bytes(data[:length])
-    with pytest.raises(CorruptShardError, match=r"short.h5: .*(again|end of the file)"):
+    with pytest.raises(CorruptShardError, match=r"short.h5: .*dvc pull"):
         open_shard(tmp_path / "short.h5", spec)
 
 

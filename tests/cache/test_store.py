@@ -23,6 +23,7 @@ from cache.errors import (
 )
 from cache.ids import RowLookup
 from cache.location import Location
+from cache.remote import RemoteFolder
 from cache.rows import RowSpace
 from cache.shard import open_shard
 from cache.store import FeatureStore
@@ -525,7 +526,7 @@ def test_a_url_of_no_known_kind_is_a_wrong_call(url):
 
 
 def test_a_server_that_does_not_tell_sizes_is_said(in_memory, monkeypatch):
-    monkeypatch.setattr(Location, "_listed", {})
+    monkeypatch.setattr(RemoteFolder, "_listed", {})
     monkeypatch.setattr(MemoryFileSystem, "size", lambda files, path: None)
     with pytest.raises(IncompleteStoreError, match=r"spec\.json: .* of unknown size"):
         FeatureStore(in_memory)

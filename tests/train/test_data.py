@@ -187,7 +187,9 @@ def test_up_to_half_of_the_images_may_lack_features(workspace):
 def test_a_table_without_a_column_is_refused(workspace):
     path = workspace.root / "data/index/captions.parquet"
     pq.write_table(pq.read_table(path).drop_columns("caption"), path)
-    with pytest.raises(StageError, match=r'captions\.parquet: .*"caption".* Run the index'):
+    with pytest.raises(
+        StageError, match=r"captions\.parquet: .*, wanted .*'caption' string.* Run the index"
+    ):
         read_caption_examples("train")
 
 

@@ -1,0 +1,83 @@
+"""Reads structures in Thrift's compact protocol, in which parquet writes its headers."""
+
+from typing import Any, BinaryIO
+
+MAX_DEPTH = 8
+"""Of structures in structures; a page's header has three levels."""
+
+MAX_FIELDS = 1000
+"""Of a structure, and of a list."""
+
+TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
+
+
+def read_struct(file: BinaryIO, depth: int = 0) -> dict[int, Any]:
+    """Read a structure: the values of its fields by number, texts and lists as None.
+
+    Args:
+        file: Stands at the structure's start, and at its end afterwards.
+        depth: Of the structure in others.
+
+    Raises:
+        ValueError: There is no such structure.
+    """
+    fields: dict[int, Any] = {}
+    number = 0
+    for _ in range(MAX_FIELDS):
+        header = _byte(file)
+        if not header:
+            return fields
+        number = number + (header >> 4) if header >> 4 else _zigzag(file)
+        fields[number] = _read_value(file, header & 15, depth)
+    raise ValueError("a Thrift structure has too many fields")
+
+
+def _read_value(file: BinaryIO, kind: int, depth: int) -> Any:
+    if depth > MAX_DEPTH:
+        raise ValueError("Thrift structures are nested too deeply")
+    if kind in (TRUE, FALSE):
+        return kind == TRUE
+    if kind == BYTE:
+        return _byte(file)
+    if kind in (I16, I32, I64):
+        return _zigzag(file)
+    if kind == STRUCT:
+        return read_struct(file, depth + 1)
+    if kind in (LIST, SET):
+        return _skip_list(file, depth)
+    if kind in (DOUBLE, BINARY):
+        file.seek(8 if kind == DOUBLE else _varint(file), 1)
+        return None
+    raise ValueError(f"Thrift knows no field of kind {kind} here")
+
+
+def _skip_list(file: BinaryIO, depth: int) -> None:
+    header = _byte(file)
+    length = header >> 4 if header >> 4 < 15 else _varint(file)
+    if length > MAX_FIELDS:
+        raise ValueError("a Thrift list is too long")
+    for _ in range(length):
+        # A truth value takes a byte in a list.
+        _read_value(file, BYTE if header & 15 in (TRUE, FALSE) else header & 15, depth + 1)
+
+
+def _byte(file: BinaryIO) -> int:
+    data = file.read(1)
+    if not data:
+        raise ValueError("a Thrift structure ends beyond the end of the file")
+    return data[0]
+
+
+def _varint(file: BinaryIO) -> int:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = _byte(file)
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+    raise ValueError("a Thrift number has too many digits")
+
+
+def _zigzag(file: BinaryIO) -> int:
+    value = _varint(file)
+    return value >> 1 ^ -(value & 1)

@@ -1,0 +1,99 @@
+"""A web server on this machine that serves a folder, with faults as planned."""
+
+import contextlib
+import socket
+import struct
+import threading
+from collections import Counter
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+class FaultyHandler(BaseHTTPRequestHandler):
+    """Answers GET and HEAD; `server.faults` says for a file name what is wrong, and how often."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def __init__(self, folder, faults, requests, connections, *arguments):
+        self.folder, self.faults, self.requests = folder, faults, requests
+        connections.append(arguments[0])
+        super().__init__(*arguments)
+
+    def do_HEAD(self):
+        self.answer(with_body=False)
+
+    def do_GET(self):
+        self.answer(with_body=True)
+
+    def answer(self, with_body):
+        name = self.path.rsplit("/", 1)[-1]
+        self.requests[self.command, name] += 1
+        fault, argument = self.next_fault(name, with_body)
+        path = self.folder / name
+        status = 200 if path.is_file() else 404
+        body = path.read_bytes() if status == 200 else b""
+        if fault == "status":
+            status, body = argument, b"no"
+        if fault == "flip" and with_body:
+            body = bytearray(body)
+            body[argument % len(body)] ^= 1
+        if fault == "reset":
+            # With no time to linger, closing sends a reset.
+            option = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+            self.close_connection = True
+            self.connection.close()
+            return
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            cut = fault in ("cut", "stall")
+            with contextlib.suppress(OSError):
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+                self.wfile.flush()
+                if fault == "stall":
+                    argument.wait(10)
+            self.close_connection = cut
+
+    def next_fault(self, name, with_body):
+        kind, argument, left = self.faults.get(name, (None, None, 0))
+        if left <= 0 or (kind in ("cut", "stall", "flip") and not with_body):
+            return None, None
+        self.faults[name] = kind, argument, left - 1
+        return kind, argument
+
+    def log_message(self, *arguments):
+        pass
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+
+class FaultServer:
+    """Serves a folder; `fail(name, kind)` plans a fault."""
+
+    def __init__(self, folder):
+        self.faults = {}
+        self.requests = Counter()
+        self._connections = []
+        handler = partial(FaultyHandler, folder, self.faults, self.requests, self._connections)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.handle_error = lambda *arguments: None
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/features"
+
+    def fail(self, name, kind, argument=None, times=10**6):
+        self.faults[name] = kind, argument, times
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
