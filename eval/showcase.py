@@ -26,7 +26,9 @@ def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
     """
     data = params.section("data", DataSettings)
     try:
-        archive = ImageArchive(data.val.images, key="data.val.images")
+        archive = ImageArchive(
+            data.val.images, key="data.val.images", follow_links=data.follow_links
+        )
         table = pq.read_table(IMAGES, columns=["file_name"], filters=[("split", "==", "val")])
     except (StageError, OSError, pa.ArrowException):
         return []

@@ -29,7 +29,7 @@ from pipeline.records import (
 BESIDE = "beside data.val.captions"
 """Where the files of questions are looked for, in the place of a settings key."""
 
-REMEDY = "Fetch it again, or take it away."
+REMEDY = "Replace it, or take it away."
 
 MOST_IMAGES = 500
 MOST_OBJECTS = 3
