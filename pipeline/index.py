@@ -160,7 +160,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "images": train.num_images + val.num_images + images.num_adopted,
             "captions": train.num_captions + val.num_captions,
             "conversations": instruct.num_conversations,
-            "objects": question_files.instances.num_entries,
+            "objects": questions.num_objects,
             "pope": question_files.num_official,
         },
     )

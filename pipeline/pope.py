@@ -9,7 +9,7 @@ image that has its name: a number alone can be the id of any picture.
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -76,6 +76,8 @@ class Questions:
 
     rows: list[QuestionRow]
     rejected: list[Rejection]
+    num_objects: int
+    """Entries of the instances file that were looked at."""
 
     def report(self, files: QuestionFiles) -> dict[str, Any]:
         """Return what the stage's report says besides what was read and rejected."""
@@ -127,15 +129,30 @@ def collect_questions(
         seed: Decides which images and objects are asked for.
         problems: Ids of COCO that no text can rely on, and why.
     """
-    val = [image_id for image_id, image in images.items() if image.split == "val"]
-    rows, rejected = make_questions(files.instances, val, seed), list(files.rejected)
+    rejected = list(files.rejected)
+    others = dict(_other_pictures(files, images))
+    rejected += [Rejection("objects", *other) for other in others.values()]
+    val = [i for i, image in images.items() if image.split == "val" and i not in others]
+    rows = make_questions(files.instances, val, seed)
     ids = _ids_by_name(images.values())
     for question in files.official:
         try:
             rows.append(_about_its_image(question, ids, problems))
         except RecordError as error:
             rejected.append(Rejection("pope", question.record, str(error)))
-    return Questions(sorted(rows, key=lambda row: row.subset), rejected)
+    num_objects = files.instances.num_entries + len(others)
+    return Questions(sorted(rows, key=lambda row: row.subset), rejected, num_objects)
+
+
+def _other_pictures(
+    files: QuestionFiles, images: Mapping[int, ImageRow]
+) -> Iterator[tuple[int, tuple[str, str]]]:
+    """Yield the ids under which the instances file has other pictures of val; place and reason."""
+    for image_id, name in files.instances.image_names.items():
+        image = images.get(image_id)
+        if image and image.split == "val" and _coco_name(name) != _coco_name(image.file_name):
+            reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
+            yield image_id, (f"{files.names[0]}: image {image_id}", reason)
 
 
 def _ids_by_name(images: Iterable[ImageRow]) -> dict[str, list[int]]:

@@ -184,6 +184,24 @@ def test_a_published_question_about_an_id_of_two_files_says_so(captions):
     assert {rejection.reason for rejection in found.rejected} == set(problems.values())
 
 
+def test_no_question_is_made_from_the_objects_of_another_picture(captions):
+    listed = [
+        {"id": 9, "file_name": "other.jpg"},
+        {"id": 310196, "file_name": f"{310196:012d}.png"},
+    ]
+    write(captions.with_name("instances_val2017.json"), INSTANCES | {"images": [*listed, 7, {}]})
+    found = collect_questions(read_question_files(captions), images(9, 310196), seed=0)
+    assert {row.image_id for row in found.rows} == {310196}
+    assert [(r.kind, r.record, r.reason) for r in found.rejected] == [
+        (
+            "objects",
+            "instances_val2017.json: image 9",
+            "image of another name: 9 is 'other.jpg', not '000000000009.jpg'",
+        )
+    ]
+    assert found.num_objects == 5
+
+
 def test_without_files_there_is_no_question_and_a_reason(tmp_path):
     captions = tmp_path / "captions_val2017.json"
     files = read_question_files(captions)
