@@ -232,7 +232,8 @@ class ImageZip:
 
 def plain_name(path: str) -> str:
     """Return a relative path as unpacking would write it: without empty, `.` and `..` parts."""
-    return "/".join(part for part in path.split("/") if part not in ("", ".", ".."))
+    parts = path.split("/")
+    return "/".join([part for part in parts if part not in ("", ".", "..")])
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

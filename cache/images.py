@@ -6,7 +6,7 @@ say `000000000009.jpg`, and other files do it the other way round.
 """
 
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from cache.errors import StageError
 from cache.image_files import (
@@ -53,7 +53,7 @@ class ImageArchive:
 
     def names(self, file_name: str) -> Sequence[str]:
         """Return the full names of all files with the base name of `file_name`."""
-        return self._files.names(PurePosixPath(file_name).name)
+        return self._files.names(plain_name(file_name).rpartition("/")[2])
 
     def place(self, full_name: str) -> str:
         """Return a text that names a file and no other one, whatever led to it."""
@@ -110,10 +110,10 @@ def check_file_name(file_name: str) -> None:
     Raises:
         ImageNameError: Empty, absolute, with `..`, or with characters that no name here has.
     """
-    path = PurePosixPath(file_name)
     if not file_name:
         raise ImageNameError("file name is empty")
-    if path.is_absolute() or ".." in path.parts:
+    # Not by pathlib, which takes longer than all else for COCO's 118,287 names in a zip.
+    if file_name.startswith("/") or ".." in file_name.split("/"):
         raise ImageNameError(f"file name {file_name!r} leaves the image root")
     if "\\" in file_name or "\0" in file_name:
         raise ImageNameError(

@@ -53,6 +53,7 @@ class ImageLookup:
     def __init__(self, archives: Mapping[Split, ImageArchive]) -> None:
         self._archives = archives
         self._headers: dict[str, ImageHeader] = {}
+        self._named: dict[str, list[ImageFile]] = {}
 
     def listed(self, name: str, split: Split) -> ImageFile:
         """Return the file that the captions file of a split lists under a name.
@@ -76,6 +77,11 @@ class ImageLookup:
         Raises:
             RecordError: There is none, or there are different ones.
         """
+        if name not in self._named:
+            self._named[name] = self._look_for(name)
+        return self._named[name]
+
+    def _look_for(self, name: str) -> list[ImageFile]:
         found = self._exactly(name) or [
             self._file(split, full_name)
             for split, archive in self._archives.items()
