@@ -28,6 +28,8 @@ class DataSettings:
     """Share of the images with conversations that are kept for evaluation."""
     max_reject_rate: float
     """Share of rejected records of a kind above which the index stage fails."""
+    follow_links: bool = False
+    """Whether links in a folder of images may lead out of it."""
 
     def __post_init__(self) -> None:
         check_share("instruct_holdout", self.instruct_holdout)

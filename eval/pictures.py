@@ -4,9 +4,11 @@ import base64
 import io
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from cache.data_settings import DataSettings
 from cache.errors import StageError
@@ -48,17 +50,15 @@ def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, s
         data: Where the images of each split lie.
 
     Returns:
-        Image id to data URI, in ascending order. An image that is not at hand or does not decode
-        is left out: a machine that trains from received features has none.
+        Image id to data URI, in ascending order. An image that is not at hand, is not the file
+        that was indexed, or does not decode is left out: a machine that trains from received
+        features has none, or others under the same names.
 
     Raises:
         StageError: No table of images, or a damaged one.
     """
     archives = {split: _archive(split, data) for split in ("train", "val")}
-    made = {
-        image_id: _thumbnail(split, file_name, archives)
-        for image_id, (split, file_name) in sorted(_files(image_ids).items())
-    }
+    made = {image_id: _thumbnail(row, archives) for image_id, row in _rows(image_ids).items()}
     return {image_id: uri for image_id, uri in made.items() if uri is not None}
 
 
@@ -83,32 +83,34 @@ def thumbnail_uri(image_bytes: bytes, side: int = 224) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode("ascii")
 
 
-def _files(image_ids: Collection[int]) -> dict[int, tuple[str, str]]:
-    """Return split and file name of some images; an image that the index lacks is left out.
+def _rows(image_ids: Collection[int]) -> dict[int, dict[str, Any]]:
+    """Return what the index says of some images, in ascending order, of those that it has.
 
     Raises:
         StageError: No such table, or a damaged one.
     """
-    table = read_image_columns("image_id", "split", "file_name")
+    table = read_image_columns("image_id", "split", "file_name", "source_xxh3")
     wanted = pa.array(sorted(image_ids), pa.int64())
     rows = table.filter(pc.is_in(table["image_id"], wanted)).to_pylist()
-    return {row["image_id"]: (row["split"], row["file_name"]) for row in rows}
+    return {row["image_id"]: row for row in sorted(rows, key=lambda row: row["image_id"])}
 
 
 def _archive(split: str, data: DataSettings) -> ImageArchive | None:
     path = data.train.images if split == "train" else data.val.images
     try:
-        return ImageArchive(path, key=f"data.{split}.images")
+        return ImageArchive(path, key=f"data.{split}.images", follow_links=data.follow_links)
     except StageError:
         return None
 
 
-def _thumbnail(split: str, file_name: str, archives: dict[str, ImageArchive | None]) -> str | None:
-    archive = archives.get(split)
+def _thumbnail(row: dict[str, Any], archives: dict[str, ImageArchive | None]) -> str | None:
+    archive = archives.get(row["split"])
     if archive is None:
         return None
     try:
-        return thumbnail_uri(archive.read(file_name))
+        data = archive.read(row["file_name"])
+        is_indexed = xxhash.xxh3_64_intdigest(data) == row["source_xxh3"]
+        return thumbnail_uri(data) if is_indexed else None
     except (ImageNameError, DecodeError):
         # The features were received from elsewhere and this image was not, or came damaged.
         return None

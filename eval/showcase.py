@@ -25,7 +25,9 @@ def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
     """
     data = params.section("data", DataSettings)
     try:
-        archive = ImageArchive(data.val.images, key="data.val.images")
+        archive = ImageArchive(
+            data.val.images, key="data.val.images", follow_links=data.follow_links
+        )
         table = read_image_columns("split", "file_name")
     except (StageError, OSError):
         return []

@@ -6,7 +6,7 @@ records fit together is for `pipeline.collect`.
 
 from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.records import (
@@ -23,7 +23,9 @@ from pipeline.records import (
 )
 
 IMAGE_MARKER = "<image>"
-"""Where LLaVA-Instruct puts the picture. It stands before the text in every prompt here."""
+"""Where LLaVA-Instruct puts the picture: at the start or the end of the first question. In every
+prompt here the picture stands before the text, so that the marker is taken out there; anywhere else
+it is a word."""
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """Roles in the order in which they take turns, and what they are called in the index."""
@@ -130,16 +132,42 @@ def _caption(record: str, entry: dict[str, Any]) -> CaptionRecord:
 
 
 def _conversation(record: str, entry: dict[str, Any]) -> ConversationRecord:
+    image_name = file_name_of(_with_one_image(entry), "image")
     return ConversationRecord(
-        record, text_of(entry, "id"), file_name_of(entry, "image"), _turns(entry)
+        record, _conversation_id(entry, image_name), image_name, _turns(entry)
     )
+
+
+def _with_one_image(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an entry in which a list of one image is that image."""
+    images = entry.get("image")
+    if not isinstance(images, list):
+        return entry
+    if len(images) != 1:
+        raise RecordError(f"not about one image: key 'image' is a list of {len(images)}")
+    return entry | {"image": images[0]}
+
+
+def _conversation_id(entry: dict[str, Any], image_name: str) -> str:
+    """Return an entry's id as a text; without one, the image's name, as in the official file."""
+    found = entry.get("id")
+    if found is None:
+        return PurePosixPath(image_name).stem
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return str(found)
+    return text_of(entry, "id")
 
 
 def _turns(entry: dict[str, Any]) -> list[dict[str, str]]:
     messages = value_of(entry, "conversations", list)
     if not messages or len(messages) % 2:
         raise RecordError(f"not question and answer in turn: {len(messages)} messages")
-    return [_turn(message, role) for message, role in zip(messages, cycle(ROLES), strict=False)]
+    roles = zip(messages, cycle(ROLES), strict=False)
+    turns = [_turn(message, role) for message, role in roles]
+    turns[0]["text"] = _without_marker(turns[0]["text"])
+    if not all(turn["text"] for turn in turns):
+        raise RecordError("empty message")
+    return turns
 
 
 def _turn(message: object, wanted: str) -> dict[str, str]:
@@ -148,10 +176,17 @@ def _turn(message: object, wanted: str) -> dict[str, str]:
     role = text_of(message, "from")
     if role != wanted:
         raise RecordError(f"not question and answer in turn: {role[:40]!r} instead of {wanted!r}")
-    text = text_of(message, "value")
-    # Taking one marker out can join the halves of another.
-    while IMAGE_MARKER in text:
-        text = text.replace(IMAGE_MARKER, "")
-    if not text.strip():
-        raise RecordError("empty message")
-    return {"role": ROLES[role], "text": text.strip()}
+    return {"role": ROLES[role], "text": text_of(message, "value").strip()}
+
+
+def _without_marker(question: str) -> str:
+    """Take out the marker at the start or at the end of a question, one at most.
+
+    One on a line of its own goes first: the other may be a word of the question.
+    """
+    for start, end in ((f"{IMAGE_MARKER}\n", f"\n{IMAGE_MARKER}"), (IMAGE_MARKER, IMAGE_MARKER)):
+        if question.startswith(start):
+            return question.removeprefix(start).strip()
+        if question.endswith(end):
+            return question.removesuffix(end).strip()
+    return question

@@ -1,7 +1,6 @@
-"""Brings the records of all annotation files and the image files together.
+"""Brings the texts of all annotation files and the images together.
 
-Decides which image, caption and conversation is kept, and gives the reason for each that is not.
-Reads every image file once and decodes none.
+Decides which caption and conversation is kept, and gives the reason for each that is not.
 """
 
 import math
@@ -10,31 +9,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import PurePosixPath
 from typing import Literal
 
 import xxhash
-from tqdm import tqdm
 
-from cache.images import ImageArchive, ImageNameError
-from pipeline.annotations import CaptionRecord, ConversationRecord, ImageRecord
-from pipeline.decode import DecodeError, image_size
-from pipeline.records import RecordError, Rejection, image_id_in
-
-Split = Literal["train", "val"]
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRow:
-    """A row of `images.parquet`."""
-
-    image_id: int
-    split: Split
-    file_name: str
-    width: int
-    height: int
-    num_bytes: int
-    source_xxh3: int
+from pipeline.annotations import CaptionRecord, ConversationRecord
+from pipeline.image_collection import ImageCollection
+from pipeline.image_lookup import Split
+from pipeline.records import RecordError, Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,104 +39,25 @@ class ConversationRow:
     turns: list[dict[str, str]]
 
 
-class ImageCollection:
-    """The images kept so far, found by id and by the name that annotations use."""
-
-    def __init__(self) -> None:
-        self.rows: dict[int, ImageRow] = {}
-        self.rejected: list[Rejection] = []
-        self.num_adopted = 0
-        # None: named, but rejected.
-        self._ids: dict[str, int | None] = {}
-
-    def add_all(self, records: list[ImageRecord], split: Split, archive: ImageArchive) -> None:
-        """Read the files of a split; what cannot be read goes to `rejected`."""
-        for record in tqdm(records, desc=f"index {split} images", unit="image", disable=None):
-            self._add(record, split, archive)
-
-    def find(self, conversation: ConversationRecord, archive: ImageArchive) -> int:
-        """Return the id of a conversation's image.
-
-        An image that no captions file lists is taken from the train archive, with the number at
-        the end of its name as its id.
-
-        Raises:
-            RecordError: There is no such image, or it is rejected.
-        """
-        name = conversation.image_name
-        base = PurePosixPath(name).name
-        if name not in self._ids and base not in self._ids:
-            self._adopt(conversation, (name, base), archive)
-        image_id = self._ids.get(name, self._ids.get(base))
-        if image_id is None:
-            raise RecordError(f"image rejected: {name!r}")
-        return image_id
-
-    def _adopt(
-        self, conversation: ConversationRecord, names: tuple[str, str], archive: ImageArchive
-    ) -> None:
-        name = next((name for name in names if _is_readable(archive, name)), None)
-        if name is None:
-            raise RecordError(f"image missing or unreadable: {names[0]!r} in {archive.path}")
-        image = ImageRecord(conversation.record, image_id_in(name), name)
-        self.num_adopted += 1
-        self._add(image, "train", archive)
-        # So that the plain name finds it too, however this conversation spells it.
-        self._ids.setdefault(names[1], self._ids[name])
-
-    def _add(self, record: ImageRecord, split: Split, archive: ImageArchive) -> None:
-        try:
-            if record.image_id in self.rows:
-                raise RecordError(f"image id repeated: {record.image_id}")
-            self.rows[record.image_id] = _read_image(record, split, archive)
-        except RecordError as error:
-            self.rejected.append(Rejection("images", record.record, str(error)))
-            self._ids.setdefault(record.file_name, None)
-        else:
-            if self._ids.get(record.file_name) is None:
-                self._ids[record.file_name] = record.image_id
-
-
-def _is_readable(archive: ImageArchive, name: str) -> bool:
-    try:
-        archive.read(name)
-    except ImageNameError:
-        return False
-    return True
-
-
-def _read_image(record: ImageRecord, split: Split, archive: ImageArchive) -> ImageRow:
-    try:
-        data = archive.read(record.file_name)
-        width, height = image_size(data)
-    except ImageNameError as error:
-        raise RecordError(f"image missing or unreadable: {error}") from None
-    except DecodeError as error:
-        raise RecordError(f"not an image: {error}") from None
-    return ImageRow(
-        image_id=record.image_id,
-        split=split,
-        file_name=record.file_name,
-        width=width,
-        height=height,
-        num_bytes=len(data),
-        source_xxh3=xxhash.xxh3_64_intdigest(data),
-    )
-
-
 def collect_captions(
-    files: dict[Split, list[CaptionRecord]], images: dict[int, ImageRow]
+    files: dict[Split, list[CaptionRecord]], images: ImageCollection
 ) -> tuple[list[CaptionRow], list[Rejection]]:
     """Keep the captions whose image is kept in the split of their own file.
 
     Caption ids are unique in a file, not over several: makers of files number from 1.
+
+    Args:
+        files: All usable records by split.
+        images: The listed images.
     """
     kept: dict[tuple[Split, int], CaptionRow] = {}
     rejected = []
     for split, records in files.items():
         for record in records:
-            image = images.get(record.image_id)
-            if image is None or image.split != split:
+            image = images.rows.get(record.image_id)
+            if problem := images.problems.get(record.image_id):
+                reason = problem
+            elif image is None or image.split != split:
                 reason = f"image unknown or rejected: {record.image_id}"
             elif (split, record.caption_id) in kept:
                 reason = f"caption id repeated: {record.caption_id}"
@@ -170,7 +73,6 @@ def collect_captions(
 def collect_conversations(
     records: list[ConversationRecord],
     images: ImageCollection,
-    archive: ImageArchive,
     *,
     holdout: float,
     seed: int,
@@ -180,19 +82,22 @@ def collect_conversations(
     Args:
         records: All usable records of the instruct file.
         images: The listed images; grows by those that only a conversation names.
-        archive: The images of the train split.
         holdout: Share of the images whose conversations are kept for evaluation.
         seed: Decides which images these are.
     """
+    images.adopt(records)
     kept, rejected = [], []
-    for record in tqdm(records, desc="index conversations", unit="record", disable=None):
+    for record in records:
         try:
-            kept.append((record, images.find(record, archive)))
+            kept.append((record, images.id_of(record.image_name)))
         except RecordError as error:
             rejected.append(Rejection("conversations", record.record, str(error)))
     held_out = choose_holdout({image_id for _, image_id in kept}, holdout, seed)
     # Training on an image of val would spoil the scores on val.
     held_out |= {image_id for image_id, image in images.rows.items() if image.split == "val"}
+    # Neither may one picture be trained on and held out, as two files with the same bytes.
+    contents = {images.rows[image_id].content for image_id in held_out}
+    held_out |= {image_id for image_id, image in images.rows.items() if image.content in contents}
     names = unique_ids([record.conversation_id for record, _ in kept])
     rows = [
         ConversationRow(

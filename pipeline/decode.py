@@ -25,6 +25,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_PIXELS = 89_478_485
 """Pixels of the largest image that is decoded or made by resizing: Pillow's limit for a warning."""
 
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks that pixels do not depend on, but for texts that hold the orientation."""
+
+_PNG_ORIENTATIONS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
+"""Keywords of the texts in which Pillow looks for the orientation."""
+
+_MAX_KEYWORD_BYTES = 79
+
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -103,9 +113,35 @@ def decode_upright(data: bytes) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    image = Image.open(io.BytesIO(_without_texts(data)), formats=FORMATS)
     _check_area(*image.size)
     return image
+
+
+def _without_texts(data: bytes) -> bytes:
+    """Return a PNG without texts and colour profile, and anything else as it is.
+
+    Pillow refuses a sound picture whose texts are long, and unpacks all of them.
+    """
+    if not data.startswith(_PNG_SIGNATURE):
+        return data
+    pieces, start, position = [], 0, len(_PNG_SIGNATURE)
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        # Length, kind, content, checksum.
+        end = position + 12 + length
+        if end > len(data):
+            break
+        if kind in _PNG_TEXTS and not _is_orientation(data, position + 8):
+            pieces.append(data[start:position])
+            start = end
+        position = end
+    return b"".join([*pieces, data[start:]]) if pieces else data
+
+
+def _is_orientation(data: bytes, start: int) -> bool:
+    keyword = data[start : start + _MAX_KEYWORD_BYTES + 1].partition(b"\0")[0]
+    return keyword in _PNG_ORIENTATIONS
 
 
 def _check_area(width: int, height: int) -> None:

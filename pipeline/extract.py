@@ -90,7 +90,9 @@ def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
     if unknown := set(source.splits) - paths.keys():
         raise StageError(f"{IMAGES}: unknown splits {sorted(unknown)}. Run the index stage again.")
     archives = {
-        split: ImageArchive(paths[split], key=f"data.{split}.images")
+        split: ImageArchive(
+            paths[split], key=f"data.{split}.images", follow_links=data.follow_links
+        )
         for split in sorted(set(source.splits))
     }
     return dataclasses.replace(source, archives=archives)

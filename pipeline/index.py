@@ -24,11 +24,11 @@ from pipeline.annotations import read_captions, read_conversations
 from pipeline.collect import (
     CaptionRow,
     ConversationRow,
-    ImageCollection,
-    ImageRow,
     collect_captions,
     collect_conversations,
 )
+from pipeline.image_collection import ImageCollection, ImageRow
+from pipeline.image_lookup import Split
 from pipeline.objects import QuestionRow
 from pipeline.pope import QuestionFiles, Questions, collect_questions, read_question_files
 from pipeline.records import Kind, Rejection
@@ -133,23 +133,16 @@ def build_index(data: DataSettings, seed: int) -> Index:
     val = read_captions(Path(data.val.captions), key="data.val.captions")
     instruct = read_conversations(Path(data.instruct), key="data.instruct")
     question_files = read_question_files(Path(data.val.captions))
-    train_archive = ImageArchive(data.train.images, key="data.train.images")
-    val_archive = ImageArchive(data.val.images, key="data.val.images")
 
-    images = ImageCollection()
-    images.add_all(train.images, "train", train_archive)
-    images.add_all(val.images, "val", val_archive)
+    images = ImageCollection(open_archives(data))
+    images.add_listed({"train": train.images, "val": val.images})
     captions, bad_captions = collect_captions(
-        {"train": train.captions, "val": val.captions}, images.rows
+        {"train": train.captions, "val": val.captions}, images
     )
     conversations, bad_conversations = collect_conversations(
-        instruct.conversations,
-        images,
-        train_archive,
-        holdout=data.instruct_holdout,
-        seed=seed,
+        instruct.conversations, images, holdout=data.instruct_holdout, seed=seed
     )
-    questions = collect_questions(question_files, images.rows, seed)
+    questions = collect_questions(question_files, images.rows, seed, images.problems)
     rejected = train.rejected + val.rejected + instruct.rejected
     rejected += images.rejected + bad_captions + bad_conversations + questions.rejected
     if not images.rows:
@@ -167,10 +160,22 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "images": train.num_images + val.num_images + images.num_adopted,
             "captions": train.num_captions + val.num_captions,
             "conversations": instruct.num_conversations,
-            "objects": question_files.instances.num_entries,
+            "objects": questions.num_objects,
             "pope": question_files.num_official,
         },
     )
+
+
+def open_archives(data: DataSettings) -> dict[Split, ImageArchive]:
+    """Open the images of both splits.
+
+    Raises:
+        StageError: There are none.
+    """
+    follow = data.follow_links
+    train = ImageArchive(data.train.images, key="data.train.images", follow_links=follow)
+    val = ImageArchive(data.val.images, key="data.val.images", follow_links=follow)
+    return {"train": train, "val": val}
 
 
 def report(built: Index) -> dict[str, Any]:

@@ -6,6 +6,7 @@ questions too; and what an object is often seen with is counted over all that th
 for one object of it. A right answer is what annotators outlined, who left out a few things.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import xxhash
 from pipeline.records import (
     RecordError,
     Rejection,
+    as_object,
     id_of,
     lists_of,
     parse_all,
@@ -29,7 +31,7 @@ from pipeline.records import (
 BESIDE = "beside data.val.captions"
 """Where the files of questions are looked for, in the place of a settings key."""
 
-REMEDY = "Fetch it again, or take it away."
+REMEDY = "Replace it, or take it away."
 
 MOST_IMAGES = 500
 MOST_OBJECTS = 3
@@ -55,10 +57,18 @@ class Instances:
     """Name by category id."""
     shown: dict[int, set[str]] = field(default_factory=dict)
     """Names of what is outlined, by image id."""
+    image_names: dict[int, str] = field(default_factory=dict)
+    """File name by image id; one that cannot be used is not there."""
     unclear: set[int] = field(default_factory=set)
     """Images with an outline of something unknown: nothing is known to be absent there."""
     rejected: list[Rejection] = field(default_factory=list)
     num_entries: int = 0
+
+    def add_image(self, entry: Any) -> None:
+        """Take in an entry of `images`, of which only the name counts."""
+        with contextlib.suppress(RecordError):
+            image = as_object(entry)
+            self.image_names[id_of(image, "id")] = text_of(image, "file_name")
 
     def add_category(self, _record: str, entry: dict[str, Any]) -> None:
         """Take in an entry of `categories`.
@@ -97,11 +107,13 @@ def read_instances(path: Path) -> Instances:
         StageError: No such file, not JSON, or another layout.
     """
     value = read_json(path, BESIDE, REMEDY)
-    categories, annotations = lists_of(value, "categories", "annotations")
+    images, categories, annotations = lists_of(value, "images", "categories", "annotations")
     if categories is None or annotations is None:
         reason = "not an object with the lists 'categories' and 'annotations'"
         refuse(path, BESIDE, reason, REMEDY)
     found = Instances(num_entries=len(categories) + len(annotations))
+    for entry in images or ():
+        found.add_image(entry)
     for entries, take_in, name in (
         (categories, found.add_category, "categories"),
         (annotations, found.add_object, "annotations"),

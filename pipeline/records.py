@@ -17,7 +17,9 @@ from cache.images import ImageNameError, check_file_name
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
 
-NAME_ANOTHER = "Fetch it again, or name another file there."
+NAME_ANOTHER = (
+    "Replace it, or name another file there; the sources demo and coco make it in the fetch stage."
+)
 
 _MOST_DIGITS = 18
 """Of an image id in a file name: more need not fit 64 bits."""
@@ -72,7 +74,8 @@ def read_text(path: Path, key: str, remedy: str = NAME_ANOTHER) -> str:
             return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise StageError(
-            f"{key}: {path} does not exist. Run the fetch stage, or name an annotation file there."
+            f"{key}: {path} does not exist. Name an annotation file there; the sources demo and "
+            f"coco make it in the fetch stage."
         ) from None
     except IsADirectoryError:
         refuse(path, key, "a folder, wanted a JSON file", remedy)
@@ -195,7 +198,7 @@ def file_name_of(entry: dict[str, Any], name: str) -> str:
     """Return a field that is a file name below the image root.
 
     Raises:
-        RecordError: Not there, or it leaves the image root.
+        RecordError: Not there, empty, or it leaves the image root.
     """
     file_name = text_of(entry, name)
     try:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from PIL import Image
 
 from cache import FeatureStore
@@ -67,7 +68,9 @@ def limits():
 
 def jpeg(image_id):
     data = io.BytesIO()
-    Image.new("RGB", (30, 20), (image_id, 0, 0)).save(data, "JPEG")
+    # The comment, because neighbouring reds are one colour in a JPEG.
+    comment = str(image_id).encode()
+    Image.new("RGB", (30, 20), (image_id, 0, 0)).save(data, "JPEG", comment=comment)
     return data.getvalue()
 
 
@@ -85,7 +88,12 @@ class World:
     def write_images(self, splits):
         """Write the index's table of images, and the pictures: a folder and a zip."""
         rows = [
-            {"image_id": i, "split": split, "file_name": f"{i}.jpg", "source_xxh3": 2**63 + i}
+            {
+                "image_id": i,
+                "split": split,
+                "file_name": f"{i}.jpg",
+                "source_xxh3": xxhash.xxh3_64_intdigest(jpeg(i)),
+            }
             for i, split in splits.items()
         ]
         pq.write_table(pa.Table.from_pylist(rows, IMAGES), "data/index/images.parquet")

@@ -1,11 +1,13 @@
 import base64
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 
 from cache.data_settings import DataSettings
@@ -82,6 +84,15 @@ def test_a_picture_that_is_gone_or_damaged_is_left_out(shown, content):
     assert list(found) == [102]
 
 
+@pytest.mark.parametrize("image_id", [101, 113])
+def test_another_picture_of_the_same_name_is_not_shown_for_it(shown, image_id):
+    other = Path("data/raw/train/102.jpg").read_bytes()
+    Path("data/raw/train/101.jpg").write_bytes(other)
+    with zipfile.ZipFile("data/raw/val.zip", "w") as archive:
+        archive.writestr("val/113.jpg", other)
+    assert list(shown([image_id, 102])) == [102]
+
+
 def test_an_image_of_an_impossible_size_is_left_out(shown, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 20 // 2 - 1)
     assert shown([101]) == {}
@@ -92,6 +103,11 @@ def test_the_picture_is_upright_as_the_encoder_saw_it(shown):
     exif = wide.getexif()
     exif[0x0112] = 6
     wide.save("data/raw/train/101.jpg", exif=exif)
+    digest = xxhash.xxh3_64_intdigest(Path("data/raw/train/101.jpg").read_bytes())
+    rewrite(
+        INDEX,
+        lambda rows: [r | ({"source_xxh3": digest} if r["image_id"] == 101 else {}) for r in rows],
+    )
     _, _, body = shown([101])[101].partition(",")
     with Image.open(io.BytesIO(base64.b64decode(body))) as image:
         assert image.size == (20, 60)

@@ -66,12 +66,30 @@ def test_a_bad_caption_is_rejected_with_its_reason(tmp_path, entry, reason):
     assert file.rejected[0].record == "file.json: annotations[0]"
 
 
-@pytest.mark.parametrize("name", ["", "../a.jpg", "/etc/passwd", "a/../../b.jpg", "c:\\a", "a\0b"])
-def test_a_file_name_that_leaves_the_root_is_rejected(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "bad file name: file name is empty"),
+        ("../a.jpg", "bad file name: file name '../a.jpg' leaves the image root"),
+        ("/etc/passwd", "bad file name: file name '/etc/passwd' leaves the image root"),
+        ("a/../../b.jpg", "bad file name: file name 'a/../../b.jpg' leaves the image root"),
+        ("c:\\a", "bad file name: file name 'c:\\\\a' holds a backslash"),
+        ("a\0b", "bad file name: file name 'a\\x00b' holds a backslash or a zero byte"),
+    ],
+)
+def test_a_bad_file_name_is_rejected_with_its_reason(tmp_path, name, reason):
     value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
     file = read_captions(written(tmp_path, value), key="k")
-    assert reasons(file) == [f"bad file name: file name {name!r} leaves the image root"]
+    assert reasons(file)[0].startswith(reason)
     assert reasons(conversation_of(tmp_path, GOOD, image=name)) == reasons(file)
+    assert reasons(conversation_of(tmp_path, GOOD, image=[name])) == reasons(file)
+
+
+def test_a_colon_is_a_character_of_a_name_like_any_other(tmp_path):
+    name = "2024-01-02 10:11:12.jpg"
+    value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
+    assert read_captions(written(tmp_path, value), key="k").images[0].file_name == name
+    assert conversation_of(tmp_path, GOOD, image=name).conversations[0].image_name == name
 
 
 @pytest.mark.parametrize(
@@ -79,16 +97,27 @@ def test_a_file_name_that_leaves_the_root_is_rejected(tmp_path, name):
     [
         ("<image>\nWho?", "Who?"),
         ("Who?\n<image>", "Who?"),
-        ("Who <image> is it?", "Who  is it?"),
-        ("<im<image>age>Who?", "Who?"),
+        (" <image>\r\nWho?", "Who?"),
+        ("<image> Who?", "Who?"),
+        ("Who? <image>", "Who?"),
+        ("<image>\nWhat is an <image>", "What is an <image>"),
+        ("<image> is what?\n<image>", "<image> is what?"),
+        ("<image>\n<image>", "<image>"),
+        ("Who <image> is it?", "Who <image> is it?"),
+        ("<im<image>age>Who?", "<im<image>age>Who?"),
         ("  Who? ", "Who?"),
     ],
 )
-def test_the_image_marker_is_taken_out_wherever_it_stands(tmp_path, text, kept):
-    file = conversation_of(tmp_path, messages(("human", text), ("gpt", "Me.\n\n1. You")))
-    assert file.conversations[0].turns == [
-        {"role": "user", "text": kept},
-        {"role": "assistant", "text": "Me.\n\n1. You"},
+def test_the_one_marker_at_an_end_of_the_first_question_is_taken_out(tmp_path, text, kept):
+    rest = messages(
+        ("gpt", "<image>\nMe.\n\n1. An <img>"),
+        ("human", "<image>\nIs it an <image>?\n<image>"),
+        ("gpt", "<image>"),
+    )
+    file = conversation_of(tmp_path, messages(("human", text)) + rest)
+    assert [turn["text"] for turn in file.conversations[0].turns] == [
+        kept,
+        *(message["value"] for message in rest),
     ]
 
 
@@ -120,14 +149,37 @@ def test_a_bad_conversation_is_rejected_with_its_reason(tmp_path, turns, reason)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"id": ...}, "no key 'id'"),
-        ({"id": None}, "key 'id' is not str: NoneType"),
+        ({"id": True}, "key 'id' is not str: bool"),
+        ({"id": ["a"]}, "key 'id' is not str: list"),
+        ({"id": "\ud800"}, "key 'id' holds half a character (a lone surrogate)"),
         ({"image": ...}, "no key 'image'"),
-        ({"image": ["1.jpg"]}, "key 'image' is not str: list"),
+        ({"image": None}, "key 'image' is not str: NoneType"),
+        ({"image": []}, "not about one image: key 'image' is a list of 0"),
+        ({"image": ["1.jpg", "2.jpg"]}, "not about one image: key 'image' is a list of 2"),
+        ({"image": [["1.jpg"]]}, "key 'image' is not str: list"),
     ],
 )
-def test_a_conversation_without_id_or_image_is_rejected(tmp_path, changes, reason):
+def test_a_conversation_with_a_strange_id_or_not_about_one_image_is_rejected(
+    tmp_path, changes, reason
+):
     assert reasons(conversation_of(tmp_path, GOOD, **changes)) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"id": 42}, "42"),
+        ({"id": -(2**70)}, str(-(2**70))),
+        ({"id": 4.5}, "4.5"),
+        ({"id": ...}, "0901"),
+        ({"id": None}, "0901"),
+        ({"id": ..., "image": ["a/0901.jpg"]}, "0901"),
+        ({"id": ""}, ""),
+    ],
+)
+def test_a_number_is_an_id_and_a_missing_one_is_the_name_of_the_image(tmp_path, changes, name):
+    (found,) = conversation_of(tmp_path, GOOD, **({"image": "a/0901.jpg"} | changes)).conversations
+    assert (found.conversation_id, found.image_name) == (name, "a/0901.jpg")
 
 
 @pytest.mark.parametrize(
@@ -183,3 +235,12 @@ def test_a_file_that_is_not_there_names_key_and_path(tmp_path):
 def test_a_byte_order_mark_is_no_obstacle(tmp_path):
     path = written(tmp_path, b"\xef\xbb\xbf[]")
     assert read_conversations(path, key="k").num_conversations == 0
+
+
+def test_nothing_is_said_to_be_fetched_again(tmp_path):
+    paths = [tmp_path / "none.json", written(tmp_path, b"{"), tmp_path]
+    for path in paths:
+        with pytest.raises(StageError) as error:
+            read_conversations(path, key="data.instruct")
+        assert "again" not in str(error.value)
+        assert "the sources demo and coco make it in the fetch stage" in str(error.value)

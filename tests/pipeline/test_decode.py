@@ -1,15 +1,17 @@
+import contextlib
 import io
 import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from pipeline.decode import DecodeError, decode_rgb, image_size
+from pipeline.decode import DecodeError, decode_rgb, decode_upright, image_size
 
 SIZE = 32
 
@@ -205,3 +207,61 @@ def test_floating_point_pixels_are_refused():
 def test_decoding_needs_no_torch():
     code = "import sys, pipeline.decode; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def png(*texts, **options):
+    """A PNG of 9 x 7 pixels with some text chunks: (keyword, text, whether it is compressed)."""
+    info = PngImagePlugin.PngInfo()
+    for keyword, text, is_compressed in texts:
+        info.add_itxt(keyword, text, zip=is_compressed)
+        info.add_text(keyword, text, zip=is_compressed)
+    data = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(data, "PNG", pnginfo=info, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+@pytest.mark.parametrize("num_texts", [1, 4])
+def test_a_png_with_long_texts_is_the_picture_without_them(num_texts, is_compressed):
+    texts = [(f"workflow {n}", "x" * (9 * 2**20), is_compressed) for n in range(num_texts)]
+    data = png(*texts)
+    assert image_size(data) == (9, 7)
+    np.testing.assert_array_equal(decode_upright(data), decode_upright(png()))
+
+
+def test_a_png_with_a_large_colour_profile_is_the_picture_without_it():
+    profile = random.Random(0).randbytes(2**21)
+    np.testing.assert_array_equal(decode_upright(png(icc_profile=profile)), decode_upright(png()))
+
+
+def test_a_bomb_in_the_text_of_a_png_is_not_unpacked():
+    # 128 MiB of zeros in some KB, a few times.
+    packer = zlib.compressobj()
+    bomb = b"".join(packer.compress(bytes(2**24)) for _ in range(8)) + packer.flush()
+    chunk = png_chunk(b"zTXt", b"comment\0\0" + bomb)
+    plain = png()
+    place = plain.index(b"IDAT") - 4
+    tracemalloc.start()
+    try:
+        decoded = decode_upright(plain[:place] + 3 * chunk + plain[place:])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2**20
+    np.testing.assert_array_equal(decoded, decode_upright(plain))
+
+
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_the_orientation_in_a_text_of_a_png_is_heeded_beside_long_texts(is_compressed):
+    xmp = '<x tiff:Orientation="6"/>'
+    long = ("prompt", "y" * 2**21, is_compressed)
+    turned = decode_upright(png(long, ("XML:com.adobe.xmp", xmp, is_compressed), long))
+    assert turned.size == (7, 9)
+
+
+@pytest.mark.parametrize("end", range(0, 400, 7))
+def test_a_cut_png_with_texts_is_refused_or_whole(end):
+    data = png(("a", "b" * 50, False), ("c", "d" * 50, True))
+    with contextlib.suppress(DecodeError):
+        np.testing.assert_array_equal(decode_upright(data[:end]), decode_upright(data))

@@ -23,7 +23,9 @@ NAMES = {"train": [f"{number:012d}.jpg" for number in range(1, 13)], "val": ["00
 
 def jpeg(seed, size=(8, 6)):
     buffer = io.BytesIO()
-    Image.new("RGB", size, (seed % 256, 90, 20)).save(buffer, "JPEG")
+    # The comment, because neighbouring reds are one colour in a JPEG.
+    comment = str(seed).encode()
+    Image.new("RGB", size, (seed % 256, 90, 20)).save(buffer, "JPEG", comment=comment)
     return buffer.getvalue()
 
 
@@ -302,16 +304,21 @@ def test_images_that_cannot_be_used_say_why(space):
     del bad[NAMES["train"][2]]
     space.captions["train"]["images"].append({"id": 1, "file_name": NAMES["train"][3]})
     space.run()
-    first, second, third = reasons("images")
-    assert first.startswith("not an image: none of the formats")
-    assert second.startswith(f"image missing or unreadable: no file '{NAMES['train'][2]}'")
-    assert third == "image id repeated: 1"
-    assert reasons("captions") == [
+    twice, no_image, missing, _ = reasons("images")
+    names = [f"'train.zip/train2017/{name}'" for name in NAMES["train"]]
+    assert reasons("images")[3] == twice
+    assert twice == f"image id of two files: 1 is {names[0]} and {names[3]}"
+    assert no_image.startswith("not an image: none of the formats")
+    assert missing.startswith(f"image missing or unreadable: no file '{NAMES['train'][2]}'")
+    assert reasons("captions") == [twice, twice] + [
         f"image unknown or rejected: {number}" for number in (2, 2, 3, 3)
     ]
     assert [reason.partition(":")[0] for reason in reasons("conversations")] == [
-        "image rejected"
-    ] * 3
+        "image rejected",
+        "image rejected",
+        "image rejected",
+        "image missing or unreadable",
+    ]
 
 
 def test_an_image_in_both_splits_stays_in_train_with_the_captions_of_train(space):

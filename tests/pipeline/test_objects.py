@@ -124,7 +124,7 @@ def test_a_file_that_is_no_instances_file_is_one_clear_line(tmp_path, content, r
     text = str(error.value)
     assert text.startswith(f"beside data.val.captions: {path}: ")
     assert reason in text
-    assert text.endswith("Fetch it again, or take it away.")
+    assert text.endswith("Replace it, or take it away.")
     assert "\n" not in text
 
 

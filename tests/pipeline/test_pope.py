@@ -3,7 +3,7 @@ import json
 import pytest
 
 from cache.errors import StageError
-from pipeline.collect import ImageRow
+from pipeline.image_collection import ImageRow
 from pipeline.pope import collect_questions, read_official, read_question_files
 
 LINE = {
@@ -145,6 +145,61 @@ def test_a_question_about_another_image_is_left_out_with_that_reason(captions):
 def test_questions_are_made_about_val_and_published_ones_kept_about_any_image(captions):
     found = collect_questions(read_question_files(captions), images(310196, split="train"), 0)
     assert {row.subset for row in found.rows} == {"official popular", "official random"}
+
+
+def named(*names):
+    return {i: ImageRow(i, "val", name, 8, 6, 100, i) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize(
+    "name", ["000000310196.jpg", "val2017/000000310196.png", "x/COCO_train2014_000000310196.jpg"]
+)
+def test_a_published_question_is_about_the_image_of_its_name_under_any_id(captions, name):
+    found = collect_questions(read_question_files(captions), named("a.jpg", name), seed=0)
+    assert {row.image_id for row in found.rows if row.subset.startswith("official")} == {1}
+    assert not found.rejected
+
+
+@pytest.mark.parametrize("name", ["310196.jpg", "n310196.jpg", "COCO_val2014_310196.jpg"])
+def test_the_number_of_another_picture_is_not_enough(captions, name):
+    images = {310196: ImageRow(310196, "val", name, 8, 6, 100, 1)}
+    found = collect_questions(read_question_files(captions), images, seed=0)
+    assert not [row for row in found.rows if row.subset.startswith("official")]
+    assert [rejection.reason for rejection in found.rejected] == [
+        "image not in the index: 310196"
+    ] * 3
+
+
+def test_a_published_question_about_either_of_two_images_is_rejected(captions):
+    images = named("a/000000310196.jpg", "b/000000310196.jpg")
+    found = collect_questions(read_question_files(captions), images, seed=0)
+    assert {rejection.reason for rejection in found.rejected} == {
+        "image name ambiguous: 'COCO_val2014_000000310196.jpg' may be image 0 or 1"
+    }
+
+
+def test_a_published_question_about_an_id_of_two_files_says_so(captions):
+    problems = {310196: "image id of two files: 310196 is a and b"}
+    found = collect_questions(read_question_files(captions), images(9), 0, problems)
+    assert {rejection.reason for rejection in found.rejected} == set(problems.values())
+
+
+def test_no_question_is_made_from_the_objects_of_another_picture(captions):
+    listed = [
+        {"id": 9, "file_name": "other.jpg"},
+        {"id": 310196, "file_name": f"{310196:012d}.png"},
+    ]
+    write(captions.with_name("instances_val2017.json"), INSTANCES | {"images": [*listed, 7, {}]})
+    found = collect_questions(read_question_files(captions), images(9, 310196), seed=0)
+    assert {row.image_id for row in found.rows} == {310196}
+    assert [(r.kind, r.record, r.reason) for r in found.rejected] == [
+        (
+            "objects",
+            "instances_val2017.json: image 9",
+            "image of another name: 9 is 'other.jpg', not '000000000009.jpg'",
+        )
+    ]
+    assert found.num_objects == 5
 
 
 def test_without_files_there_is_no_question_and_a_reason(tmp_path):
