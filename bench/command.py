@@ -4,8 +4,11 @@
 """
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
+
+import torch
 
 from bench.measure import RESULTS, machine, versions
 from cache.command import run_guarded
@@ -36,6 +39,10 @@ def run_benchmark(
     arguments = parser.parse_args()
 
     def work() -> None:
+        if arguments.quick:
+            # Small work gains nothing from two threads; on a busy machine they wait for each other.
+            os.environ.setdefault("OMP_NUM_THREADS", "1")
+            torch.set_num_threads(1)
         print(
             f"{name}: takes about {minutes} min on two cores (--quick: {quick_seconds} s)",
             flush=True,

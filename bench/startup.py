@@ -139,12 +139,12 @@ Figures = dict[str, dict[str, list[float]]]
 
 
 def look_at_stages(
-    folder: Path, look: Callable[[Path, str], dict[str, float]], rounds: int, uncounted: int
+    folder: Path, look: Callable[[Path, str], dict[str, float]], *, quick: bool
 ) -> Figures:
-    """Look at every stage once a round; the first rounds may not be counted."""
-    runs: Figures = {stage: {} for stage in STAGES}
-    for number in range(-uncounted, rounds):
-        for stage in STAGES:
+    """Look at every stage once a round, a first round is not counted; quick: once at the first."""
+    runs: Figures = {stage: {} for stage in (STAGES[:1] if quick else STAGES)}
+    for number in [0] if quick else range(-1, ROUNDS):
+        for stage in runs:
             for figure, value in look(folder, stage).items():
                 if number >= 0:
                     runs[stage].setdefault(figure, []).append(round(value, 3))
@@ -173,7 +173,6 @@ def print_figures(name: str, runs: Figures) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the files, measure and print; return what the result file says."""
     size = COCO.divided_by(QUICK_DIVISOR) if arguments.quick else COCO
-    rounds, uncounted = (1, 0) if arguments.quick else (ROUNDS, 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_workspace(folder, size)
@@ -181,8 +180,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         projector = seeded_projector("mlp", SPEC_SMALL.width, 128, 0)
         (folder / "runs/pretrain").mkdir(parents=True)
         projector.save(folder / "runs/pretrain/projector.safetensors")
-        runs = look_at_stages(folder, first_step, rounds, uncounted)
-        split = look_at_stages(folder, phases, rounds, uncounted)
+        runs = look_at_stages(folder, first_step, quick=arguments.quick)
+        split = look_at_stages(folder, phases, quick=arguments.quick)
     print_figures("first step", runs)
     print_figures("its phases, in seconds", split)
     goals = goals_of(runs)
@@ -194,7 +193,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "width": SPEC_SMALL.width,
             "language_model": "demo/checkpoints/phi",
         },
-        "processes": rounds,
+        "processes": ROUNDS,
         "median": {stage: medians(figures) for stage, figures in runs.items()},
         "phases": {stage: medians(figures) for stage, figures in split.items()},
         "runs": runs,

@@ -16,6 +16,7 @@ Phi-2's vocabulary and random weights in float32.
 Stage 1 has captions of COCO's lengths; stage 2 has conversations of LLaVA's (`bench.texts`).
 """
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -169,7 +170,8 @@ def make_stage(name: str, folder: Path, phi: PhiConfig = PHI) -> Stage:
     """
     store = FeatureStore(folder)
     torch.manual_seed(0)
-    language_model = PhiForCausalLM(phi).requires_grad_(False).eval()
+    # A model notes in its config how it computes attention: the settings stay as they are.
+    language_model = PhiForCausalLM(copy.deepcopy(phi)).requires_grad_(False).eval()
     if name == FINETUNE:
         add_lora(language_model, LORA, seed=0)
         for key, parameter in language_model.named_parameters():

@@ -29,6 +29,7 @@ def outcome(monkeypatch, capsys, main, *arguments):
 
 @pytest.fixture
 def results(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(command, "RESULTS", tmp_path)
     return tmp_path
 
@@ -91,14 +92,14 @@ def test_a_quick_run_prints_the_table_of_the_whole_benchmark(monkeypatch, capsys
     assert list(results.iterdir()) == []
 
 
-def test_the_demo_on_avx2_alone_has_a_result_file_of_its_own(monkeypatch, capsys, results):
+@pytest.mark.parametrize(("instructions", "name"), [("AVX512", "demo"), ("AVX2", "demo_avx2")])
+def test_the_demo_has_a_result_file_for_each_kind_of_processor(
+    monkeypatch, capsys, results, instructions, name
+):
     demo = importlib.import_module("bench.demo")
     monkeypatch.setattr(demo, "measure", lambda _: {})
-    for instructions in ("AVX512", "AVX2"):
-        monkeypatch.setattr(demo.torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-        assert outcome(monkeypatch, capsys, demo.main)[0] == 0
-    found = {path.stem: json.loads(path.read_text()) for path in results.iterdir()}
-    assert {name: result["machine"]["torch_instructions"] for name, result in found.items()} == {
-        "demo": "AVX512",
-        "demo_avx2": "AVX2",
-    }
+    monkeypatch.setattr(demo.torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    assert outcome(monkeypatch, capsys, demo.main)[0] == 0
+    (path,) = results.iterdir()
+    assert path.stem == name
+    assert json.loads(path.read_text())["machine"]["torch_instructions"] == instructions
