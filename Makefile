@@ -28,6 +28,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	pip install --quiet --quiet --disable-pip-version-check --no-deps --requirement requirements-bench.txt
 	python -m bench.read
+	python -m bench.order
 	python -m bench.scale
 	python -m bench.verify
 	python -m bench.encode

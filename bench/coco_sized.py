@@ -26,10 +26,33 @@ from cache.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
-IMAGES = {"train": 118_287, "val": 5_000}
-CAPTIONS = {"train": 591_753, "val": 25_014}
-CONVERSATIONS = {"conversation": 56_681, "detail": 23_240, "complex": 77_791}
-"""157,712 in all; about images of train."""
+
+@dataclasses.dataclass(frozen=True)
+class DataSize:
+    """How many records a data set has."""
+
+    images: dict[str, int]
+    """By split, as the captions."""
+    captions: dict[str, int]
+    conversations: dict[str, int]
+    """By kind; all are about images of train."""
+
+    def divided_by(self, divisor: int) -> "DataSize":
+        """Return a data set of the same shape with so many times fewer records."""
+        return DataSize(
+            *(
+                {name: count // divisor for name, count in counts.items()}
+                for counts in (self.images, self.captions, self.conversations)
+            )
+        )
+
+
+COCO = DataSize(
+    images={"train": 118_287, "val": 5_000},
+    captions={"train": 591_753, "val": 25_014},
+    conversations={"conversation": 56_681, "detail": 23_240, "complex": 77_791},
+)
+"""With LLaVA-Instruct's 157,712 conversations."""
 
 CAPTION_WORDS = (8, 15)
 TURNS = {"conversation": (3, 6), "detail": (1, 1), "complex": (1, 1)}
@@ -42,22 +65,23 @@ SPEC_SMALL = dataclasses.replace(SPEC, model="ViT-demo-32", width=128)
 Random = np.random.Generator
 
 
-def make_workspace(folder: Path) -> None:
+def make_workspace(folder: Path, size: DataSize) -> None:
     """Make index, features and settings in an empty folder."""
     rng = np.random.default_rng(0)
-    number = sum(IMAGES.values())
+    number = sum(size.images.values())
     shuffled = rng.permutation(number)
     image_ids = {
-        "train": np.sort(shuffled[: IMAGES["train"]]),
-        "val": np.sort(shuffled[IMAGES["train"] :]),
+        "train": np.sort(shuffled[: size.images["train"]]),
+        "val": np.sort(shuffled[size.images["train"] :]),
     }
     words = demo_words()
     raw = folder / "raw"
     raw.mkdir()
     for split, ids in image_ids.items():
-        write_json(raw / f"captions_{split}.json", captions_file(rng, words, ids, CAPTIONS[split]))
+        captions = captions_file(rng, words, ids, size.captions[split])
+        write_json(raw / f"captions_{split}.json", captions)
         write_pictures(raw / f"{split}.zip", ids)
-    write_json(raw / "instruct.json", list(conversations(rng, words, image_ids["train"])))
+    write_json(raw / "instruct.json", list(conversations(rng, words, image_ids["train"], size)))
     write_settings(folder)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pipeline.index"]
@@ -100,10 +124,10 @@ def captions_file(
 
 
 def conversations(
-    rng: Random, words: NDArray[np.object_], image_ids: NDArray[np.int64]
+    rng: Random, words: NDArray[np.object_], image_ids: NDArray[np.int64], size: DataSize
 ) -> Iterator[dict[str, Any]]:
     """Yield the records of an instruct file, kind by kind."""
-    for kind, count in CONVERSATIONS.items():
+    for kind, count in size.conversations.items():
         for image_id in rng.choice(image_ids, count).tolist():
             said = []
             for turn in range(rng.integers(TURNS[kind][0], TURNS[kind][1] + 1)):
@@ -137,7 +161,7 @@ def write_settings(folder: Path) -> None:
     values = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     splits = {
         split: {"images": f"raw/{split}.zip", "captions": f"raw/captions_{split}.json"}
-        for split in IMAGES
+        for split in ("train", "val")
     }
     values["data"] |= splits | {"source": "local", "instruct": "raw/instruct.json"}
     values["llm"]["model"] = str(ROOT / "demo/checkpoints/phi")

@@ -7,8 +7,8 @@ and making the model count for all alike. Imports that one contender needs stand
 that none pays for another's. Random weights, which take as long as others.
 """
 
+import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
 import os
@@ -28,11 +28,11 @@ import torch
 import xxhash
 from PIL import Image
 
-from bench.measure import RESULTS, machine
+from bench.command import benchmark_parser, run_benchmark
 from cache.files import write_json
 
 ROOT = Path(__file__).parents[1]
-CPU_IMAGES, GPU_IMAGES = 512, 8192
+CPU_IMAGES, GPU_IMAGES, QUICK_IMAGES = 512, 8192, 16
 """Image files, of COCO's usual shape and mean size."""
 PICTURES = 256
 """How many of them differ."""
@@ -160,8 +160,8 @@ def jpeg(seed: int) -> bytes:
 
 def make_workspace(folder: Path, num_images: int, settings: dict[str, Any]) -> None:
     """Write images as a zip and as a folder, their index, and settings."""
-    pictures = [jpeg(seed) for seed in range(PICTURES)]
-    files = {f"{n:012d}.jpg": pictures[n % PICTURES] for n in range(num_images)}
+    pictures = [jpeg(seed) for seed in range(min(PICTURES, num_images))]
+    files = {f"{n:012d}.jpg": pictures[n % len(pictures)] for n in range(num_images)}
     (folder / "images").mkdir()
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for name, data in files.items():
@@ -250,12 +250,12 @@ def held_mib(process: psutil.Process) -> float:
     return held
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def run_rounds(folder: Path, rounds: int) -> dict[str, Any]:
     """Run all rounds in a workspace and return what the result file says of them."""
     peaks = {contender: round(watched(contender, folder)) for contender in CONTENDERS}
     seconds: dict[str, list[float]] = {contender: [] for contender in CONTENDERS}
     reports: list[dict[str, Any]] = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for contender, values in seconds.items():
             values.append(timed(contender, folder))
             if contender == STAGE:
@@ -289,28 +289,28 @@ def _goal(wanted: str, ratio: float, met: bool) -> dict[str, Any]:
     return {"wanted": wanted, "found": round(ratio, 3), "met": met}
 
 
-def main() -> None:
-    """Measure, print, and write the result file, named after the kind of machine."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; return what the result file says."""
     on_gpu = torch.cuda.is_available()
     num_images = GPU_IMAGES if on_gpu else CPU_IMAGES
+    if arguments.quick:
+        num_images = QUICK_IMAGES
+    rounds = 1 if arguments.quick else ROUNDS
     settings = EXTRACT | ({"workers": os.cpu_count()} if on_gpu else {})
     with tempfile.TemporaryDirectory() as name:
         make_workspace(Path(name), num_images, settings)
-        found = measure(Path(name))
+        found = run_rounds(Path(name), rounds)
     spin_count = os.environ.get("GOMP_SPINCOUNT", "not set")
     setting = {"images": num_images, "GOMP_SPINCOUNT": spin_count} | ENCODER | settings
-    libraries = ("torch", "open_clip_torch", "transformers", "pillow", "h5py")
     result = {
         "unit": "seconds",
         "setting": setting,
-        "rounds": ROUNDS,
+        "rounds": rounds,
         **found,
         "goals": goals(found["median"]),
-        "machine": machine(),
-        "versions": {library: importlib.metadata.version(library) for library in libraries},
     }
-    write_json(RESULTS / f"extract{'_gpu' if on_gpu else ''}.json", result)
     print_result(result)
+    return result
 
 
 def print_result(result: dict[str, Any]) -> None:
@@ -322,6 +322,18 @@ def print_result(result: dict[str, Any]) -> None:
     for goal, outcome in result["goals"].items():
         met = "met" if outcome["met"] else "not met"
         print(f"  of the {goal}: {outcome['found']}, wanted {outcome['wanted']}: {met}")
+
+
+def main() -> None:
+    """Measure and write the result file, named after the kind of machine."""
+    run_benchmark(
+        f"extract{'_gpu' if torch.cuda.is_available() else ''}",
+        measure,
+        benchmark_parser(__doc__),
+        minutes=4,
+        quick_seconds=60,
+        libraries=("torch", "open_clip_torch", "transformers", "pillow", "h5py"),
+    )
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ Runs a stage in the working directory up to the end of its first step, and print
 the seconds of each phase. The start is `time.monotonic()` of when this process was started.
 """
 
+import argparse
 import contextlib
 import importlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +100,7 @@ def ending_with_first_step(watch: Stopwatch) -> Iterator[None]:
         yield
 
 
-def main(stage: str, started: float) -> None:
+def run(stage: str, started: float) -> None:
     """Run a stage up to its first step and print the seconds."""
     watch = Stopwatch(started)
     settings = importlib.import_module("cache.settings")
@@ -112,5 +112,16 @@ def main(stage: str, started: float) -> None:
     print(json.dumps(watch.seconds))
 
 
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stage", choices=("pretrain", "finetune"))
+    parser.add_argument("start", type=float)
+    arguments = parser.parse_args()
+    run(arguments.stage, arguments.start)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main()

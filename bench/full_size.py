@@ -3,7 +3,8 @@
     python -m bench.full_size [MODEL]
 
 MODEL is a directory in the layout of microsoft/phi-2; one with random weights is made there, or in
-a temporary folder, when it is missing (5.6 GB). Settings are those of configs/coco.yaml but for
+a temporary folder, when it is missing (5.6 GB). With --quick it is a small one, made in a
+temporary folder, whatever MODEL is. Settings are those of configs/coco.yaml but for
 the number and size of the steps; every stage is a fresh process, as a user starts it.
 
 Two peaks of memory are taken of each process: `peak_gib` is ru_maxrss, which counts the pages of
@@ -33,8 +34,8 @@ import pyarrow.parquet as pq
 import torch
 from ruamel.yaml import YAML
 
+from bench.command import benchmark_parser, run_benchmark
 from bench.make_phi2 import PHI2, SHARD_BYTES, write_phi
-from bench.measure import RESULTS, machine, versions
 from bench.stores import make_random_store
 from cache.files import write_json
 from pipeline.index import SCHEMAS
@@ -47,6 +48,15 @@ ROOT = Path(__file__).parents[1]
 
 STEPS = 3
 """Of a stage; there is a validation after the second, and one step after that."""
+
+SMALL = PHI2 | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+}
+"""The language model of `--quick`."""
 
 BATCH = {"pretrain": ("batch_captions", 10), "finetune": ("batch_examples", 4)}
 
@@ -249,11 +259,8 @@ def measure_budget(folder: Path, model: Path, stage: str, budget: int) -> dict[s
     return result
 
 
-def measure(folder: Path, model: Path) -> dict[str, Any]:
+def measure_model(folder: Path, model: Path, *, on_gpu: bool) -> dict[str, Any]:
     """Run everything in an empty folder; never two of the large processes at once."""
-    if not (model / "model.safetensors.index.json").is_file():
-        write_phi(model, PHI2, SHARD_BYTES, seed=0)
-    on_gpu = torch.cuda.is_available()
     most = GPU_STEPS * 2 * TOKEN_BUDGETS[-1] // IMAGE_TOKENS if on_gpu else STEPS * 4
     (folder / "data").mkdir()
     make_random_store(folder / "made", most + 2).rename(folder / "data/features")
@@ -273,20 +280,35 @@ def _check(child: Child, what: str) -> None:
         raise RuntimeError(f"{what}: exit code {child.exit_code}, after {child.seconds:.0f} s")
 
 
-def main() -> None:
-    """Read the command line, measure, write the result file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path, metavar="MODEL", nargs="?")
-    model = parser.parse_args().model
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; return what the result file says."""
     with tempfile.TemporaryDirectory() as name:
         (folder := Path(name) / "work").mkdir()
-        result = measure(folder, model.resolve() if model else Path(name) / "phi-2")
-    libraries = ("torch", "transformers", "peft", "bitsandbytes")
-    result |= {"machine": machine(), "versions": versions(libraries)}
-    write_json(RESULTS / "full_size.json", result)
+        model = Path(name) / "phi-2"
+        if arguments.quick:
+            write_phi(model, SMALL, SHARD_BYTES, seed=0)
+        else:
+            model = (arguments.model or model).resolve()
+            if not (model / "model.safetensors.index.json").is_file():
+                write_phi(model, PHI2, SHARD_BYTES, seed=0)
+        on_gpu = torch.cuda.is_available() and not arguments.quick
+        result = measure_model(folder, model, on_gpu=on_gpu)
     print(json.dumps(result, indent=2))
+    return result
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL", nargs="?")
+    run_benchmark(
+        "full_size",
+        measure,
+        parser,
+        minutes=8,
+        quick_seconds=60,
+        libraries=("torch", "transformers", "peft", "bitsandbytes"),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ and random weights in float32. Such a model never stops, so all texts are equall
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,24 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PhiConfig
 
-from bench.measure import (
-    RESULTS,
-    at_least,
-    interleaved,
-    machine,
-    medians,
-    print_goals,
-    print_table,
-    rate_of,
-    summary,
-    versions,
-)
+from bench.command import benchmark_parser, run_benchmark
+from bench.measure import at_least, interleaved, medians, print_goals, print_table, rate_of, summary
 from bench.opening import resident
-from bench.step import PHI, PRETRAIN, Stage, as_published, make_features, make_stage, print_memory
+from bench.step import (
+    PHI,
+    PRETRAIN,
+    SMALL_PHI,
+    Stage,
+    as_published,
+    make_features,
+    make_stage,
+    print_memory,
+    shape_of,
+)
 from bench.stores import SPEC
 from bench.texts import EOS_ID
-from cache.files import write_json
 from train.attention import NAME as OUR_ATTENTION
 from train.generate import generate
 from train.model import use_fused_gelu
@@ -47,14 +48,28 @@ from train.prompts import encode
 
 OURS, ONE_BY_ONE, NO_CACHE = "ours", "one by one", "one by one, no cache"
 
-TEXTS = {OURS: 64, ONE_BY_ONE: 8, NO_CACHE: 4}
-"""Of a round: fewer of those that take long. The images are the first ones."""
+CONTENDERS = (OURS, ONE_BY_ONE, NO_CACHE)
 BATCH = 64
 PROMPT_TOKENS = 17
 """Of `Instruct: Provide a one-sentence caption for the provided image.` and what stands around."""
 MAX_TOKENS = 20
 """Of a text; COCO's captions have 7 to 26 (`bench.texts`)."""
-ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    texts: dict[str, int]
+    """Of a round, by contender: fewer of those that take long. The images are the first ones."""
+    phi: PhiConfig
+    rounds: int
+    watched: int | None
+    """Of how many contenders the memory is taken, each in a fresh process; None: of all."""
+
+
+FULL = Sizes({OURS: 64, ONE_BY_ONE: 8, NO_CACHE: 4}, PHI, rounds=5, watched=None)
+QUICK = Sizes({OURS: 4, ONE_BY_ONE: 2, NO_CACHE: 1}, SMALL_PHI, rounds=1, watched=1)
 
 LEAST = {NO_CACHE: 5.0}
 """The goal: we are so many times as fast."""
@@ -68,17 +83,18 @@ def prompt() -> str:
     return " ".join(f"w{word}" for word in words)
 
 
-def make_contender(name: str, stage: Stage) -> Callable[[], Texts]:
+def make_contender(name: str, stage: Stage, num_texts: int) -> Callable[[], Texts]:
     """Return what makes the texts of a round.
 
     Args:
-        name: One of `TEXTS`.
+        name: One of `CONTENDERS`.
         stage: Model, tokenizer and features.
+        num_texts: Of a round.
     """
     if name == NO_CACHE:
-        return partial(without_cache, stage, TEXTS[name])
+        return partial(without_cache, stage, num_texts)
     batch_size = BATCH if name == OURS else 1
-    return partial(with_cache, stage, TEXTS[name], batch_size, published=name != OURS)
+    return partial(with_cache, stage, num_texts, batch_size, published=name != OURS)
 
 
 def with_cache(stage: Stage, num_texts: int, batch_size: int, *, published: bool) -> Texts:
@@ -142,9 +158,10 @@ def check_same(texts: Mapping[str, Texts]) -> int:
     return len(set(ours))
 
 
-def peak_memory(contender: str, folder: Path) -> dict[str, float]:
+def peak_memory(contender: str, folder: Path, sizes: Sizes) -> dict[str, float]:
     """Make the texts of a round in this process; return MiB before it and at most."""
-    make = make_contender(contender, make_stage(PRETRAIN, folder, PHI))
+    stage = make_stage(PRETRAIN, folder, sizes.phi)
+    make = make_contender(contender, stage, sizes.texts[contender])
     # From here on VmHWM counts anew: what making the weights took is not the texts'.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -153,24 +170,24 @@ def peak_memory(contender: str, folder: Path) -> dict[str, float]:
     return {"before": round(before / 2**20), "peak": round(peak / 2**20)}
 
 
-def peaks(folder: Path) -> dict[str, dict[str, float]]:
+def peaks(folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     """Return the memory of all contenders, each in a fresh process."""
     found = {}
-    for contender in TEXTS:
+    for contender in CONTENDERS[: sizes.watched]:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            found[contender] = process.submit(peak_memory, contender, folder).result()
+            found[contender] = process.submit(peak_memory, contender, folder, sizes).result()
     return found
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Return what the result file says, and print the table."""
-    memory = peaks(folder)
-    stage = make_stage(PRETRAIN, folder, PHI)
-    contenders = {name: make_contender(name, stage) for name in TEXTS}
+def compare_contenders(folder: Path, sizes: Sizes) -> dict[str, Any]:
+    """Return the figures of the result file, and print the table."""
+    memory = peaks(folder, sizes)
+    stage = make_stage(PRETRAIN, folder, sizes.phi)
+    contenders = {name: make_contender(name, stage, sizes.texts[name]) for name in CONTENDERS}
     different = check_same({name: make() for name, make in contenders.items()})
     works = {name: rate_of(partial(count, make)) for name, make in contenders.items()}
     # Making them once to compare them has warmed all of them up.
-    rates = interleaved(works, ROUNDS, uncounted=0)
+    rates = interleaved(works, sizes.rounds, uncounted=0)
     median = medians(rates)
     print_table("generate", "texts", median)
     print_memory(memory)
@@ -199,39 +216,40 @@ def goals_of(median: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure and write the result file."""
+def measure(sizes: Sizes) -> dict[str, Any]:
+    """Measure and print; return what the result file says."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(make_features(Path(folder), max(TEXTS.values())))
+        features = make_features(Path(folder), max(sizes.texts.values()))
+        found = compare_contenders(features, sizes)
     goals = goals_of(found["median"])
     print_goals(goals)
-    result = {
+    return {
         "setting": {
-            "language_model": {
-                key: getattr(PHI, key)
-                for key in (
-                    "num_hidden_layers",
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_attention_heads",
-                    "vocab_size",
-                )
-            },
+            "language_model": shape_of(sizes.phi),
             "dtype": "float32",
             "projector": "mlp",
             "patches": SPEC.patches,
             "prompt_tokens": PROMPT_TOKENS,
             "tokens": MAX_TOKENS,
-            "texts": TEXTS,
+            "texts": sizes.texts,
             "batch": BATCH,
         },
-        "rounds": ROUNDS,
+        "rounds": sizes.rounds,
         **found,
         "goals": goals,
-        "machine": machine(),
-        "versions": versions(("torch", "transformers")),
     }
-    write_json(RESULTS / "generate.json", result)
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "generate",
+        lambda arguments: measure(QUICK if arguments.quick else FULL),
+        benchmark_parser(__doc__),
+        minutes=3,
+        quick_seconds=30,
+        libraries=("torch", "transformers"),
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CodeGenTokenizer, PhiConfig, PhiForCausalLM
 
+from cache.command import run_guarded
 from cache.errors import StageError
 from cache.files import write_json
 
@@ -186,7 +187,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, metavar="DIR")
-    write_phi(parser.parse_args().folder, PHI2, SHARD_BYTES, seed=0)
+    folder = parser.parse_args().folder
+    run_guarded(lambda: write_phi(folder, PHI2, SHARD_BYTES, seed=0))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Runs contenders one after the other, again and again, and writes medians and ratios.
+"""Runs contenders one after the other, again and again, and gives medians and ratios.
 
 Interleaved in one process, because on a shared machine only a ratio within one run means anything.
 """
 
 import importlib.metadata
+import os
 import platform
 import statistics
 import time
@@ -12,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from cache.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -24,34 +23,28 @@ def compare(
     *,
     unit: str,
     repeats: int,
-    libraries: tuple[str, ...],
     setting: Mapping[str, Any],
-) -> dict[str, float]:
-    """Measure contenders side by side, print a table, write `bench/results/<name>.json`.
+) -> dict[str, Any]:
+    """Measure contenders side by side and print a table.
 
     Args:
-        name: Of the result file.
+        name: Of the benchmark.
         contenders: Each does its work once and returns how many units it did.
         unit: What is counted.
         repeats: Rounds; every contender runs once a round. The first round is not counted.
-        libraries: Whose versions belong to the result.
-        setting: What was measured, for the file.
+        setting: What was measured, for the result file.
 
     Returns:
-        Median units a second of each.
+        What the result file says.
     """
     rates = interleaved({name: rate_of(work) for name, work in contenders.items()}, repeats)
     print_table(name, unit, medians(rates))
-    result = {
+    return {
         "unit": f"{unit}/s",
         "setting": dict(setting),
         "repeats": repeats,
         **summary(rates),
-        "machine": machine(),
-        "versions": versions(libraries),
     }
-    write_json(RESULTS / f"{name}.json", result)
-    return medians(rates)
 
 
 def rate_of(work: Callable[[], int]) -> Callable[[], float]:
@@ -137,10 +130,12 @@ def versions(libraries: tuple[str, ...]) -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Name the machine: processor, threads, GPU, Python."""
+    """Name the machine: processor, the instructions that may be used, threads, GPU, Python."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": _processor(),
+        "torch_instructions": torch.backends.cpu.get_cpu_capability(),
+        "onednn_instructions": os.environ.get("ONEDNN_MAX_CPU_ISA", "all"),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "python": platform.python_version(),

@@ -8,9 +8,9 @@ so that what follows finds all pages mapped; then random batches are timed, besi
 random batches of an array in memory, which has the same misses of the processor's caches.
 """
 
+import argparse
 import json
 import re
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +89,11 @@ def rates(store: FeatureStore) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    store, found = opened(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("store", type=Path)
+    store, found = opened(parser.parse_args().store)
     found["first_reads_seconds"] = first_reads(store)
     read_all(store)
     print(json.dumps(found | rates(store)))

@@ -14,6 +14,7 @@ the latest. Warm: the files are in the page cache, and each contender goes on wh
 round before; batches that were made ahead of a run are not timed.
 """
 
+import argparse
 import contextlib
 import multiprocessing
 import tempfile
@@ -30,25 +31,15 @@ import torch
 from numpy.typing import NDArray
 
 from bench import pages
-from bench.measure import (
-    RESULTS,
-    at_least,
-    interleaved,
-    machine,
-    medians,
-    print_goals,
-    print_table,
-    summary,
-    versions,
-)
+from bench.command import benchmark_parser, run_benchmark
+from bench.measure import at_least, interleaved, medians, print_goals, print_table, summary
 from bench.peers import BATCH, PEERS, Batch, Contender, forever
 from bench.stores import SPEC, make_store, random_rows
 from cache import FeatureStore
-from cache.files import write_json
 from cache.order import global_order
 from train.source import FeatureBatches
 
-ROWS = 16384
+ROWS, QUICK_ROWS = 16384, 1024
 WARM_ROUNDS, COLD_ROUNDS = 5, 3
 WARM_SECONDS, COLD_SECONDS = 0.6, 1.5
 """How long batches are read in a run; a cold run ends when all rows were read, too."""
@@ -79,26 +70,26 @@ PREPARE_ERRORS = (
 """What a library that does not fit the others raises when it is imported or first used."""
 
 
-def epochs() -> Iterator[list[NDArray[np.int64]]]:
+def epochs(rows: int) -> Iterator[list[NDArray[np.int64]]]:
     """Give the batches of one epoch after the other, all rows in another order in each."""
     epoch = 0
     while True:
-        order = global_order(ROWS, 0, epoch)[: ROWS - ROWS % BATCH]
+        order = global_order(rows, 0, epoch)[: rows - rows % BATCH]
         yield list(order.reshape(-1, BATCH))
         epoch += 1
 
 
 def our_contenders(folder: Path, features: NDArray[np.float16]) -> dict[str, Contender]:
     """Write a store; return its readers, and the array in memory as the limit."""
-    root = make_store(folder, ROWS, lambda image_ids: features[image_ids])
+    root = make_store(folder, len(features), lambda image_ids: features[image_ids])
     out = np.empty((BATCH, *features.shape[1:]), np.float16)
 
     def gather() -> Iterator[Batch]:
         store = FeatureStore(root)
-        return (store.gather(ids, out) for batches in epochs() for ids in batches)
+        return (store.gather(ids, out) for batches in epochs(len(store)) for ids in batches)
 
     def source() -> Iterator[Batch]:
-        store, orders = FeatureStore(root), epochs()
+        store, orders = FeatureStore(root), epochs(len(features))
         return forever(lambda: FeatureBatches(store, next(orders), CPU))
 
     def limit() -> Iterator[Batch]:
@@ -106,7 +97,7 @@ def our_contenders(folder: Path, features: NDArray[np.float16]) -> dict[str, Con
         take = np.take
         return (
             take(features, ids, axis=0, out=out, mode="clip")
-            for batches in epochs()
+            for batches in epochs(len(features))
             for ids in batches
         )
 
@@ -239,26 +230,28 @@ def rate(stream: Iterator[Batch]) -> float:
     return batches * BATCH / seconds
 
 
-def measure_warm(contenders: dict[str, Contender]) -> dict[str, list[float]]:
+def measure_warm(contenders: dict[str, Contender], rounds: int) -> dict[str, list[float]]:
     """Return the rates of rounds in which all files are in the page cache."""
     for folder in {c.folder for c in contenders.values() if c.folder}:
         pages.warm(folder)
     with contextlib.ExitStack() as stack:
         readers = {name: stack.enter_context(Reader(c)) for name, c in contenders.items()}
-        return interleaved({name: reader.rate for name, reader in readers.items()}, WARM_ROUNDS)
+        return interleaved({name: reader.rate for name, reader in readers.items()}, rounds)
 
 
-def measure_cold(contenders: dict[str, Contender]) -> dict[str, list[float]]:
+def measure_cold(
+    contenders: dict[str, Contender], rows: int, rounds: int
+) -> dict[str, list[float]]:
     """Return the rates of rounds before each of whose runs the files are dropped."""
-    on_disk = {name: partial(cold_rate, c) for name, c in contenders.items() if c.folder}
-    return interleaved(on_disk, COLD_ROUNDS, uncounted=0)
+    on_disk = {name: partial(cold_rate, c, rows) for name, c in contenders.items() if c.folder}
+    return interleaved(on_disk, rounds, uncounted=0)
 
 
-def cold_rate(contender: Contender) -> float:
+def cold_rate(contender: Contender, rows: int) -> float:
     """Drop the files, open the contender anew, read at most all rows."""
     assert contender.folder is not None
     pages.drop(contender.folder)
-    with Reader(contender, ROWS // BATCH) as reader:
+    with Reader(contender, rows // BATCH) as reader:
         return reader.first_rate
 
 
@@ -280,11 +273,14 @@ def goals_of(warm: dict[str, float], contenders: dict[str, Contender]) -> dict[s
     return goals
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def compare_readers(folder: Path, rows: int, rounds: dict[str, int]) -> dict[str, Any]:
     """Prepare, measure warm, measure cold; return what the result file says of it and print it."""
-    features = random_rows(np.random.default_rng(0), ROWS)
+    features = random_rows(np.random.default_rng(0), rows)
     contenders, failed = prepare(folder, features)
-    runs = {"cold": measure_cold(contenders), "warm": measure_warm(contenders)}
+    runs = {
+        "cold": measure_cold(contenders, rows, rounds["cold"]),
+        "warm": measure_warm(contenders, rounds["warm"]),
+    }
     goals = goals_of(medians(runs["warm"]), contenders)
     for name, rates in runs.items():
         print_table(f"read, {name}", "rows", medians(rates))
@@ -300,23 +296,31 @@ def measure(folder: Path) -> dict[str, Any]:
     } | {"cannot_run_here": failed, "goals": goals}
 
 
-def main() -> None:
-    """Measure and write the result file."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; return what the result file says."""
     torch.set_num_threads(1)
     # Several peers hand out what they mapped or read; nobody writes into it.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    rows = QUICK_ROWS if arguments.quick else ROWS
+    rounds = {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS}
+    if arguments.quick:
+        rounds = dict.fromkeys(rounds, 1)
+    setting = {"rows": rows, "patches": SPEC.patches, "width": SPEC.width, "batch": BATCH}
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
-    setting = {"rows": ROWS, "patches": SPEC.patches, "width": SPEC.width, "batch": BATCH}
-    result = {
-        "unit": "rows/s",
-        "setting": setting,
-        "rounds": {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS},
-        **found,
-        "machine": machine(),
-        "versions": versions(LIBRARIES),
-    }
-    write_json(RESULTS / "read.json", result)
+        found = compare_readers(Path(folder), rows, rounds)
+    return {"unit": "rows/s", "setting": setting, "rounds": rounds, **found}
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "read",
+        measure,
+        benchmark_parser(__doc__),
+        minutes=6,
+        quick_seconds=60,
+        libraries=LIBRARIES,
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ number of rows and of shards. Every figure is the median over fresh processes (`
 the sizes interleaved round by round. All files are in the page cache.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,20 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.measure import (
-    RESULTS,
-    at_least,
-    at_most,
-    machine,
-    medians,
-    print_goals,
-    versions,
-)
+from bench.command import benchmark_parser, run_benchmark
+from bench.measure import at_least, at_most, medians, print_goals
 from bench.stores import SHARD_ROWS, SPEC, make_random_store
 from cache import FeatureStore
-from cache.files import write_json
 
-SIZES = (10_000, 100_000, 1_000_000)
+SIZES, QUICK_SIZES = (10_000, 100_000, 1_000_000), (1000, 10_000)
 SMALL = replace(SPEC, patches=4, width=16)
 ROUNDS = 7
 """Fresh processes for each size."""
@@ -57,12 +50,12 @@ def probe(store: Path) -> dict[str, float]:
     return found
 
 
-def measure(stores: dict[int, Path]) -> dict[int, dict[str, list[float]]]:
+def probe_all(stores: dict[int, Path], rounds: int) -> dict[int, dict[str, list[float]]]:
     """Return the figures of all processes, by size; a first round is not counted."""
     runs: dict[int, dict[str, list[float]]] = {
         size: {figure: [] for figure in FIGURES} for size in stores
     }
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for size, store in stores.items():
             found = probe(store)
             if number:
@@ -105,31 +98,41 @@ def print_figures(median: dict[int, dict[str, float]], shards: dict[int, int]) -
         )
 
 
-def main() -> None:
-    """Make the stores, measure, write the result file."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the stores, measure and print; return what the result file says."""
+    sizes, rounds = (QUICK_SIZES, 1) if arguments.quick else (SIZES, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
-        stores = {size: make_random_store(Path(folder) / str(size), size, SMALL) for size in SIZES}
+        stores = {size: make_random_store(Path(folder) / str(size), size, SMALL) for size in sizes}
         shards = {size: FeatureStore(store).num_shards for size, store in stores.items()}
-        runs = measure(stores)
+        runs = probe_all(stores, rounds)
     median = {size: medians(figures) for size, figures in runs.items()}
     goals = goals_of(median)
     print_figures(median, shards)
     print_goals(goals)
-    result = {
+    return {
         "setting": {
             "patches": SMALL.patches,
             "width": SMALL.width,
             "shard_rows": SHARD_ROWS,
             "shards": shards,
         },
-        "processes": ROUNDS,
+        "processes": rounds,
         "median": median,
         "runs": runs,
         "goals": goals,
-        "machine": machine(),
-        "versions": versions(("h5py", "numpy", "pyarrow")),
     }
-    write_json(RESULTS / "scale.json", result)
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "scale",
+        measure,
+        benchmark_parser(__doc__),
+        minutes=3,
+        quick_seconds=30,
+        libraries=("h5py", "numpy", "pyarrow"),
+    )
 
 
 if __name__ == "__main__":

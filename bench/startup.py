@@ -7,6 +7,8 @@ then a few steps further for its memory, and is ended. Where the seconds go is a
 processes, `bench.first_step`. Everything was read before, so that no disk is measured.
 """
 
+import argparse
+import dataclasses
 import json
 import os
 import re
@@ -20,14 +22,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.coco_sized import CAPTIONS, CONVERSATIONS, IMAGES, ROOT, SPEC_SMALL, make_workspace
-from bench.measure import RESULTS, at_most, machine, medians, print_goals, versions
+from bench.coco_sized import COCO, ROOT, SPEC_SMALL, make_workspace
+from bench.command import benchmark_parser, run_benchmark
+from bench.measure import at_most, medians, print_goals
 from cache.command import INTERRUPTED
-from cache.files import write_json
 from train.projector import seeded_projector
 
 STAGES = ("pretrain", "finetune")
 ROUNDS = 5
+QUICK_DIVISOR = 100
+"""By which the records are divided for `--quick`."""
 SETTLED_STEPS = 10
 """Steps after which the memory is taken as what the stage needs."""
 
@@ -134,13 +138,15 @@ Figures = dict[str, dict[str, list[float]]]
 """Stage and figure to what each round gave."""
 
 
-def measure(folder: Path, look: Callable[[Path, str], dict[str, float]]) -> Figures:
-    """Look at every stage once a round; a first round is not counted."""
-    runs: Figures = {stage: {} for stage in STAGES}
-    for number in range(ROUNDS + 1):
-        for stage in STAGES:
+def look_at_stages(
+    folder: Path, look: Callable[[Path, str], dict[str, float]], *, quick: bool
+) -> Figures:
+    """Look at every stage once a round, a first round is not counted; quick: once at the first."""
+    runs: Figures = {stage: {} for stage in (STAGES[:1] if quick else STAGES)}
+    for number in [0] if quick else range(-1, ROUNDS):
+        for stage in runs:
             for figure, value in look(folder, stage).items():
-                if number:
+                if number >= 0:
                     runs[stage].setdefault(figure, []).append(round(value, 3))
     return runs
 
@@ -164,25 +170,25 @@ def print_figures(name: str, runs: Figures) -> None:
         print(f"  {stage:<10} {found}")
 
 
-def main() -> None:
-    """Make the files, measure, write the result file."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the files, measure and print; return what the result file says."""
+    size = COCO.divided_by(QUICK_DIVISOR) if arguments.quick else COCO
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_workspace(folder)
+        make_workspace(folder, size)
         # Stage 2 starts from one of stage 1: of the demo's two widths.
         projector = seeded_projector("mlp", SPEC_SMALL.width, 128, 0)
         (folder / "runs/pretrain").mkdir(parents=True)
         projector.save(folder / "runs/pretrain/projector.safetensors")
-        runs, split = measure(folder, first_step), measure(folder, phases)
+        runs = look_at_stages(folder, first_step, quick=arguments.quick)
+        split = look_at_stages(folder, phases, quick=arguments.quick)
     print_figures("first step", runs)
     print_figures("its phases, in seconds", split)
     goals = goals_of(runs)
     print_goals(goals)
-    result = {
+    return {
         "setting": {
-            "images": IMAGES,
-            "captions": CAPTIONS,
-            "conversations": CONVERSATIONS,
+            **dataclasses.asdict(size),
             "patches": SPEC_SMALL.patches,
             "width": SPEC_SMALL.width,
             "language_model": "demo/checkpoints/phi",
@@ -192,10 +198,19 @@ def main() -> None:
         "phases": {stage: medians(figures) for stage, figures in split.items()},
         "runs": runs,
         "goals": goals,
-        "machine": machine(),
-        "versions": versions(("torch", "transformers", "bitsandbytes", "peft", "wandb", "pyarrow")),
     }
-    write_json(RESULTS / "startup.json", result)
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "startup",
+        measure,
+        benchmark_parser(__doc__),
+        minutes=8,
+        quick_seconds=60,
+        libraries=("torch", "transformers", "bitsandbytes", "peft", "wandb", "pyarrow"),
+    )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Phi-2's vocabulary and random weights in float32.
 Stage 1 has captions of COCO's lengths; stage 2 has conversations of LLaVA's (`bench.texts`).
 """
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,26 +34,23 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, PreTrainedT
 from transformers.activations import ACT2FN
 
 from bench import student_loop, usual_loop
+from bench.command import benchmark_parser, run_benchmark
 from bench.extract import jpeg
 from bench.measure import (
-    RESULTS,
     at_least,
     at_most,
     interleaved,
-    machine,
     medians,
     print_goals,
     print_table,
     rate_of,
     summary,
-    versions,
 )
 from bench.opening import resident
 from bench.stores import SPEC, make_store
 from bench.texts import draw_captions, draw_conversations, make_tokenizer
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
-from cache.files import write_json
 from train.attention import NAME as OUR_ATTENTION
 from train.data import Example
 from train.language_model import add_lora
@@ -66,13 +64,10 @@ OURS, USUAL, BY_LENGTH = "ours", "usual loop", "usual loop, by length"
 WITH_CLIP, STUDENT = "usual loop, with CLIP", "student's loop"
 
 PRETRAIN, FINETUNE = "pretrain", "finetune"
-IMAGES = {PRETRAIN: 16, FINETUNE: 12}
-"""Of one optimizer step."""
 CONTENDERS = {
     PRETRAIN: (OURS, USUAL, BY_LENGTH, WITH_CLIP, STUDENT),
     FINETUNE: (OURS, USUAL, BY_LENGTH),
 }
-ROUNDS = {PRETRAIN: 5, FINETUNE: 5}
 UNITS = {PRETRAIN: "captions", FINETUNE: "conversations"}
 
 PASS_TOKENS, ROW_TOKENS = 2048, 256
@@ -81,8 +76,6 @@ USUAL_BATCH = {PRETRAIN: 32, FINETUNE: 8}
 """Texts of a forward pass of the usual loop."""
 STUDENT_CAPTIONS = 8
 """Of a student's step, which takes so long that no more are measured."""
-WAIT_STEPS = 8
-"""Steps over which the share of time waiting for data is taken."""
 PICTURES = 32
 """How many pictures differ."""
 
@@ -95,6 +88,7 @@ PHI = PhiConfig(
     max_position_embeddings=2048,
     partial_rotary_factor=0.5,
 )
+SMALL_PHI = PhiConfig(**PHI.to_dict() | {"hidden_size": 64, "num_hidden_layers": 2})
 LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
 """Without dropout, so that gradients can be compared."""
 
@@ -105,6 +99,24 @@ LEAST = {
 """The goals: we are so many times as fast."""
 MOST_DIFFERENCE, MOST_WAITING = 1e-5, 0.02
 """The goals: relative difference of the gradients, share of the time waiting for data."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    images: dict[str, int]
+    """Of one optimizer step, by stage."""
+    phi: PhiConfig
+    rounds: int
+    wait_steps: int
+    """Steps over which the share of time waiting for data is taken."""
+    watched: int | None
+    """Of how many contenders the memory is taken, each in a fresh process; None: of all."""
+
+
+FULL = Sizes({PRETRAIN: 16, FINETUNE: 12}, PHI, rounds=5, wait_steps=8, watched=None)
+QUICK = Sizes({PRETRAIN: 1, FINETUNE: 1}, SMALL_PHI, rounds=1, wait_steps=2, watched=1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,8 @@ def make_stage(name: str, folder: Path, phi: PhiConfig = PHI) -> Stage:
     """
     store = FeatureStore(folder)
     torch.manual_seed(0)
-    language_model = PhiForCausalLM(phi).requires_grad_(False).eval()
+    # A model notes in its config how it computes attention: the settings stay as they are.
+    language_model = PhiForCausalLM(copy.deepcopy(phi)).requires_grad_(False).eval()
     if name == FINETUNE:
         add_lora(language_model, LORA, seed=0)
         for key, parameter in language_model.named_parameters():
@@ -286,9 +299,9 @@ def difference(stage: Stage, found: Contender, wanted: Contender) -> float:
     return float((gradient(stage, found) - reference).norm() / reference.norm())
 
 
-def peak_memory(contender: str, stage: str, folder: Path) -> dict[str, float]:
+def peak_memory(contender: str, stage: str, folder: Path, phi: PhiConfig) -> dict[str, float]:
     """Make a step in this process, which has made none; return MiB before it and at most."""
-    made = make_contender(contender, make_stage(stage, folder))
+    made = make_contender(contender, make_stage(stage, folder, phi))
     # From here on VmHWM counts anew: what making the weights took is not the step's.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -297,22 +310,24 @@ def peak_memory(contender: str, stage: str, folder: Path) -> dict[str, float]:
     return {"before": round(before / 2**20), "peak": round(peak / 2**20)}
 
 
-def peaks(stage: str, folder: Path) -> dict[str, dict[str, float]]:
+def peaks(stage: str, folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     """Return the memory of a stage's contenders, each in a fresh process."""
     found = {}
-    for contender in CONTENDERS[stage]:
+    for contender in CONTENDERS[stage][: sizes.watched]:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            found[contender] = process.submit(peak_memory, contender, stage, folder).result()
+            started = process.submit(peak_memory, contender, stage, folder, sizes.phi)
+            found[contender] = started.result()
     return found
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure_stage(name: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Return what the result file says of a stage, and print its table."""
-    memory = peaks(name, folder)
-    stage = make_stage(name, folder)
+    memory = peaks(name, folder, sizes)
+    stage = make_stage(name, folder, sizes.phi)
     contenders = {c: make_contender(c, stage) for c in CONTENDERS[name]}
     losses = {c: contender.step() for c, contender in contenders.items()}
-    rates = interleaved({c: rate_of(made.work) for c, made in contenders.items()}, ROUNDS[name])
+    works = {c: rate_of(made.work) for c, made in contenders.items()}
+    rates = interleaved(works, sizes.rounds, uncounted=min(1, sizes.rounds - 1))
     median = medians(rates)
     print_table(f"step, {name}", UNITS[name], median)
     print_memory(memory)
@@ -333,7 +348,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         "memory_mib": memory,
         "loss": losses,
         "gradient_difference": difference(stage, contenders[OURS], contenders[USUAL]),
-        "wait_share": our_steps(stage, WAIT_STEPS)[1],
+        "wait_share": our_steps(stage, sizes.wait_steps)[1],
     }
 
 
@@ -363,26 +378,23 @@ def goals_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return goals
 
 
-def main() -> None:
-    """Measure both stages and write the result file."""
+def shape_of(phi: PhiConfig) -> dict[str, int]:
+    """Return the numbers of a language model that its speed depends on, for a result file."""
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    return {name: getattr(phi, name) for name in (*names, "vocab_size")}
+
+
+def measure(sizes: Sizes) -> dict[str, Any]:
+    """Measure both stages and print; return what the result file says."""
     found = {}
-    for name, images in IMAGES.items():
+    for name, images in sizes.images.items():
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = measure(name, make_features(Path(folder), images))
+            found[name] = measure_stage(name, make_features(Path(folder), images), sizes)
     goals = goals_of(found)
     print_goals(goals)
-    result = {
+    return {
         "setting": {
-            "language_model": {
-                key: getattr(PHI, key)
-                for key in (
-                    "num_hidden_layers",
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_attention_heads",
-                    "vocab_size",
-                )
-            },
+            "language_model": shape_of(sizes.phi),
             "dtype": "float32",
             "projector": "mlp",
             "lora_r": LORA.r,
@@ -392,13 +404,22 @@ def main() -> None:
             "row_tokens": ROW_TOKENS,
             "usual_batch": USUAL_BATCH,
         },
-        "rounds": ROUNDS,
+        "rounds": sizes.rounds,
         **found,
         "goals": goals,
-        "machine": machine(),
-        "versions": versions(("torch", "transformers", "peft", "open_clip_torch", "pillow")),
     }
-    write_json(RESULTS / "step.json", result)
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "step",
+        lambda arguments: measure(QUICK if arguments.quick else FULL),
+        benchmark_parser(__doc__),
+        minutes=15,
+        quick_seconds=60,
+        libraries=("torch", "transformers", "peft", "open_clip_torch", "pillow"),
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Warm: all files are in the page cache. Cold: they are dropped from it before eve
 runs in this process, opening included.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -16,22 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from bench import pages
-from bench.measure import (
-    RESULTS,
-    at_most,
-    interleaved,
-    machine,
-    medians,
-    print_goals,
-    seconds_of,
-    summary,
-    versions,
-)
+from bench.command import benchmark_parser, run_benchmark
+from bench.measure import at_most, interleaved, medians, print_goals, seconds_of, summary
 from bench.stores import SPEC, make_random_store
 from cache import FeatureStore
-from cache.files import write_json
 
-ROWS = 49152
+ROWS, QUICK_ROWS = 49152, 1024
 """3.7 GB: a process's start should not count for much."""
 WARM_ROUNDS, COLD_ROUNDS = 7, 3
 MOST = 1.5
@@ -70,14 +61,16 @@ def cold_seconds(work: Callable[[Path], None], store: Path) -> float:
     return seconds_of(partial(work, store))()
 
 
-def measure(store: Path) -> dict[str, dict[str, list[float]]]:
+def seconds_of_all(
+    store: Path, warm_rounds: int, cold_rounds: int
+) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of all runs, warm and cold."""
     pages.sync(store)
     cold = {name: partial(cold_seconds, work, store) for name, work in CONTENDERS.items()}
     warm = {name: seconds_of(partial(work, store)) for name, work in CONTENDERS.items()}
     return {
-        "warm": interleaved(warm, WARM_ROUNDS),
-        "cold": interleaved(cold, COLD_ROUNDS, uncounted=0),
+        "warm": interleaved(warm, warm_rounds),
+        "cold": interleaved(cold, cold_rounds, uncounted=0),
     }
 
 
@@ -90,28 +83,39 @@ def goals_of(runs: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure and write the result file."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and print; return what the result file says."""
+    rows = QUICK_ROWS if arguments.quick else ROWS
+    warm, cold = (1, 1) if arguments.quick else (WARM_ROUNDS, COLD_ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
-        store = make_random_store(Path(folder), ROWS)
+        store = make_random_store(Path(folder), rows)
         num_bytes = FeatureStore(store).num_bytes
-        runs = measure(store)
+        runs = seconds_of_all(store, warm, cold)
     goals = goals_of(runs)
     print(f"\nverify: median seconds for {num_bytes / 1e9:.1f} GB")
     for kind, found in runs.items():
         for name, seconds in medians(found).items():
             print(f"  {kind}  {name:<30} {seconds:>8.2f} {num_bytes / seconds / 1e9:>8.2f} GB/s")
     print_goals(goals)
-    result = {
+    return {
         "unit": "seconds",
-        "setting": {"rows": ROWS, "patches": SPEC.patches, "width": SPEC.width, "bytes": num_bytes},
-        "rounds": {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS},
+        "setting": {"rows": rows, "patches": SPEC.patches, "width": SPEC.width, "bytes": num_bytes},
+        "rounds": {"warm": warm, "cold": cold},
         **{kind: summary(found, digits=3) for kind, found in runs.items()},
         "goals": goals,
-        "machine": machine(),
-        "versions": versions(("h5py", "numpy", "xxhash")),
     }
-    write_json(RESULTS / "verify.json", result)
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    run_benchmark(
+        "verify",
+        measure,
+        benchmark_parser(__doc__),
+        minutes=2,
+        quick_seconds=20,
+        libraries=("h5py", "numpy", "xxhash"),
+    )
 
 
 if __name__ == "__main__":

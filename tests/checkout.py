@@ -32,6 +32,9 @@ SMALL = {
 }
 """Settings for a world of some dozen images that lies beside the checkout."""
 
+WORLD = {"num_train": 60, "num_val": 12, "seed": 3}
+"""Such a world."""
+
 
 def copy_project(clone: Path) -> None:
     """Make a git repository of the files as they are now, with the small settings."""

@@ -5,12 +5,13 @@ import torch
 from transformers import PhiConfig
 
 from bench import generate
-from bench.generate import LEAST, MAX_TOKENS, NO_CACHE, ONE_BY_ONE, OURS, PROMPT_TOKENS, TEXTS
+from bench.generate import CONTENDERS, LEAST, MAX_TOKENS, NO_CACHE, ONE_BY_ONE, OURS, PROMPT_TOKENS
 from bench.step import PRETRAIN, make_features, make_stage
 from bench.stores import SPEC
 from train.prompts import encode
 
 IMAGES = 5
+TEXTS = {OURS: IMAGES, ONE_BY_ONE: 3, NO_CACHE: 2}
 TINY = PhiConfig(
     vocab_size=51_200,
     hidden_size=16,
@@ -37,24 +38,23 @@ def stage(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _few_texts(monkeypatch):
-    monkeypatch.setattr(generate, "TEXTS", {OURS: IMAGES, ONE_BY_ONE: 3, NO_CACHE: 2})
+def _small_batches(monkeypatch):
     # Two full batches and a rest.
     monkeypatch.setattr(generate, "BATCH", 2)
 
 
 def test_all_contenders_make_the_same_texts_which_depend_on_the_image(stage):
-    texts = {name: generate.make_contender(name, stage)() for name in TEXTS}
-    assert {name: len(made) for name, made in texts.items()} == generate.TEXTS
+    texts = {name: generate.make_contender(name, stage, TEXTS[name])() for name in CONTENDERS}
+    assert {name: len(made) for name, made in texts.items()} == TEXTS
     assert generate.check_same(texts) == IMAGES
     # In any order: each sets the model up for itself.
-    for name in reversed(TEXTS):
-        assert generate.make_contender(name, stage)() == texts[name]
+    for name in reversed(CONTENDERS):
+        assert generate.make_contender(name, stage, TEXTS[name])() == texts[name]
 
 
 def test_every_text_has_as_many_tokens(stage):
-    for name in TEXTS:
-        made = generate.make_contender(name, stage)()
+    for name in CONTENDERS:
+        made = generate.make_contender(name, stage, TEXTS[name])()
         assert [len(ids) for ids in encode(made, stage.tokenizer)] == [MAX_TOKENS] * len(made)
 
 
@@ -91,6 +91,6 @@ def test_the_cache_is_used_where_it_is_said_to_be(stage):
 
 
 def test_the_goal_is_about_a_contender():
-    assert LEAST.keys() < TEXTS.keys()
+    assert LEAST.keys() < set(CONTENDERS)
     goals = generate.goals_of({OURS: 12.0, ONE_BY_ONE: 4.0, NO_CACHE: 3.0})
     assert goals == {f"{OURS} / {NO_CACHE}": {"wanted": ">= 5.0", "found": 4.0, "met": False}}

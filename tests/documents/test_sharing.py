@@ -1,17 +1,18 @@
 """Two machines, two git clones, one DVC remote: the second trains without pictures or CLIP.
 
-The first machine encodes, pushes, and later adds three pictures. The second has neither the world
-nor the tower's weights, and `import open_clip` ends its processes.
+What they do are the blocks of the section "Sharing features". The first machine has encoded; it
+pushes, and later adds three pictures. The second has neither the world nor the tower's weights,
+and `import open_clip` ends its processes.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,29 +22,27 @@ import pytest
 
 from cache import FeatureStore, IncompleteStoreError, MissingImageError
 from demo.world import write_world
-from tests.checkout import bytes_of, change_params, copy_project, dvc, run, stages_run
+from tests.checkout import WORLD, bytes_of, dvc, run, stages_run
+from tests.documents.pages import Block, run_commands, section
 
 TRAINING = ["pretrain", "finetune", "evaluate"]
 
-SHORT = {
-    "pretrain": {"log_every_steps": 1, "validate_every_steps": 3, "samples": 0},
-    "finetune": {"log_every_steps": 1, "validate_every_steps": 3, "samples": 0},
-    "evaluate": {"caption_images": 6, "questions": 6, "caption_tokens": 6, "answer_tokens": 6},
-}
+PUSH, CLONE, PULL_RUNS, TRAIN, PULL_AGAIN, ONE_SHARD = section("Sharing features")
 
 
 class Machine(NamedTuple):
-    """A checkout, and what lies beside it."""
+    """A checkout, and what a reader of the section fills in."""
 
     clone: Path
+    words: dict[str, str]
+
+    def do(self, block: Block, folder: Path | None = None) -> list[str]:
+        """Run a block and return what its commands printed."""
+        return run_commands(block.commands, folder or self.clone, self.words)
 
     @property
     def features(self) -> Path:
         return self.clone / "data/features"
-
-    def git(self, *arguments: str) -> None:
-        identity = ("-c", "user.name=somebody", "-c", "user.email=somebody@localhost")
-        subprocess.run(["git", *identity, *arguments], cwd=self.clone, check=True)
 
     def report(self, name: str) -> dict[str, object]:
         return json.loads((self.clone / "reports" / name).read_text())
@@ -66,54 +65,83 @@ def md5_of(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def out_of_reach(world: Path) -> Iterator[None]:
+    """Hide the pictures from a machine that is not to have them."""
+    hidden = world.rename(world.with_name("hidden"))
+    try:
+        yield
+    finally:
+        hidden.rename(world)
+
+
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("sharing") / "remote"
 
 
 @pytest.fixture(scope="module")
-def first(remote) -> Machine:
-    """The machine that has pictures: it encodes, pushes, and commits what DVC wrote."""
-    machine = Machine(remote.parent / "first/patchcache")
-    write_world(remote.parent / "first/world", num_train=60, num_val=12, seed=3)
-    copy_project(machine.clone)
-    change_params(machine.clone, SHORT)
-    dvc(machine.clone, "remote", "add", "--default", "shared", str(remote))
-    dvc(machine.clone, "repro", "extract")
-    dvc(machine.clone, "push")
-    machine.git("add", ".")
-    machine.git("commit", "--quiet", "--message", "72 images")
+def first(checkout, remote) -> Machine:
+    """The machine that has pictures: it has made everything, pushes, and commits."""
+    machine = Machine(checkout, {"/mnt/team/patchcache": str(remote)})
+    machine.do(PUSH)
+    return machine
+
+
+def clone_of(first: Machine, folder: Path) -> Machine:
+    """Another machine: it clones, and pulls the features and the index."""
+    machine = Machine(folder / "patchcache", {"<repository>": f"file://{first.clone}"})
+    machine.do(CLONE, folder)
     return machine
 
 
 @pytest.fixture(scope="module")
-def second(first) -> Machine:
-    """The machine that has none: it clones, and pulls the features and the index."""
-    machine = Machine(first.clone.parents[1] / "second/patchcache")
-    machine.clone.parent.mkdir()
-    Machine(machine.clone.parent).git("clone", "--quiet", str(first.clone), "patchcache")
+def second(first, tmp_path_factory) -> Machine:
+    """A machine without pictures and without a vision tower."""
+    machine = clone_of(first, tmp_path_factory.mktemp("second"))
     shutil.rmtree(machine.clone / "demo/checkpoints/clip")
     trap = "raise SystemExit('open_clip was imported')\n"
     (machine.clone / "open_clip.py").write_text(trap)
-    dvc(machine.clone, "pull", "data/features", "data/index")
+    return machine
+
+
+@pytest.fixture(scope="module")
+def third(first, tmp_path_factory) -> Machine:
+    """A machine that takes over what the first one trained."""
+    machine = clone_of(first, tmp_path_factory.mktemp("third"))
+    machine.do(PULL_RUNS)
     return machine
 
 
 class Trained(NamedTuple):
-    """What `dvc repro` printed."""
+    """What the second machine printed and wrote when it trained with the same settings."""
 
-    first: str
-    second: str
+    same: str
+    other: str
+    losses: dict[str, Sequence[tuple[str, str]]]
+    reports: dict[str, dict[str, object]]
+    weights: dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def trained(first, second) -> Trained:
-    """Both machines train and evaluate, each by itself."""
+def trained(second, world) -> Trained:
+    """The second machine trains by itself, with the settings of the first and with others."""
     assert not (second.clone / "runs").exists()
-    with ThreadPoolExecutor() as pool:
-        one = pool.submit(dvc, first.clone, "repro")
-        two = pool.submit(dvc, second.clone, "repro", "--allow-missing", "evaluate")
-        return Trained(one.result(), two.result())
+    with out_of_reach(world):
+        (same,) = run_commands(TRAIN.commands[:1], second.clone)
+        losses = {stage: second.losses(stage) for stage in TRAINING[:2]}
+        reports = {path.stem: second.report(path.name) for path in reports_of(second)}
+        weights = {stage: projector(second, stage) for stage in TRAINING[:2]}
+        (other,) = run_commands(TRAIN.commands[1:], second.clone)
+    return Trained(same, other, losses, reports, weights)
+
+
+def reports_of(machine: Machine) -> list[Path]:
+    return sorted((machine.clone / "reports").glob("*.json"))
+
+
+def projector(machine: Machine, stage: str) -> bytes:
+    return (machine.clone / "runs" / stage / "projector.safetensors").read_bytes()
 
 
 class Grown(NamedTuple):
@@ -128,62 +156,69 @@ class Grown(NamedTuple):
 @pytest.fixture(scope="module")
 def fetched(first, tmp_path_factory) -> Path:
     """A folder that got one shard of the first machine's repository, spec and index."""
-    folder = tmp_path_factory.mktemp("fetched") / "features"
-    folder.mkdir()
-    shard = sorted(first.features.glob("*.h5"))[1]
-    for name in ("spec.json", "index.parquet", shard.name):
-        source = f"data/features/{name}"
-        dvc(folder, "get", f"file://{first.clone}", source, "--out", name)
-    return folder
+    folder = tmp_path_factory.mktemp("fetched")
+    key = sorted(first.features.glob("*.h5"))[1].stem
+    words = {"<repository>": f"file://{first.clone}", "<key>": key}
+    run_commands(ONE_SHARD.commands, folder, words)
+    return folder / "part"
 
 
 @pytest.fixture(scope="module")
-def grown(first, second, remote, trained) -> Grown:
+def grown(first, second, remote, trained, fetched, world) -> Iterator[Grown]:
     """The first machine adds pictures and pushes; the second pulls again."""
-    dvc(first.clone, "push")
     shards_before = bytes_of(first.features)
     remote_before = {name for name, _ in objects_in(remote)}
-    write_world(first.clone.parent / "world", num_train=60, num_val=15, seed=3)
+    write_world(world, **WORLD | {"num_val": WORLD["num_val"] + 3})
     dvc(first.clone, "repro", "extract")
     dvc(first.clone, "push", "data/features", "data/index")
-    first.git("commit", "--all", "--quiet", "--message", "75 images")
+    run_commands(["git commit --all --quiet --message 'more images'"], first.clone)
 
     cache_before = second.objects()
-    second.git("restore", "dvc.lock")
-    second.git("pull", "--quiet")
-    dvc(second.clone, "pull", "data/features", "data/index")
+    second.do(PULL_AGAIN)
     remote_after = {name for name, _ in objects_in(remote)}
-    return Grown(shards_before, remote_before, remote_after, cache_before)
+    yield Grown(shards_before, remote_before, remote_after, cache_before)
+    write_world(world, **WORLD)
 
 
 def test_the_second_machine_has_no_pictures_and_no_vision_tower(second):
-    assert not (second.clone.parent / "world").exists()
     assert not (second.clone / "data/raw").exists()
     assert not (second.clone / "demo/checkpoints/clip").exists()
     assert "open_clip was imported" in run(second.clone, "pipeline.extract").stderr
 
 
-def test_the_second_machine_trains_and_evaluates(second, trained):
-    assert stages_run(trained.second) == TRAINING
-    assert [stage for stage in stages_run(trained.first) if stage in TRAINING] == TRAINING
+def test_the_second_machine_trains_and_evaluates(trained):
+    assert stages_run(trained.same) == TRAINING
+
+
+def test_the_second_machine_trains_with_settings_of_its_own(first, second, trained):
+    assert stages_run(trained.other) == TRAINING
+    assert second.losses("pretrain") != first.losses("pretrain")
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_both_machines_see_the_same_losses(first, second, trained, stage):
+def test_both_machines_see_the_same_losses(first, trained, stage):
     assert len(first.losses(stage)) > 2
-    assert second.losses(stage) == first.losses(stage)
+    assert trained.losses[stage] == first.losses(stage)
     for key in ("steps", "loss", "validation_loss", "texts"):
-        assert second.report(f"{stage}.json")[key] == first.report(f"{stage}.json")[key]
+        assert trained.reports[stage][key] == first.report(f"{stage}.json")[key]
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_both_machines_train_the_same_weights(first, second, trained, stage):
-    weights = f"runs/{stage}/projector.safetensors"
-    assert (second.clone / weights).read_bytes() == (first.clone / weights).read_bytes()
+def test_both_machines_train_the_same_weights(first, trained, stage):
+    assert trained.weights[stage] == projector(first, stage)
 
 
-def test_both_machines_score_the_same(first, second, trained):
-    assert second.report("eval.json") == first.report("eval.json")
+def test_both_machines_score_the_same(first, trained):
+    assert trained.reports["eval"] == first.report("eval.json")
+
+
+def test_runs_and_report_can_be_pulled_instead(first, third):
+    for stage in TRAINING[:2]:
+        assert projector(third, stage) == projector(first, stage)
+    names = {path.name for path in (first.clone / "reports").iterdir()}
+    # Those of the stages that make the features stay with the pictures.
+    wanted = names - {"index.json", "extract.json", ".gitignore"}
+    assert wanted == {path.name for path in (third.clone / "reports").iterdir()} - {".gitignore"}
 
 
 def test_a_shard_that_was_fetched_alone_is_a_partial_store(first, fetched):

@@ -1,0 +1,113 @@
+"""The fenced blocks of README.md and docs/, and a shell that runs them as written."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+NOT_RUN = {
+    "cp configs/coco.yaml params.yaml && dvc repro": "downloads 26 GB",
+    "torchrun --nproc-per-node 4 -m train.pretrain && dvc commit --force pretrain": "four GPUs",
+    "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
+    "python -m eval.serve --run runs/finetune": "serves until it is stopped",
+}
+"""Commands that cannot run in a test, and why; they are parsed."""
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, and the heading above it."""
+
+    page: Path
+    heading: str
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        """Lines of a shell block, without comments."""
+        return [re.sub(r"\s+# .*", "", line) for line in self.text.splitlines()]
+
+    @property
+    def runnable(self) -> list[str]:
+        return [command for command in self.commands if command not in NOT_RUN]
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    return [
+        Block(page, re.findall(r"^#+ (.*)", text[: found.start()], re.M)[-1], *found.groups())
+        for found in _FENCE.finditer(text)
+    ]
+
+
+def all_blocks(*languages: str) -> list[Block]:
+    return [b for page in PAGES for b in blocks_of(page) if b.language in languages]
+
+
+def section(heading: str) -> list[Block]:
+    """The shell blocks under a heading, in order."""
+    return [block for block in all_blocks("sh") if block.heading == heading]
+
+
+def run_commands(
+    commands: Sequence[str], folder: Path, words: Mapping[str, str] | None = None
+) -> list[str]:
+    """Run commands in one shell, as somebody who has activated `.venv`.
+
+    Args:
+        commands: All must succeed.
+        folder: Where the shell starts.
+        words: Replaced in the commands: what a reader has to fill in, and files of the reader's.
+
+    Returns:
+        What each command printed.
+    """
+    filled = [filled_in(command, words or {}) for command in commands]
+    script = "\n".join(["set -e", *(f"echo '{_MARK}'\n{command}" for command in filled)])
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    outputs = done.stdout.split(_MARK + "\n")[1:]
+    assert done.returncode == 0, f"{filled[len(outputs) - 1]}\n{outputs[-1][-3000:]}"
+    return outputs
+
+
+_MARK = "== the next command =="
+
+
+def run_python(code: str, folder: Path, words: Mapping[str, str]) -> None:
+    """Run a block of Python as a script would."""
+    run_commands([f"python -c {shlex.quote(filled_in(code, words))}"], folder)
+
+
+def filled_in(text: str, words: Mapping[str, str]) -> str:
+    for word, value in words.items():
+        text = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", lambda _, value=value: value, text)
+    return text
+
+
+def _environment() -> dict[str, str]:
+    somebody = {
+        f"GIT_{role}_{key}": value
+        for role in ("AUTHOR", "COMMITTER")
+        for key, value in (("NAME", "somebody"), ("EMAIL", "somebody@localhost"))
+    }
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return inherited | somebody | {"PATH": path}

@@ -1,0 +1,61 @@
+"""What README says of stages, folders and settings is what is in the files that decide it."""
+
+import itertools
+import re
+
+from ruamel.yaml import YAML
+
+from tests.documents.pages import PAGES, ROOT
+
+README = (ROOT / "README.md").read_text()
+YAML_FILE = YAML(typ="safe", pure=True)
+
+
+def rows_below(head):
+    lines = README[README.index(head) :].splitlines()[2:]
+    lines = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names_in(cell):
+    """The paths of a table's cell, with braces spelt out and patterns as their folder."""
+    found = set()
+    for name in re.findall(r"`([^`]+)`", cell):
+        before, braces, after = (re.match(r"([^{]*)(?:{(.*)})?(.*)", name)).groups()
+        names = [before + middle + after for middle in (braces or "").split(",")]
+        found |= {re.sub(r"/(\*[^/]*)?$", "", name) for name in names}
+    return found
+
+
+def test_the_table_of_stages_has_every_stage_and_all_that_it_writes():
+    stages = YAML_FILE.load(ROOT / "dvc.yaml")["stages"]
+    rows = rows_below("| stage | reads | writes |")
+    assert [row[0].strip("`") for row in rows] == list(stages)
+    for name, _, writes in rows:
+        stage = stages[name.strip("`")]
+        outputs = [*stage["outs"], *stage.get("metrics", [])]
+        paths = {path if isinstance(path, str) else next(iter(path)) for path in outputs}
+        assert names_in(writes) == paths, name
+
+
+def test_every_folder_of_the_tree_is_there_and_every_package_is_in_it():
+    listed = {
+        name for row in rows_below("| | |\n|---|---|\n| `cache/`") for name in names_in(row[0])
+    }
+    outputs = {"data", "runs", "reports", ".work"}
+    assert outputs < listed
+    assert all((ROOT / name).is_dir() for name in listed - outputs)
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages <= listed
+
+
+def test_every_setting_that_the_pages_name_is_in_the_settings_file():
+    sections = YAML_FILE.load(ROOT / "params.yaml")
+    named = {
+        pair
+        for page in PAGES
+        for pair in re.findall(r"`([a-z]+)\.([a-z_]+)(?:[:=][^`]*)?`", page.read_text())
+        if pair[0] in sections and pair[1] != "py"
+    }
+    assert len(named) > 4
+    assert [pair for pair in named if pair[1] not in sections[pair[0]]] == []

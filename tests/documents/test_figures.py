@@ -1,0 +1,226 @@
+"""Every figure of README's tables, and of the prose beside them, is that of a result file."""
+
+import json
+import re
+from decimal import Decimal
+from functools import cache
+from itertools import takewhile
+
+import pytest
+
+from tests.documents.pages import ROOT, all_blocks
+
+README = (ROOT / "README.md").read_text()
+FORMAT = (ROOT / "docs/format.md").read_text()
+PROSE = " ".join(README.split())
+
+CONTENDERS = {
+    "`FeatureStore.gather` into a buffer": "FeatureStore.gather",
+    "`FeatureBatches`, into torch": "FeatureBatches",
+    "array in memory, `numpy.take` (the limit)": "array in memory, np.take",
+    "Hugging Face datasets, torch format": "HF datasets, torch format, 0 workers",
+    "h5py in a DataLoader, 0 workers": "h5py in a DataLoader, 0 workers",
+    "h5py in a DataLoader, 2 workers": "h5py in a DataLoader, 2 workers",
+    "LitData": "LitData, 2 workers",
+    "one npy a file, DataLoader": "one npy a file in a DataLoader, 0 workers",
+    "webdataset": "webdataset, 2 workers",
+    "MosaicML StreamingDataset": "MosaicML StreamingDataset, 2 workers",
+}
+"""What the table of readers shows to the contender in the result file."""
+
+LOOPS = {
+    "ours": "ours",
+    "ours: an image's captions behind one copy of its patches": "ours",
+    "usual loop": "usual loop",
+    "usual loop: a padded sequence a caption, all logits, features cached": "usual loop",
+    "usual loop, texts of like length together": "usual loop, by length",
+    "the same with CLIP at every step": "usual loop, with CLIP",
+    "student's loop: CLIP, then a pass a token without cache, no EOS": "student's loop",
+}
+
+OTHER_READERS = {
+    "patchcache": "FeatureBatches",
+    "Arrow (Hugging Face)": "HF datasets, torch format, 0 workers",
+    "one big HDF5": "h5py in a DataLoader, 0 workers",
+    "one npy a file": "one npy a file in a DataLoader, 0 workers",
+    "LitData": "LitData, 2 workers",
+    "webdataset (tar)": "webdataset, 2 workers",
+    "MDS (MosaicML)": "MosaicML StreamingDataset, 2 workers",
+}
+
+
+@cache
+def result(name):
+    return json.loads((ROOT / f"bench/results/{name}.json").read_text())
+
+
+def table(text, heading):
+    """The rows of the table whose first line has these words, without the two lines of its head."""
+    lines = takewhile(lambda line: line.startswith("|"), text[text.index(heading) :].splitlines())
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][2:]
+
+
+def agrees(shown, value):
+    """Whether a number is another one, rounded to the last digit shown that is not a zero before
+    a comma.
+    """
+    number = Decimal(shown.replace(",", ""))
+    place = number.as_tuple().exponent if "." in shown else number.normalize().as_tuple().exponent
+    return abs(number - Decimal(repr(value))) <= Decimal(10) ** place / 2
+
+
+@pytest.mark.parametrize(
+    ("shown", "value", "fits"),
+    [
+        ("116,000", 115673.0, True),
+        ("116,000", 116700.0, False),
+        ("8.0", 8.01, True),
+        ("8.0", 8.06, False),
+        ("40", 39.89, True),
+        ("0.81", 0.82, False),
+    ],
+)
+def test_a_figure_is_compared_as_it_is_rounded(shown, value, fits):
+    assert agrees(shown, value) is fits
+
+
+def test_the_table_of_readers_is_that_of_the_result_file():
+    rows = table(README, "| 64 random rows a batch ")
+    assert {row[0] for row in rows} == CONTENDERS.keys()
+    for label, *figures in rows:
+        for kind, shown in zip(("warm", "cold"), figures, strict=True):
+            value = result("read")[kind]["median"].get(CONTENDERS[label])
+            assert agrees(shown, value) if shown else value is None, f"{label}, {kind}: {value}"
+
+
+def test_a_peer_has_the_number_of_workers_that_suits_it_best():
+    warm = result("read")["warm"]["median"]
+    for label, contender in CONTENDERS.items():
+        if "workers" in contender and "workers" not in label:
+            name = contender[: -len(", 0 workers")]
+            assert warm[contender] == max(warm[f"{name}, {n} workers"] for n in (0, 2))
+
+
+def test_the_rates_of_the_format_page_are_those_of_the_result_file():
+    rows = table(FORMAT, "| | random rows ")
+    assert {row[0] for row in rows} == OTHER_READERS.keys()
+    for row in rows:
+        assert agrees(row[2], result("read")["warm"]["median"][OTHER_READERS[row[0]]]), row
+
+
+@pytest.mark.parametrize(
+    ("heading", "stage"), [("| captions of COCO", "pretrain"), ("| conversations of L", "finetune")]
+)
+def test_the_tables_of_steps_are_those_of_the_result_file(heading, stage):
+    found = result("step")[stage]
+    rows = table(README, heading)
+    assert {LOOPS[row[0]] for row in rows} < found["median"].keys() | {None}
+    for label, rate, ratio, gigabytes in rows:
+        loop = LOOPS[label]
+        assert agrees(rate, found["median"][loop]), label
+        assert not ratio or agrees(ratio, found["ours is so many times as fast"][loop]), label
+        memory = found["memory_mib"][loop]
+        assert agrees(gigabytes, (memory["peak"] - memory["before"]) * 2**20 / 1e9), label
+
+
+def printed(name):
+    """The numbers that README shows behind a word, among what `make demo` prints."""
+    (block,) = (block for block in all_blocks("text") if block.text.startswith("extract:"))
+    (line,) = (line for line in block.text.splitlines() if line.startswith(name))
+    return re.findall(r"[\d.]+", line[len(name) :])
+
+
+def test_what_the_demo_prints_is_in_its_result_file():
+    reports = result("demo")["reports"]
+    scores = reports["eval"]
+    wanted = {
+        "extract:": [reports["extract"][key] for key in ("images", "shards", "shards_encoded")]
+        + [reports["extract"]["images_per_second"], reports["extract"]["failed"]],
+        "captions: CIDEr": both(scores["captions"], "CIDEr"),
+        "answers:  exact match": both(scores["answers"], "exact_match"),
+    }
+    wanted |= {
+        f"{stage}:": [reports[stage][key] for key in ("steps", "loss", "seconds")]
+        for stage in ("pretrain", "finetune")
+    }
+    wanted |= {
+        f"pope:     {subset} accuracy": both(scores["pope"][subset], "accuracy")
+        for subset in ("adversarial", "popular", "random")
+    }
+    for name, values in wanted.items():
+        shown = printed(name)
+        assert len(shown) == len(values), name
+        assert all(map(agrees, shown, values)), f"{name} {shown}, in the file: {values}"
+
+
+def both(scores, key):
+    return [scores[key], scores["blind"][key]]
+
+
+def minutes_of_demo(name):
+    return result(name)["seconds"]["total"] / 60
+
+
+def goal(name, key):
+    return result(name)["goals"][key]["found"]
+
+
+FIGURES = {
+    r"(\d+) minutes on 2 CPU cores with AVX-512": lambda: minutes_of_demo("demo"),
+    r"take ([\d.]+) bytes of memory each": lambda: goal("scale", "bytes a row, after opening"),
+    r"from the disk takes ([\d.]+) times as long as `cat`": lambda: goal(
+        "verify", "cold: FeatureStore.verify / cat > /dev/null"
+    ),
+    r"`cat` \(([\d.]+) as a command": lambda: goal(
+        "verify", "cold: python -m cache.verify / cat > /dev/null"
+    ),
+    r"and ([\d.]+) to 5 times from memory": lambda: goal(
+        "verify", "warm: FeatureStore.verify / cat > /dev/null"
+    ),
+    r"4 to ([\d.]+) times from memory": lambda: goal(
+        "verify", "warm: python -m cache.verify / cat > /dev/null"
+    ),
+    r"a batch of 256 has rows of ([\d.]+) shards": lambda: shards_in_a_batch("windowed, 16 shards"),
+    r"shards, not of ([\d.]+)": lambda: shards_in_a_batch("global"),
+    r"an epoch from this disk was ([\d.]+) times as fast": lambda: ratio(
+        result("order")["cold"]["median"], "windowed, read ahead", "global"
+    ),
+    r"KV cache: ([\d.]+) times as fast as one by one without it": lambda: ratio(
+        result("generate")["median"], "ours", "one by one, no cache"
+    ),
+    r"without it, ([\d.]+) times as fast as one by one with it": lambda: ratio(
+        result("generate")["median"], "ours", "one by one"
+    ),
+}
+"""Figures of README's prose to where they come from."""
+
+
+def shards_in_a_batch(order):
+    return result("order")["mixing"][order]["shards_in_a_batch"]
+
+
+def ratio(median, left, right):
+    return median[left] / median[right]
+
+
+@pytest.mark.parametrize("pattern", FIGURES)
+def test_a_figure_of_the_prose_is_in_a_result_file(pattern):
+    (shown,) = re.findall(pattern, PROSE)
+    assert agrees(shown, FIGURES[pattern]()), f"{shown}, in the file {FIGURES[pattern]()}"
+
+
+def test_the_slower_demo_is_said_to_take_what_its_result_file_says():
+    (shown,) = re.findall(r"(\d+) with AVX2 alone", PROSE)
+    if (ROOT / "bench/results/demo_avx2.json").exists():
+        assert agrees(shown, minutes_of_demo("demo_avx2"))
+
+
+def test_a_million_rows_open_in_less_than_a_second():
+    assert "A million rows open in under a second" in PROSE
+    assert goal("scale", "seconds to open 1,000,000 rows") < 1
+
+
+def test_gradients_differ_by_less_than_readme_says():
+    (shown,) = re.findall(r"gradients differ by less than (\S+)", PROSE)
+    found = (result("step")[stage]["gradient_difference"] for stage in ("pretrain", "finetune"))
+    assert max(found) < float(shown)

@@ -1,0 +1,138 @@
+"""What README.md and docs/ show must be so: every block is run, or listed with a reason and parsed.
+
+The blocks of some sections are run by the modules that look closer at what they do.
+"""
+
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from dvc.cli.parser import get_main_parser
+from torch.distributed.run import get_args_parser as get_torchrun_parser
+
+from tests.documents.pages import NOT_RUN, PAGES, ROOT, all_blocks, run_commands, run_python
+
+ELSEWHERE = {"Everyday use": "test_everyday_use", "Sharing features": "test_sharing"}
+"""Heading of a section to the module that runs its shell blocks, in order."""
+
+BLOCKS = [
+    block
+    for block in all_blocks("sh", "python")
+    if block.language == "python" or (block.heading not in ELSEWHERE and block.runnable)
+]
+"""In order: the code that loads an export stands behind the command that makes it."""
+
+
+@pytest.fixture(scope="module")
+def words(checkout, world) -> dict[str, str]:
+    """What stands for a reader's own files."""
+    with zipfile.ZipFile(world / "val2017.zip") as archive:
+        picture = archive.extract(archive.namelist()[0], checkout.parent)
+    return {
+        "photo.jpg": picture,
+        "3021": "61",
+        "OUT": str(checkout.parent / "exported"),
+        "captions_val2017.json": str(world / "annotations/captions_val2017.json"),
+    }
+
+
+def test_every_block_says_what_it_is():
+    blocks = [block for page in PAGES for block in all_blocks("", "sh", "python", "text")]
+    assert {block.language for block in blocks} == {"sh", "python", "text"}
+    fences = sum(len(re.findall(r"^```", page.read_text(), re.M)) for page in PAGES)
+    assert fences == 2 * len(all_blocks("sh", "python", "text"))
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.text.split("\n")[0])
+def test_a_block_runs_as_written(checkout, words, block):
+    if block.language == "python":
+        run_python(block.text, checkout, words)
+    else:
+        run_commands(block.runnable, checkout, words)
+
+
+def test_a_section_that_is_run_elsewhere_is_there():
+    headings = {block.heading for block in all_blocks("sh")}
+    assert ELSEWHERE.keys() < headings
+    assert all((ROOT / f"tests/documents/{module}.py").exists() for module in ELSEWHERE.values())
+
+
+@pytest.mark.parametrize("command", NOT_RUN)
+def test_a_command_that_is_not_run_is_in_the_pages_and_can_be_parsed(monkeypatch, command):
+    assert [block for block in all_blocks("sh") if command in block.commands]
+    for part in command.split(" && "):
+        parse(monkeypatch, *shlex.split(part))
+
+
+def parse(monkeypatch, program, *arguments):
+    """Check a command against what it would run, without running it."""
+    if program == "cp":
+        assert (ROOT / arguments[0]).is_file()
+    elif program == "dvc":
+        parsed = get_main_parser().parse_args(arguments)
+        assert set(getattr(parsed, "targets", [])) <= stages()
+    elif program == "torchrun":
+        parsed = get_torchrun_parser().parse_args(arguments)
+        assert parsed.module
+        parse(monkeypatch, "python", "-m", parsed.training_script, *parsed.training_script_args)
+    else:
+        assert (program, arguments[0]) == ("python", "-m"), f"{program}: no way to parse it"
+        assert can_be_started(arguments[1])
+        options = [word for word in arguments[2:] if word.startswith("--")]
+        text = help_of(monkeypatch, arguments[1]) if options else ""
+        assert [option for option in options if not re.search(rf"{option}\b", text)] == []
+
+
+def stages():
+    return set(re.findall(r"^  (\w+):\n    cmd:", (ROOT / "dvc.yaml").read_text(), re.M))
+
+
+def help_of(monkeypatch, module):
+    """What `python -m module --help` prints."""
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        importlib.import_module(module).main()
+    return printed.getvalue()
+
+
+def test_every_module_that_the_pages_name_can_be_started():
+    modules = {
+        name
+        for page in PAGES
+        for name in re.findall(r"python -m ([a-z]\w*\.[\w.]+)", page.read_text())
+    }
+    assert len(modules) > 10
+    assert [module for module in modules if not can_be_started(module)] == []
+
+
+def can_be_started(module):
+    return "__main__" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+
+
+def test_the_reader_of_the_format_page_reads_a_store(store):
+    (block,) = (block for block in all_blocks("python") if block.page.name == "format.md")
+    namespace: dict[str, type] = {}
+    exec(block.text, namespace)
+    asked = np.random.default_rng(1).choice(store.image_ids, 100).tolist()
+    found = namespace["Reader"](store.root).gather(asked)
+    assert np.array_equal(found, store.gather(asked))
+    code = block.text[block.text.index("class") :]
+    assert len([line for line in code.splitlines() if line]) <= 25
+
+
+def test_every_file_that_the_pages_link_is_there():
+    links = [
+        (page, target)
+        for page in PAGES
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    ]
+    assert links
+    for page, target in links:
+        assert (page.parent / target).exists(), f"{page.name} links {target}"
