@@ -47,3 +47,7 @@ class _Reader(io.FileIO):
             return super().readinto(buffer)
         except OSError as error:
             raise CacheError(f"{self.name!s}: {error.strerror}. Look after the disk.") from None
+
+    def __del__(self) -> None:
+        """Close the file with the last zip that reads it, as `zipfile` does with its own."""
+        self.close()
