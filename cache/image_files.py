@@ -110,13 +110,24 @@ class ImageFolder:
         return is_new
 
     def place(self, full_name: str) -> str:
-        """Return the path that a file has without links: two names of one file have one place."""
+        """Return the path that a file has without links: two names of one file have one place.
+
+        Raises:
+            ImageNameError: A link leads out of the folder, which the settings do not allow.
+        """
         folder, _, base_name = full_name.rpartition("/")
         # A look at each file instead of at each folder above it.
         if folder not in self._real_folders:
             self._real_folders[folder] = Path(os.path.realpath(self._root / folder))
         path = self._real_folders[folder] / base_name
-        return os.path.realpath(path) if path.is_symlink() else str(path)
+        if path.is_symlink():
+            path = Path(os.path.realpath(path))
+        if not (self._follow_links or path.is_relative_to(self._root)):
+            raise ImageNameError(
+                f"file name {full_name!r} leaves the image root by a link to {str(path)!r}, which "
+                f"only data.follow_links: true allows"
+            )
+        return str(path)
 
     def read(self, full_name: str) -> bytes:
         """Return the bytes of a file.
@@ -126,11 +137,6 @@ class ImageFolder:
             StageError: The system failed.
         """
         path = Path(self.place(full_name))
-        if not (self._follow_links or path.is_relative_to(self._root)):
-            raise ImageNameError(
-                f"file name {full_name!r} leaves the image root by a link to {str(path)!r}, which "
-                f"only data.follow_links: true allows"
-            )
         where = f"{full_name!r} in {self.path}"
         with _reading(lambda reason: ImageNameError(f"{where}: {reason}"), where):
             status = path.stat()

@@ -56,7 +56,11 @@ class ImageArchive:
         return self._files.names(plain_name(file_name).rpartition("/")[2])
 
     def place(self, full_name: str) -> str:
-        """Return a text that names a file and no other one, whatever led to it."""
+        """Return a text that names a file and no other one, whatever led to it.
+
+        Raises:
+            ImageNameError: A link leads out of the folder, which the settings do not allow.
+        """
         return self._files.place(full_name)
 
     def find(self, file_name: str) -> str:
@@ -83,9 +87,9 @@ class ImageArchive:
         return names[0]
 
     def _is_same(self, full_name: str, other: str) -> bool:
-        if self.place(full_name) == self.place(other):
-            return True
         try:
+            if self.place(full_name) == self.place(other):
+                return True
             return self._files.read(full_name) == self._files.read(other)
         except ImageNameError:
             return False

@@ -62,9 +62,10 @@ class ImageLookup:
             RecordError: There is none among the images of the split, or there are several.
         """
         try:
-            file = self._file(split, self._archives[split].find(name))
+            full_name = self._archives[split].find(name)
         except ImageNameError as error:
             raise RecordError(f"image missing or unreadable: {error}") from None
+        file = self._file(split, full_name)
         if "/" in name and not self._archives[split].has(name):
             # A name with a folder says where the file is, be it among the images of another split.
             for other in self._exactly(name):
@@ -100,7 +101,10 @@ class ImageLookup:
 
     def _file(self, split: Split, full_name: str) -> ImageFile:
         archive = self._archives[split]
-        return ImageFile(split, archive.path, full_name, archive.place(full_name))
+        try:
+            return ImageFile(split, archive.path, full_name, archive.place(full_name))
+        except ImageNameError as error:
+            raise RecordError(f"image missing or unreadable: {error}") from None
 
     def refuse_different(self, name: str, file: ImageFile, other: ImageFile) -> None:
         """Refuse a name that may mean either of two files.
