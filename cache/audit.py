@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import (
+    REMEDY,
     CacheError,
     CorruptShardError,
     FormatVersionError,
@@ -23,6 +24,7 @@ from cache.errors import (
     UnreachableStoreError,
 )
 from cache.files import sha256_of
+from cache.foreign import naming_failures
 from cache.location import Location
 from cache.plan import shard_key
 from cache.shard import Shard, hash_rows, open_shard
@@ -125,8 +127,7 @@ def _check_spec(location: Location) -> Spec:
     spec = Spec.read(path)
     if path.read_bytes() != spec.to_json():
         raise SpecMismatchError(
-            f"{path}: is not spelled as canonical JSON, so not as it was written. "
-            f"Fetch it again, or run the extract stage."
+            f"{path}: is not spelled as canonical JSON, so not as it was written. {REMEDY}"
         )
     return spec
 
@@ -143,9 +144,7 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
     try:
         path = location.path(PROBE, sha256=table.probe_sha256)
         if sha256_of(path) != table.probe_sha256:
-            raise CorruptShardError(
-                f"{path}: its sha256 is not the one in {INDEX}. Fetch it again, or extract."
-            )
+            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX}. {REMEDY}")
         return []
     except (CacheError, OSError) as error:
         return [(PROBE, error)]
@@ -167,10 +166,11 @@ def _check_shard(
     if f"{key}.h5" != file.name:
         raise CorruptShardError(
             f"{shard.path}: the images that the index has for it make the name {key}.h5. Ids or "
-            f"hashes of image files are wrong. Fetch both again, or run the extract stage."
+            f"hashes of image files are wrong. {REMEDY}"
         )
     if progress:
-        _check_bytes(shard, file.sha256, progress)
+        with naming_failures(shard.path):
+            _check_bytes(shard, file.sha256, progress)
 
 
 def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -> None:
@@ -200,12 +200,11 @@ def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -
         ids = ", ".join(map(str, shard.image_ids[bad][:NAMED_IDS]))
         raise CorruptShardError(
             f"{shard.path}: {int(bad.sum())} rows have another hash than when they were "
-            f"written, or values that are not finite: images {ids}. Fetch it again, or extract."
+            f"written, or values that are not finite: images {ids}. {REMEDY}"
         )
     if digest.hexdigest() != sha256:
         raise CorruptShardError(
-            f"{shard.path}: its sha256 is {digest.hexdigest()}, the index has {sha256}. "
-            f"Fetch it again, or run the extract stage."
+            f"{shard.path}: its sha256 is {digest.hexdigest()}, the index has {sha256}. {REMEDY}"
         )
 
 

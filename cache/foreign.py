@@ -7,12 +7,17 @@ all of it is caught in one place, instead of a list of exceptions beside each pa
 
 import contextlib
 import errno
+import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from cache.errors import CacheError
 
 MAX_DETAIL = 300
 """Characters of a library's own words that an error of ours repeats."""
+
+HDF5_ERRNO = re.compile(r"\berrno = (\d+)")
 
 SELF_EXPLAINING = (OSError, ValueError, RuntimeError)
 """Exceptions whose text says what is wrong; the text of others, like KeyError, is only a name."""
@@ -43,6 +48,29 @@ def reading_foreign_file(refuse: Callable[[str], CacheError]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise refuse(describe(error)) from None
+
+
+@contextlib.contextmanager
+def naming_failures(path: Path) -> Iterator[None]:
+    """Let a failure of the system name the file, and be an OSError.
+
+    Reads of Python and of Arrow name no file; HDF5 says only in its text what the system said.
+
+    Raises:
+        OSError: The system could not read the file.
+    """
+    try:
+        yield
+    except CacheError:
+        raise
+    except Exception as error:
+        in_text = HDF5_ERRNO.search(str(error))
+        number = error.errno if isinstance(error, OSError) else None
+        number = number or (int(in_text[1]) if in_text else None)
+        # The second is what the system says of a place that no file has: that is damage.
+        if not number or number == errno.EINVAL:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
 
 
 def describe(error: BaseException) -> str:

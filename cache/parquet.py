@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.errors import CacheError
-from cache.foreign import one_line, reading_foreign_file
+from cache.foreign import naming_failures, one_line, reading_foreign_file
 from cache.thrift import read_struct
 
 MAX_FOOTER_BYTES = 1 << 24
@@ -78,7 +78,7 @@ def open_parquet(
         CacheError: What `refuse` returned.
         OSError: The system could not read the file.
     """
-    with _naming(path), reading_foreign_file(refuse):
+    with reading_foreign_file(refuse), naming_failures(path):
         try:
             if not stat.S_ISREG(path.stat().st_mode):
                 # A pipe would be waited for.
@@ -129,17 +129,6 @@ def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
             check_values([column.flatten()], refuse)
         if pa.types.is_struct(column.type):
             check_values(column.flatten(), refuse)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Let a failure of the system name the file, as Arrow's does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
 def _check_footer_size(file: BinaryIO, refuse: Refuse) -> None:

@@ -29,7 +29,7 @@ from cache.errors import (
     UnsafeShardError,
 )
 from cache.files import replacing
-from cache.foreign import one_line, reading_foreign_file
+from cache.foreign import naming_failures, one_line, reading_foreign_file
 from cache.object_headers import find_tree
 from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
@@ -124,7 +124,7 @@ def open_shard(path: Path, spec: Spec) -> Shard:
     if not path.is_file():
         # A pipe would be waited for.
         raise refuse("no such file")
-    with reading_foreign_file(refuse):
+    with reading_foreign_file(refuse), naming_failures(path):
         if tree := find_tree(path):
             raise _unsafe(path, tree)
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)

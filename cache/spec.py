@@ -15,7 +15,7 @@ from typing import Any
 
 from cache.errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
 from cache.files import canonical_json
-from cache.foreign import one_line, reading_foreign_file
+from cache.foreign import naming_failures, one_line, reading_foreign_file
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
@@ -73,7 +73,7 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> "Spec":
         """Read a store's spec.json; the errors are those of `from_json`."""
-        with path.open("rb") as file:
+        with naming_failures(path), path.open("rb") as file:
             return cls.from_json(file.read(MAX_JSON_BYTES), str(path))
 
     @classmethod
