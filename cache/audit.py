@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import (
+    REMEDY,
     CacheError,
     CorruptShardError,
     FormatVersionError,
@@ -135,8 +136,7 @@ def _check_spec(location: Location) -> Spec:
         data = path.read_bytes()
     if data != spec.to_json():
         raise SpecMismatchError(
-            f"{path}: is not spelled as canonical JSON, so not as it was written. "
-            f"Fetch it again, or run the extract stage."
+            f"{path}: is not spelled as canonical JSON, so not as it was written. {REMEDY}"
         )
     return spec
 
@@ -153,9 +153,7 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
     try:
         path = location.path(PROBE, sha256=table.probe_sha256)
         if sha256_of(path) != table.probe_sha256:
-            raise CorruptShardError(
-                f"{path}: its sha256 is not the one in {INDEX}. Fetch it again, or extract."
-            )
+            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX}. {REMEDY}")
         return []
     except (CacheError, OSError) as error:
         return [(PROBE, error)]
@@ -177,7 +175,7 @@ def _check_shard(
     if f"{key}.h5" != file.name:
         raise CorruptShardError(
             f"{shard.path}: the images that the index has for it make the name {key}.h5. Ids or "
-            f"hashes of image files are wrong. Fetch both again, or run the extract stage."
+            f"hashes of image files are wrong. {REMEDY}"
         )
     if progress:
         _check_bytes(shard, file.sha256, progress)
@@ -210,12 +208,11 @@ def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -
         ids = ", ".join(map(str, shard.image_ids[bad][:NAMED_IDS]))
         raise CorruptShardError(
             f"{shard.path}: {int(bad.sum())} rows have another hash than when they were "
-            f"written, or values that are not finite: images {ids}. Fetch it again, or extract."
+            f"written, or values that are not finite: images {ids}. {REMEDY}"
         )
     if digest.hexdigest() != sha256:
         raise CorruptShardError(
-            f"{shard.path}: its sha256 is {digest.hexdigest()}, the index has {sha256}. "
-            f"Fetch it again, or run the extract stage."
+            f"{shard.path}: its sha256 is {digest.hexdigest()}, the index has {sha256}. {REMEDY}"
         )
 
 

@@ -24,7 +24,6 @@ SELF_EXPLAINING = (OSError, ValueError, RuntimeError)
 SYSTEM_ERROR = re.compile(r"(?:\berrno = |\[errno |\(os error )([1-9]\d{0,2})\b", re.IGNORECASE)
 """Number of the system's error in the words of HDF5, of Arrow, and of libraries in Rust."""
 
-
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 """Errors of the system that say what is there in place of a file. EINVAL is its answer to an offset
 that no file has, which a damaged file can name."""

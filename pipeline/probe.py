@@ -28,6 +28,7 @@ from cache.errors import (
     StageError,
 )
 from cache.files import canonical_json, naming
+from cache.foreign import reading_foreign_file
 from cache.spec import Spec
 from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.encoder import Encoder
@@ -139,7 +140,7 @@ def read_probe(path: Path, spec: Spec) -> Probe:
     """
     if not path.is_file():
         raise IncompleteStoreError(
-            f"{path}: no such file, wanted the probe of a store. Fetch the store again, or {_ANEW}."
+            f"{path}: no such file, wanted the probe of a store. Run `dvc pull`, or {_ANEW}."
         )
     shape = (len(NAMES), spec.patches, spec.width)
     num_bytes = math.prod(shape) * 2
@@ -147,8 +148,9 @@ def read_probe(path: Path, spec: Spec) -> Probe:
     with naming(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, MAX_HEADER_BYTES))
-        # One more than wanted, to see whether there are more.
-        data = file.read(num_bytes + 1)
+        # One more than wanted, to see whether there are more. Python sets aside what it is asked
+        # for, and a spec can ask for gigabytes.
+        data = file.read(min(num_bytes, path.stat().st_size) + 1)
     told, tensors = _parse(text, path)
     if told["fingerprint"] != spec.fingerprint:
         raise SpecMismatchError(
@@ -220,22 +222,23 @@ def _changes(then: dict[str, str]) -> str:
 
 def _parse(text: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what the metadata of a safetensors header tells, and the rest of the header."""
-    try:
+
+    def refuse(detail: str) -> CorruptShardError:
+        return _corrupt(path, f"its header is not that of a probe ({detail})")
+
+    with reading_foreign_file(refuse):
         tensors = json.loads(text)
         metadata = tensors.pop("__metadata__")
         told = json.loads(metadata["probe"])
-        good = (
+        if not (
             metadata.keys() == {"probe"}
             and told.keys() == {"fingerprint", "versions", "xxh3"}
             and re.fullmatch("[0-9a-f]{64}", told["fingerprint"])
             and all(map(_VERSION.fullmatch, (*told["versions"], *told["versions"].values())))
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        good = False
-    if not good:
-        raise _corrupt(path, "its header is not that of a probe")
-    return told, tensors
+        ):
+            raise refuse("other fields")
+        return told, tensors
 
 
 def _corrupt(path: Path, reason: str) -> CorruptShardError:
-    return CorruptShardError(f"{path}: {reason}. Fetch the store again, or {_ANEW}.")
+    return CorruptShardError(f"{path}: {reason}. Run `dvc pull`, or {_ANEW}.")

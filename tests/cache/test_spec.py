@@ -122,3 +122,23 @@ def test_a_mismatch_names_every_field_that_differs_and_no_other(spec):
     assert not any(f"{name} is" in text for name in set(FIELDS) - {"layer", "model", "std"})
     assert "'other', wanted 'tiny'" in text
     check_same_spec(dataclasses.replace(spec), spec, "there")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"format": NaN}',
+        b'{"format": 1e999}',
+        b'{"format": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+        b'{"layer": ' + b"9" * 5000 + b"}",
+        b'{"format": "' + b"x" * 60_000 + b'"}',
+        b"[]",
+        b"\xff",
+    ],
+    ids=lambda text: text[:16],
+)
+def test_what_no_writer_makes_is_one_short_line(text):
+    with pytest.raises(CacheError) as caught:
+        Spec.from_json(text, "spec.json")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cache import store as module
 from cache.audit import audit
 from cache.errors import (
+    CacheError,
     CorruptShardError,
     IncompleteStoreError,
     MissingImageError,
@@ -608,3 +609,40 @@ def test_images_know_their_shard(store):
     assert names == [store.shard_of(image_id).name for image_id in asked]
     with pytest.raises(MissingImageError):
         opened.shards_of([-1])
+
+
+# How it shows itself
+
+
+def test_a_store_says_what_it_is(store):
+    (store.root / store.names[1]).unlink()
+    text = repr(FeatureStore(store.root, partial=True))
+    assert text.startswith(f"<FeatureStore {str(store.root)!r}: ")
+    for part in (f"{len(store.names) - 1} shards (1 missing)", "4 x 6 float16"):
+        assert part in text
+    assert f"encoder {store.spec.fingerprint[:12]}>" in text
+
+
+def test_no_line_about_a_store_says_its_path_twice_or_speaks_of_fetching(store):
+    """A local store was not fetched, as far as anybody knows."""
+    changes = [
+        lambda root: (root / "spec.json").unlink(),
+        lambda root: (root / "spec.json").write_bytes(b"x"),
+        lambda root: (root / "index.parquet").write_bytes(b"x"),
+        lambda root: (root / store.names[1]).write_bytes(b"x"),
+        lambda root: (root / store.names[1]).unlink(),
+        lambda root: (root / store.names[1]).write_bytes(
+            bytes((root / store.names[1]).stat().st_size)
+        ),
+    ]
+    for number, change in enumerate(changes):
+        root = store.root.with_name(f"changed{number}")
+        shutil.copytree(store.root, root)
+        change(root)
+        with pytest.raises(CacheError) as caught:
+            FeatureStore(root)
+        assert str(caught.value).count(str(root)) == 1
+        for line in audit(Location(root), deep=True).problems:
+            assert line.count(str(root)) == 1
+            assert "etch" not in line
+            assert "dvc pull" in line

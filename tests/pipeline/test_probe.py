@@ -216,7 +216,7 @@ def refused(path, content, spec):
         read_probe(path, spec)
     text = one_line(caught)
     assert str(path) in text
-    assert "Fetch the store again" in text
+    assert "dvc pull" in text
     assert len(text) < 400
     return text
 
