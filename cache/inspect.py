@@ -3,10 +3,9 @@
 python -m cache.inspect data/features
 """
 
-import argparse
 import dataclasses
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.store import FeatureStore
 
 NAMED_SHARDS = 3
@@ -47,9 +46,7 @@ def _size(num_bytes: int) -> str:
 
 def main() -> None:
     """Read the command line and inspect."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("root", help="folder or fsspec URL of a store")
     arguments = parser.parse_args()
     run_guarded(lambda: inspect(arguments.root))

@@ -9,13 +9,12 @@ official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores be
 fetches Stanford CoreNLP at first use. A score that cannot be had is named, and the exit code is 1.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from eval.metrics import score_captions
 from eval.official import Official, check_java, score_officially
@@ -132,9 +131,7 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 def main() -> None:
     """Read the command line and score."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("captions", metavar="CAPTIONS", type=Path, help="captions of people")
     parser.add_argument("results", metavar="RESULTS", type=Path, help="captions to score")
     parser.add_argument("--official", action="store_true", help="run the Java programs beside")

@@ -7,7 +7,6 @@ A run is a run directory, or a revision of this repository: a commit, a tag or t
 experiment, of which both stages and the evaluation are compared. `workspace` is what lies here.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -19,7 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
 
 FOLDER_METRICS = {"": "metrics.json"}
@@ -238,9 +237,7 @@ def print_table(rows: list[tuple[str, str, str, str]]) -> None:
 
 def main() -> None:
     """Read the command line and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("left", metavar="RUN", help="run directory, revision or experiment")
     parser.add_argument("right", metavar="RUN", help="the other one")
     arguments = parser.parse_args()
