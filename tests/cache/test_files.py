@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +119,43 @@ def test_a_folder_is_for_one_process_until_that_one_ends_even_if_its_children_li
     holder.join()
     with exclusive(tmp_path / "held"):
         pass
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Record what is brought to the disk: a file by its size, a folder by its names, in order."""
+    found = []
+    fsync = os.fsync
+
+    def recording(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        names = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+        found.append(names if path.is_dir() else path.read_bytes())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_all_goes_on(
+    tmp_path, synced
+):
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"content")
+    assert synced == [b"content", ["a"]]
+
+
+@pytest.mark.parametrize(("write", "content"), [(write_text, "text"), (write_json, [1])])
+def test_what_is_written_whole_is_synced_with_its_folder(tmp_path, synced, write, content):
+    write(tmp_path / "a", content)
+    written = (tmp_path / "a").read_bytes()
+    assert written in synced
+    assert synced.index(written) < len(synced) - 1
+    assert synced[-1] == ["a"]
+
+
+def test_nothing_is_synced_or_named_when_the_writing_fails(tmp_path, synced):
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "half \ud800")
+    assert synced == []
+    assert list(tmp_path.iterdir()) == []
