@@ -40,7 +40,7 @@ def observe(make_workspace):
     def run(leaf=None, value=None):
         section, _, name = (leaf or "").partition(".")
         images = [1, 2, 3, 4]
-        workspace = make_workspace(str(leaf), images)
+        workspace = make_workspace(f"{leaf} {value}", images)
         if leaf:
             setattr(workspace, section, getattr(workspace, section) | {name: value})
         if name == "max_failure_rate":
@@ -50,11 +50,9 @@ def observe(make_workspace):
         wider["vision_cfg"]["width"] = 96
         (workspace.root / "wider.json").write_text(json.dumps(wider))
         if value == "weights.pt":
-            import open_clip
             import torch
             from open_clip.model import CLIP
 
-            assert open_clip
             torch.manual_seed(5)
             torch.save(CLIP(**TINY).state_dict(), workspace.root / "weights.pt")
         try:
