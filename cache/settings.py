@@ -75,7 +75,7 @@ class Params:
         """
         with reading_foreign_file(lambda why: SettingsError(f"{path}: not a YAML file: {why}")):
             text = _read_bytes(path).decode()
-            values = _load(text, str(path))
+            values = parse_yaml(text, str(path))
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: wanted sections, found {type(values).__name__}.")
         _check_keys(values, SECTIONS, required=(), where=str(path))
@@ -122,8 +122,16 @@ def _read_bytes(path: Path) -> bytes:
     return content
 
 
-def _load(text: str, where: str) -> Any:
-    """Parse YAML that does not grow beyond measure."""
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML that does not grow beyond measure.
+
+    Args:
+        text: All of it.
+        where: What it is called, for the error text.
+
+    Raises:
+        SettingsError: It has too many values, or too many levels.
+    """
     if not _is_bounded(text):
         raise SettingsError(
             f"{where}: wanted at most {MAX_VALUES} values, aliases written out, and {MAX_DEPTH} "

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
 from cache.files import canonical_json, sha256_of
+from cache.foreign import reading_foreign_file
 from cache.table import INDEX
 from eval.controls import Asked
 from train.data import FEATURES
@@ -89,10 +90,13 @@ def read_history(stage: str) -> list[dict[str, float]]:
     """
     path = RUNS / stage / "history.csv"
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with (
+            reading_foreign_file(lambda why: _nothing_in(path, "history", why, stage)),
+            path.open(newline="", encoding="utf-8") as file,
+        ):
             return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except (FileNotFoundError, csv.Error, ValueError, TypeError) as error:
-        raise StageError(f"{path}: no history ({error}). Run the {stage} stage.") from None
+    except FileNotFoundError as error:
+        raise _nothing_in(path, "history", str(error), stage) from None
 
 
 def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
@@ -104,14 +108,19 @@ def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
     """
     path = RUNS / stage / "provenance.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        learned_from = str(values["features_fingerprint"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise StageError(f"{path}: no provenance ({error}). Run the {stage} stage.") from None
+        with reading_foreign_file(lambda why: _nothing_in(path, "provenance", why, stage)):
+            values = dict(json.loads(path.read_text(encoding="utf-8")))
+            learned_from = str(values["features_fingerprint"])
+    except FileNotFoundError as error:
+        raise _nothing_in(path, "provenance", str(error), stage) from None
     if learned_from != store.fingerprint:
         raise SpecMismatchError(
             f"{path}: the run learned from features of fingerprint {learned_from[:12]}, "
             f"{store.root} has those of {store.fingerprint[:12]}. Run the {stage} stage again, or "
             f"bring the features back that it learned from."
         )
-    return dict(values)
+    return values
+
+
+def _nothing_in(path: Path, what: str, why: str, stage: str) -> StageError:
+    return StageError(f"{path}: no {what} ({why}). Run the {stage} stage.")

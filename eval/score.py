@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from cache.command import command_parser, run_guarded
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from eval.metrics import score_captions
 from eval.official import Official, check_java, score_officially
 from train.compare import print_table
@@ -100,10 +101,8 @@ def read_results(path: Path) -> dict[int, str]:
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with reading_foreign_file(lambda why: StageError(f"{path}: no usable JSON in UTF-8: {why}.")):
         return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"no usable JSON in UTF-8: {error}")
 
 
 def _no_constant(name: str) -> NoReturn:
