@@ -23,7 +23,7 @@ CHANGES = {
     "evaluate.caption_question": "What is where",
     "evaluate.caption_tokens": 3,
     "evaluate.answer_tokens": 2,
-    "evaluate.max_text_tokens": 12,
+    "evaluate.max_text_tokens": 20,
     "evaluate.exclude_contaminated": False,
 }
 """A value of each setting that is not the one of `tests/eval/conftest.py`."""
@@ -42,7 +42,7 @@ NUMBERS = [
 @pytest.fixture
 def observe(world, monkeypatch):
     """Evaluate with a setting changed and return what came of it, and what was asked for."""
-    # One image of each kind is trained on as well.
+    # One captioned image is trained on as well.
     captions = [
         (i, split, "a red cat") for split, ids in (("train", TRAIN), ("val", VAL)) for i in ids
     ]
@@ -50,7 +50,7 @@ def observe(world, monkeypatch):
     turns = [
         (i, split, said) for split, ids in (("train", TRAIN), ("holdout", HOLDOUT)) for i in ids
     ]
-    world.workspace.write_index([*captions, (HOLDOUT[0], "train", "a dog")], turns)
+    world.workspace.write_index(captions, [*turns, (VAL[0], "train", said)])
     questions = [
         {"question_id": f"{i}{label}", "image_id": i, "subset": "random", "label": label}
         | {"question": f"Is {label} a dog"}
