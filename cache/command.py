@@ -4,11 +4,14 @@
 """
 
 import argparse
+import contextlib
 import io
+import os
+import select
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from cache.errors import CacheError
 from cache.interrupts import heed_interrupts, ignore_interrupts
@@ -16,6 +19,9 @@ from cache.settings import Params
 
 INTERRUPTED = 130
 """Exit code of a stage stopped by Ctrl-C, SIGTERM or SIGHUP, as shells use it."""
+
+NOBODY_READS = 141
+"""Exit code of a command whose reader, like `head`, has gone, as shells use it."""
 
 
 def run_stage(stage: Callable[[Params], None], description: str) -> NoReturn:
@@ -25,14 +31,26 @@ def run_stage(stage: Callable[[Params], None], description: str) -> NoReturn:
         stage: The work; raises a `CacheError` for what a user can mend.
         description: First lines of the stage's module, shown by `--help`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description)
     parser.add_argument(
         "--params", type=Path, default=Path("params.yaml"), help="settings (default: %(default)s)"
     )
     arguments = parser.parse_args()
     run_guarded(lambda: stage(Params.read(arguments.params)))
+
+
+def command_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a module that is a command, under the name by which it is called.
+
+    Args:
+        description: Docstring of the module, shown by `--help` as it is.
+    """
+    spec = sys.modules["__main__"].__spec__
+    return argparse.ArgumentParser(
+        prog=f"python -m {spec.name}" if spec else None,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_guarded(work: Callable[[], None]) -> NoReturn:
@@ -47,11 +65,16 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     try:
         try:
             work()
+            if sys.stdout:
+                sys.stdout.flush()
         finally:
             ignore_interrupts()
     except CacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            _drop_what_is_left(sys.stdout)
+            sys.exit(NOBODY_READS)
         # Full disk, no permission: the system's own words say it best.
         sys.exit(_fail(str(error), 1))
     except KeyboardInterrupt:
@@ -61,5 +84,29 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    # A name of a file can hold what would break the line, or steer a terminal.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    # That nobody can read it must not change how the command ends.
+    with contextlib.suppress(OSError):
+        print(f"error: {line}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except OSError:
+            _drop_what_is_left(stream)
     return exit_code
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _drop_what_is_left(stream: TextIO) -> None:
+    """Send to nowhere what cannot be written: at its end, Python would try it and complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

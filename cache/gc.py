@@ -6,11 +6,10 @@ Shows what it would free, and frees it only with --delete. Old shards are what m
 back to another tower or other images; without them, they are encoded again.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.files import SHARDS, exclusive
 from cache.location import Location
 from cache.sizes import human_size
@@ -62,9 +61,7 @@ def needed_names(store: str) -> set[str]:
 
 def main() -> None:
     """Read the command line and collect."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "stores",
         nargs="*",

@@ -3,10 +3,9 @@
 python -m cache.inspect data/features
 """
 
-import argparse
 import dataclasses
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.sizes import human_size
 from cache.store import FeatureStore
 
@@ -44,9 +43,7 @@ def inspect(root: str) -> None:
 
 def main() -> None:
     """Read the command line and inspect."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("root", help="folder or fsspec URL of a store")
     arguments = parser.parse_args()
     run_guarded(lambda: inspect(arguments.root))

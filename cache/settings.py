@@ -5,6 +5,8 @@ YAML 1.2 as DVC reads it, so that `5e-4` is a number here and there.
 """
 
 import dataclasses
+import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass
@@ -12,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from cache.errors import SettingsError
 from cache.files import naming
+from cache.foreign import one_line, reading_foreign_file
 
 SECTIONS = (
     "seed",
@@ -32,6 +35,24 @@ SECTIONS = (
     "tracking",
 )
 """Top-level keys of a params file, in the order in which the stages use them."""
+
+MAX_BYTES = 1 << 16
+"""Of a params file: ten times the longest of ours. For more, the parser would need seconds."""
+
+MAX_VALUES = 10_000
+"""Of a params file, aliases and merges expanded. They may be used, and can grow without bound."""
+
+MAX_DEPTH = 32
+"""Of the values of a params file in each other."""
+
+MAX_WHOLE_NUMBER = 1 << 53
+"""Whole numbers up to here are the same in YAML, JSON and every machine type that they go to."""
+
+MAX_TEXT = 4096
+"""Characters of a text, which is the longest path of Linux."""
+
+MAX_SHOWN = 100
+"""Characters of a text, and bits of a number, that an error shows."""
 
 Section = TypeVar("Section")
 
@@ -50,21 +71,12 @@ class Params:
         """Read a params file.
 
         Raises:
-            SettingsError: No such file, not YAML, or an unknown top-level key.
+            SettingsError: No such file, not YAML, too large, or an unknown top-level key.
+            OSError: The system cannot read the file.
         """
-        try:
-            with naming(path):
-                text = path.read_bytes().decode()
-            values = YAML(typ="safe", pure=True).load(text)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError):
-            # Not of a failing disk, which says nothing about the settings.
-            raise SettingsError(
-                f"{path}: no settings file that can be read. Run in a folder that has one, "
-                f"or name one with --params."
-            ) from None
-        except (YAMLError, ValueError, RecursionError) as error:
-            detail = " ".join(str(error).split())
-            raise SettingsError(f"{path}: not a YAML file: {detail}") from None
+        with reading_foreign_file(lambda why: SettingsError(f"{path}: not a YAML file: {why}")):
+            text = _read_bytes(path).decode()
+            values = parse_yaml(text, str(path))
         if not isinstance(values, dict):
             raise SettingsError(f"{path}: wanted sections, found {type(values).__name__}.")
         _check_keys(values, SECTIONS, required=(), where=str(path))
@@ -95,13 +107,72 @@ class Params:
             )
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with naming(path), path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SettingsError(
+            f"{path}: no such settings file. Run in a folder that has one, or name one with "
+            f"--params."
+        ) from None
+    except IsADirectoryError:
+        raise SettingsError(f"{path}: a folder, wanted a settings file.") from None
+    if len(content) > MAX_BYTES:
+        raise SettingsError(f"{path}: more than {MAX_BYTES} bytes: this is no settings file.")
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML that does not grow beyond measure.
+
+    Args:
+        text: All of it.
+        where: What it is called, for the error text.
+
+    Raises:
+        SettingsError: It has too many values, or too many levels.
+    """
+    if not _is_bounded(text):
+        raise SettingsError(
+            f"{where}: wanted at most {MAX_VALUES} values, aliases written out, and {MAX_DEPTH} "
+            f"levels: this is no settings file."
+        )
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _is_bounded(text: str) -> bool:
+    """Whether some YAML has few values and levels; stops where it is not, and builds nothing."""
+    sizes: dict[str | None, float] = {}
+    anchors: list[str | None] = [None]
+    counts: list[float] = [0]
+    for event in YAML(typ="safe", pure=True).parse(text):
+        if isinstance(event, CollectionStartEvent):
+            # An alias in there would be inside itself.
+            sizes[event.anchor] = math.inf
+            anchors.append(event.anchor)
+            counts.append(1)
+        elif isinstance(event, CollectionEndEvent):
+            size = sizes[anchors.pop()] = counts.pop()
+            counts[-1] += size
+        elif isinstance(event, AliasEvent):
+            counts[-1] += sizes.get(event.anchor, 0)
+        elif isinstance(event, ScalarEvent):
+            sizes[event.anchor] = 1
+            counts[-1] += 1
+        if counts[-1] > MAX_VALUES or len(counts) > MAX_DEPTH:
+            return False
+    return True
+
+
 def _check_keys(
     values: dict[str, Any], allowed: tuple[str, ...], required: tuple[str, ...], where: str
 ) -> None:
-    unknown = [str(key) for key in values if key not in allowed]
+    # YAML's keys may be anything.
+    unknown = [key if isinstance(key, str) else shown(key) for key in values if key not in allowed]
     if unknown:
         raise SettingsError(
-            f"{where}: unknown key {', '.join(unknown)}. Allowed: {', '.join(allowed)}."
+            f"{where}: unknown key {one_line(', '.join(unknown))}. Allowed: {', '.join(allowed)}."
         )
     missing = [key for key in required if key not in values]
     if missing:
@@ -127,11 +198,28 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
             return None
         (wanted,) = (a for a in arguments if a is not type(None))
         return _build(value, wanted, key, path)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and type(value) is int:
+        _check_extent(value, key, path)
         return float(value)
     if type(value) is not wanted:
         raise _wrong(path, key, wanted.__name__, value)
+    _check_extent(value, key, path)
     return value
+
+
+def _check_extent(value: Any, key: str, path: Path) -> None:
+    """Refuse numbers and texts with which no field can do anything."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _wrong(path, key, "a finite number", value)
+    if type(value) is int and abs(value) > MAX_WHOLE_NUMBER:
+        raise _wrong(path, key, f"at most {MAX_WHOLE_NUMBER} either way", value)
+    if isinstance(value, str) and (len(value) > MAX_TEXT or not _is_text(value)):
+        raise _wrong(path, key, f"a text of at most {MAX_TEXT} characters of UTF-8", value)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a text can be written, and can be a path."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:
@@ -145,8 +233,29 @@ def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:
     try:
         return cls(**built)
     except ValueError as error:
-        raise SettingsError(f"{path}: {key}: {error}") from None
+        raise SettingsError(f"{path}: {key}: {one_line(error)}") from None
 
 
 def _wrong(path: Path, key: str, wanted: str, found: object) -> SettingsError:
-    return SettingsError(f"{path}: {key} is {found!r} ({type(found).__name__}), wanted {wanted}.")
+    return SettingsError(
+        f"{path}: {key} is {shown(found)} ({type(found).__name__}), wanted {wanted}."
+    )
+
+
+class _Short(reprlib.Repr):
+    """Spells values as `repr` does, with parts left out where they are many or long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxother = MAX_SHOWN
+
+    def repr_int(self, value: int, level: int) -> str:
+        # Python refuses to write out very large ones.
+        bits = value.bit_length()
+        return repr(value) if bits <= MAX_SHOWN else f"a whole number of {bits} bits"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: on one line, and cut where it is long."""
+    return one_line(_Short().repr(value))

@@ -6,13 +6,12 @@ Prints one line a problem. Exit code 0 when there is none; 1 when there was one,
 as `fsck` does.
 """
 
-import argparse
 from pathlib import Path
 
 from tqdm import tqdm
 
 from cache.audit import VerifyReport, audit
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CorruptShardError, SettingsError
 from cache.location import Location
@@ -77,9 +76,7 @@ def drop(folder: Path, report: VerifyReport) -> list[str]:
 
 def main() -> None:
     """Read the command line and verify."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("root", help="folder or fsspec URL of a store")
     parser.add_argument("--shallow", action="store_true", help="sizes and structure only")
     parser.add_argument("--repair", action="store_true", help="delete what is bad")

@@ -5,13 +5,13 @@ its tokenizer). Takes 20 to 25 minutes on two CPU cores and needs no network. Th
 and library versions give the same files again.
 """
 
-import argparse
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
+from cache.command import command_parser
 from demo.memory import keep_freed_memory
 from demo.tokenizer import train_tokenizer
 from demo.train_clip import train_clip
@@ -49,9 +49,7 @@ def _prepare_process() -> None:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", default=CHECKPOINTS)
     write_checkpoints(parser.parse_args().out)
 

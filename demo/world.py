@@ -5,7 +5,6 @@ captions and instances of both splits, and conversations about training images. 
 arguments give the same bytes.
 """
 
-import argparse
 import io
 import random
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.files import replacing, write_json
 from demo.coco import captions_file, file_name, instances_file, instruct_file
 from demo.draw import draw_scene
@@ -67,9 +66,7 @@ def _write_images(path: Path, split: str, scenes: dict[int, Scene]) -> None:
 
 def main() -> None:
     """Read the command line and render."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("root", type=Path, metavar="DIR")
     parser.add_argument("--train", type=int, default=NUM_TRAIN, help="images (%(default)s)")
     parser.add_argument("--val", type=int, default=NUM_VAL, help="images (%(default)s)")

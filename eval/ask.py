@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureStore
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import MissingImageError, SettingsError
 from eval.settings import EvaluateSettings
 from eval.trained import Trained, load_run
@@ -147,9 +147,7 @@ def make_sampling(temperature: float, seed: int) -> Sampling:
 
 def main() -> None:
     """Read the command line and ask."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--image", type=Path, help="a picture file")

@@ -8,13 +8,12 @@ or the name of a DVC experiment; `workspace` is what lies here. Shown are the mo
 `python -m train.compare` has their controls, the settings and what the runs were made from.
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from eval.evaluation import Evaluation, Row, read_evaluation
 from eval.report_scores import CONTROLS, as_number
 from train.compare import print_table
@@ -187,9 +186,7 @@ def printable(text: str) -> str:
 
 def main() -> None:
     """Read the command line and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("left", metavar="EVALUATION", help="folder, revision or experiment")
     parser.add_argument("right", metavar="EVALUATION", help="the other one")
     arguments = parser.parse_args()

@@ -7,7 +7,6 @@ format, and a model card with the scores. What LLaVA cannot hold is refused befo
 model is loaded; an OUT that holds anything is never written to.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import os
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, PhiConfig
 from transformers.utils import logging as transformers_logging
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
 from cache.files import sync, write_text
 from cache.foreign import writing_foreign_file
@@ -182,9 +181,7 @@ def appearing(out: Path) -> Iterator[Path]:
 
 def main() -> None:
     """Read the command line and export."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
     arguments = parser.parse_args()

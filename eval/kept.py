@@ -8,28 +8,54 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from cache.errors import StageError
 from cache.files import WORK, canonical_json, write_json
+from cache.foreign import reading_foreign_file
 from train.generate import Generation
 
 FOLDER = WORK / "evaluate"
 
 
 def kept(decides: dict[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
-    """Return texts that were made before, or make and keep them.
+    """Return texts that were made before, or make and keep them; damaged ones are made again.
 
     Args:
-        decides: All that decides the texts.
+        decides: All that decides the texts; `prompts` has an entry for each.
         make: Makes them.
+
+    Raises:
+        OSError: The system cannot read or write the file.
     """
-    path = FOLDER / f"{hashlib.sha256(canonical_json(decides)).hexdigest()[:16]}.json"
+    path = FOLDER / f"{_hash(decides)[:16]}.json"
     if path.is_file():
-        return [Generation(**one) for one in json.loads(path.read_bytes())]
+        try:
+            return _read(path, len(decides["prompts"]))
+        except StageError as error:
+            print(f"{error}; making the texts again", file=sys.stderr)
     made = make()
-    write_json(path, [dataclasses.asdict(one) for one in made])
+    texts = [dataclasses.asdict(one) for one in made]
+    write_json(path, {"sha256": _hash(texts), "texts": texts})
     return made
+
+
+def _read(path: Path, count: int) -> list[Generation]:
+    with reading_foreign_file(lambda why: StageError(f"{path}: damaged ({why})")):
+        content = json.loads(path.read_bytes())
+        texts = content["texts"]
+        if _hash(texts) != content["sha256"]:
+            raise ValueError("it does not hold what was written")
+        if len(texts) != count:
+            raise ValueError(f"wanted {count} texts, found {len(texts)}")
+        return [Generation(**one) for one in texts]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
 def forget() -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
-from cache.files import canonical_json, naming, sha256_of
+from cache.files import canonical_json, sha256_of
+from cache.foreign import reading_foreign_file
 from cache.table import INDEX
 from eval.controls import Asked
 from train.data import FEATURES
@@ -88,11 +89,11 @@ def read_history(stage: str) -> list[dict[str, float]]:
         StageError: No such file, or not a table of numbers.
     """
     path = RUNS / stage / "history.csv"
-    try:
-        with naming(path), path.open(newline="", encoding="utf-8") as file:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-    except (FileNotFoundError, csv.Error, ValueError, TypeError) as error:
-        raise StageError(f"{path}: no history ({error}). Run the {stage} stage.") from None
+    with (
+        reading_foreign_file(lambda why: _nothing_in(path, "history", why, stage), path),
+        path.open(newline="", encoding="utf-8") as file,
+    ):
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
 def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
@@ -103,16 +104,17 @@ def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
         SpecMismatchError: The run learned from other features.
     """
     path = RUNS / stage / "provenance.json"
-    try:
-        with naming(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
+    with reading_foreign_file(lambda why: _nothing_in(path, "provenance", why, stage), path):
+        values = dict(json.loads(path.read_text(encoding="utf-8")))
         learned_from = str(values["features_fingerprint"])
-    except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
-        raise StageError(f"{path}: no provenance ({error}). Run the {stage} stage.") from None
     if learned_from != store.fingerprint:
         raise SpecMismatchError(
             f"{path}: the run learned from features of fingerprint {learned_from[:12]}, "
             f"{store.root} has those of {store.fingerprint[:12]}. Run the {stage} stage again, or "
             f"bring the features back that it learned from."
         )
-    return dict(values)
+    return values
+
+
+def _nothing_in(path: Path, what: str, why: str, stage: str) -> StageError:
+    return StageError(f"{path}: no {what} ({why}). Run the {stage} stage.")

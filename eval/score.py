@@ -9,14 +9,14 @@ official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores be
 fetches Stanford CoreNLP at first use. A score that cannot be had is named, and the exit code is 1.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from eval.metrics import score_captions
 from eval.official import Official, check_java, score_officially
 from train.compare import print_table
@@ -101,10 +101,8 @@ def read_results(path: Path) -> dict[int, str]:
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with reading_foreign_file(lambda why: StageError(f"{path}: no usable JSON in UTF-8: {why}.")):
         return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        _refuse(path, f"no usable JSON in UTF-8: {error}")
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -132,9 +130,7 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 def main() -> None:
     """Read the command line and score."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("captions", metavar="CAPTIONS", type=Path, help="captions of people")
     parser.add_argument("results", metavar="RESULTS", type=Path, help="captions to score")
     parser.add_argument("--official", action="store_true", help="run the Java programs beside")

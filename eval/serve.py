@@ -17,7 +17,7 @@ from typing import Any
 
 import gradio as gr
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from eval.conversation import Host
 from eval.showcase import validation_pictures
@@ -217,9 +217,7 @@ def _port(text: str) -> int:
 
 def main() -> None:
     """Read the command line and serve."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
     parser.add_argument("--port", type=_port, default=7860, help="default: %(default)s")
     parser.add_argument("--share", action="store_true", help="open it to others, by a public link")

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, fields
 
+MAX_NEW_TOKENS = 4096
+"""A model that never ends a text, as an untrained one may, goes on to the limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSettings:
@@ -31,3 +34,8 @@ class EvaluateSettings:
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} is {value}, wanted 1 or more")
+        for name in ("caption_tokens", "answer_tokens"):
+            if getattr(self, name) > MAX_NEW_TOKENS:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, wanted at most {MAX_NEW_TOKENS}"
+                )

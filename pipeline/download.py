@@ -20,6 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from cache.errors import StageError
 from cache.files import CHUNK_BYTES, naming, sha256_of, write_json
+from cache.foreign import reading_foreign_file
 from cache.sizes import human_size
 from pipeline.settings import Download
 
@@ -55,10 +56,11 @@ class _Partial:
 
     def version(self) -> dict[str, str]:
         try:
-            version: dict[str, str] = json.loads(self.version_path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            with reading_foreign_file(StageError):
+                found = dict(json.loads(self.version_path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, StageError):
             return {}
-        return version
+        return {name: value for name, value in found.items() if isinstance(value, str)}
 
     def restart(self, version: dict[str, str]) -> None:
         self.remove()

@@ -1,9 +1,17 @@
 """The settings of fetch, index and extract: sections `fetch`, `encoder`, `extract`."""
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from cache.data_settings import check_share
+
+MAX_BATCH = 4096
+"""The memory of a forward pass is set aside for so many images, however few there are."""
+
+MAX_WORKERS = 1024
+"""Each is a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +57,15 @@ class EncoderSettings:
     """Which block's output; -1 is the last, -2 the one before, as LLaVA takes it."""
     precision: Literal["fp32", "bf16"]
     batch_size: int
-    """Images a forward pass. Part of the features' identity: it decides their last bits."""
+    """Images a forward pass, at most `MAX_BATCH`. Part of the features' identity: it decides their
+    last bits."""
     device: str
     """"auto" is every GPU, or the CPU; several, with commas, get a process each."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
             raise ValueError(f"layer is {self.layer}, wanted one counted from the end: -1, -2, ...")
-        _check_at_least_one("batch_size", self.batch_size)
+        _check_at_least_one("batch_size", self.batch_size, most=MAX_BATCH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,19 +82,20 @@ class ExtractSettings:
     """Share of images that may fail to decode before the stage fails."""
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}, wanted 0 or more")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise ValueError(f"workers is {self.workers}, wanted 0 to {MAX_WORKERS}")
         _check_at_least_one("shard_rows", self.shard_rows)
         check_share("max_failure_rate", self.max_failure_rate)
 
 
-def _check_at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}, wanted 1 or more")
+def _check_at_least_one(name: str, value: int, most: float = math.inf) -> None:
+    if not 1 <= value <= most:
+        limit = "1 or more" if most == math.inf else f"1 to {most}"
+        raise ValueError(f"{name} is {value}, wanted {limit}")
 
 
 def _check_distinct(name: str, paths: tuple[str, ...]) -> None:
-    last_names = [path.rsplit("/", 1)[-1] for path in paths]
-    for last_name in last_names:
-        if last_name in ("", ".", "..") or last_names.count(last_name) > 1:
+    last_names = Counter(path.rsplit("/", 1)[-1] for path in paths)
+    for last_name, count in last_names.items():
+        if last_name in ("", ".", "..") or count > 1:
             raise ValueError(f"{name} ends in {last_name!r}, wanted file names that all differ")

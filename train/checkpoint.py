@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache.errors import StageError
-from cache.files import canonical_json, replacing
+from cache.files import CHUNK_BYTES, canonical_json, replacing
 from cache.foreign import reading_foreign_file, writing_foreign_file
 
 OPTIMIZER = "optimizer."
@@ -90,23 +90,35 @@ class Checkpoints:
         return path
 
     def latest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that is whole; damaged ones are named, and left there."""
+        """Read the newest checkpoint that is whole; damaged ones are named, and left there.
+
+        Raises:
+            OSError: The system cannot read one, which says nothing about what is in it.
+        """
         for path in reversed(self.paths):
             try:
-                with reading_foreign_file(StageError, path):
-                    return _read(path)
-            except StageError as damage:
-                print(f"{path}: damaged ({damage}); trying the one before", file=sys.stderr)
+                return _read(path)
+            except StageError as error:
+                print(f"{error}; trying the one before", file=sys.stderr)
         return None
 
 
 def _read(path: Path) -> Checkpoint:
-    with safe_open(path, "pt") as file:
-        about = json.loads(file.metadata()["checkpoint"])
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    if _hash(about["state"], tensors) != about["xxh3_128"]:
-        raise ValueError("it does not hold what was written")
-    return Checkpoint(about["state"]["step"], about["state"]["progress"], tensors)
+    with reading_foreign_file(lambda why: StageError(f"{path}: damaged ({why})"), path):
+        _read_through(path)
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["checkpoint"])
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if _hash(about["state"], tensors) != about["xxh3_128"]:
+            raise ValueError("it does not hold what was written")
+        return Checkpoint(about["state"]["step"], about["state"]["progress"], tensors)
+
+
+def _read_through(path: Path) -> None:
+    """Meet a failing disk where it is an error: in a mapped file, it would end the process."""
+    with path.open("rb", buffering=0) as file:
+        while file.read(CHUNK_BYTES):
+            pass
 
 
 def _to_save(tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ A run is a run directory, or a revision of this repository: a commit, a tag or t
 experiment, of which both stages and the evaluation are compared. `workspace` is what lies here.
 """
 
-import argparse
 import functools
 import json
 import re
@@ -16,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
+from cache.foreign import one_line, reading_foreign_file
+from cache.settings import parse_yaml
 
 FOLDER_METRICS = {"": "metrics.json"}
 FOLDER_PROVENANCE = {"": "provenance.json"}
@@ -110,10 +108,10 @@ def read_revision(name: str) -> Run:
         return _read_run(name, read, REVISION_METRICS, REVISION_PROVENANCE)
     except (SCMError, NotDvcRepoError) as error:
         raise SettingsError(
-            f"{name} is neither a folder nor a revision or experiment here: {_one_line(error)}."
+            f"{name} is neither a folder nor a revision or experiment here: {one_line(error)}."
         ) from None
     except DvcException as error:
-        raise StageError(f"{name}: DVC cannot read it: {_one_line(error)}") from None
+        raise StageError(f"{name}: DVC cannot read it: {one_line(error)}") from None
 
 
 def _read_run(
@@ -144,23 +142,20 @@ def _read_all(name: str, read: Callable[[str], str], paths: Mapping[str, str]) -
         try:
             text = read(path)
             # JSON is YAML too, but for NaN.
-            values = json.loads(text) if path.endswith(".json") else _yaml(text)
+            with reading_foreign_file(functools.partial(_damaged, name, path)):
+                values = json.loads(text) if path.endswith(".json") else parse_yaml(text, path)
         except FileNotFoundError:
             continue
-        except (YAMLError, ValueError, RecursionError) as error:
-            raise StageError(f"{name}: {path} is damaged: {_one_line(error)}") from None
+        except UnicodeDecodeError as error:
+            raise _damaged(name, path, one_line(error)) from None
         if not isinstance(values, dict):
             raise StageError(f"{name}: {path} is damaged: it is {type(values).__name__}, not keys.")
         found |= flatten(values, prefix)
     return found
 
 
-def _yaml(text: str) -> Any:
-    return YAML(typ="safe", pure=True).load(text)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _damaged(name: str, path: str, why: str) -> StageError:
+    return StageError(f"{name}: {path} is damaged: {why}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -238,9 +233,7 @@ def print_table(rows: list[tuple[str, str, str, str]]) -> None:
 
 def main() -> None:
     """Read the command line and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("left", metavar="RUN", help="run directory, revision or experiment")
     parser.add_argument("right", metavar="RUN", help="the other one")
     arguments = parser.parse_args()

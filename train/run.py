@@ -23,7 +23,9 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
+from cache.errors import StageError
 from cache.files import WORK, canonical_json, exclusive, sha256_of, write_json, write_text
+from cache.foreign import reading_foreign_file
 from cache.settings import Params
 from cache.table import INDEX
 from train.data import CAPTIONS, CONVERSATIONS, FEATURES
@@ -143,8 +145,10 @@ def _say_why_afresh(stage: str, folder: Path, identity: Mapping[str, Any]) -> No
         return
     latest = max(stopped, key=lambda path: path.stat().st_mtime)
     try:
-        there = json.loads((latest / IDENTITY).read_text())
-    except (OSError, ValueError):
+        with reading_foreign_file(StageError):
+            there = dict(json.loads((latest / IDENTITY).read_text()))
+    except (OSError, StageError):
+        # Nothing hangs on it but this sentence.
         there = {}
     differing = [
         f"{name} {there.get(name, 'not there')} there, {identity.get(name, 'not there')} here"

@@ -4,6 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_EPOCHS = 10_000
+"""The steps of a run are planned before its first one."""
+
+MAX_LORA_RANK = 1024
+"""Far above any use; the matrices of LoRA are made before anything is learned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LlmSettings:
@@ -85,6 +91,7 @@ class LoopSettings:
         _check_positive(self, *positive, "row_tokens", "max_text_tokens", "window_shards")
         _check_positive(self, "log_every_steps", "validate_every_steps")
         _check_share(self, "warmup_share")
+        _check_at_most(self, "epochs", MAX_EPOCHS)
         for name in ("weight_decay", "validation_images", "samples"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, wanted 0 or more")
@@ -113,6 +120,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         _check_positive(self, "r", "alpha")
         _check_share(self, "dropout")
+        _check_at_most(self, "r", MAX_LORA_RANK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,11 @@ def _check_positive(settings: object, *names: str) -> None:
         # Written so that NaN is refused too.
         if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"{name} is {getattr(settings, name)}, wanted more than 0")
+
+
+def _check_at_most(settings: object, name: str, most: int) -> None:
+    if getattr(settings, name) > most:
+        raise ValueError(f"{name} is {getattr(settings, name)}, wanted at most {most}")
 
 
 def _check_share(settings: object, name: str) -> None:

@@ -61,7 +61,9 @@ class Task:
         if self.settings.order == "windowed":
             rounds = num_rounds(self.train.num_texts, self.settings.texts_per_image)
             windows = self.store.num_shards / self.settings.window_shards
-            distance = math.ceil(len(plan) / (self.settings.epochs * rounds) / windows)
+            window_steps = len(plan) / (self.settings.epochs * rounds) / windows
+            # Of a tiny part of an epoch, a window would be more steps than numbers go.
+            distance = math.ceil(min(window_steps, len(plan)))
         image_ids = [self.train.image_ids[step.numbers] for step in steps]
         shards = ShardsAhead(self.store, image_ids, distance)
 

@@ -1,7 +1,12 @@
+import importlib
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from cache.command import run_stage
 
 STAGE = """
 \"\"\"A stage.\"\"\"
@@ -74,4 +79,77 @@ def test_wrong_calls_end_with_2(tmp_path):
     assert command(tmp_path, "pass", "--none").returncode == 2
     missing = command(tmp_path, "pass", "--params", str(tmp_path / "none.yaml"))
     assert missing.returncode == 2
-    assert "no settings file that can be read" in missing.stderr
+    assert "no such settings file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "body", ["print('x' * 10**6)", "print('x')", "print('x'); sys.stdout.flush()"]
+)
+def test_a_reader_that_leaves_is_no_error(tmp_path, body):
+    (tmp_path / "params.yaml").write_text("seed: 5\n")
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, "-c", STAGE.format(body=body), "--params", tmp_path / "params.yaml"],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
+    (tmp_path / "params.yaml").write_text("seed: 5\n")
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                STAGE.format(body="print('x')"),
+                "--params",
+                tmp_path / "params.yaml",
+            ],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
+def test_another_broken_pipe_is_an_error(tmp_path):
+    failed = run(tmp_path, "raise BrokenPipeError(32, 'Broken pipe')")
+    assert (failed.returncode, failed.stderr) == (1, "error: [Errno 32] Broken pipe\n")
+
+
+def test_an_error_stays_one_line_whatever_it_names(tmp_path):
+    failed = run(tmp_path, "raise StageError('a\\nb\\x1b[2J')")
+    assert failed.stderr == "error: a\\nb\\x1b[2J\n"
+
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(
+    f"{path.parent.name}.{path.stem}"
+    for folder in ("cache", "pipeline", "train", "eval", "demo")
+    for path in (ROOT / folder).glob("*.py")
+    if "__main__" in path.read_text()
+    if path.name not in ("command.py",)
+)
+
+
+def test_commands_were_found():
+    assert {"pipeline.extract", "cache.verify", "train.compare", "demo.world"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_how_a_command_is_called(name, monkeypatch, capsys):
+    module = importlib.import_module(name)
+    spec = module.__spec__
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    main = getattr(module, "main", None)
+    with pytest.raises(SystemExit) as ended:
+        main() if main else run_stage(getattr(module, name.partition(".")[2]), module.__doc__)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {name} ")

@@ -205,3 +205,43 @@ def test_another_failure_of_a_lock_is_not_taken_for_a_lack_of_locks(tmp_path, mo
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="Input/output error"), exclusive(tmp_path / "held"):
         pytest.fail("went on")
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Record what is brought to the disk: a file by its size, a folder by its names, in order."""
+    found = []
+    fsync = os.fsync
+
+    def recording(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        names = sorted(one.name for one in path.iterdir()) if path.is_dir() else []
+        found.append(names if path.is_dir() else path.read_bytes())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recording)
+    return found
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_all_goes_on(
+    tmp_path, synced
+):
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_bytes(b"content")
+    assert synced == [b"content", ["a"]]
+
+
+@pytest.mark.parametrize(("write", "content"), [(write_text, "text"), (write_json, [1])])
+def test_what_is_written_whole_is_synced_with_its_folder(tmp_path, synced, write, content):
+    write(tmp_path / "a", content)
+    written = (tmp_path / "a").read_bytes()
+    assert written in synced
+    assert synced.index(written) < len(synced) - 1
+    assert synced[-1] == ["a"]
+
+
+def test_nothing_is_synced_or_named_when_the_writing_fails(tmp_path, synced):
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "half \ud800")
+    assert synced == []
+    assert list(tmp_path.iterdir()) == []

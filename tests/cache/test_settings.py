@@ -1,7 +1,12 @@
+import errno
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
+from ruamel.yaml import YAML
 
 from cache.errors import SettingsError
 from cache.settings import Params
@@ -82,7 +87,15 @@ def test_what_does_not_fit_names_key_and_file(tmp_path, text, reason):
         ("seed: 1\nseed: 2", "not a YAML file: "),
         (b"seed: \xff", "not a YAML file: "),
         ("seed: 2024-13-45", "not a YAML file: "),
-        ("[" * 5000, "not a YAML file: "),
+        ("seed: !!bool foo", "not a YAML file: "),
+        ("seed: !!int ''", "not a YAML file: "),
+        ("seed: !!int 0x", "not a YAML file: "),
+        ("seed: " + "9" * 5000, "not a YAML file: "),
+        ("seed: !!timestamp x", "not a YAML file: "),
+        ("seed: !!python/object/apply:os.getcwd []", "not a YAML file: "),
+        ("--- 1\n--- 2", "not a YAML file: "),
+        ("seed: *none", "not a YAML file: "),
+        ("? [a]\n: 1", "unknown key ('a',)"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, reason):
@@ -92,8 +105,100 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, text, reason):
     assert "\n" not in str(error.value)
 
 
+BOMB = "a0: &a0 [" + "b, " * 9 + "]\n"
+BOMB += "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 12))
+MERGES = "a0: &a0 {b: 1}\n"
+MERGES += "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        MERGES,
+        "seed: &a [*a]",
+        "&a seed: &b {c: {*a : *b}}",
+        "[" * 60_000,
+        "{" * 60_000,
+        "- " * 30_000,
+        "? " * 30_000,
+        "seed: [" + "a," * 30_000 + "]",
+        "\n".join(f"a{number}: 1" for number in range(6000)),
+        "\n".join(f"a{number}: 1" for number in range(10**6)),
+        "seed: " + "x" * 10**7,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_what_grows_beyond_measure_is_refused_before_it_is_built(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(YAML, "load", lambda *_: pytest.fail("it was built"))
+    started = time.process_time()
+    with pytest.raises(SettingsError, match="this is no settings file") as error:
+        params(tmp_path, text)
+    assert time.process_time() - started < 5
+    assert len(str(error.value)) < 500
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read(tmp_path):
+    text = "data: {rate: 1, kind: &k mlp, names: [*k, *k], inners: [&i {rank: 2}, {<<: *i}]}"
+    found = params(tmp_path, text).section("data", Outer)
+    assert (found.names, found.inners) == (("mlp", "mlp"), (Inner(rank=2), Inner(rank=2)))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ".nan",
+        ".inf",
+        "-.inf",
+        "1e400",
+        "0x" + "f" * 5000,
+        "9" * 4000,
+        str(2**53 + 1),
+        "!!binary aGk=",
+        "2001-01-01",
+        "!!set {a}",
+        "!!omap [a: 1]",
+        "'" + "x" * 60_000 + "'",
+        "[" + "[a, a, a, a], " * 1000 + "]",
+        "{" + ", ".join(f"a{number}: [[a]]" for number in range(1000)) + "}",
+    ],
+    ids=lambda value: value[:12],
+)
+def test_an_impossible_number_is_shown_in_short(tmp_path, value):
+    with pytest.raises(SettingsError) as error:
+        data(tmp_path, f"{{rate: {value}, kind: mlp}}")
+    assert "data.rate is " in str(error.value)
+    assert len(str(error.value)) - len(str(tmp_path)) < 500
+
+
+@pytest.mark.parametrize("value", ['"\\0"', '"\\ud800"', '"' + "x" * 5000 + '"'])
+def test_a_text_that_no_path_can_be_is_refused(tmp_path, value):
+    with pytest.raises(SettingsError, match=r"data\.note is .*wanted a text of at most"):
+        data(tmp_path, f"{{rate: 1, kind: mlp, note: {value}}}")
+
+
+def test_a_long_unknown_key_is_cut(tmp_path):
+    with pytest.raises(SettingsError, match="unknown key xxx") as error:
+        params(tmp_path, f"? {'x' * 60_000}\n: 3")
+    assert len(str(error.value)) - len(str(tmp_path)) < 500
+
+
+def test_what_the_system_says_of_a_file_is_passed_on(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "params.yaml")
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        Params.read(Path("params.yaml"))
+
+
+def test_a_folder_is_no_settings_file(tmp_path):
+    with pytest.raises(SettingsError, match="a folder, wanted a settings file"):
+        Params.read(tmp_path)
+
+
 def test_a_file_or_section_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SettingsError, match=r"none\.yaml: no settings file that can be read"):
+    with pytest.raises(SettingsError, match=r"none\.yaml: no such settings file"):
         Params.read(tmp_path / "none.yaml")
     with pytest.raises(SettingsError, match=r"section 'data' is missing\. Found: seed\."):
         params(tmp_path, "seed: 3").section("data", Outer)

@@ -1,8 +1,12 @@
+import errno
+import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train.checkpoint import Checkpoints
@@ -195,3 +199,59 @@ def test_damaged_ones_do_not_count_as_kept(small, tmp_path, keep):
     path = kept.save(2, small.learning, small.optimizer, PROGRESS)
     assert path.exists()
     assert kept.latest().step == 2
+
+
+def with_metadata(path, metadata):
+    """Rewrite a safetensors file with other metadata."""
+    save_file(load_file(path), path, metadata)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"other": "{}"},
+        {"checkpoint": "[" * 10**5},
+        {"checkpoint": "9" * 10**5},
+        {"checkpoint": "[]"},
+        {"checkpoint": "null"},
+        {"checkpoint": '{"state": {"step": NaN}, "xxh3_128": ""}'},
+        {"checkpoint": '{"state": "' + chr(92) + 'ud800", "xxh3_128": ""}'},
+    ],
+    ids=lambda metadata: str(metadata)[:32],
+)
+def test_metadata_of_any_kind_is_damage(small, save, tmp_path, capsys, metadata):
+    save(small, 1)
+    path = save(small, 2)
+    with_metadata(path, metadata)
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: damaged (")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "shape", [[2**40], [2**62, 2**62], [2**40, 2**40, 2**40], [-1], [0, 2**60]]
+)
+def test_a_header_that_claims_more_than_the_file_holds_takes_no_memory(
+    small, save, tmp_path, capsys, shape
+):
+    save(small, 1)
+    path = save(small, 2)
+    header = {"big": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"1234")
+    assert Checkpoints(tmp_path / "checkpoints", 2).latest().step == 1
+    assert f"{path}: damaged (" in capsys.readouterr().err
+
+
+def test_a_failing_disk_is_no_damage(small, save, tmp_path, monkeypatch):
+    save(small, 1)
+    save(small, 2)
+
+    def failing(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        Checkpoints(tmp_path / "checkpoints", 2).latest()

@@ -1,0 +1,71 @@
+"""Every setting of every section is held by a law, or stands here with the reason why not."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import cache.data_settings
+import eval.settings
+import pipeline.settings
+import train.settings
+from cache.settings import SECTIONS
+from tests.eval import test_settings_law as of_evaluation
+from tests.pipeline import test_settings_law as of_features
+from tests.settings_law import has_a_choice, leaves
+from tests.test_pipeline_definition import SECTIONS as CLASSES
+from tests.train import test_settings_law as of_training
+
+FETCHED = "only the source coco reads it: tests/pipeline/test_fetch.py and test_download.py hold it"
+INDEXED = (
+    "a path: the index has the records of no other file, which tests/pipeline/test_index.py holds"
+)
+NO_LAW = {
+    "data.source": "who makes the files, not what is in them: tests/pipeline/test_fetch.py",
+    "data.train.images": INDEXED,
+    "data.train.captions": INDEXED,
+    "data.val.images": INDEXED,
+    "data.val.captions": INDEXED,
+    "data.instruct": INDEXED,
+    "data.instruct_holdout": "a share of random images: tests/pipeline/test_index.py",
+    "data.max_reject_rate": "when the stage fails, not what it makes: tests/pipeline/test_index.py",
+    "fetch.files.url": FETCHED,
+    "fetch.files.path": FETCHED,
+    "fetch.files.bytes": FETCHED,
+    "fetch.files.sha256": FETCHED,
+    "fetch.files.unpack": FETCHED,
+    "encoder.device": "where the work is done: tests/pipeline/test_devices.py",
+}
+"""Settings that no law changes."""
+
+LAWS = (
+    of_training.CHANGES
+    | of_evaluation.CHANGES
+    | of_evaluation.ONLY_ROUNDING
+    | of_features.CHANGES
+    | of_features.CHANGES_NOTHING
+)
+ALL = {leaf: wanted for name, cls in CLASSES.items() for leaf, wanted in leaves(cls, name).items()}
+
+
+def test_every_section_and_class_of_settings_is_looked_at():
+    assert {"seed", *CLASSES} == set(SECTIONS)
+    modules = (cache.data_settings, eval.settings, pipeline.settings, train.settings)
+    declared = {
+        field.name
+        for module in modules
+        for _, cls in inspect.getmembers(module, dataclasses.is_dataclass)
+        for field in dataclasses.fields(cls)
+    }
+    named = {part for leaf in ALL for part in leaf.split(".")}
+    assert declared <= named
+
+
+@pytest.mark.parametrize("leaf", ALL)
+def test_a_setting_is_held_by_a_law_or_has_a_reason(leaf):
+    held = leaf in LAWS or not has_a_choice(ALL[leaf])
+    assert held != (leaf in NO_LAW), f"{leaf}: change it in a law, or say in NO_LAW why not"
+
+
+def test_no_law_is_about_a_setting_that_is_not_there():
+    assert set(LAWS) | set(NO_LAW) <= {"seed", *ALL}
