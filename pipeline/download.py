@@ -54,7 +54,9 @@ class _Partial:
 
     def version(self) -> dict[str, str]:
         try:
-            version: dict[str, str] = json.loads(self.version_path.read_text(encoding="utf-8"))
+            with naming(self.version_path):
+                text = self.version_path.read_text(encoding="utf-8")
+            version: dict[str, str] = json.loads(text)
         except (FileNotFoundError, ValueError):
             return {}
         return version
