@@ -259,6 +259,7 @@ def main() -> None:
             wrong = [f"n {n}: {problem}" for n, problem in found.items() if problem]
             line = {"stage": undisturbed.stage.name, "fault": fault.name, "tries": len(numbers)}
             print(json.dumps(line | {"wrong": wrong}), flush=True)
+    gc.unfreeze()
 
 
 if __name__ == "__main__":
