@@ -48,7 +48,7 @@ class _Reader(io.FileIO):
         with self._failing_plainly():
             return super().readinto(buffer)
 
-    def readall(self) -> bytes | None:
+    def readall(self) -> bytes:
         """Read to the end, as `io.FileIO` does."""
         with self._failing_plainly():
             return super().readall()
