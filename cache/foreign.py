@@ -93,7 +93,8 @@ def system_failure(error: BaseException) -> OSError | None:
     system's own words.
     """
     if isinstance(error, OSError) and error.errno is not None:
-        return OSError(error.errno, os.strerror(error.errno), error.filename)
+        # Of a copy, the second is the target, where the disk is full.
+        return OSError(error.errno, os.strerror(error.errno), error.filename2 or error.filename)
     found = SYSTEM_ERROR.search(str(error)) if isinstance(error, Exception) else None
     return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
 

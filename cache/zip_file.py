@@ -3,8 +3,10 @@
 `zipfile` catches the OSErrors of reading and raises BadZipFile in their place.
 """
 
+import contextlib
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,22 @@ class _Zip(zipfile.ZipFile):
 
 
 class _Reader(io.FileIO):
-    """A file whose read errors are no OSErrors."""
+    """A file whose read errors are no OSErrors, by whatever method it is read."""
 
     def readinto(self, buffer: Any) -> int | None:
         """Read into a buffer, as `io.FileIO` does."""
-        try:
+        with self._failing_plainly():
             return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        """Read to the end, as `io.FileIO` does."""
+        with self._failing_plainly():
+            return super().readall()
+
+    @contextlib.contextmanager
+    def _failing_plainly(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CacheError(f"{self.name!s}: {error.strerror}. Look after the disk.") from None
 

@@ -56,9 +56,9 @@ class _Partial:
 
     def version(self) -> dict[str, str]:
         try:
-            with reading_foreign_file(StageError):
+            with reading_foreign_file(StageError, self.version_path):
                 found = dict(json.loads(self.version_path.read_text(encoding="utf-8")))
-        except (FileNotFoundError, StageError):
+        except StageError:
             return {}
         return {name: value for name, value in found.items() if isinstance(value, str)}
 

@@ -201,7 +201,8 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
     wanted = {"embed_dim", "vision_cfg", "text_cfg"}
     if not isinstance(config, dict) or not wanted <= config.keys():
         raise SettingsError(f"encoder.model: {model} is no open_clip config: it lacks {wanted}.")
-    open_clip.add_model_config(model)
+    with reading_foreign_file(refuse, Path(model)):
+        open_clip.add_model_config(model)
     return Path(model).stem, config
 
 

@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.files import WORK, canonical_json, exclusive, sha256_of, write_json, write_text
+from cache.files import WORK, canonical_json, exclusive, sha256_of, sync, write_json, write_text
 from cache.foreign import reading_foreign_file
 from cache.settings import Params
 from cache.table import INDEX
@@ -115,6 +115,9 @@ class RunDirectory:
         The checkpoints go last: a kill at any moment before makes the next start publish again.
         """
         write_json(self.files / "metrics.json", metrics)
+        for path in self.files.rglob("*"):
+            # PEFT does not.
+            sync(path)
         target, old = RUNS / self.stage, self._folder / "replaced"
         target.parent.mkdir(exist_ok=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -38,8 +38,9 @@ class Tracker:
         self._stage, self._run = run.stage, None
         # On a full disk, Python would print a traceback for each line of wandb's log.
         logging.raiseExceptions = False
+        run_id = run.tracking_id() if run.is_main else None
         with self._training_first():
-            self._run = _start(settings, run, config)
+            self._run = _start(settings, run, run_id, config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers of an optimizer step."""
@@ -78,14 +79,16 @@ class Tracker:
             )
 
 
-def _start(settings: TrackingSettings, run: RunDirectory, config: Mapping[str, Any]) -> Any:
+def _start(
+    settings: TrackingSettings, run: RunDirectory, run_id: str | None, config: Mapping[str, Any]
+) -> Any:
     try:
         return wandb.init(
             project="patchcache",
             job_type=run.stage,
             dir=str(WORK),
             mode=settings.wandb if run.is_main else "disabled",
-            id=run.tracking_id() if run.is_main else None,
+            id=run_id,
             resume="allow",
             config=dict(config),
         )

@@ -9,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache.audit import audit
+from cache.errors import CorruptShardError
 from cache.files import canonical_json, sha256_of
 from cache.location import Location
 from cache.plan import plan_shards
 from cache.shard import open_shard, write_shard
 from cache.table import ShardFile, StoreTable
+from cache.verify import verify
 
 
 def check(root, deep=True, **options):
@@ -219,6 +221,26 @@ def test_no_library_calls_a_failing_disk_damage(store, monkeypatch, place, raise
     assert report.bad_files == []
     assert report.unreadable == report.problems
     assert all("Input/output error: " in line for line in report.problems)
+
+
+def test_repair_deletes_nothing_that_could_not_be_read(store, monkeypatch, capsys):
+    """Beside a shard that could be read, and is damaged."""
+    unreadable, damaged = store.names[:2]
+    flip(store.root / damaged, -1)
+
+    def open_but_one(path, spec):
+        if path.name == unreadable:
+            raise OSError(5, "Input/output error", str(path))
+        return open_shard(path, spec)
+
+    monkeypatch.setattr("cache.audit.open_shard", open_but_one)
+    with pytest.raises(CorruptShardError) as caught:
+        verify(str(store.root), deep=True, repair=True)
+    assert "files deleted: 1, not readable: 1, the first: [Errno 5] Input/output" in str(
+        caught.value
+    )
+    assert f"'{store.root / unreadable}'" in str(caught.value)
+    assert {path.name for path in store.root.glob("*.h5")} == set(store.names) - {damaged}
 
 
 def test_a_spec_larger_than_any_is_refused_unread(store):

@@ -83,6 +83,8 @@ def test_a_missing_file_is_refused_and_a_path_is_added_to_a_failure():
 def test_a_failure_keeps_the_name_of_its_file_and_its_class():
     with pytest.raises(PermissionError, match=r"Permission denied: 'b'"), writing_foreign_file(A):
         raise PermissionError(errno.EACCES, "no", "b")
+    with pytest.raises(OSError, match=r"device: 'target'$"), writing_foreign_file(A):
+        raise OSError(errno.ENOSPC, "No space left on device", "source", None, "target")
 
 
 @pytest.mark.parametrize("text", ["errno = 0", "os error", "errno = 12345", "shape [5]"])

@@ -4,7 +4,7 @@
 
 LIBRARY is `failing_io.c`, compiled, and must be preloaded; FOLDER is for what is made, and is
 best in memory. Without --most every n is tried, in every way: some 2,000 tries, an hour of a core;
-two processes can share the stages. Prints a line of JSON for each stage: how often each way was
+two processes can share the stages. Prints a line of JSON for each stage and way: how often it was
 tried, and what was wrong.
 
 A try must end with exit code 1 and one line that names a path and the system's reason, or with
@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import errno
 import gc
+import itertools
 import json
 import os
 import re
@@ -248,15 +249,17 @@ def main() -> None:
     arguments = parser.parse_args()
     import_all()
     campaign = Campaign(arguments.library, arguments.folder)
+    # So that no child looks through, and copies, all that was imported.
+    gc.freeze()
     for undisturbed in campaign.prepare(arguments.stages):
-        tried: dict[str, int] = {}
-        wrong = []
-        for fault, n in undisturbed.tries(arguments.most):
-            tried[fault.name] = tried.get(fault.name, 0) + 1
-            if problem := campaign.try_one(undisturbed, fault, n):
-                wrong.append(f"{fault.name}, n {n}: {problem}")
-        line = {"stage": undisturbed.stage.name, "tried": tried, "wrong": wrong}
-        print(json.dumps(line), flush=True)
+        tries = undisturbed.tries(arguments.most)
+        for fault, same in itertools.groupby(tries, lambda pair: pair[0]):
+            numbers = [n for _, n in same]
+            found = {n: campaign.try_one(undisturbed, fault, n) for n in numbers}
+            wrong = [f"n {n}: {problem}" for n, problem in found.items() if problem]
+            line = {"stage": undisturbed.stage.name, "fault": fault.name, "tries": len(numbers)}
+            print(json.dumps(line | {"wrong": wrong}), flush=True)
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

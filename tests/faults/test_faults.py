@@ -48,8 +48,7 @@ def test_a_stage_fails_in_a_line_or_makes_the_right_files_and_the_next_run_does(
     )
     shutil.rmtree(folder)
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["stage"] for line in found] == [stage.name for stage in STAGES]
-    assert [problem for line in found for problem in line["wrong"]] == []
-    tried = {name for line in found for name in line["tried"]}
-    assert tried == {fault.name for fault in FAULTS}
-    assert all(sum(line["tried"].values()) >= TRIES for line in found)
+    assert [line for line in found if line["wrong"]] == []
+    assert {line["fault"] for line in found} == {fault.name for fault in FAULTS}
+    for stage in STAGES:
+        assert sum(line["tries"] for line in found if line["stage"] == stage.name) >= TRIES

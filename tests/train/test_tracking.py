@@ -102,6 +102,15 @@ def test_what_wandb_meets_is_said_once_and_ends_the_recording_alone(n, monkeypat
     assert failing.calls <= max(n, 3)
 
 
+def test_what_our_own_files_meet_is_no_matter_of_wandb():
+    class Broken(Run):
+        def tracking_id(self):
+            raise OSError(errno.ENOSPC, "No space left on device", "tracking_id")
+
+    with pytest.raises(OSError, match="'tracking_id'"):
+        log_something("offline", Broken())
+
+
 def test_an_interrupt_while_wandb_works_is_an_interrupt(monkeypatch):
     def init(**options):
         raise KeyboardInterrupt
