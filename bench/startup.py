@@ -173,6 +173,8 @@ def main() -> None:
         projector = seeded_projector("mlp", SPEC_SMALL.width, 128, 0)
         (folder / "runs/pretrain").mkdir(parents=True)
         projector.save(folder / "runs/pretrain/projector.safetensors")
+        made_from = {"features_fingerprint": SPEC_SMALL.fingerprint}
+        write_json(folder / "runs/pretrain/provenance.json", made_from)
         runs, split = measure(folder, first_step), measure(folder, phases)
     print_figures("first step", runs)
     print_figures("its phases, in seconds", split)

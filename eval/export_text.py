@@ -11,10 +11,11 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, PhiConfig, PreTrainedModel
+from transformers import PhiConfig, PreTrainedModel
 
-from cache.errors import SettingsError, StageError
+from cache.errors import StageError
 from train.language_model import DTYPES
+from train.model_files import read_config
 from train.settings import LlmSettings
 
 ADAPTER = "default"
@@ -28,11 +29,7 @@ def phi_config(settings: LlmSettings) -> PhiConfig:
         SettingsError: None that can be read.
         StageError: It is no Phi.
     """
-    try:
-        config = AutoConfig.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise SettingsError(f"llm.model: {settings.model}: no config ({detail}).") from None
+    config = read_config(settings.model)
     if not isinstance(config, PhiConfig):
         raise StageError(
             f"llm.model: {settings.model} is of type {config.model_type!r}, and only Phi can be "

@@ -78,6 +78,35 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_supported(settings: LlmSettings) -> None:
+    """Refuse a language model whose blocks LoRA would not cover whole; loads no weights.
+
+    For both stages. PEFT is content when some of the layers match; and stage 1 computes the loss
+    as Phi does, which is another one for models that scale their logits, or look back over a
+    window only.
+
+    Raises:
+        SettingsError: Names the layers, or says what is wrong with the model's files.
+    """
+    empty = build_empty(settings.model)
+    ends = (empty.get_input_embeddings(), empty.get_output_embeddings())
+    outside = {id(module.weight) for module in ends if module is not None}
+    matrices = [
+        name.rpartition(".")[0]
+        for name, parameter in empty.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in outside
+    ]
+    kinds = [name.rpartition(".")[2] for name in matrices]
+    uncovered = sorted({kind for kind in kinds if kind not in LORA_TARGETS})
+    if uncovered or not kinds:
+        covered = sum(kind in LORA_TARGETS for kind in kinds)
+        raise SettingsError(
+            f"llm.model: {settings.model} is a {type(empty).__name__}: LoRA would stand beside "
+            f"{covered} of its {len(kinds)} layers of weights, not beside {', '.join(uncovered)}. "
+            f"Take a Phi model, like microsoft/phi-2."
+        )
+
+
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
     """Load the language model frozen, in `eval()`, quantised where the settings say so.
 
