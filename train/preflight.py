@@ -86,9 +86,11 @@ def _check_vocabulary(
     wanted = read_config(llm.model).vocab_size
     _check(rows == (wanted, wanted), "rows of embeddings and lm_head", wanted, rows)
     advice = f"Put model and tokenizer of one checkpoint into {llm.model}"
-    # Not their number: an entry may have any id.
-    entries = max(tokenizer.get_vocab().values()) + 1
+    entries = len(tokenizer)
     _check(entries <= wanted, "entries of the tokenizer", f"at most {wanted}", entries, advice)
+    # A damaged one may give any id to an entry.
+    highest = max(tokenizer.get_vocab().values())
+    _check(highest < wanted, "ids of the tokenizer", f"below {wanted}", highest, advice)
 
 
 def _check_head(model: PreTrainedModel) -> None:
