@@ -1,5 +1,6 @@
 """Damages the files of a language model and of a run in as many ways as are asked for."""
 
+import copy
 import json
 import random
 import shutil
@@ -143,6 +144,7 @@ def damaged_json(data, chance, entries=None):
         return damaged_bytes(data, chance)
     if way == 1:
         return chance.choice([b"", b"[]", b"null", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe{}"])
+    # Copies: a value within itself would never end.
     values = json.loads(data)
     for _ in range(chance.choice([1, 1, 1, 3])):
         nodes = list(containers(values))
@@ -151,17 +153,17 @@ def damaged_json(data, chance, entries=None):
         keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if entries and way in (2, 3):
             name = chance.choice(list(entries))
-            values[name] = entries[name]
+            values[name] = copy.deepcopy(entries[name])
         elif not keys:
             continue
         elif way == 4:
             del node[chance.choice(keys)]
         elif way == 5 and isinstance(node, dict):
-            node[chance.choice(["x", "", "type", "id"])] = chance.choice(VALUES)
+            node[chance.choice(["x", "", "type", "id"])] = copy.deepcopy(chance.choice(VALUES))
         elif way == 6:
             node[chance.choice(keys)] = values["deep"] = nested(chance.choice([50, 500]))
         else:
-            node[chance.choice(keys)] = chance.choice(VALUES)
+            node[chance.choice(keys)] = copy.deepcopy(chance.choice(VALUES))
     return json.dumps(values).encode()
 
 
