@@ -26,6 +26,7 @@ from bench.coco_sized import COCO, ROOT, SPEC_SMALL, make_workspace
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_most, medians, print_goals
 from cache.command import INTERRUPTED
+from cache.files import write_json
 from train.projector import seeded_projector
 
 STAGES = ("pretrain", "finetune")
@@ -180,6 +181,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         projector = seeded_projector("mlp", SPEC_SMALL.width, 128, 0)
         (folder / "runs/pretrain").mkdir(parents=True)
         projector.save(folder / "runs/pretrain/projector.safetensors")
+        made_from = {"features_fingerprint": SPEC_SMALL.fingerprint}
+        write_json(folder / "runs/pretrain/provenance.json", made_from)
         runs = look_at_stages(folder, first_step, quick=arguments.quick)
         split = look_at_stages(folder, phases, quick=arguments.quick)
     print_figures("first step", runs)

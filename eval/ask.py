@@ -22,7 +22,7 @@ from cache import FeatureStore
 from cache.command import command_parser, run_guarded
 from cache.errors import MissingImageError, SettingsError
 from eval.settings import EvaluateSettings
-from eval.trained import Trained, load_run
+from eval.trained import FinishedRun, Trained, load_run, open_run
 from eval.vision import Vision, read_picture
 from train.data import FEATURES
 from train.generate import Sampling, stream
@@ -96,7 +96,7 @@ def _prompt(
     return []
 
 
-def cached_features(trained: Trained, image_id: int) -> NDArray[np.float16]:
+def cached_features(run: FinishedRun, image_id: int) -> NDArray[np.float16]:
     """Return the features of an image of the working directory's store: float16 [P, D].
 
     Raises:
@@ -105,7 +105,7 @@ def cached_features(trained: Trained, image_id: int) -> NDArray[np.float16]:
         CacheError: No store there.
     """
     store = FeatureStore(FEATURES)
-    trained.check_features(store.spec, str(FEATURES))
+    run.check_features(store.spec, str(FEATURES))
     if image_id not in store:
         raise MissingImageError(f"{FEATURES}: holds no image {image_id}.")
     patches_PD: NDArray[np.float16] = store.gather([image_id])[0]
@@ -117,13 +117,14 @@ def ask(arguments: argparse.Namespace) -> None:
     sampling = None
     if arguments.temperature is not None:
         sampling = make_sampling(arguments.temperature, arguments.seed)
-    # Before the model, which takes seconds to load.
+    # Before the model, which takes seconds to load: picture, run, features.
     picture = None if arguments.image is None else read_picture(arguments.image)
-    trained = load_run(arguments.run)
+    run = open_run(arguments.run)
     if picture is None:
-        patches_PD = cached_features(trained, arguments.image_id)
+        patches_PD = cached_features(run, arguments.image_id)
     else:
-        patches_PD = Vision(trained).look(picture, str(arguments.image))
+        patches_PD = Vision(run).look(picture, str(arguments.image))
+    trained = load_run(arguments.run, run)
     try:
         for piece in answer(trained, patches_PD, arguments.question.strip(), sampling=sampling):
             print(piece, end="", flush=True)

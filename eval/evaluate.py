@@ -22,7 +22,7 @@ from eval.losses import Losses, answer_losses
 from eval.pictures import thumbnails_of
 from eval.predictions import Predictions
 from eval.report import render_report
-from eval.runs import STAGES, Models, load_models, projector_of, read_history, read_provenance
+from eval.runs import STAGES, Models, load_models, projector_of, read_history, read_provenances
 from eval.settings import EvaluateSettings
 from eval.work import Work, choose_work
 from train.data import FEATURES
@@ -43,8 +43,8 @@ def evaluate(params: Params) -> None:
     # Read before the models run for hours: a run that is not there is found at once.
     histories = {stage: read_history(stage) for stage in STAGES}
     store = FeatureStore(FEATURES)
-    provenances = {stage: read_provenance(stage, store) for stage in STAGES}
     tokenizer = load_tokenizer(llm)
+    provenances = read_provenances(store, llm, tokenizer)
     work = choose_work(settings, store, tokenizer, params.seed())
     models = load_models(llm, tokenizer, store, params.seed())
     scores, predictions = score_models(models, work, settings)

@@ -24,7 +24,6 @@ from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
 from cache.files import sync, write_text
 from cache.foreign import writing_foreign_file
-from cache.settings import Params
 from cache.spec import Spec
 from eval.export_model_card import model_card
 from eval.export_processor import image_token_id, make_processor
@@ -32,10 +31,10 @@ from eval.export_text import phi_config, plain_weights
 from eval.export_vision import clip_vision_config, clip_vision_weights
 from eval.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheImageProcessor
 from eval.settings import EvaluateSettings
-from eval.trained import Trained, load_run
+from eval.trained import PROJECTOR, FinishedRun, Trained, load_run, open_run
 from pipeline.encoder import load_encoder
 from pipeline.settings import EncoderSettings
-from train.language_model import DTYPES, load_tokenizer
+from train.language_model import DTYPES
 from train.projector import Projector, read_projector
 from train.settings import LlmSettings
 
@@ -65,9 +64,10 @@ def export(run: Path, out: Path) -> None:
         CacheError: OUT holds something, or the run cannot be loaded or not be held by LLaVA.
     """
     check_free(out)
-    parts = check_parts(run)
-    trained = load_run(run)
-    trained.check_features(parts.spec, "the vision tower")
+    opened = open_run(run)
+    parts = check_parts(opened)
+    opened.check_features(parts.spec, "the vision tower")
+    trained = load_run(run, opened)
     settings = trained.params.section("evaluate", EvaluateSettings)
     model = build_model(trained, parts, settings)
     processor = make_processor(
@@ -90,29 +90,25 @@ def check_free(out: Path) -> None:
         raise SettingsError(f"{out}: is there already. Wanted a folder that is new or empty.")
 
 
-def check_parts(run: Path) -> Parts:
+def check_parts(run: FinishedRun) -> Parts:
     """Load all but the language model, and refuse what LLaVA cannot hold.
 
     Raises:
         CacheError: Something is missing, damaged, or without a place in LLaVA.
     """
-    if not (run / "params.yaml").is_file():
-        raise SettingsError(f"{run} is no run: it has no params.yaml.")
-    params = Params.read(run / "params.yaml")
-    kind = read_projector(run / "projector.safetensors").kind
+    kind = read_projector(run.folder / PROJECTOR).kind
     if kind != "mlp":
         raise StageError(
-            f"{run}: its projector is {kind!r}, and LLaVA's is 'mlp' (linear, GELU, linear). Set "
-            f"projector.kind to mlp, train again, and export that run."
+            f"{run.folder}: its projector is {kind!r}, and LLaVA's is 'mlp' (linear, GELU, "
+            f"linear). Set projector.kind to mlp, train again, and export that run."
         )
-    llm = params.section("llm", LlmSettings)
-    tokenizer, text = load_tokenizer(llm), phi_config(llm)
-    encoder = params.section("encoder", EncoderSettings)
+    text = phi_config(run.params.section("llm", LlmSettings))
+    encoder = run.params.section("encoder", EncoderSettings)
     tower = load_encoder(dataclasses.replace(encoder, device="cpu"))
     # Not public: a change to the encoder's code makes every store be checked against its probe.
     visual = tower._visual
     vision = clip_vision_config(visual, encoder.model)
-    return Parts(visual, tower.spec, vision, text, image_token_id(tokenizer, text))
+    return Parts(visual, tower.spec, vision, text, image_token_id(run.tokenizer, text))
 
 
 def build_model(

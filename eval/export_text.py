@@ -5,18 +5,17 @@ what is exported is the model that was evaluated.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoConfig, PhiConfig, PreTrainedModel
+from transformers import PhiConfig, PreTrainedModel
 
-from cache.errors import SettingsError, StageError
-from cache.foreign import reading_foreign_file
+from cache.errors import StageError
 from train.language_model import DTYPES
+from train.model_files import read_config
 from train.settings import LlmSettings
 
 ADAPTER = "default"
@@ -30,12 +29,7 @@ def phi_config(settings: LlmSettings) -> PhiConfig:
         SettingsError: None that can be read.
         StageError: It is no Phi.
     """
-
-    def refuse(detail: str) -> SettingsError:
-        return SettingsError(f"llm.model: {settings.model}: no config ({detail}).")
-
-    with reading_foreign_file(refuse, Path(settings.model)):
-        config = AutoConfig.from_pretrained(settings.model)
+    config = read_config(settings.model)
     if not isinstance(config, PhiConfig):
         raise StageError(
             f"llm.model: {settings.model} is of type {config.model_type!r}, and only Phi can be "

@@ -44,7 +44,7 @@ def kept(decides: dict[str, Any], make: Callable[[], list[Generation]]) -> list[
 
 
 def _read(path: Path, count: int) -> list[Generation]:
-    with reading_foreign_file(lambda why: StageError(f"{path}: damaged ({why})")):
+    with reading_foreign_file(lambda why: StageError(f"{path}: damaged ({why})"), path):
         content = json.loads(path.read_bytes())
         texts = content["texts"]
         if _hash(texts) != content["sha256"]:

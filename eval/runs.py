@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,17 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from cache.errors import SpecMismatchError, StageError
+from cache.errors import StageError
 from cache.files import canonical_json, sha256_of
 from cache.foreign import reading_foreign_file
 from cache.table import INDEX
 from eval.controls import Asked
 from train.data import FEATURES
-from train.fingerprint import language_model_fingerprint
+from train.fingerprint import language_model_fingerprint, language_model_identity
 from train.language_model import load_language_model, load_lora
 from train.model import CaptionModel
-from train.projector import load_projector, seeded_projector
+from train.projector import load_projector, read_projector, seeded_projector
+from train.provenance import START_PROJECTOR, provenance_of
 from train.run import RUNS, pick_device
 from train.settings import LlmSettings
 
@@ -89,32 +89,36 @@ def read_history(stage: str) -> list[dict[str, float]]:
         StageError: No such file, or not a table of numbers.
     """
     path = RUNS / stage / "history.csv"
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{path}: no history ({detail}). Run the {stage} stage.")
+
     with (
-        reading_foreign_file(lambda why: _nothing_in(path, "history", why, stage), path),
+        reading_foreign_file(refuse, path),
         path.open(newline="", encoding="utf-8") as file,
     ):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def read_provenance(stage: str, store: FeatureStore) -> dict[str, Any]:
-    """Return the provenance of a run that learned from the features of a store.
+def read_provenances(
+    store: FeatureStore, llm: LlmSettings, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, Any]]:
+    """Return the provenance of both runs, which belong to features and model, and together.
 
     Raises:
-        StageError: No such file, or not a JSON object.
-        SpecMismatchError: The run learned from other features.
+        StageError: No provenance, or a run of another language model, or of another stage 1.
+        SpecMismatchError: A run learned from other features.
     """
-    path = RUNS / stage / "provenance.json"
-    with reading_foreign_file(lambda why: _nothing_in(path, "provenance", why, stage), path):
-        values = dict(json.loads(path.read_text(encoding="utf-8")))
-        learned_from = str(values["features_fingerprint"])
-    if learned_from != store.fingerprint:
-        raise SpecMismatchError(
-            f"{path}: the run learned from features of fingerprint {learned_from[:12]}, "
-            f"{store.root} has those of {store.fingerprint[:12]}. Run the {stage} stage again, or "
-            f"bring the features back that it learned from."
+    beside = language_model_identity(llm, tokenizer)
+    provenances = {stage: provenance_of(stage, store, beside) for stage in STAGES}
+    read_projector(projector_of("pretrain"))
+    started_from = provenances["finetune"].get(START_PROJECTOR)
+    found = sha256_of(projector_of("pretrain"))
+    if started_from not in (None, found):
+        # Its scores would be shown as those from which stage 2 went on.
+        raise StageError(
+            f"{projector_of('pretrain')}: of sha256 {found[:12]}, but {RUNS / 'finetune'} started "
+            f"from a projector of {str(started_from)[:12]}. Run the finetune stage again, or bring "
+            f"the runs/pretrain back that it started from."
         )
-    return values
-
-
-def _nothing_in(path: Path, what: str, why: str, stage: str) -> StageError:
-    return StageError(f"{path}: no {what} ({why}). Run the {stage} stage.")
+    return provenances

@@ -101,7 +101,9 @@ def read_results(path: Path) -> dict[int, str]:
 
 
 def _read_json(path: Path) -> Any:
-    with reading_foreign_file(lambda why: StageError(f"{path}: no usable JSON in UTF-8: {why}.")):
+    with reading_foreign_file(
+        lambda why: StageError(f"{path}: no usable JSON in UTF-8: {why}."), path
+    ):
         return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
 
 

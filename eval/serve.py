@@ -21,7 +21,7 @@ from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from eval.conversation import Host
 from eval.showcase import validation_pictures
-from eval.trained import load_run
+from eval.trained import load_run, open_run
 from eval.vision import Vision
 
 HOST = "127.0.0.1"
@@ -154,10 +154,11 @@ def connect(host: Host, parts: Parts) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
-    trained = load_run(arguments.run)
-    vision = Vision(trained)
+    run = open_run(arguments.run)
+    vision = Vision(run)
     # Another tower than the run's is found now, and not by the first visitor.
     vision.load()
+    trained = load_run(arguments.run, run)
     host = Host(trained, vision)
     with tempfile.TemporaryDirectory(prefix="patchcache-") as folder:
         keep_to_itself(Path(folder) / "uploads")

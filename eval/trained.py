@@ -1,6 +1,5 @@
 """A finished run, loaded to be asked or taken away; says what a run directory must hold."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,25 +7,29 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cache.errors import SettingsError, SpecMismatchError, StageError
-from cache.files import naming
 from cache.settings import Params
 from cache.spec import Spec
+from train.fingerprint import language_model_identity
 from train.language_model import load_language_model, load_lora, load_tokenizer
 from train.model import CaptionModel
+from train.model_files import read_config
 from train.projector import read_projector
+from train.provenance import check_language_model, read_provenance
 from train.run import pick_device
 from train.settings import LlmSettings
 
+PROJECTOR, ADAPTER = "projector.safetensors", "adapter"
+"""Files of a run directory."""
+
 
 @dataclass(frozen=True)
-class Trained:
-    """A run's model, and what it was made from."""
+class FinishedRun:
+    """A run that fits its language model, before that is loaded."""
 
     folder: Path
     params: Params
     """Settings of the run, as they were when it was made."""
     provenance: dict[str, Any]
-    model: CaptionModel
     tokenizer: PreTrainedTokenizerBase
     answers: bool
     """Whether it was fine-tuned to answer; a run of stage 1 alone only captions."""
@@ -50,12 +53,19 @@ class Trained:
             )
 
 
-def load_run(folder: Path) -> Trained:
-    """Load the model of a run directory of either stage.
+@dataclass(frozen=True)
+class Trained(FinishedRun):
+    """A run's model, and what it was made from."""
+
+    model: CaptionModel
+
+
+def open_run(folder: Path) -> FinishedRun:
+    """Open a run directory of either stage, and check what needs no language model in memory.
 
     Raises:
         SettingsError: It is no run directory, or its language model cannot be loaded.
-        StageError: A file of it is missing or damaged.
+        StageError: A file of it is missing or damaged, or it belongs to another language model.
     """
     if not (folder / "params.yaml").is_file():
         raise SettingsError(
@@ -63,30 +73,36 @@ def load_run(folder: Path) -> Trained:
         )
     params = Params.read(folder / "params.yaml")
     llm = params.section("llm", LlmSettings)
-    provenance = _provenance(folder / "provenance.json")
-    projector = read_projector(folder / "projector.safetensors")
-    device = pick_device()
+    path = folder / "provenance.json"
+    provenance = read_provenance(path)
+    projector = read_projector(folder / PROJECTOR)
     tokenizer = load_tokenizer(llm)
-    language_model = load_language_model(llm, device)
-    width = language_model.config.hidden_size
+    check_language_model(path, provenance, language_model_identity(llm, tokenizer))
+    width = read_config(llm.model).hidden_size
     if projector.text_width != width:
         raise StageError(
             f"{folder}: its projector maps to width {projector.text_width}, {llm.model} has "
             f"{width}: the model is not the one that the run was made with."
         )
-    answers = (folder / "adapter").is_dir()
-    if answers:
-        load_lora(language_model, folder / "adapter")
+    return FinishedRun(folder, params, provenance, tokenizer, (folder / ADAPTER).is_dir())
+
+
+def load_run(folder: Path, run: FinishedRun | None = None) -> Trained:
+    """Load the model of a run directory of either stage.
+
+    Args:
+        folder: The run directory.
+        run: The same, where it has been opened already.
+
+    Raises:
+        SettingsError: It is no run directory, or its language model cannot be loaded.
+        StageError: A file of it is missing or damaged, or it belongs to another language model.
+    """
+    run = run or open_run(folder)
+    device = pick_device()
+    language_model = load_language_model(run.params.section("llm", LlmSettings), device)
+    projector = read_projector(folder / PROJECTOR)
+    if run.answers:
+        load_lora(language_model, folder / ADAPTER)
     model = CaptionModel(projector.to(device), language_model).eval()
-    return Trained(folder, params, provenance, model, tokenizer, answers)
-
-
-def _provenance(path: Path) -> dict[str, Any]:
-    try:
-        with naming(path):
-            values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise StageError(f"{path}: no provenance ({error}). Run the stage again.") from None
-    if not isinstance(values, dict):
-        raise StageError(f"{path}: no provenance: {type(values).__name__}. Run the stage again.")
-    return values
+    return Trained(**vars(run), model=model)

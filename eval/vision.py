@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cache.errors import SettingsError, StageError
 from cache.images import MAX_IMAGE_BYTES
-from eval.trained import Trained
+from eval.trained import FinishedRun
 from pipeline.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.settings import EncoderSettings
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class Vision:
     """The vision tower that a run learned from, loaded on first use and kept."""
 
-    def __init__(self, trained: Trained) -> None:
-        self._trained = trained
+    def __init__(self, run: FinishedRun) -> None:
+        self._run = run
         self._encoder: Encoder | None = None
 
     def load(self) -> "Encoder":
@@ -40,10 +40,10 @@ class Vision:
         if self._encoder is None:
             from pipeline.encoder import load_encoder
 
-            settings = self._trained.params.section("encoder", EncoderSettings)
+            settings = self._run.params.section("encoder", EncoderSettings)
             # Which device made the features decides nothing here, and may be another machine's.
             encoder = load_encoder(dataclasses.replace(settings, device="auto"))
-            self._trained.check_features(encoder.spec, f"the vision tower {settings.pretrained}")
+            self._run.check_features(encoder.spec, f"the vision tower {settings.pretrained}")
             self._encoder = encoder
         return self._encoder
 

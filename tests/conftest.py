@@ -241,6 +241,23 @@ class Workspace:
         ]
         pq.write_table(pa.Table.from_pylist(rows, schema), folder / "conversations.parquet")
 
+    def write_stage_1(self, seed=3, **changes):
+        """Leave what stage 2 reads of stage 1: a projector, and from what it was made."""
+        from train.fingerprint import language_model_identity
+        from train.language_model import load_tokenizer
+        from train.projector import seeded_projector
+        from train.settings import LlmSettings
+
+        llm = LlmSettings(model=str(self.phi_dir), quantize="none", dtype="fp32")
+        made_from = {
+            "features_fingerprint": FeatureStore(self.root / "data/features").fingerprint,
+            "language_model": language_model_identity(llm, load_tokenizer(llm)),
+        }
+        seeded_projector("mlp", WIDTH, HIDDEN, seed).save(
+            self.root / "runs/pretrain/projector.safetensors"
+        )
+        self.write("runs/pretrain/provenance.json", json.dumps(made_from | changes))
+
     def params(self, **sections):
         values = {
             "seed": 0,

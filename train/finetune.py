@@ -10,12 +10,14 @@ from cache.files import sha256_of
 from cache.foreign import writing_foreign_file
 from cache.settings import Params
 from train.data import FEATURES, read_conversation_examples, with_features
-from train.fingerprint import language_model_fingerprint
-from train.language_model import add_lora, load_language_model, load_tokenizer
+from train.fingerprint import language_model_fingerprint, language_model_identity
+from train.language_model import add_lora, check_supported, load_language_model, load_tokenizer
 from train.loop import train
 from train.model import CaptionModel
+from train.model_files import read_config
 from train.preflight import check_model
 from train.projector import Projector, load_projector
+from train.provenance import provenance_of
 from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
 from train.task import Task
@@ -33,17 +35,21 @@ def finetune(params: Params) -> None:
     seed = params.seed()
     store = FeatureStore(FEATURES)
     device = pick_device()
+    check_supported(llm)
     tokenizer = load_tokenizer(llm)
-    language_model = load_language_model(llm, device)
-    width = language_model.config.hidden_size
+    beside = language_model_identity(llm, tokenizer)
     start = RUNS / "pretrain" / "projector.safetensors"
+    width = read_config(llm.model).hidden_size
     projector = load_projector(start, store.spec.width, width).to(device)
+    provenance_of("pretrain", store, beside)
+    language_model = load_language_model(llm, device)
+    start_sha256 = sha256_of(start)
     decides = identity(
         params,
         ("llm", "finetune"),
         store,
         language_model=language_model_fingerprint(language_model, tokenizer),
-        start_projector=sha256_of(start),
+        start_projector=start_sha256,
     )
     adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
@@ -61,7 +67,10 @@ def finetune(params: Params) -> None:
     )
     check_model(task.model, tokenizer, llm, lora=True)
     with alone("finetune"):
-        run = RunDirectory("finetune", params, decides, provenance(store, device))
+        made_from = provenance(
+            store, device, language_model=beside, start_projector_sha256=start_sha256
+        )
+        run = RunDirectory("finetune", params, decides, made_from)
         with Tracker(tracking, run, params.values) as tracker:
             metrics = train(task, saving, run, tracker)
         if run.is_main:

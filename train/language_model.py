@@ -5,16 +5,16 @@ stages, because Phi-2's config has a dropout of 0.1 that would make a frozen mod
 """
 
 import ctypes
+import functools
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,10 +28,23 @@ from transformers.utils import logging as transformers_logging
 
 from cache.errors import SettingsError, StageError
 from cache.foreign import reading_foreign_file
+from train.adapter_files import ADAPTER_WEIGHTS, check_adapter, read_lora_settings
+from train.adapter_files import refusal as adapter_refusal
+from train.model_files import (
+    TOKENIZER,
+    build_empty,
+    check_tokenizer_files,
+    holding_back_stderr,
+    locate,
+    refusal,
+)
 from train.settings import LlmSettings, LoraSettings
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 """Every linear layer of a Phi block; not the embeddings, not lm_head."""
+
+PROBE = "Instruct: What is in\tthe box?\nOutput: 12 Äpfel, ﬁve 犬 and 🙂."
+"""Words, digits, punctuation, white space, and characters of one to four bytes."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameters' numbers in glibc's malloc.h."""
@@ -46,8 +59,15 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
         SettingsError: None there, one without an EOS token, or one that is Python code and so has
             no serialised form to be recognised by.
     """
-    with reading_foreign_file(_refusal(settings.model), Path(settings.model)):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.model)
+    folder = check_tokenizer_files(settings.model)
+    # The tokenizers library announces a panic on stderr before it is an exception.
+    with reading_foreign_file(refusal(settings.model, TOKENIZER), folder), holding_back_stderr():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        # What is wrong in its parts may show in their use only.
+        tokenizer.decode(tokenizer(PROBE)["input_ids"])
+        tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise SettingsError(f"llm.model: the tokenizer of {settings.model} has no EOS token.")
     if not tokenizer.is_fast:
@@ -56,6 +76,35 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
             f"tokenizer.json, found {type(tokenizer).__name__}."
         )
     return tokenizer
+
+
+def check_supported(settings: LlmSettings) -> None:
+    """Refuse a language model whose blocks LoRA would not cover whole; loads no weights.
+
+    For both stages. PEFT is content when some of the layers match; and stage 1 computes the loss
+    as Phi does, which is another one for models that scale their logits, or look back over a
+    window only.
+
+    Raises:
+        SettingsError: Names the layers, or says what is wrong with the model's files.
+    """
+    empty = build_empty(settings.model)
+    ends = (empty.get_input_embeddings(), empty.get_output_embeddings())
+    outside = {id(module.weight) for module in ends if module is not None}
+    matrices = [
+        name.rpartition(".")[0]
+        for name, parameter in empty.named_parameters()
+        if parameter.ndim > 1 and id(parameter) not in outside
+    ]
+    kinds = [name.rpartition(".")[2] for name in matrices]
+    uncovered = sorted({kind for kind in kinds if kind not in LORA_TARGETS})
+    if uncovered or not kinds:
+        covered = sum(kind in LORA_TARGETS for kind in kinds)
+        raise SettingsError(
+            f"llm.model: {settings.model} is a {type(empty).__name__}: LoRA would stand beside "
+            f"{covered} of its {len(kinds)} layers of weights, not beside {', '.join(uncovered)}. "
+            f"Take a Phi model, like microsoft/phi-2."
+        )
 
 
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
@@ -75,21 +124,26 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
             bnb_4bit_compute_dtype=DTYPES[settings.dtype],
         )
     transformers_logging.disable_progress_bar()
-    with reading_foreign_file(_refusal(settings.model), Path(settings.model)):
+    build_empty(settings.model)
+    with reading_foreign_file(refusal(settings.model)):
         model: PreTrainedModel
         with _quantising_on_cpu() if quantization and device.type == "cpu" else nullcontext():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                settings.model,
+                locate(settings.model),
                 dtype=DTYPES[settings.dtype],
                 quantization_config=quantization,
                 device_map={"": device},
                 attn_implementation="sdpa",
                 use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
                 output_loading_info=True,
             )
         if loading["missing_keys"]:
             # Transformers would go on with random numbers in their place.
             raise ValueError(f"its files lack {', '.join(sorted(loading['missing_keys']))}")
+    # Adapters name the model that they belong to: by a hub id, not by a folder of its cache.
+    model.name_or_path = model.config.name_or_path = settings.model
     # What the checkpoint recommends (sampling, penalties, beams) would mix into greedy decoding.
     model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
@@ -140,13 +194,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
     Raises:
         StageError: The model has none of the layers, so it is no Phi.
     """
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(LORA_TARGETS),
-        task_type="CAUSAL_LM",
-    )
+    config = _lora_config(settings)
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
@@ -158,6 +206,16 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
     return peft_model
 
 
+def _lora_config(settings: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(LORA_TARGETS),
+        task_type="CAUSAL_LM",
+    )
+
+
 def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put trained LoRA matrices into the layers of `model`, from a folder in PEFT's format.
 
@@ -166,35 +224,20 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         StageError: No adapter there, or one of another model.
     """
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         # PEFT would go on to a pickled file, or to the network.
-        raise StageError(f"{folder}: holds no adapter_model.safetensors. Run the finetune stage.")
-
-    def refuse(detail: str) -> StageError:
-        return StageError(f"{folder}: no adapter for this model ({detail}).")
-
-    with reading_foreign_file(refuse, folder):
-        with warnings.catch_warnings():
-            # PEFT only warns of matrices that are missing, and keeps quiet on those too many.
-            warnings.simplefilter("ignore", FutureWarning)
-            warnings.simplefilter("ignore", UserWarning)
-            peft_model: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=False)
-        wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
-        with safe_open(weights, "pt") as file:
-            unmatched = sorted(wanted ^ set(file.keys()))
-        if unmatched:
-            raise ValueError(f"{len(unmatched)} matrices without a match: {unmatched[0]}, ...")
+        raise StageError(f"{folder}: holds no {ADAPTER_WEIGHTS}. Run the finetune stage.")
+    config = _lora_config(read_lora_settings(folder))
+    check_adapter(folder, config, model)
+    refuse = functools.partial(adapter_refusal, folder)
+    with reading_foreign_file(refuse, folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        peft_model: PeftModel = PeftModel.from_pretrained(
+            model, folder, config=config, is_trainable=False
+        )
     return peft_model
 
 
 def lora_dropouts(model: nn.Module) -> list[nn.Module]:
     """Return the dropout modules of LoRA: the only ones that run while training."""
     return [module for name, module in model.named_modules() if name.endswith("lora_dropout")]
-
-
-def _refusal(model: str) -> Callable[[str], SettingsError]:
-    return lambda detail: SettingsError(
-        f"llm.model: cannot load {model!r}: {detail}. Wanted a hub id that can be reached, or a "
-        f"directory with config.json, safetensors and tokenizer files."
-    )

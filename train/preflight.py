@@ -11,12 +11,13 @@ from collections.abc import Iterable
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.errors import StageError
 from train.language_model import DTYPES, LORA_TARGETS
 from train.loss import CHUNK
 from train.model import CaptionModel
+from train.model_files import read_config
 from train.settings import LlmSettings
 from train.step import StepData
 
@@ -82,11 +83,14 @@ def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, llm: LlmSettings
 ) -> None:
     rows = model.get_input_embeddings().weight.shape[0], model.lm_head.weight.shape[0]
-    wanted = AutoConfig.from_pretrained(llm.model).vocab_size
+    wanted = read_config(llm.model).vocab_size
     _check(rows == (wanted, wanted), "rows of embeddings and lm_head", wanted, rows)
     advice = f"Put model and tokenizer of one checkpoint into {llm.model}"
     entries = len(tokenizer)
     _check(entries <= wanted, "entries of the tokenizer", f"at most {wanted}", entries, advice)
+    # A damaged one may give any id to an entry.
+    highest = max(tokenizer.get_vocab().values())
+    _check(highest < wanted, "ids of the tokenizer", f"below {wanted}", highest, advice)
 
 
 def _check_head(model: PreTrainedModel) -> None:

@@ -8,8 +8,8 @@ from cache import FeatureStore
 from cache.command import run_stage
 from cache.settings import Params
 from train.data import FEATURES, held_out_images, read_caption_examples, with_features
-from train.fingerprint import language_model_fingerprint
-from train.language_model import load_language_model, load_tokenizer
+from train.fingerprint import language_model_fingerprint, language_model_identity
+from train.language_model import check_supported, load_language_model, load_tokenizer
 from train.loop import train
 from train.model import CaptionModel
 from train.preflight import check_model
@@ -40,7 +40,9 @@ def pretrain(params: Params) -> None:
     # What is asked of these images later must be new to the model, their captions too.
     examples = read_caption_examples("train").without(held_out_images())
     device = pick_device()
+    check_supported(llm)
     tokenizer = load_tokenizer(llm)
+    beside = language_model_identity(llm, tokenizer)
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
@@ -68,7 +70,8 @@ def pretrain(params: Params) -> None:
         language_model=language_model_fingerprint(language_model, tokenizer),
     )
     with alone("pretrain"):
-        run = RunDirectory("pretrain", params, decides, provenance(store, device))
+        made_from = provenance(store, device, language_model=beside)
+        run = RunDirectory("pretrain", params, decides, made_from)
         with Tracker(tracking, run, params.values) as tracker:
             metrics = train(task, saving, run, tracker)
         if run.is_main:

@@ -7,13 +7,16 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from cache.errors import StageError
 from cache.files import replacing
-from cache.foreign import writing_foreign_file
+from cache.foreign import reading_foreign_file, writing_foreign_file
+from train.tensor_file import read_header
+
+MAX_HEADER_BYTES = 10_000
+"""Many times as long as the header of any projector."""
 
 
 class Residual(nn.Module):
@@ -89,15 +92,26 @@ def read_projector(path: Path) -> Projector:
 
     Raises:
         StageError: No such file, or not a projector.
+        OSError: The system could not read the file.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads(file.metadata()["projector"])
-        projector = Projector(about["kind"], about["vision_width"], about["text_width"])
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{path}: no projector ({detail}). Run the stage that makes it.")
+
+    header = read_header(path, refuse, MAX_HEADER_BYTES)
+    with reading_foreign_file(refuse, path):
+        about = json.loads(header.metadata["projector"])
+        made_of = about["kind"], about["vision_width"], about["text_width"]
+        with torch.device("meta"):
+            wanted = {name: tuple(t.shape) for name, t in Projector(*made_of).state_dict().items()}
+        if header.tensors != {name: ("F32", shape) for name, shape in wanted.items()}:
+            raise ValueError(
+                f"its header says {made_of[0]} of width {made_of[1]} to {made_of[2]}, its tensors "
+                f"are {header.tensors}"
+            )
+        # Not before: the widths alone decide how much memory this takes.
+        projector = Projector(*made_of)
         load_model(projector, path)
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise StageError(f"{path}: no projector ({detail}). Run the stage that makes it.") from None
     return projector
 
 

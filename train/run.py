@@ -199,11 +199,18 @@ def index_hashes() -> dict[str, str]:
     return {path.name: sha256_of(path) for path in (CAPTIONS, CONVERSATIONS)}
 
 
-def provenance(store: FeatureStore, device: torch.device) -> dict[str, Any]:
-    """Say from what a run was made: code, features, texts, libraries, device."""
+def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict[str, Any]:
+    """Say from what a run was made: code, features, texts, weights, libraries, device.
+
+    Args:
+        store: Holds the features.
+        device: Where it is trained.
+        others: What else it started from, under the names of `train.provenance`.
+    """
     return {
         "git_commit": git_commit(),
         "features_fingerprint": store.fingerprint,
+        **others,
         "index_sha256": index_hashes(),
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "device": device_name(device),

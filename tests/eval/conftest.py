@@ -15,7 +15,8 @@ from PIL import Image
 from cache import FeatureStore
 from cache.settings import Params
 from eval.settings import EvaluateSettings
-from train.language_model import add_lora, load_language_model
+from train.fingerprint import language_model_identity
+from train.language_model import add_lora, load_language_model, load_tokenizer
 from train.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
@@ -108,7 +109,9 @@ class World:
     def write_run(self, stage, seed, **llm):
         """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
         params = self.params(llm=llm)
-        made_from = provenance(self.store, torch.device("cpu"))
+        beside = params.section("llm", LlmSettings)
+        identity = language_model_identity(beside, load_tokenizer(beside))
+        made_from = provenance(self.store, torch.device("cpu"), language_model=identity)
         run = RunDirectory(stage, params, {"seed": seed}, made_from)
         run.write_history(HISTORY)
         seeded_projector("mlp", 8, 64, seed).save(run.files / "projector.safetensors")

@@ -159,7 +159,8 @@ def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
     monkeypatch.setattr(
         "builtins.print", lambda *text, **settings: printed.append((text, settings))
     )
-    monkeypatch.setattr("eval.ask.load_run", lambda folder: runs["finetune"])
+    monkeypatch.setattr("eval.ask.open_run", lambda folder: runs["finetune"])
+    monkeypatch.setattr("eval.ask.load_run", lambda folder, run: run)
     monkeypatch.setattr(sys, "argv", ["ask", "--run", "x", "--image-id", "1", "where"])
     with pytest.raises(SystemExit):
         main()

@@ -65,5 +65,7 @@ def test_a_config_that_cannot_be_read_is_one_line(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     settings = LlmSettings(model=str(tmp_path), quantize="none", dtype="bf16")
-    with pytest.raises(SettingsError, match=r"^llm\.model: .*: no config \([^\n]*\)\.$"):
+    with pytest.raises(
+        SettingsError, match=r"^llm\.model: cannot load [^\n]*: config\.json: [^\n]*$"
+    ):
         phi_config(settings)

@@ -23,7 +23,7 @@ TRAIN = set(range(100, 112))
 
 @pytest.fixture
 def pretrained(workspace):
-    seeded_projector("mlp", 8, 64, 3).save(START)
+    workspace.write_stage_1()
     return workspace
 
 

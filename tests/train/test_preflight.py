@@ -103,6 +103,19 @@ def test_a_tokenizer_of_more_entries_than_rows_is_refused(make_model, tokenizer,
         check_model(make_model(), Larger(), settings, lora=False)
 
 
+def test_an_id_of_the_tokenizer_beyond_the_last_row_is_refused(make_model, phi_dir):
+    class Sparse:
+        def __len__(self):
+            return 2
+
+        def get_vocab(self):
+            return {"a": 0, "b": 512}
+
+    settings = LlmSettings(model=str(phi_dir), quantize="none", dtype="fp32")
+    with refused("ids of the tokenizer: wanted below 512, found 512"):
+        check_model(make_model(), Sparse(), settings, lora=False)
+
+
 def test_another_precision_than_the_settings_say_is_refused(make_model, tokenizer, phi_dir):
     model = make_model(quantize="nf4", dtype="fp32")
     for quantize, dtype, text in (

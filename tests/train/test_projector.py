@@ -1,11 +1,15 @@
+import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import train.projector
 from cache.errors import StageError
 from train.projector import Projector, Residual, load_projector, seeded_projector
 
@@ -110,6 +114,15 @@ def damaged(tmp_path):
     shorter = {name: tensor[:-1].contiguous() for name, tensor in tensors.items()}
     save_file(shorter, tmp_path / "shapes", described(about))
     save_file(dict(list(tensors.items())[1:]), tmp_path / "one missing", described(about))
+    halves = {name: tensor.half() for name, tensor in tensors.items()}
+    save_file(halves, tmp_path / "another type", described(about))
+    save_file({}, tmp_path / "widths alone", described(about))
+    deep = {"projector": "[" * 5000 + "]" * 5000}
+    save_file(tensors, tmp_path / "deep", deep)
+    save_file(tensors, tmp_path / "long", deep | {"more": "x" * 10**6})
+    (tmp_path / "header of 2 ** 63 bytes").write_bytes(b"\0" * 7 + b"\x80{}")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     torch.save(tensors, tmp_path / "pickle")
     whole.unlink()
     return [*sorted(tmp_path.iterdir()), tmp_path / "missing"]
@@ -117,7 +130,42 @@ def damaged(tmp_path):
 
 def test_what_is_no_projector_is_refused_in_one_line_that_names_the_file(tmp_path):
     paths = damaged(tmp_path)
-    assert len(paths) == 14
+    assert len(paths) == 21
     for path in paths:
-        with pytest.raises(StageError, match=re.escape(str(path))):
+        with pytest.raises(StageError, match=re.escape(str(path))) as error:
             load_projector(path, D, H)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("widths", [(D, H + 1), (D + 1, H), (10**6, 10**6), (2**62, 2**62)])
+def test_widths_that_the_tensors_do_not_have_are_refused_before_memory_is_taken(
+    kind, widths, tmp_path, monkeypatch
+):
+    class Watched(Projector):
+        def __init__(self, *made_of):
+            super().__init__(*made_of)
+            devices.update(p.device.type for p in self.parameters())
+
+    devices = set()
+    monkeypatch.setattr(train.projector, "Projector", Watched)
+    path = tmp_path / "p.safetensors"
+    about = {"kind": kind, "vision_width": widths[0], "text_width": widths[1]}
+    save_file(seeded_projector(kind, D, H, 0).state_dict(), path, described(about))
+    devices.clear()
+    with pytest.raises(StageError, match="no projector"):
+        load_projector(path, *widths)
+    assert devices <= {"meta"}
+
+
+def test_a_projector_that_the_system_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "p.safetensors"
+    seeded_projector("mlp", D, H, 0).save(path)
+
+    def failing(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "open", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_projector(path, D, H)

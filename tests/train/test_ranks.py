@@ -57,7 +57,7 @@ def end_all(commands):
 @pytest.fixture
 def params(workspace):
     """Settings under which a pass of each process holds a few rows."""
-    seeded_projector("mlp", 8, 64, 3).save(Path("runs/pretrain/projector.safetensors"))
+    workspace.write_stage_1()
 
     def params(**changes):
         return workspace.params(

@@ -36,7 +36,7 @@ def outcomes():
 @pytest.fixture
 def world(workspace):
     """A workspace in which both stages can run, and their settings."""
-    seeded_projector("mlp", 8, 64, 3).save(Path("runs/pretrain/projector.safetensors"))
+    workspace.write_stage_1()
 
     def params(quantize="none", every_steps=2, llm=workspace.phi_dir, seed=0, **changes):
         return workspace.params(
