@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,9 +19,11 @@ from numpy.typing import NDArray
 
 from cache.errors import CacheError
 from eval.ask import answer, make_sampling
+from eval.page_pictures import PagePictures
 from eval.settings import EvaluateSettings
 from eval.trained import Trained
-from eval.vision import Vision, read_picture
+from eval.vision import Vision
+from eval.visitors import visitor_of_session
 
 Message = dict[str, str]
 
@@ -53,10 +54,11 @@ class Conversation:
 class Host:
     """Answers what visitors ask, one after the other; each conversation is handed in and out."""
 
-    def __init__(self, trained: Trained, vision: Vision) -> None:
+    def __init__(self, trained: Trained, vision: Vision, pictures: PagePictures) -> None:
         self.trained = trained
         self.settings = trained.params.section("evaluate", EvaluateSettings)
         self._vision = vision
+        self._pictures = pictures
         self._closed = threading.Event()
 
     def close(self) -> None:
@@ -64,12 +66,14 @@ class Host:
         self._closed.set()
 
     def begin(
-        self, upload: dict[str, Any] | None
+        self, upload: dict[str, Any] | None, request: gr.Request
     ) -> tuple[Any, Conversation | None, list[Message]]:
         """Begin a conversation about a picture.
 
         Args:
-            upload: What Gradio knows of the file: its `path` is below the uploads.
+            upload: What the visitor says of the file; its `path` is believed only if it was handed
+                out to the visitor.
+            request: Names the visitor's session.
 
         Returns:
             What becomes of the picture, the conversation, and its messages. A picture that cannot
@@ -77,9 +81,11 @@ class Host:
         """
         if upload is None:
             return gr.skip(), None, []
-        path = Path(upload["path"])
         try:
-            conversation = Conversation(self._vision.look(read_picture(path), path.name))
+            name, data = self._pictures.read(
+                upload["path"], visitor_of_session(request.session_hash)
+            )
+            conversation = Conversation(self._vision.look(data, name))
         except CacheError as error:
             # Not an error of Gradio's, behind which the conversation before would go on.
             gr.Warning(html.escape(str(error)), duration=None)

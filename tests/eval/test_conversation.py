@@ -2,13 +2,16 @@
 
 import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from eval.ask import answer
 from eval.conversation import Host
+from eval.page_pictures import PagePictures
 from eval.trained import load_run
 from eval.vision import Vision
+from eval.visitors import session_of
 from tests.eval.seeing import LIMITS, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
 
@@ -29,15 +32,23 @@ def trained(seeing):
 
 
 @pytest.fixture(scope="module")
-def host(trained):
-    return Host(trained, Vision(trained))
+def pictures(tmp_path_factory):
+    return PagePictures(tmp_path_factory.mktemp("serve") / "uploads")
+
+
+@pytest.fixture(scope="module")
+def host(trained, pictures):
+    return Host(trained, Vision(trained), pictures)
+
+
+MINE = SimpleNamespace(session_hash=session_of("me", "s"))
+OTHER = SimpleNamespace(session_hash=session_of("another", "s"))
 
 
 @pytest.fixture
-def conversation(host, tmp_path):
-    path = tmp_path / "1.jpg"
-    path.write_bytes(draw_jpeg(1))
-    return host.begin({"path": str(path)})[1]
+def conversation(host, pictures):
+    path = pictures.add_upload("1.jpg", draw_jpeg(1), "me")
+    return host.begin({"path": path}, MINE)[1]
 
 
 def test_a_reply_grows_and_is_the_answer(host, seeing, conversation):
@@ -72,10 +83,38 @@ def test_a_reply_that_is_left_ends_the_thread_of_its_generation(host, conversati
 
 
 def test_closing_ends_the_answer_that_is_being_made(trained, conversation):
-    closing = Host(trained, None)
+    closing = Host(trained, None, None)
     replies = closing.reply("where", conversation, 0, 200)
     for _ in range(3):
         messages, _, _ = next(replies)
     closing.close()
     assert [shown for shown, _, _ in replies] == [messages]
     assert not streaming_threads()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What the page shows its visitor as warnings."""
+    shown = []
+    monkeypatch.setattr("eval.conversation.gr.Warning", lambda text, **_: shown.append(text))
+    return shown
+
+
+def test_another_visitors_picture_is_as_if_it_were_not_there(host, pictures, warnings, tmp_path):
+    theirs = pictures.add_upload("1.jpg", draw_jpeg(1), "me")
+    outside = tmp_path / "1.jpg"
+    outside.write_bytes(draw_jpeg(1))
+    for path in (theirs, str(outside), str(tmp_path), str(tmp_path / "missing.jpg"), ""):
+        assert host.begin({"path": path}, OTHER) == (None, None, [])
+    assert len(warnings) == 5
+    assert len(set(warnings)) == 1
+    assert host.begin({"path": theirs}, MINE)[1] is not None
+
+
+def test_a_visitors_own_picture_says_what_is_wrong_with_it_but_not_where_it_lies(
+    host, pictures, warnings
+):
+    path = pictures.add_upload("C:\\photos\\mine.jpg", draw_jpeg(1)[:300], "me")
+    assert host.begin({"path": path}, MINE) == (None, None, [])
+    assert warnings[0].startswith("mine.jpg: no picture that can be read: ")
+    assert "/" not in warnings[0]
