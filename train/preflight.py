@@ -7,6 +7,7 @@ Letters: S supervised tokens, C of them at a time, H width, V vocabulary.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -14,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.errors import StageError
+from cache.files import naming
 from train.language_model import DTYPES, LORA_TARGETS
 from train.loss import CHUNK
 from train.model import CaptionModel
@@ -82,7 +84,8 @@ def _check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, llm: LlmSettings
 ) -> None:
     rows = model.get_input_embeddings().weight.shape[0], model.lm_head.weight.shape[0]
-    wanted = AutoConfig.from_pretrained(llm.model).vocab_size
+    with naming(Path(llm.model)):
+        wanted = AutoConfig.from_pretrained(llm.model).vocab_size
     _check(rows == (wanted, wanted), "rows of embeddings and lm_head", wanted, rows)
     advice = f"Put model and tokenizer of one checkpoint into {llm.model}"
     entries = len(tokenizer)
