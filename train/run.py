@@ -23,7 +23,16 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
-from cache.files import WORK, canonical_json, exclusive, sha256_of, sync, write_json, write_text
+from cache.files import (
+    WORK,
+    canonical_json,
+    exclusive,
+    naming,
+    sha256_of,
+    sync,
+    write_json,
+    write_text,
+)
 from cache.settings import Params
 from cache.table import INDEX
 from train.data import CAPTIONS, CONVERSATIONS, FEATURES
@@ -88,7 +97,8 @@ class RunDirectory:
         path = self._folder / "tracking_id"
         if not path.exists():
             write_text(path, secrets.token_hex(4))
-        return path.read_text()
+        with naming(path):
+            return path.read_text()
 
     def continue_after(self, step: int, steps: int) -> None:
         """Note that the run goes on from a checkpoint."""
