@@ -29,8 +29,9 @@ WORDS = "a red blue green cat dog on in the box What is where Instruct: Output: 
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Heed SIGINT, which a shell's background jobs ignore, and all that they start."""
+    """Heed what a shell's background jobs (SIGINT) and nohup (SIGHUP) ignore, and all they start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,16 @@ from accelerate import PartialState
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.files import WORK, canonical_json, exclusive, sha256_of, sync, write_json, write_text
+from cache.files import (
+    WORK,
+    canonical_json,
+    exclusive,
+    naming,
+    sha256_of,
+    sync,
+    write_json,
+    write_text,
+)
 from cache.foreign import reading_foreign_file
 from cache.settings import Params
 from cache.table import INDEX
@@ -90,7 +99,8 @@ class RunDirectory:
         path = self._folder / "tracking_id"
         if not path.exists():
             write_text(path, secrets.token_hex(4))
-        return path.read_text()
+        with naming(path):
+            return path.read_text()
 
     def continue_after(self, step: int, steps: int) -> None:
         """Note that the run goes on from a checkpoint."""
