@@ -27,11 +27,23 @@ IMAGE_IDS = tuple(range(100, 140))
 WORDS = "a red blue green cat dog on in the box What is where Instruct: Output: yes no how many"
 
 
+def _heed_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
     """Heed what a shell's background jobs (SIGINT) and nohup (SIGHUP) ignore, and all they start."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    _heed_signals()
+
+
+@pytest.fixture(autouse=True)
+def _interruptible_again():
+    """Heed signals after a test, too: a command that ran in this process ignores them at its end."""
+    yield
+    _heed_signals()
 
 
 @pytest.fixture(scope="session")
