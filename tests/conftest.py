@@ -35,13 +35,13 @@ def _heed_signals():
 
 @pytest.fixture(autouse=True, scope="session")
 def _interruptible():
-    """Heed what a shell's background jobs (SIGINT) and nohup (SIGHUP) ignore, and all they start."""
+    """Heed what background jobs (SIGINT) and nohup (SIGHUP) ignore, and all that they start."""
     _heed_signals()
 
 
 @pytest.fixture(autouse=True)
 def _interruptible_again():
-    """Heed signals after a test, too: a command that ran in this process ignores them at its end."""
+    """Heed signals after a test: a command that ran in this process ignores them at its end."""
     yield
     _heed_signals()
 

@@ -1,4 +1,4 @@
-"""All six stages under DVC, in a clone, on a few dozen images: what `make demo` does, smaller."""
+"""All stages under DVC, in a clone, on a few dozen images: what `make demo` does, smaller."""
 
 import json
 import os
