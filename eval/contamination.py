@@ -16,6 +16,8 @@ class Contaminated:
     """An image of the evaluation that was trained on."""
 
     image_id: int
+    file_name: str
+    """Name of its file in the index."""
     reason: str
 
 
@@ -23,16 +25,22 @@ class IndexedImages:
     """All images of the index, and which of them either stage trains on."""
 
     def __init__(
-        self, splits: dict[int, str], hashes: dict[int, int], trained: Collection[int]
+        self,
+        splits: dict[int, str],
+        file_names: dict[int, str],
+        hashes: dict[int, int],
+        trained: Collection[int],
     ) -> None:
         """Remember them.
 
         Args:
             splits: Image id to train or val, of all images.
+            file_names: Image id to the name of its file, of all images.
             hashes: Image id to the hash of its file, of all images.
             trained: Those that are trained on.
         """
         self.splits = splits
+        self.file_names = file_names
         self._hashes = hashes
         self._trained = set(trained)
         self._by_hash = {hashes[i]: i for i in sorted(self._trained, reverse=True) if i in hashes}
@@ -40,14 +48,19 @@ class IndexedImages:
     def trained_on(self, image_ids: Iterable[int]) -> list[Contaminated]:
         """Return those of some images that were trained on, in order of id."""
         pairs = ((image_id, self._reason(image_id)) for image_id in sorted(set(image_ids)))
-        return [Contaminated(image_id, reason) for image_id, reason in pairs if reason]
+        return [
+            Contaminated(image_id, self.file_names.get(image_id, ""), reason)
+            for image_id, reason in pairs
+            if reason
+        ]
 
     def _reason(self, image_id: int) -> str:
         if image_id in self._trained:
             return "trained on"
         if image_id not in self._hashes or self._hashes[image_id] not in self._by_hash:
             return ""
-        return f"same file as training image {self._by_hash[self._hashes[image_id]]}"
+        twin = self._by_hash[self._hashes[image_id]]
+        return f"same file as training image {twin} ({self.file_names[twin]})"
 
 
 def read_images() -> IndexedImages:
@@ -59,10 +72,11 @@ def read_images() -> IndexedImages:
     captioned = read_caption_examples("train").without(held_out_images())
     conversed = read_conversation_examples("train")
     trained = {*captioned.image_ids.tolist(), *conversed.image_ids.tolist()}
-    table = read_image_columns("image_id", "split", "source_xxh3")
-    image_ids, splits, hashes = (column.to_pylist() for column in table.columns)
+    table = read_image_columns("image_id", "split", "file_name", "source_xxh3")
+    image_ids, splits, file_names, hashes = (column.to_pylist() for column in table.columns)
     return IndexedImages(
         dict(zip(image_ids, splits, strict=True)),
+        dict(zip(image_ids, file_names, strict=True)),
         dict(zip(image_ids, hashes, strict=True)),
         trained,
     )

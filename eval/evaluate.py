@@ -5,11 +5,12 @@ fine-tuned model when asked for one. Answers are to the questions about held-out
 yes-no questions about objects.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cache import FeatureStore
+from cache.clock import utc_now
 from cache.command import run_stage
 from cache.data_settings import DataSettings
 from cache.files import sha256_of, write_json, write_text
@@ -21,8 +22,18 @@ from eval.kept import forget
 from eval.losses import Losses, answer_losses
 from eval.pictures import thumbnails_of
 from eval.predictions import Predictions
+from eval.random_tower import random_tower_warning
 from eval.report import render_report
-from eval.runs import STAGES, Models, load_models, projector_of, read_history, read_provenances
+from eval.runs import (
+    STAGES,
+    Models,
+    finish_times,
+    load_models,
+    projector_of,
+    read_history,
+    read_provenances,
+    read_settings,
+)
 from eval.settings import EvaluateSettings
 from eval.work import Work, choose_work
 from train.data import FEATURES
@@ -35,13 +46,19 @@ NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in C
 """Scores of a kind of which there is nothing to ask."""
 
 
-def evaluate(params: Params) -> None:
-    """Score both runs, and write scores, predictions and the report page."""
+def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
+    """Score both runs, and write scores, predictions and the report page.
+
+    Args:
+        params: Settings.
+        now: Tells the time that the page is dated with, as `utc_now` does.
+    """
     settings = params.section("evaluate", EvaluateSettings)
     data = params.section("data", DataSettings)
     llm = params.section("llm", LlmSettings)
     # Read before the models run for hours: a run that is not there is found at once.
     histories = {stage: read_history(stage) for stage in STAGES}
+    warning = random_tower_warning(params.values, *read_settings())
     store = FeatureStore(FEATURES)
     tokenizer = load_tokenizer(llm)
     provenances = read_provenances(store, llm, tokenizer)
@@ -57,13 +74,16 @@ def evaluate(params: Params) -> None:
         scores=scores,
         examples=examples,
         thumbnails=thumbnails_of(gallery_image_ids(examples), data),
+        file_names=work.file_names,
         histories=histories,
         provenance=provenances["finetune"] | {"settings": params.values},
         contamination=work.contamination_list(),
+        dates={"evaluate": now()} | finish_times(provenances),
+        warning=warning,
     )
     write_text(REPORTS / "index.html", page)
     forget()
-    print_summary(scores)
+    print_summary(scores, warning)
 
 
 def score_models(
@@ -135,8 +155,10 @@ def score_pope(
     return {subset: section | without for subset, section in scores.items()}
 
 
-def print_summary(scores: dict[str, Any]) -> None:
+def print_summary(scores: dict[str, Any], warning: str) -> None:
     """Say the main scores beside their blind controls, and where the page is."""
+    if warning:
+        print(f"warning:  {warning}")
     captions, answers = scores["captions"], scores["answers"]
     if captions["count"]:
         blind = captions["blind"]["CIDEr"]

@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 from cache.errors import StageError
 from cache.files import sha256_of
 from cache.spec import Spec
+from eval.random_tower import random_tower_warning
 from eval.report_scores import BLIND, is_over_nothing
-from eval.settings import EvaluateSettings
+from eval.settings import EvaluateSettings, shown_setting
 from eval.trained import Trained
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
@@ -52,6 +53,7 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
         question=settings.caption_question,
         rows=list(score_rows(read_scores(trained))),
         provenance=trained.provenance,
+        warning=random_tower_warning(values),
         settings=_yaml(shown).rstrip(),
     )
 
@@ -126,7 +128,7 @@ def _header(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _source(values: Mapping[str, Any]) -> str:
-    return str(values.get("data", {}).get("source", "unknown"))
+    return str(shown_setting(values, "data", "source") or "unknown")
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -27,8 +27,15 @@ from eval.report_tables import (
     still_scored,
     type_table,
 )
+from eval.settings import shown_setting
 
 _HERE = Path(__file__).parent
+_EVENTS = {
+    "evaluate": "Evaluated",
+    "pretrain": "stage 1 trained",
+    "finetune": "stage 2 trained",
+}
+"""What happened when a stage ended, in the order of the page."""
 _STAGE_TITLES = {
     "pretrain": "Stage 1: projector",
     "finetune": "Stage 2: projector and language model",
@@ -40,9 +47,12 @@ def render_report(
     scores: Section,
     examples: Sequence[Example],
     thumbnails: Mapping[int, str],
+    file_names: Mapping[int, str],
     histories: Mapping[str, Sequence[Mapping[str, object]]],
     provenance: Mapping[str, Any],
     contamination: Mapping[str, Sequence[Mapping[str, Any]]],
+    dates: Mapping[str, str],
+    warning: str,
 ) -> str:
     """Render the page.
 
@@ -50,11 +60,14 @@ def render_report(
         scores: Content of `reports/eval.json`; any section may be absent, any value None.
         examples: All texts of the model; the galleries show those of `choose_examples`.
         thumbnails: Image id to a data URI of its picture; an image may be absent.
+        file_names: Image id to the name of its file; an image may be absent.
         histories: For each stage, the rows of its `history.csv`.
         provenance: Whatever says where the scores come from, nested at will. The names in
             `settings.llm.model`, `settings.encoder.model` and `settings.data.source` go into the
             opening sentence.
         contamination: Content of `reports/contamination.json`.
+        dates: Stage to when it ended, ISO 8601 in UTC; a stage may be absent.
+        warning: What is to be known before any score, or nothing.
 
     Returns:
         HTML text, the same for the same arguments.
@@ -72,6 +85,8 @@ def render_report(
         policy=_policy(style, script),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
         sentence=_sentence(provenance.get("settings") or {}),
+        dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
+        warning=warning,
         headline=headline(cards),
         cards=cards,
         unscored=_unscored(scores),
@@ -79,6 +94,7 @@ def render_report(
         galleries=chosen,
         options=filter_options(chosen),
         thumbnails=thumbnails,
+        file_names=file_names,
         charts={_STAGE_TITLES.get(name, name): loss_chart(histories[name]) for name in histories},
         lengths=length_charts(examples),
         stop_rates=stop_rates(scores),
@@ -140,7 +156,7 @@ def _unscored(scores: Section) -> list[str]:
 
 def _sentence(settings: Mapping[str, Any]) -> str:
     llm, encoder, source = (
-        (settings.get(section) or {}).get(key)
+        shown_setting(settings, section, key)
         for section, key in (("llm", "model"), ("encoder", "model"), ("data", "source"))
     )
     return (

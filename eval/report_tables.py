@@ -53,8 +53,8 @@ class Contaminated:
     """Images of one kind that lie in training too."""
 
     title: str
-    named: Sequence[tuple[int, str]]
-    """Image id and reason of the first ones."""
+    named: Sequence[Mapping[str, Any]]
+    """The first ones as `reports/contamination.json` has them: image id, file name, reason."""
     more: int
 
 
@@ -127,7 +127,7 @@ def contaminated_images(
     return [
         Contaminated(
             title=_KINDS.get(kind, kind),
-            named=[(image["image_id"], image["reason"]) for image in images[:LISTED]],
+            named=images[:LISTED],
             more=max(len(images) - LISTED, 0),
         )
         for kind, images in contamination.items()

@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +15,7 @@ from cache import FeatureStore
 from cache.errors import StageError
 from cache.files import canonical_json, sha256_of
 from cache.foreign import reading_foreign_file
+from cache.settings import Params
 from cache.table import INDEX
 from eval.controls import Asked
 from train.data import FEATURES
@@ -21,7 +24,7 @@ from train.language_model import load_language_model, load_lora
 from train.model import CaptionModel
 from train.projector import load_projector, read_projector, seeded_projector
 from train.provenance import START_PROJECTOR, provenance_of
-from train.run import RUNS, pick_device
+from train.run import FINISHED, RUNS, pick_device
 from train.settings import LlmSettings
 
 STAGES = ("pretrain", "finetune")
@@ -98,6 +101,32 @@ def read_history(stage: str) -> list[dict[str, float]]:
         path.open(newline="", encoding="utf-8") as file,
     ):
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def read_settings() -> list[dict[str, Any]]:
+    """Return the settings of both runs, as they were when each began.
+
+    Raises:
+        SettingsError: A file is missing or damaged.
+    """
+    return [Params.read(RUNS / stage / "params.yaml").values for stage in STAGES]
+
+
+def finish_times(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return when each stage's run was finished, as ISO 8601; runs of earlier versions say nothing.
+
+    Args:
+        provenances: Stage to the provenance of its run. What is no time there is left out.
+    """
+    times = {stage: values.get(FINISHED) for stage, values in provenances.items()}
+    return {stage: time for stage, time in times.items() if _is_time(time)}
+
+
+def _is_time(value: object) -> TypeGuard[str]:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 def read_provenances(

@@ -1,6 +1,8 @@
 """The settings of the evaluation: section `evaluate`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 MAX_NEW_TOKENS = 4096
 """A model that never ends a text, as an untrained one may, goes on to the limit."""
@@ -39,3 +41,13 @@ class EvaluateSettings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, wanted at most {MAX_NEW_TOKENS}"
                 )
+
+
+def shown_setting(values: Mapping[str, Any], section: str, key: str) -> Any:
+    """Return a setting that is only spoken of, from values that nobody has checked.
+
+    Returns:
+        None where the section is absent, is no section, or lacks the key.
+    """
+    part = values.get(section)
+    return part.get(key) if isinstance(part, Mapping) else None

@@ -55,6 +55,8 @@ class Work:
     """Whether those are left out."""
     splits: dict[int, str]
     """Image id to train or val, of all images."""
+    file_names: dict[int, str]
+    """Image id to the name of its file in the index, of all images."""
 
     def contamination_counts(self) -> dict[str, Any]:
         """Return the section of eval.json."""
@@ -116,6 +118,7 @@ def choose_work(
         contaminated=contaminated,
         left_out=settings.exclude_contaminated,
         splits=images.splits,
+        file_names=images.file_names,
     )
 
 

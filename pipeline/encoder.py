@@ -26,7 +26,7 @@ from cache.foreign import one_line, reading_foreign_file
 from cache.spec import FORMAT, Spec
 from pipeline.decode import Interpolation, Resize
 from pipeline.hub import reaching_hub, without_logging
-from pipeline.settings import EncoderSettings
+from pipeline.settings import RANDOM, EncoderSettings
 
 PREPROCESS_VERSION = 1
 """Raised whenever a change here or in `pipeline.decode` gives an image other pixels."""
@@ -226,7 +226,7 @@ def _check_activation(name: str, config: dict[str, Any], settings: EncoderSettin
 
 def _create(name: str, settings: EncoderSettings) -> nn.Module:
     pretrained = settings.pretrained
-    if pretrained == "random":
+    if pretrained == RANDOM:
         with torch.random.fork_rng():
             torch.manual_seed(RANDOM_SEED)
             return _created(name, None)
@@ -254,7 +254,7 @@ def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Mo
         hub_failure = stack.enter_context(reaching_hub()) if from_hub else ""
 
         def refuse(detail: str) -> StageError:
-            cannot = f"encoder: cannot load {pretrained or 'random'!r} into {name}:"
+            cannot = f"encoder: cannot load {pretrained or RANDOM!r} into {name}:"
             if hub_failure and "Failed to download" in detail:
                 return StageError(
                     f"{cannot} the model hub cannot be reached ({hub_failure}), and its local "

@@ -7,6 +7,9 @@ from typing import Literal
 
 from cache.data_settings import check_share
 
+RANDOM = "random"
+"""The value of `pretrained` that asks for no trained weights."""
+
 MAX_BATCH = 4096
 """The memory of a forward pass is set aside for so many images, however few there are."""
 
@@ -52,7 +55,9 @@ class EncoderSettings:
     model: str
     """An open_clip architecture, or the path of an open_clip config JSON."""
     pretrained: str
-    """An open_clip tag, a hub id, the path of a checkpoint, or "random" for tests."""
+    """An open_clip tag, a hub id, the path of a checkpoint, or `RANDOM`: weights drawn from a fixed
+    seed, to try the stages without a download. Scores of such a tower say nothing about a real
+    one; report, summary and model card say so."""
     layer: int
     """Which block's output; -1 is the last, -2 the one before, as LLaVA takes it."""
     precision: Literal["fp32", "bf16"]

@@ -23,6 +23,7 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
+from cache.clock import utc_now
 from cache.errors import StageError
 from cache.files import (
     WORK,
@@ -46,6 +47,9 @@ IDENTITY = "identity.json"
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "h5py")
 """Libraries whose version can change a run's numbers."""
+
+FINISHED = "finished_utc"
+"""In the provenance, when the run was published."""
 
 HISTORY_COLUMNS = (
     "step",
@@ -120,11 +124,12 @@ class RunDirectory:
         write_text(self.files / "history.csv", text.getvalue())
 
     def publish(self, metrics: dict[str, Any], report: Path) -> None:
-        """Add the metrics, put the files in place of an older run's, write the report.
+        """Add metrics and the time, put the files in place of an older run's, write the report.
 
         The checkpoints go last: a kill at any moment before makes the next start publish again.
         """
         write_json(self.files / "metrics.json", metrics)
+        write_json(self.files / "provenance.json", self._provenance | {FINISHED: utc_now()})
         for path in self.files.rglob("*"):
             # PEFT does not.
             sync(path)

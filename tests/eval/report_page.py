@@ -14,8 +14,11 @@ EMPTY_PAGE = {
     "scores": {},
     "examples": [],
     "thumbnails": {},
+    "file_names": {},
     "histories": {},
     "provenance": {},
+    "dates": {},
+    "warning": "",
     "contamination": {},
 }
 

@@ -19,6 +19,8 @@ from eval.controls import CONTROLS, Noise, other_images
 from eval.evaluate import evaluate
 from eval.metrics import exact_match
 from eval.predictions import SCHEMA
+from eval.random_tower import WARNING
+from tests.eval.report_page import Page
 from train.data import read_questions
 from train.generate import generate
 from train.language_model import load_language_model, load_lora, load_tokenizer
@@ -45,6 +47,8 @@ NOTHING = {"count": 0, **{control: {"count": 0} for control in CONTROLS}, "witho
 NO_ANSWERS = NOTHING | {"too_long": 0}
 QUANTIZE = [("none", "fp32"), ("nf4", "fp32"), ("nf4", "bf16")]
 VAL, HOLDOUT = range(112, 116), range(116, 120)
+NOW = "2026-03-02T10:00:00Z"
+"""When an evaluation is finished, where a test compares pages."""
 GONE = "The picture is not on this machine."
 
 
@@ -70,6 +74,11 @@ def write_index(world, captions=None, conversations=None):
         [(i, "val", text) for i, text in captions],
         [(i, "holdout", turns) for i, turns in conversations],
     )
+
+
+def rewrite_provenance(stage, change):
+    path = Path("runs", stage, "provenance.json")
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 
 def one_line(caught):
@@ -203,11 +212,91 @@ def test_two_runs_give_the_same_bytes(world):
     made = []
     for _ in range(2):
         torch.manual_seed(len(made))
-        evaluate(world.params())
+        evaluate(world.params(), now=lambda: NOW)
         # Parquet too: the table has no time in it.
         made.append([path.read_bytes() for path in (SCORES, TABLE, RESULTS, LIST, PAGE)])
         shutil.rmtree("reports")
     assert made[0] == made[1]
+
+
+def test_the_scores_and_texts_hold_no_time_and_the_page_only_when_it_was_made(world):
+    made = []
+    for now in (NOW, "2027-12-31T23:59:59Z"):
+        evaluate(world.params(), now=lambda now=now: now)
+        files = {path: path.read_bytes() for path in (SCORES, TABLE, RESULTS, LIST)}
+        page = PAGE.read_text(encoding="utf-8")
+        assert page.count(now) == 2
+        made.append(files | {PAGE: page.replace(now, NOW)})
+    assert made[0] == made[1]
+
+
+def test_the_page_says_when_the_runs_and_the_evaluation_were_finished(world):
+    for stage, time in (("pretrain", "2026-03-01T08:00:00Z"), ("finetune", "2026-03-01T09:00:00Z")):
+        rewrite_provenance(stage, lambda values, time=time: values | {"finished_utc": time})
+    evaluate(world.params(), now=lambda: NOW)
+    assert [a["datetime"] for a in Page(PAGE.read_text()).named("time")] == [
+        NOW,
+        "2026-03-01T08:00:00Z",
+        "2026-03-01T09:00:00Z",
+    ]
+
+
+@pytest.mark.parametrize("value", [None, 5, ["2026"], {"a": 1}, "", "yesterday", "9" * 5000])
+def test_a_run_that_does_not_say_when_it_was_finished_has_no_time_on_the_page(world, value):
+    rewrite_provenance("pretrain", lambda values: values | {"finished_utc": value})
+    rewrite_provenance("finetune", lambda values: {k: values[k] for k in values if "utc" not in k})
+    evaluate(world.params(), now=lambda: NOW)
+    assert [a["datetime"] for a in Page(PAGE.read_text()).named("time")] == [NOW]
+
+
+def test_the_page_names_every_picture_by_its_file(world):
+    evaluate(world.params())
+    page = Page(PAGE.read_text(encoding="utf-8"))
+    shown = {a["alt"] for a in page.named("img")}
+    assert shown == {f"Picture {i} ({i}.jpg)" for i in (*VAL, *HOLDOUT)}
+    for i in (*VAL, *HOLDOUT):
+        named = [n for n, text in enumerate(page.texts) if text == f"Picture {i}"]
+        assert named
+        assert all(f"{i}.jpg" in page.texts[n : n + 8] for n in named)
+
+
+def random_tower(world, where):
+    """Settings of this evaluation; they, or those of one run, name a tower of random weights."""
+    encoder = {"model": "ViT-B-32", "pretrained": "random"}
+    if where in ("pretrain", "finetune"):
+        path = Path("runs", where, "params.yaml")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"encoder": encoder}))
+    return {"encoder": encoder} if where == "evaluate" else {}
+
+
+@pytest.mark.parametrize("where", ["evaluate", "pretrain", "finetune"])
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_tower_of_random_weights_is_said_before_any_score(world, capsys, where, scored):
+    if not scored:
+        write_index(world, captions=[], conversations=[])
+    evaluate(world.params(**random_tower(world, where)))
+    assert capsys.readouterr().out.splitlines()[0] == f"warning:  {WARNING}"
+    texts = Page(PAGE.read_text()).texts
+    assert texts[texts.index("Scores against their controls") + 1] == WARNING
+
+
+@pytest.mark.parametrize("encoder", [None, {"pretrained": "openai"}, {}, [], 5, "random"])
+def test_of_any_other_tower_nothing_is_said(world, capsys, encoder):
+    evaluate(world.params(encoder=encoder))
+    assert "random" not in capsys.readouterr().out
+    assert WARNING not in PAGE.read_text()
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "5"])
+def test_a_run_without_settings_is_one_line_and_found_before_a_model_runs(
+    world, monkeypatch, content
+):
+    no_model(monkeypatch)
+    path = Path("runs/finetune/params.yaml")
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(SettingsError, match=r"runs/finetune/params\.yaml") as caught:
+        evaluate(world.params())
+    assert one_line(caught)
 
 
 def test_the_page_holds_everything_it_shows(world):
@@ -570,16 +659,28 @@ def test_images_that_were_trained_on_are_counted_listed_and_left_out(world):
         "answers": {"images": 4, "contaminated": 1, "left_out": 1},
         "pope": {"images": 3, "contaminated": 2, "left_out": 2},
     }
-    twin = {"image_id": 113, "reason": "same file as training image 105"}
+    twin = {
+        "image_id": 113,
+        "file_name": "113.jpg",
+        "reason": "same file as training image 105 (105.jpg)",
+    }
     assert json.loads(LIST.read_text()) == {
         "captions": [twin],
-        "answers": [{"image_id": 117, "reason": "same file as training image 106"}],
-        "pope": [{"image_id": 105, "reason": "trained on"}, twin],
+        "answers": [
+            {
+                "image_id": 117,
+                "file_name": "117.jpg",
+                "reason": "same file as training image 106 (106.jpg)",
+            }
+        ],
+        "pope": [{"image_id": 105, "file_name": "105.jpg", "reason": "trained on"}, twin],
     }
     assert {row["image_id"] for row in rows(kind="caption")} == {112, 114, 115}
     assert {row["image_id"] for row in rows(kind="answer")} == {116, 118, 119}
     assert {row["image_id"] for row in rows(kind="pope")} == {112}
-    assert "same file as training image 105" in PAGE.read_text()
+    texts = Page(PAGE.read_text()).texts
+    assert "same file as training image 105 (105.jpg)" in texts
+    assert {"105.jpg", "113.jpg", "117.jpg"} <= set(texts)
 
 
 def test_images_that_were_trained_on_are_asked_about_where_the_settings_say_so(world):
@@ -613,7 +714,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
         monkeypatch.setattr("eval.asking.generate", counting)
 
     stopping_after(99)
-    evaluate(world.params())
+    evaluate(world.params(), now=lambda: NOW)
     wanted, uninterrupted = [path.read_bytes() for path in (SCORES, TABLE, PAGE)], list(calls)
     assert len(uninterrupted) == 4 * 4
     shutil.rmtree("reports")
@@ -625,7 +726,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
         assert calls == uninterrupted[made - 1 : made + 1]
     calls.clear()
     stopping_after(99)
-    evaluate(world.params())
+    evaluate(world.params(), now=lambda: NOW)
     assert calls == uninterrupted[-1:]
     assert [path.read_bytes() for path in (SCORES, TABLE, PAGE)] == wanted
     # What is finished is made afresh.

@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from cache.errors import StageError
 from eval.export_model_card import model_card, read_scores
+from eval.random_tower import WARNING
 from tests.eval.test_export_processor import spec
 
 SCORES = {
@@ -29,6 +30,7 @@ VALUES = {
     "projector": {"kind": "mlp"},
 }
 PROVENANCE = {
+    "finished_utc": "2026-03-01T08:00:00Z",
     "git_commit": "c0ffee",
     "index_sha256": {"captions.parquet": "abc"},
     "versions": {"torch": "9.9"},
@@ -150,8 +152,25 @@ def test_exact_match_over_no_short_target_has_no_row(run):
     assert "exact_match" not in text
 
 
+@pytest.mark.parametrize("scores", [SCORES, None])
+def test_a_tower_of_random_weights_is_said_beneath_the_title(run, scores):
+    encoder = VALUES["encoder"] | {"pretrained": "random"}
+    text = card(run(encoder=encoder, scores=scores))
+    title = "# ViT-B-32-quickgelu with microsoft/phi-2"
+    assert f"{title}\n\n**{WARNING}**\n\nA vision-language model" in text
+
+
+def test_of_any_other_tower_nothing_is_said(run):
+    assert WARNING not in card(run())
+
+
+def test_settings_without_a_source_of_data_name_none(run):
+    assert 'the data source "unknown"' in card(run(data=5))
+
+
 def test_it_says_where_the_model_comes_from(run):
     text = card(run())
+    assert "- trained: 2026-03-01T08:00:00Z\n" in text
     for known in ("c0ffee", spec().fingerprint, "sha256 abc", "torch 9.9", "quantize: nf4"):
         assert known in text
     assert "LoRA was trained beside NF4 weights" in text

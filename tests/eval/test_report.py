@@ -32,6 +32,7 @@ def full_html():
         },
         examples=examples,
         thumbnails=dict.fromkeys(range(1, 40, 2), THUMBNAIL),
+        file_names={i: f"{i}.jpg" for i in range(39)},
         histories={
             "pretrain": [{"step": n, "loss": 3 - n / 10, "validation_loss": 3.0} for n in range(9)],
             "finetune": [],
@@ -45,7 +46,9 @@ def full_html():
                 "data": {"source": "coco"},
             },
         },
-        contamination={"captions": [{"image_id": 5, "reason": "same file"}]},
+        contamination={"captions": [{"image_id": 5, "file_name": "5.jpg", "reason": "same file"}]},
+        dates={"evaluate": "2026-03-02T10:00:00Z", "pretrain": "2026-03-01T08:00:00Z"},
+        warning="",
     )
 
 
@@ -152,6 +155,52 @@ def test_the_opening_names_what_was_trained_on_what(full_html):
 def test_the_page_is_the_same_for_the_same_content():
     arguments = EMPTY_PAGE | {"examples": [example(i, 0.5) for i in range(100)]}
     assert render_report(**arguments) == render_report(**arguments)
+
+
+@pytest.mark.parametrize("name", ["val2017/000000000139.jpg", HOSTILE])
+@pytest.mark.parametrize("has_picture", [True, False])
+def test_a_picture_is_named_by_its_number_and_its_file(name, has_picture):
+    thumbnails = dict.fromkeys((7, 8), THUMBNAIL) if has_picture else {}
+    page = render(
+        examples=[example(7, 0.5), example(8, 0.5)],
+        thumbnails=thumbnails,
+        file_names={7: name, 9: "unseen.jpg"},
+    )
+    at = page.texts.index("Picture 7")
+    assert page.texts[at + 1 : at + 5] == [", val", "score", "0.50", " ".join(name.split())]
+    at = page.texts.index("Picture 8")
+    assert page.texts[at + 1 : at + 5] == [", val", "score", "0.50", "Model"]
+    assert "unseen.jpg" not in " ".join(page.texts)
+    described = [f"Picture 7 ({name})", "Picture 8"] if has_picture else []
+    assert sorted(a["alt"] for a in page.named("img")) == described
+
+
+DATES = {
+    "evaluate": "2026-03-02T10:00:00Z",
+    "pretrain": "2026-03-01T08:00:00Z",
+    "finetune": "2026-03-01T09:00:00Z",
+}
+
+
+@pytest.mark.parametrize("known", [(), ("evaluate",), ("evaluate", "finetune"), tuple(DATES)])
+def test_the_page_says_when_as_far_as_that_is_known(known):
+    page = render(dates={stage: DATES[stage] for stage in known})
+    written = [DATES[stage] for stage in known]
+    assert [a["datetime"] for a in page.named("time")] == written
+    labels = {"evaluate": "Evaluated", "pretrain": "stage 1 trained", "finetune": "stage 2 trained"}
+    head = " ".join(page.texts[: page.texts.index("Scores")])
+    for stage, label in labels.items():
+        assert (f"{label} {DATES[stage]}" in head) is (stage in known)
+
+
+def test_a_warning_stands_before_every_score_and_verdict(full_html):
+    for scores in ({}, {"captions": section("CIDEr", SEEN, **LOW)}):
+        page = render(scores=scores, warning=HOSTILE)
+        verdicts = page.of_class("verdict")
+        assert verdicts[0]["class"].split() == ["verdict", "bad", "headline"]
+        at = page.texts.index(" ".join(HOSTILE.split()))
+        assert page.texts[at - 1] == "Scores against their controls"
+    assert "verdict bad headline" not in full_html
 
 
 def test_pictures_that_are_not_here_are_named_as_such():

@@ -36,6 +36,9 @@ def all_kinds():
 
 
 EXAMPLES = all_kinds()
+NAMES = {e.image_id: f"a folder/file {e.image_id:012}.jpg" for e in EXAMPLES if e.image_id % 5}
+"""Of most of the images."""
+NAMES |= {201: HOSTILE.replace("7", "8"), 5: "long" * 60 + ".jpg"}
 CHOSEN = {
     (e.kind, e.image_id): (group, e)
     for gallery in choose_examples(EXAMPLES).values()
@@ -58,9 +61,16 @@ def address(tmp_path_factory):
         },
         examples=EXAMPLES,
         thumbnails={e.image_id: picture(e.image_id) for e in EXAMPLES if e.image_id % 7},
+        file_names=NAMES,
         histories={"pretrain": [{"step": n, "loss": 3 - n / 10} for n in range(9)], "finetune": []},
         provenance={HOSTILE: {HOSTILE: HOSTILE}, "settings": {"a": {"b": "x" * 200}}},
-        contamination={"captions": [{"image_id": n, "reason": HOSTILE} for n in range(60)]},
+        contamination={
+            "captions": [
+                {"image_id": n, "file_name": HOSTILE, "reason": HOSTILE} for n in range(60)
+            ]
+        },
+        dates=dict.fromkeys(("evaluate", "pretrain", "finetune"), "2026-03-01T08:00:00Z"),
+        warning=HOSTILE,
     )
     path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(html, encoding="utf-8")
@@ -89,7 +99,10 @@ def open_page(browser, address):
 def shown(page):
     """Kind and image of the examples that can be seen."""
     return {
-        (card.get_attribute("data-kind"), int(card.locator(".head .text").inner_text().split()[1]))
+        (
+            card.get_attribute("data-kind"),
+            int(card.locator(".head .text").first.inner_text().split()[1]),
+        )
         for card in page.locator(".example:visible").all()
     }
 
@@ -168,12 +181,14 @@ def test_all_words_must_occur_in_the_texts_of_an_example(open_page):
     words.fill("RED 7")
     words.press("Enter")
     assert_shown(page, lambda group, e: e.kind == "caption" and "7" in f"{e.image_id}")
+    words.fill("000000000033")
+    assert_shown(page, lambda group, e: e.image_id == 33)
     words.fill("unique3")
     assert_shown(page, lambda group, e: e.prediction.endswith("unique3"))
     words.fill("a dog that is red")
     assert_shown(page, lambda group, e: e.kind != "answer")
     words.fill('" onfocus=window.hacked=1')
-    assert_shown(page, lambda group, e: e.kind == "answer")
+    assert_shown(page, lambda group, e: e.kind == "answer" or e.image_id == 201)
 
 
 def test_when_nothing_matches_it_says_so_and_leads_back(open_page):

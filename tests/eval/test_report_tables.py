@@ -114,14 +114,17 @@ def test_pictures_that_were_scored_though_training_has_them_are_said_aloud():
 
 @pytest.mark.parametrize("count", [1, LISTED, LISTED + 1, 1234])
 def test_the_first_contaminated_images_are_named_and_the_rest_counted(count):
-    images = [{"image_id": n, "reason": f"{HOSTILE} {n}"} for n in range(count)]
+    images = [
+        {"image_id": n, "file_name": f"{n}.jpg", "reason": f"{HOSTILE} {n}"} for n in range(count)
+    ]
     (captions,) = contaminated_images({"captions": images, "pope": []})
-    assert [image_id for image_id, _ in captions.named] == list(range(min(count, LISTED)))
+    assert list(captions.named) == images[:LISTED]
     assert len(captions.named) + captions.more == count
     scores = {"contamination": {"captions": counts(count, count)}}
     page = render(scores=scores, contamination={"captions": images, "pope": []})
     named = [text for text in page.texts if text.startswith(" ".join(HOSTILE.split()))]
     assert len(named) == min(count, LISTED)
+    assert {f"{n}.jpg" for n in range(min(count, LISTED))} <= set(page.texts)
     more = [text for text in page.texts if "more in reports/contamination.json" in text]
     assert more == (
         [f"and {count - LISTED:,} more in reports/contamination.json"] * (count > LISTED)

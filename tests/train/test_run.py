@@ -25,6 +25,14 @@ REPORT = Path("reports/pretrain.json")
 PUBLISHED = {"params.yaml", "provenance.json", "metrics.json", "history.csv"}
 
 
+NOW = "2026-03-01T08:00:00Z"
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    monkeypatch.setattr("train.run.utc_now", lambda: NOW)
+
+
 def names(folder):
     return {path.name for path in folder.iterdir()}
 
@@ -37,7 +45,10 @@ def test_nothing_is_seen_before_it_is_published_whole(workspace):
     assert names(RUNS / "pretrain") == PUBLISHED
     assert names(RUNS) == {"pretrain"}
     assert workspace.json("runs/pretrain/metrics.json") == {"loss": 2.0}
-    assert workspace.json("runs/pretrain/provenance.json") == {"git_commit": "x"}
+    assert workspace.json("runs/pretrain/provenance.json") == {
+        "git_commit": "x",
+        "finished_utc": NOW,
+    }
     assert workspace.json("reports/pretrain.json") == {"loss": 2.0}
     assert not any(UNFINISHED.joinpath("pretrain").iterdir())
 
@@ -156,6 +167,7 @@ def test_that_a_run_was_continued_is_in_its_provenance(workspace, capsys):
     assert workspace.json("runs/pretrain/provenance.json") == {
         "device": "CPU",
         "continued_after_step": 3,
+        "finished_utc": NOW,
     }
 
 
