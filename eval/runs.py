@@ -97,7 +97,10 @@ def read_history(stage: str) -> list[dict[str, float]]:
         reading_foreign_file(refuse, path),
         path.open(newline="", encoding="utf-8") as file,
     ):
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        if "step" not in (rows.fieldnames or ()):
+            raise ValueError("it has no column step")
+        return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 
 def read_provenances(
