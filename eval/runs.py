@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.files import canonical_json, sha256_of
+from cache.files import canonical_json, check_ordinary, sha256_of
 from cache.foreign import reading_foreign_file
 from cache.table import INDEX
 from eval.controls import Asked
@@ -93,6 +93,7 @@ def read_history(stage: str) -> list[dict[str, float]]:
     def refuse(detail: str) -> StageError:
         return StageError(f"{path}: no history ({detail}). Run the {stage} stage.")
 
+    check_ordinary(path, refuse)
     with (
         reading_foreign_file(refuse, path),
         path.open(newline="", encoding="utf-8") as file,

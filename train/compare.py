@@ -18,7 +18,7 @@ from typing import Any
 
 from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
-from cache.files import naming
+from cache.files import check_ordinary, naming
 from cache.foreign import one_line, reading_foreign_file
 from cache.settings import parse_yaml
 
@@ -141,6 +141,8 @@ def _read_all(name: str, read: Callable[[str], bytes], paths: Mapping[str, str])
     found: dict[str, Any] = {}
     for prefix, path in paths.items():
         try:
+            # Of a folder; a revision's files are not on the disk.
+            check_ordinary(Path(name) / path, functools.partial(_damaged, name, path))
             with naming(Path(name) / path):
                 content = read(path)
         except FileNotFoundError:
