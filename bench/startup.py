@@ -25,8 +25,8 @@ from typing import Any
 from bench.coco_sized import COCO, ROOT, SPEC_SMALL, make_workspace
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_most, medians, print_goals
-from cache.command import INTERRUPTED
 from cache.files import write_json
+from cache.interrupts import INTERRUPTED
 from train.projector import seeded_projector
 
 STAGES = ("pretrain", "finetune")

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from cache.errors import CacheError
-from cache.interrupts import heed_interrupts, ignore_interrupts
+from cache.interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
 from cache.settings import Params
-
-INTERRUPTED = 130
-"""Exit code of a stage stopped by Ctrl-C, SIGTERM or SIGHUP, as shells use it."""
 
 NOBODY_READS = 141
 """Exit code of a command whose reader, like `head`, has gone, as shells use it."""
@@ -78,8 +75,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         # Full disk, no permission: the system's own words say it best.
         sys.exit(_fail(str(error), 1))
     except KeyboardInterrupt:
-        message = "interrupted; run the same command again"
-        sys.exit(_fail(message, INTERRUPTED))
+        sys.exit(_fail(AGAIN, INTERRUPTED))
     sys.exit(0)
 
 

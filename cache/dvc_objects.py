@@ -13,7 +13,9 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
+from cache.errors import StageError
 from cache.files import CHUNK_BYTES, naming
+from cache.foreign import reading_foreign_file
 
 MD5 = re.compile(r"[0-9a-f]{32}")
 """A listing that was received could name a path instead."""
@@ -65,14 +67,24 @@ def _cache_of(settings: Path) -> Path:
 
 def _stored_as(objects: Path, names: Collection[str]) -> set[str]:
     """Return the md5 of each of the files, in any folder that DVC has stored."""
-    wanted = set(names)
     return {
-        entry["md5"]
+        md5
         for listing in objects.glob("*/*.dir")
         if _md5_of(listing) == listing.parent.name + listing.stem  # or it is damaged itself
-        for entry in json.loads(listing.read_bytes())
-        if entry["relpath"].rpartition("/")[2] in wanted
+        for name, md5 in _entries(listing)
+        if name in names
     }
+
+
+def _entries(listing: Path) -> list[tuple[str, str]]:
+    """Return name and md5 of each file of a folder that DVC has stored."""
+    try:
+        with reading_foreign_file(StageError, listing):
+            entries = json.loads(listing.read_bytes())
+            return [(e["relpath"].rpartition("/")[2], str(e["md5"])) for e in entries]
+    except StageError:
+        # Nobody could bring a file back by what is no listing.
+        return []
 
 
 def _md5_of(path: Path) -> str:

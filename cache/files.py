@@ -12,11 +12,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StageError
+from cache.errors import CacheError, StageError
 
 WORK = Path(".work")
 """Where everything that must survive a kill is built: outside every DVC output."""
@@ -42,6 +42,20 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def check_ordinary(path: Path, refuse: Callable[[str], CacheError]) -> None:
+    """Refuse a pipe, which would be waited for, and a device, which may have no end.
+
+    Args:
+        path: What is going to be read; what is not there, or a folder, is left to its reader.
+        refuse: Makes the error out of what is wrong.
+
+    Raises:
+        CacheError: What `refuse` returned.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise refuse("a pipe, a socket or a device, wanted an ordinary file")
 
 
 @contextlib.contextmanager

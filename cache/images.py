@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.errors import StageError
+from cache.files import check_ordinary
 from cache.image_files import (
     MAX_IMAGE_BYTES,
+    REMEDY,
     ImageFolder,
     ImageNameError,
     ImageZip,
@@ -35,6 +37,7 @@ class ImageArchive:
             StageError: Nothing there, an empty folder, or not a readable zip.
         """
         self.path = Path(path)
+        check_ordinary(self.path, lambda why: StageError(f"{key}: {path}: {why}. {REMEDY}"))
         self._files: ImageFolder | ImageZip
         if self.path.is_dir():
             self._files = ImageFolder(self.path, key=key, follow_links=follow_links)

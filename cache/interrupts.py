@@ -6,23 +6,32 @@ at once. The first process heeds it and ends the others; those never see it.
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a command to stop."""
 
+INTERRUPTED = 130
+"""Exit code of a command stopped by Ctrl-C, SIGTERM or SIGHUP, as shells use it."""
 
-def heed_interrupts() -> None:
+AGAIN = "interrupted; run the same command again"
+"""What such a command says."""
+
+
+def heed_interrupts(heed: Callable[[int, FrameType | None], NoReturn] | None = None) -> None:
     """Let the first signal that asks to stop raise KeyboardInterrupt, and all later ones nothing.
 
     Those that the caller ignores stay ignored, as `nohup` and a shell's background jobs want it;
     but for SIGTERM, which nobody sends by accident.
+
+    Args:
+        heed: Handler that is installed in place of the one that raises KeyboardInterrupt.
     """
     for number in INTERRUPTS:
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
+            signal.signal(number, heed or _interrupt)
 
 
 def ignore_interrupts() -> None:

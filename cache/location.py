@@ -139,11 +139,16 @@ class Location:
 
     @contextlib.contextmanager
     def naming_files(self) -> Iterator[None]:
-        """Let errors that name the copy of a file name the file of the server instead."""
+        """Let errors that name the copy of a file name the file of the server instead, and say what
+        can be done there.
+        """
         try:
             yield
         except CacheError as error:
             if self._remote:
                 copies, url = str(self._remote.copies), self._remote.url
-                error.args = tuple(str(text).replace(copies, url) for text in error.args)
+                error.args = tuple(
+                    str(text).replace(copies, url).replace(REMEDY, self.remedy)
+                    for text in error.args
+                )
             raise

@@ -8,7 +8,7 @@ page is. What they promise may take so much memory as a real table of the file's
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,7 +64,12 @@ Refuse = Callable[[str], CacheError]
 
 @contextlib.contextmanager
 def open_parquet(
-    path: Path, schema: pa.Schema, refuse: Refuse, *, read_dictionary: Sequence[str] = ()
+    path: Path,
+    schema: pa.Schema,
+    refuse: Refuse,
+    *,
+    optional: Collection[str] = (),
+    read_dictionary: Sequence[str] = (),
 ) -> Iterator[pq.ParquetFile]:
     """Open a table for reading; whatever is wrong with it, also while it is read, is one error.
 
@@ -72,6 +77,7 @@ def open_parquet(
         path: Of the file.
         schema: Columns that will be read; the file may have others.
         refuse: Makes the error out of what was found wrong.
+        optional: Columns of `schema` that the file may lack.
         read_dictionary: Columns of text that are read as dictionaries.
 
     Raises:
@@ -95,7 +101,7 @@ def open_parquet(
             }
             with pq.ParquetFile(path, **options) as file:
                 metadata = file.metadata
-                _check_columns(file.schema_arrow, schema, refuse)
+                _check_columns(file.schema_arrow, schema, optional, refuse)
                 _Budget(metadata, pages, refuse).check(set(schema.names))
         with pq.ParquetFile(
             path, metadata=metadata, read_dictionary=list(read_dictionary), **options
@@ -139,9 +145,12 @@ def _check_footer_size(file: BinaryIO, refuse: Refuse) -> None:
         raise refuse(f"its footer has {length} bytes, wanted at most {MAX_FOOTER_BYTES}")
 
 
-def _check_columns(found: pa.Schema, wanted: pa.Schema, refuse: Refuse) -> None:
+def _check_columns(
+    found: pa.Schema, wanted: pa.Schema, optional: Collection[str], refuse: Refuse
+) -> None:
+    needed = [f for f in wanted if f.name in found.names or f.name not in optional]
     types = {field.name: field.type for field in found}
-    if any(types.get(field.name) != field.type for field in wanted):
+    if any(types.get(field.name) != field.type for field in needed):
         raise refuse(f"its columns are {_listed(found)}, wanted {_listed(wanted)}")
 
 

@@ -45,7 +45,8 @@ def verify(root: str, deep: bool, repair: bool) -> None:
         print(problem)
     if not report.ok:
         dropped = drop(Path(root), report) if repair else []
-        raise CorruptShardError(_what_to_do(root, report, dropped, repair))
+        counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}"
+        raise CorruptShardError(f"{counts}{_what_to_do(location, report, repair)}")
     table = StoreTable.read(
         location.path(INDEX), Spec.read(location.path("spec.json", MAX_JSON_BYTES))
     )
@@ -53,15 +54,19 @@ def verify(root: str, deep: bool, repair: bool) -> None:
     print(f"{root}: {len(table.image_ids)} images in {len(table.shards)} shards, {what}")
 
 
-def _what_to_do(root: str, report: VerifyReport, dropped: list[str], repair: bool) -> str:
-    counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}"
+def _what_to_do(location: Location, report: VerifyReport, repair: bool) -> str:
     if report.unreadable:
         # Whether they are damaged nobody knows, so they stay.
         return (
-            f"{counts}, not readable: {len(report.unreadable)}, the first: {report.unreadable[0]}. "
+            f", not readable: {len(report.unreadable)}, the first: {report.unreadable[0]}. "
             f"Look after the disk or the file system, then verify again."
         )
-    return f"{counts}. {'Run the extract stage.' if repair else '--repair deletes what is bad.'}"
+    if not report.bad_files:
+        # A server that does not deliver, or another version of the format.
+        return ". No file is known to be damaged; each problem says what to do."
+    if location.is_remote:
+        return ". Repair the store where it is, or push it there again."
+    return ". Run the extract stage." if repair else ". --repair deletes what is bad."
 
 
 def drop(folder: Path, report: VerifyReport) -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from cache.command import command_parser, run_guarded
 from eval.evaluation import Evaluation, Row, read_evaluation
-from eval.report_scores import CONTROLS, as_number
-from train.compare import print_table
+from eval.report_scores import CONTROLS
+from train.compare import as_number, print_table
 
 EXAMPLES = 10
 """Most examples that are shown of a model and kind of text: a CIDEr and an F1 have no common scale,
@@ -118,8 +118,8 @@ def number(value: Any) -> str:
 
 def difference(one: Any, other: Any) -> str:
     """Write by how much the second score is greater, if both are numbers."""
-    pair = [as_number(one), as_number(other)]
-    return "" if None in pair else f"{other - one:+.4g}"
+    before, after = as_number(one), as_number(other)
+    return "" if before is None or after is None else f"{after - before:+.4g}"
 
 
 def pair_texts(left: Sequence[Row], right: Sequence[Row]) -> dict[tuple[str, str], Pairing]:
@@ -167,9 +167,9 @@ def print_pairing(title: str, pairing: Pairing, left: str, right: str) -> None:
         print("  " + ", ".join(printable(part) for part in about if part))
         targets = [one["targets"]] + [other["targets"]] * (one["targets"] != other["targets"])
         for texts in targets:
-            print(f"    {'targets':<{width}}         {' | '.join(map(printable, texts or []))}")
+            print(f"    {'targets':<{width}}         {' | '.join(map(printable, texts))}")
         for name, row in ((left, one), (right, other)):
-            text = printable(row["prediction"] or "")
+            text = printable(row["prediction"])
             print(f"    {printable(name):<{width}} {number(row['score']):>7} {text}")
 
 

@@ -1,15 +1,16 @@
 """Reads what the evaluate stage has written: in a folder, or in a revision of this repository."""
 
-import io
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache.errors import SettingsError, StageError
+from cache.foreign import one_line, reading_foreign_file
+from cache.parquet import check_values, open_parquet
 from train.compare import REVISION_METRICS, WORKSPACE, flatten, read_revision
 
 SCORES, PREDICTIONS = "eval.json", "predictions.parquet"
@@ -29,6 +30,8 @@ COLUMNS = pa.schema(
     ]
 )
 """What is read of the predictions."""
+
+SCORE = "score"
 
 LATER = "subset"
 """Column that evaluations did not always have, when none had subsets."""
@@ -70,18 +73,18 @@ def _from_folder(name: str) -> Evaluation:
             f"{name} has no evaluation: neither {REPORTS}/{SCORES} nor {SCORES} is in it. Run "
             f"`dvc repro evaluate` there, or name another folder."
         )
-    try:
-        scores = json.loads((folder / SCORES).read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise StageError(f"{folder / SCORES} is damaged: {error}") from None
-    if not isinstance(scores, dict):
-        raise StageError(f"{folder / SCORES} is damaged: it is {type(scores).__name__}, not keys.")
     path = folder / PREDICTIONS
-    try:
-        with path.open("rb") as file:
-            return Evaluation(name, flatten(scores), read_predictions(file, str(path)))
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing: try `dvc pull`, or `dvc repro evaluate`.") from None
+    if not path.exists():
+        raise StageError(f"{path} is missing: try `dvc pull`, or `dvc repro evaluate`.")
+    return Evaluation(name, _read_scores(folder / SCORES), read_predictions(path, str(path)))
+
+
+def _read_scores(path: Path) -> dict[str, Any]:
+    with reading_foreign_file(lambda why: StageError(f"{path} is damaged: {why}"), path):
+        scores = json.loads(path.read_bytes())
+        if not isinstance(scores, dict):
+            raise ValueError(f"it is {type(scores).__name__}, not keys.")
+        return flatten(scores)
 
 
 def _from_revision(name: str) -> Evaluation:
@@ -101,17 +104,21 @@ def _from_revision(name: str) -> Evaluation:
         content = files.cat_file(path)
     except (DvcException, FileNotFoundError) as error:
         raise StageError(
-            f"{name}: {path} cannot be read ({' '.join(str(error).split())}). Try "
+            f"{name}: {path} cannot be read ({one_line(error)}). Try "
             f"`dvc fetch --all-commits {path}`, or name the folder of a workspace."
         ) from None
-    return Evaluation(name, scores, read_predictions(io.BytesIO(content), f"{name}: {path}"))
+    # What is looked at before it is believed must lie in a file.
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return Evaluation(name, scores, read_predictions(Path(file.name), f"{name}: {path}"))
 
 
-def read_predictions(file: BinaryIO, where: str) -> list[Row]:
+def read_predictions(path: Path, where: str) -> list[Row]:
     """Read a table of predictions.
 
     Args:
-        file: Open file.
+        path: The file.
         where: What it is called, for the error text.
 
     Returns:
@@ -119,13 +126,15 @@ def read_predictions(file: BinaryIO, where: str) -> list[Row]:
 
     Raises:
         StageError: It is no such table.
+        OSError: The system could not read it.
     """
-    try:
-        table = pq.ParquetFile(file).read()
-        if LATER not in table.column_names:
-            table = table.append_column(LATER, pa.array([""] * len(table), pa.string()))
-        rows: list[Row] = table.select(COLUMNS.names).cast(COLUMNS).to_pylist()
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise StageError(f"{where} is damaged, or no table of predictions: {detail}") from None
-    return rows
+
+    def refuse(why: str) -> StageError:
+        return StageError(f"{where} is damaged, or no table of predictions: {why}")
+
+    with open_parquet(path, COLUMNS, refuse, optional=(LATER,)) as file:
+        table = file.read(columns=COLUMNS.names, use_threads=False)
+        # A text that was not scored has no score.
+        check_values(table.drop_columns([SCORE]).columns, refuse)
+        rows: list[Row] = table.to_pylist()
+    return [{LATER: "", **row} for row in rows]

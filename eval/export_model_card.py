@@ -1,7 +1,6 @@
 """The model card of an exported run: what it is, how it is used, what it scored, what made it."""
 
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from ruamel.yaml import YAML
 
 from cache.errors import StageError
 from cache.files import sha256_of
+from cache.foreign import reading_foreign_file
 from cache.spec import Spec
 from eval.random_tower import random_tower_warning
 from eval.report_scores import BLIND, is_over_nothing
 from eval.settings import EvaluateSettings, shown_setting
 from eval.trained import Trained
+from train.model_files import read_json
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
 """What a source of data is called; other sources have no public name."""
@@ -51,7 +52,7 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
         source=_source(values),
         spec=spec,
         question=settings.caption_question,
-        rows=list(score_rows(read_scores(trained))),
+        rows=read_score_rows(trained),
         provenance=trained.provenance,
         warning=random_tower_warning(values),
         settings=_yaml(shown).rstrip(),
@@ -66,28 +67,34 @@ def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_scores(trained: Trained) -> dict[str, Any]:
-    """Return the scores of a run from the report beside it; empty where that is of another run.
+def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
+    """Return the scores of a run from the report beside it; none where that is of another run.
+
+    Returns:
+        For each score what was asked, the score's name, the score, and what it is blind.
 
     Raises:
         StageError: A report that cannot be read.
+        OSError: The system could not read it.
     """
     report = trained.folder.resolve().parent.parent / "reports" / "eval.json"
     if not report.is_file():
-        return {}
-    try:
-        scores = json.loads(report.read_bytes())
-    except ValueError as error:
-        raise StageError(f"{report}: no scores ({error}). Run the evaluate stage.") from None
+        return []
+
+    def refuse(why: str) -> StageError:
+        return StageError(f"{report}: no scores ({why}). Run the evaluate stage.")
+
+    scores = read_json(report, refuse)
     stage = "finetune" if trained.answers else "pretrain"
-    scored = scores.get("projectors_sha256", {}) if isinstance(scores, dict) else {}
-    if scored.get(stage) != sha256_of(trained.folder / "projector.safetensors"):
-        return {}
-    return dict(scores if trained.answers else scores.get("pretrain_only", {}))
+    projector_sha256 = sha256_of(trained.folder / "projector.safetensors")
+    with reading_foreign_file(refuse, report):
+        if scores.get("projectors_sha256", {}).get(stage) != projector_sha256:
+            return []
+        return list(score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
 
 
 def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield what was asked, the score's name, the score, and what it is blind."""
+    """Yield the rows of some scores, as `read_score_rows` returns them."""
     sections = {name: scores.get(name) for name in ("captions", "answers")}
     pope = scores.get("pope")
     sections |= {f"POPE {name}": part for name, part in (pope or {}).items()}

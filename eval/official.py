@@ -10,9 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from zipfile import BadZipFile
 
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
@@ -22,22 +20,13 @@ from pycocoevalcap.spice import spice
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from cache.errors import SettingsError, StageError
+from cache.foreign import reading_foreign_file
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 """What SPICE needs and pycocoevalcap does not bring."""
 
 FETCH_SECONDS = 30
 """How long a server may be silent."""
-
-FAILURES = (
-    OSError,
-    ValueError,
-    KeyError,
-    subprocess.SubprocessError,
-    BadZipFile,
-    HTTPException,
-)
-"""What a Java program that ends early, or a fetch that fails, comes out as."""
 
 Tokens = dict[int, list[str]]
 """Image id to captions, tokens parted by spaces."""
@@ -92,9 +81,11 @@ def score_officially(
     }
     for name, program in programs.items():
         try:
-            scores[name] = program(wanted, found)
-        except FAILURES as error:
-            missing[name] = " ".join(str(error).split()) or type(error).__name__
+            # A Java program that ends early, or a fetch that fails, is an exception of any kind.
+            with reading_foreign_file(StageError):
+                scores[name] = program(wanted, found)
+        except (StageError, OSError) as error:
+            missing[name] = str(error)
     return Official(scores, missing)
 
 
@@ -110,7 +101,10 @@ def tokenize(captions: Mapping[int, Sequence[str]]) -> Tokens:
         image_id: [{"caption": " ".join(caption.split())} for caption in captions[image_id]]
         for image_id in sorted(captions)
     }
-    tokens: Tokens = PTBTokenizer().tokenize(given)
+    with reading_foreign_file(
+        lambda why: StageError(f"the official tokenizer failed: {why}. Try `java -version`.")
+    ):
+        tokens: Tokens = PTBTokenizer().tokenize(given)
     if {i: len(texts) for i, texts in tokens.items()} != {i: len(c) for i, c in given.items()}:
         raise StageError(
             f"the official tokenizer returned {sum(map(len, tokens.values()))} captions of "
@@ -149,21 +143,21 @@ def spice_f(wanted: Tokens, found: Tokens) -> float:
     """Return SPICE of captions with the same image ids.
 
     Raises:
-        OSError: What it needs is not there and cannot be fetched.
+        StageError: What it needs is not there and cannot be fetched, or its program failed.
     """
     folder = Path(spice.__file__).parent / "lib"
     try:
-        with silence_limited(FETCH_SECONDS):
+        with reading_foreign_file(StageError), silence_limited(FETCH_SECONDS):
             program = spice.Spice()
-    except FAILURES as error:
-        raise OSError(
+    except (StageError, OSError) as error:
+        raise StageError(
             f"it needs Stanford CoreNLP, which cannot be fetched ({error}). Put "
             f"{' and '.join(CORENLP)} into {folder}"
         ) from None
     try:
         return float(program.compute_score(wanted, found)[0])
     except subprocess.CalledProcessError as error:
-        raise OSError(
+        raise StageError(
             f"its Java program ended with exit code {error.returncode}, and what it printed "
             f"stands above. It was written for Java 8; {' and '.join(CORENLP)} in {folder} must "
             f"be whole"

@@ -4,10 +4,11 @@ A score counts only against its controls, the same questions without what the mo
 the picture: what it reaches without, it has not learned from pictures.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from train.compare import as_number
 
 Section = Mapping[str, Any]
 Style = Literal["number", "share", "length", "count"]
@@ -208,10 +209,3 @@ def bars_of(section: Section, key: str) -> list[Bar]:
         )
         for view, m in views.items()
     ]
-
-
-def as_number(value: object) -> float | None:
-    """Return a value that was measured as a finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.files import canonical_json, sha256_of
+from cache.files import canonical_json, check_ordinary, sha256_of
 from cache.foreign import reading_foreign_file
 from cache.settings import Params
 from cache.table import INDEX
@@ -96,11 +96,15 @@ def read_history(stage: str) -> list[dict[str, float]]:
     def refuse(detail: str) -> StageError:
         return StageError(f"{path}: no history ({detail}). Run the {stage} stage.")
 
+    check_ordinary(path, refuse)
     with (
         reading_foreign_file(refuse, path),
         path.open(newline="", encoding="utf-8") as file,
     ):
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        if "step" not in (rows.fieldnames or ()):
+            raise ValueError("it has no column step")
+        return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 
 def read_settings() -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from cache.command import command_parser, run_guarded
 from cache.errors import StageError
+from cache.files import check_ordinary
 from cache.foreign import reading_foreign_file
 from eval.metrics import score_captions
 from eval.official import Official, check_java, score_officially
@@ -101,9 +102,11 @@ def read_results(path: Path) -> dict[int, str]:
 
 
 def _read_json(path: Path) -> Any:
-    with reading_foreign_file(
-        lambda why: StageError(f"{path}: no usable JSON in UTF-8: {why}."), path
-    ):
+    def refuse(why: str) -> StageError:
+        return StageError(f"{path}: no usable JSON in UTF-8: {why}.")
+
+    check_ordinary(path, refuse)
+    with reading_foreign_file(refuse, path):
         return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
 
 

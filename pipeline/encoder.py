@@ -21,7 +21,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor, nn
 
 from cache.errors import SettingsError, StageError
-from cache.files import canonical_json
+from cache.files import canonical_json, check_ordinary
 from cache.foreign import one_line, reading_foreign_file
 from cache.spec import FORMAT, Spec
 from pipeline.decode import Interpolation, Resize
@@ -196,6 +196,7 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
     def refuse(detail: str) -> SettingsError:
         return SettingsError(f"encoder.model: cannot read {model}: {detail}")
 
+    check_ordinary(Path(model), refuse)
     with reading_foreign_file(refuse, Path(model)):
         config = json.loads(Path(model).read_bytes())
     wanted = {"embed_dim", "vision_cfg", "text_cfg"}

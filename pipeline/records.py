@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
 from cache.errors import StageError
-from cache.files import naming
+from cache.files import check_ordinary, naming
 from cache.images import ImageNameError, check_file_name
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
@@ -69,6 +69,7 @@ def read_text(path: Path, key: str, remedy: str = NAME_ANOTHER) -> str:
     Raises:
         StageError: No such file, or not UTF-8.
     """
+    check_ordinary(path, lambda why: StageError(f"{key}: {path}: {why}. {remedy}"))
     try:
         with naming(path):
             return path.read_bytes().decode("utf-8-sig")

@@ -7,7 +7,7 @@ schedule and every random choice are functions of the step: there is no state of
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ PARAMETER = "parameter."
 class Checkpoint:
     """One that was read whole."""
 
+    path: Path
     step: int
     """Optimizer steps made."""
     progress: dict[str, Any]
@@ -39,17 +40,46 @@ class Checkpoint:
     def restore(
         self, learning: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Put parameters and optimizer back into the state that was saved, bit by bit."""
+        """Put parameters and optimizer back into the state that was saved, bit by bit.
+
+        Raises:
+            ValueError: It was saved of other parameters, or of another optimizer.
+        """
+        saved = {PARAMETER + name: parameter for name, parameter in learning.items()}
+        self._check_parameters(saved)
+        state = self._optimizer_state([p for g in optimizer.param_groups for p in g["params"]])
         with torch.no_grad():
-            for name, parameter in learning.items():
-                parameter.copy_(self.tensors[PARAMETER + name])
+            for name, parameter in saved.items():
+                parameter.copy_(self.tensors[name])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _check_parameters(self, saved: Mapping[str, nn.Parameter]) -> None:
+        # PyTorch would stretch and convert what does not fit.
+        wanted = {name: (p.dtype, tuple(p.shape)) for name, p in saved.items()}
+        found = {
+            name: (tensor.dtype, tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+            if name.startswith(PARAMETER)
+        }
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                raise ValueError(f"{name}: wanted {wanted.get(name)}, found {found.get(name)}")
+
+    def _optimizer_state(self, parameters: Sequence[nn.Parameter]) -> dict[int, dict[str, Tensor]]:
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
             if name.startswith(OPTIMIZER):
                 _, number, key = name.split(".")
                 state.setdefault(int(number), {})[key] = tensor
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for position, values in state.items():
+            shape = tuple(parameters[position].shape)
+            # Of AdamW.
+            wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+            found = {key: tuple(tensor.shape) for key, tensor in values.items()}
+            if found != wanted:
+                raise ValueError(f"{OPTIMIZER}{position}: wanted {wanted}, found {found}")
+        return state
 
 
 class Checkpoints:
@@ -111,7 +141,7 @@ def _read(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if _hash(about["state"], tensors) != about["xxh3_128"]:
             raise ValueError("it does not hold what was written")
-        return Checkpoint(about["state"]["step"], about["state"]["progress"], tensors)
+        return Checkpoint(path, about["state"]["step"], about["state"]["progress"], tensors)
 
 
 def _read_through(path: Path) -> None:

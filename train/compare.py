@@ -9,6 +9,7 @@ experiment, of which both stages and the evaluation are compared. `workspace` is
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 from cache.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
+from cache.files import check_ordinary, naming
 from cache.foreign import one_line, reading_foreign_file
 from cache.settings import parse_yaml
 
@@ -84,7 +86,7 @@ def read_folder(name: str) -> Run:
     """
     folder = Path(name)
     return _read_run(
-        name, lambda path: (folder / path).read_text("utf-8"), FOLDER_METRICS, FOLDER_PROVENANCE
+        name, lambda path: (folder / path).read_bytes(), FOLDER_METRICS, FOLDER_PROVENANCE
     )
 
 
@@ -103,9 +105,8 @@ def read_revision(name: str) -> Run:
     from dvc.scm import SCMError
 
     files = DVCFileSystem(rev=None if name == WORKSPACE else name)
-    read = functools.partial(files.read_text, encoding="utf-8")
     try:
-        return _read_run(name, read, REVISION_METRICS, REVISION_PROVENANCE)
+        return _read_run(name, files.cat_file, REVISION_METRICS, REVISION_PROVENANCE)
     except (SCMError, NotDvcRepoError) as error:
         raise SettingsError(
             f"{name} is neither a folder nor a revision or experiment here: {one_line(error)}."
@@ -116,7 +117,7 @@ def read_revision(name: str) -> Run:
 
 def _read_run(
     name: str,
-    read: Callable[[str], str],
+    read: Callable[[str], bytes],
     metrics: Mapping[str, str],
     provenance: Mapping[str, str],
 ) -> Run:
@@ -135,22 +136,24 @@ def _read_run(
     return run
 
 
-def _read_all(name: str, read: Callable[[str], str], paths: Mapping[str, str]) -> dict[str, Any]:
+def _read_all(name: str, read: Callable[[str], bytes], paths: Mapping[str, str]) -> dict[str, Any]:
     """Read those of some files that are there."""
     found: dict[str, Any] = {}
     for prefix, path in paths.items():
         try:
-            text = read(path)
-            # JSON is YAML too, but for NaN.
-            with reading_foreign_file(functools.partial(_damaged, name, path)):
-                values = json.loads(text) if path.endswith(".json") else parse_yaml(text, path)
+            # Of a folder; a revision's files are not on the disk.
+            check_ordinary(Path(name) / path, functools.partial(_damaged, name, path))
+            with naming(Path(name) / path):
+                content = read(path)
         except FileNotFoundError:
             continue
-        except UnicodeDecodeError as error:
-            raise _damaged(name, path, one_line(error)) from None
-        if not isinstance(values, dict):
-            raise StageError(f"{name}: {path} is damaged: it is {type(values).__name__}, not keys.")
-        found |= flatten(values, prefix)
+        with reading_foreign_file(functools.partial(_damaged, name, path)):
+            text = content.decode()
+            # JSON is YAML too, but for NaN.
+            values = json.loads(text) if path.endswith(".json") else parse_yaml(text, path)
+            if not isinstance(values, dict):
+                raise ValueError(f"it is {type(values).__name__}, not keys.")
+            found |= flatten(values, prefix)
     return found
 
 
@@ -206,9 +209,19 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _difference(one: Any, other: Any) -> str:
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return f"{other - one:+.5g}"
-    return ""
+    before, after = as_number(one), as_number(other)
+    return "" if before is None or after is None else f"{after - before:+.5g}"
+
+
+def as_number(value: object) -> float | None:
+    """Return a value that was measured as a finite number, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        # A whole number beyond every float.
+        return None
 
 
 def _text(value: Any) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from cache.errors import StageError
+from cache.foreign import reading_foreign_file
 from train.checkpoint import Checkpoints
 from train.history import History
 from train.interrupt import StopRequest
@@ -74,8 +75,16 @@ class _Training:
         PartialState().wait_for_everyone()
         if found is None:
             return 0
-        found.restore(self._task.model.learning(), self._task.optimizer)
-        self._history.restore(found.progress)
+        with reading_foreign_file(
+            lambda why: StageError(
+                f"{found.path}: is not of this run, though whole ({why}). Delete it to go on from "
+                f"the one before."
+            )
+        ):
+            if found.step not in range(1, len(self._steps) + 1):
+                raise ValueError(f"step {found.step!r} of {len(self._steps)}")
+            found.restore(self._task.model.learning(), self._task.optimizer)
+            self._history.restore(found.progress)
         self._run.continue_after(found.step, len(self._steps))
         return found.step
 

@@ -22,6 +22,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from cache.errors import CacheError, SettingsError
+from cache.files import check_ordinary
 from cache.foreign import reading_foreign_file
 from train.tensor_file import TensorFile, read_header
 
@@ -141,8 +142,9 @@ def check_tokenizer_files(model: str) -> Path:
     if (folder / CONFIG).exists():
         # What kind of tokenizer it is may be said there only.
         read_config(model)
-    for path in sorted(folder.glob("*.json")):
-        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+    for path in sorted(folder.iterdir()):
+        check_ordinary(path, refusal(model, path.name))
+        if path.suffix == ".json" and path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise refusal(model, path.name)(f"wanted at most {MAX_TOKENIZER_BYTES} bytes")
     return folder
 

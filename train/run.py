@@ -173,9 +173,11 @@ def _say_why_afresh(stage: str, folder: Path, identity: Mapping[str, Any]) -> No
         for name in sorted(there.keys() | identity.keys())
         if there.get(name) != identity.get(name)
     ]
+    why = "; ".join(differing)
     print(
         f"{stage}: starts afresh. The checkpoints in {latest} are of another run: "
-        f"{'; '.join(differing)}. They stay, for when those are back; delete the folder if not.",
+        f"{why if why.isprintable() else ascii(why)}. They stay, for when those are back; delete "
+        f"the folder if not.",
         file=sys.stderr,
     )
 

@@ -25,6 +25,7 @@ from cache.location import Location
 from cache.spec import Spec
 from cache.store import FeatureStore
 from cache.table import INDEX, PROBE, StoreTable
+from cache.verify import verify
 from tests.cache.fault_server import FaultServer
 
 
@@ -166,6 +167,8 @@ def test_an_error_about_a_copy_names_the_file_of_the_server(store, server):
     report = audit(Location(server.url), deep=True)
     assert report.bad_files == [path.name]
     assert "patchcache-" not in report.problems[0]
+    assert "dvc pull" not in report.problems[0]
+    assert "Push the store there again." in report.problems[0]
 
 
 # Faults of the network
@@ -263,6 +266,20 @@ def test_a_fault_of_the_network_is_no_damage(store, server, fault, error, reason
     assert [reason in problem for problem in report.problems] == [True]
     server.fail(INDEX, *fault)
     assert audit(Location(server.url), deep=True).bad_files == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "advice"),
+    [
+        (("status", 403), "No file is known to be damaged; each problem says what to do."),
+        (("flip", 3), "Repair the store where it is, or push it there again."),
+    ],
+)
+def test_verify_of_a_server_says_what_can_be_done_there(store, server, fault, advice):
+    server.fail(store.names[1], *fault)
+    with pytest.raises(CorruptShardError) as caught:
+        verify(server.url, deep=True, repair=False)
+    assert str(caught.value) == f"{server.url}: problems: 1, files deleted: 0. {advice}"
 
 
 def test_a_server_that_was_given_up_is_asked_once_a_file(store, server):

@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from cache.errors import StageError
-from eval.export_model_card import model_card, read_scores
+from eval.export_model_card import model_card, read_score_rows
 from eval.random_tower import WARNING
 from tests.eval.test_export_processor import spec
 
@@ -88,7 +88,7 @@ def test_a_run_of_stage_1_has_the_scores_of_stage_1_alone(run):
 
 
 @pytest.mark.parametrize(
-    "state", [{"scores": None}, {"scored": b"other"}, {"scores": "[]"}, {"scores": {}}]
+    "state", [{"scores": None}, {"scored": b"other"}, {"scores": "{}"}, {"scores": {}}]
 )
 def test_without_a_report_of_this_run_it_was_not_evaluated(run, state):
     text = card(run(**state))
@@ -103,7 +103,7 @@ def test_a_kind_with_nothing_to_score_has_no_row(run):
 
 def test_a_damaged_report_is_one_line(run):
     with pytest.raises(StageError, match=r"eval\.json: no scores"):
-        read_scores(run(scores="{"))
+        read_score_rows(run(scores="{"))
 
 
 def test_the_header_is_what_hubs_read(run):
@@ -142,7 +142,7 @@ def test_the_report_is_found_however_the_run_is_named(run, tmp_path, monkeypatch
         {"runs/finetune": tmp_path, "finetune": tmp_path / "runs"}.get(name, trained.folder)
     )
     trained.folder = Path(name)
-    assert read_scores(trained)["captions"]["CIDEr"] == 0.9
+    assert "0.900 (0.800 to 1.000)" in [row[2] for row in read_score_rows(trained)]
 
 
 def test_exact_match_over_no_short_target_has_no_row(run):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, _hash, _read
 
 PROGRESS = {"rows": [{"step": 3, "loss": 0.1 + 0.2}], "learning_rate": 1e-3 / 3}
 
@@ -255,3 +255,40 @@ def test_a_failing_disk_is_no_damage(small, save, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", failing)
     with pytest.raises(OSError, match="Input/output error"):
         Checkpoints(tmp_path / "checkpoints", 2).latest()
+
+
+def with_tensor(path, name, tensor):
+    """Save a checkpoint's tensors with one changed, or left out, under their right hash."""
+    whole = _read(path)
+    tensors = {key: value for key, value in whole.tensors.items() if key != name}
+    if tensor is not None:
+        tensors[name] = tensor
+    state = {"step": whole.step, "progress": whole.progress}
+    about = {"state": state, "xxh3_128": _hash(state, tensors)}
+    save_file(tensors, path, {"checkpoint": json.dumps(about)})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("parameter.first.weight", None),
+        ("parameter.first.weight", torch.ones(3)),
+        ("parameter.first.weight", torch.ones(1)),
+        ("parameter.first.weight", torch.ones(4, 3, dtype=torch.float64)),
+        ("parameter.another", torch.ones(1)),
+        ("optimizer.0.exp_avg", None),
+        ("optimizer.0.exp_avg", torch.ones(1)),
+        ("optimizer.0.step", torch.ones(7)),
+        ("optimizer.0.another", torch.ones(())),
+        ("optimizer.99.step", torch.ones(())),
+        ("optimizer.x.step", torch.ones(())),
+        ("optimizer.0", torch.ones(())),
+    ],
+)
+def test_a_whole_checkpoint_of_something_else_changes_nothing(small, save, tmp_path, name, tensor):
+    with_tensor(save(small, 3), name, tensor)
+    found = Checkpoints(tmp_path / "checkpoints", 2).latest()
+    other = Small(seed=1)
+    with pytest.raises((ValueError, IndexError)):
+        found.restore(other.learning, other.optimizer)
+    assert other.same(Small(seed=1))

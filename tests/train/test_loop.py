@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -7,6 +8,7 @@ import torch
 import train.loop
 from cache.errors import StageError
 from tests.train.stage_server import without_speeds
+from train.checkpoint import Checkpoints
 from train.data import Example
 from train.history import peak_memory_gib
 from train.loop import train as run_loop
@@ -319,3 +321,28 @@ def test_from_the_last_checkpoint_only_the_end_is_made_again(make_task, make_run
     assert run.continued == (3, 3)
     assert without_speed([again]) == without_speed([first])
     assert without_speed(run.rows) == without_speed(rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: {"step": 4},
+        lambda found: {"step": "3"},
+        lambda found: {"progress": {}},
+        lambda found: {"progress": found.progress | {"closed": {"other": 1}}},
+        lambda found: {"tensors": {}},
+    ],
+)
+def test_a_whole_checkpoint_that_is_not_of_the_run_is_refused_by_name(
+    make_task, make_run, loop, monkeypatch, change
+):
+    run = make_run()
+    loop(make_task(EXAMPLES), run)
+    found = Checkpoints(run.checkpoints, 2).latest()
+    other = dataclasses.replace(found, **change(found))
+    monkeypatch.setattr(Checkpoints, "latest", lambda self: other)
+    with pytest.raises(
+        StageError, match=r"step-00000003\.safetensors: is not of this run"
+    ) as caught:
+        loop(make_task(EXAMPLES), run)
+    assert "\n" not in str(caught.value)
