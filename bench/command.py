@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from bench.measure import RESULTS, machine, versions
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.files import write_json
 
 
@@ -63,9 +63,7 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
     Args:
         description: The benchmark's docstring, shown by `--help`.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(description)
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, one round, and no result file"
     )

@@ -7,7 +7,6 @@ Runs a stage in the working directory up to the end of its first step, and print
 the seconds of each phase. The start is `time.monotonic()` of when this process was started.
 """
 
-import argparse
 import contextlib
 import importlib
 import json
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from cache.command import command_parser, run_guarded
 
 PHASES = {
     "tables": {
@@ -114,13 +115,11 @@ def run(stage: str, started: float) -> None:
 
 def main() -> None:
     """Read the command line and run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("stage", choices=("pretrain", "finetune"))
     parser.add_argument("start", type=float)
     arguments = parser.parse_args()
-    run(arguments.stage, arguments.start)
+    run_guarded(lambda: run(arguments.stage, arguments.start))
 
 
 if __name__ == "__main__":

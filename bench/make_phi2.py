@@ -10,7 +10,6 @@ its rank gives by Zipf's law: a common English word is one token, with the space
 Phi-2's. Captions take 1.2 to 1.3 tokens a word in both.
 """
 
-import argparse
 import gzip
 import json
 import math
@@ -25,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CodeGenTokenizer, PhiConfig, PhiForCausalLM
 
-from cache.command import run_guarded
+from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from cache.files import write_json
 
@@ -183,9 +182,7 @@ def _text() -> Iterator[str]:
 
 def main() -> None:
     """Read the command line and write the directory."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args().folder
     run_guarded(lambda: write_phi(folder, PHI2, SHARD_BYTES, seed=0))

@@ -8,7 +8,6 @@ so that what follows finds all pages mapped; then random batches are timed, besi
 random batches of an array in memory, which has the same misses of the processor's caches.
 """
 
-import argparse
 import json
 import re
 import time
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureStore
+from cache.command import command_parser, run_guarded
 
 BATCH = 64
 SECONDS = 1.0
@@ -87,16 +87,20 @@ def rates(store: FeatureStore) -> dict[str, float]:
     return {"rows_per_second": found, "memory_rows_per_second": memory}
 
 
-def main() -> None:
+def measure(root: Path) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("store", type=Path)
-    store, found = opened(parser.parse_args().store)
+    store, found = opened(root)
     found["first_reads_seconds"] = first_reads(store)
     read_all(store)
     print(json.dumps(found | rates(store)))
+
+
+def main() -> None:
+    """Read the command line and measure."""
+    parser = command_parser(__doc__)
+    parser.add_argument("store", type=Path)
+    root = parser.parse_args().store
+    run_guarded(lambda: measure(root))
 
 
 if __name__ == "__main__":

@@ -43,11 +43,24 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
         description: Docstring of the module, shown by `--help` as it is.
     """
     spec = sys.modules["__main__"].__spec__
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m {spec.name}" if spec else None,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends as all output of a command does: in a full disk, or unread."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """End the process, after the help or an error about the command line."""
+        try:
+            if sys.stdout:
+                sys.stdout.flush()
+        except OSError as error:
+            status = _end_of(error)
+        super().exit(status, message)
 
 
 def run_guarded(work: Callable[[], None]) -> NoReturn:
@@ -55,12 +68,12 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     anything that a user, a file or the machine can cause.
     """
     heed_interrupts()
-    # A path can hold bytes that are no text.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     try:
         try:
+            for stream in (sys.stdout, sys.stderr):
+                if isinstance(stream, io.TextIOWrapper):
+                    # A path can hold bytes that are no text. This writes what is left to write.
+                    stream.reconfigure(errors="backslashreplace")
             work()
             if sys.stdout:
                 sys.stdout.flush()
@@ -69,14 +82,19 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     except CacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
-            _drop_what_is_left(sys.stdout)
-            sys.exit(NOBODY_READS)
-        # Full disk, no permission: the system's own words say it best.
-        sys.exit(_fail(str(error), 1))
+        sys.exit(_end_of(error))
     except KeyboardInterrupt:
         sys.exit(_fail(AGAIN, INTERRUPTED))
     sys.exit(0)
+
+
+def _end_of(error: OSError) -> int:
+    """Say what the system could not do, and return the exit code."""
+    if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+        _drop_what_is_left(sys.stdout)
+        return NOBODY_READS
+    # Full disk, no permission: the system's own words say it best.
+    return _fail(str(error), 1)
 
 
 def _fail(message: str, exit_code: int) -> int:

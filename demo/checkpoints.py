@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cache.command import command_parser
+from cache.command import command_parser, run_guarded
 from demo.memory import keep_freed_memory
 from demo.tokenizer import train_tokenizer
 from demo.train_clip import train_clip
@@ -51,7 +51,8 @@ def main() -> None:
     """Read the command line and train."""
     parser = command_parser(__doc__)
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?", default=CHECKPOINTS)
-    write_checkpoints(parser.parse_args().out)
+    folder = parser.parse_args().out
+    run_guarded(lambda: write_checkpoints(folder))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,6 +119,31 @@ def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
 
 
+def help_into(stdout):
+    return subprocess.run(
+        [sys.executable, "-c", STAGE.format(body="pass"), "--help"],
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_that_nobody_reads_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as gone:
+        done = help_into(gone)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_into_a_full_disk_is_one_line():
+    with Path("/dev/full").open("wb") as full:
+        done = help_into(full)
+    assert (done.returncode, done.stderr) == (1, "error: [Errno 28] No space left on device\n")
+
+
 def test_another_broken_pipe_is_an_error(tmp_path):
     failed = run(tmp_path, "raise BrokenPipeError(32, 'Broken pipe')")
     assert (failed.returncode, failed.stderr) == (1, "error: [Errno 32] Broken pipe\n")
@@ -136,6 +162,16 @@ COMMANDS = sorted(
     if "__main__" in path.read_text()
     if path.name not in ("command.py",)
 )
+
+
+def test_every_command_has_the_same_frame():
+    for folder in ("cache", "pipeline", "train", "eval", "demo", "bench"):
+        for path in (ROOT / folder).glob("*.py"):
+            text = path.read_text()
+            if path != ROOT / "cache/command.py":
+                assert "ArgumentParser(" not in text, path
+            if "__main__" in text and path.stem != "command":
+                assert re.search("run_guarded|run_stage|run_benchmark", text), path
 
 
 def test_commands_were_found():
