@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.errors import StageError
 from cache.foreign import describe
+from eval.message_stream import MessageStream
 from eval.page_calls import UnknownFunctionError, clean_call
 from eval.page_pictures import MAX_UPLOAD_BYTES, PagePictures
 from eval.refusal import Refusal
@@ -123,7 +124,12 @@ class Gateway:
         # Gradio fails for a session that called nothing.
         if session not in self._page._queue.pending_messages_per_session:
             raise _not_found()
-        return self._forward(request, query=f"session_hash={session}")
+        messages = self._forward(request, query=f"session_hash={session}")
+
+        def has_calls() -> bool:
+            return bool(self._page._queue.pending_event_ids_session.get(session))
+
+        return MessageStream(messages, has_calls)
 
     def _picture(self, request: Request, path: str) -> Response:
         try:

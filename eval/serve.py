@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import gradio as gr
+import gradio.routes
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from starlette.routing import Mount
@@ -77,6 +78,8 @@ def serve(arguments: argparse.Namespace) -> None:
 def configure_gradio_offline(folder: Path) -> None:
     """Disable Gradio's analytics, and set the folder for the files that it copies."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
+    # Read when it was imported, for a folder that it makes: one that another user may own.
+    gradio.routes.DEFAULT_TEMP_DIR = str(folder)
 
 
 def make_app(page: gr.Blocks) -> FastAPI:
