@@ -1,16 +1,21 @@
-"""Keeps the stream of a session's messages open while the session has calls.
+"""Keeps the stream of a session's messages open until the session has been quiet for a while.
 
-Gradio ends the stream when no call is left, and the page's script opens another one for its next
-call unless it believes that the first is still open. A call that arrives in between would never be
-answered on the page: so the end is held back, and the messages go on in the same stream.
+Gradio ends the stream with the last answer, and the page's script opens another one for its next
+call unless it believes that the first is still open. The answer to a call that is made at that
+moment would never arrive on the page: so the end is held back, and the messages of a call that
+follows go on in the same stream.
 """
 
+import asyncio
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 CLOSE = b'"close_stream"'
 """In the last message of a stream."""
+QUIET_SECONDS = 1.0
+LOOK_SECONDS = 0.02
+"""How often the calls of the session are looked at meanwhile."""
 
 
 class MessageStream:
@@ -28,20 +33,29 @@ class MessageStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the messages, from as many of Gradio's streams as it takes."""
-        is_started = is_held_back = False
+        end: list[Message] = []
+        is_started = False
 
         async def pass_on(message: Message) -> None:
-            nonlocal is_started, is_held_back
-            if message["type"] == "http.response.start":
-                if not is_started:
-                    await send(message)
-                is_started = True
-            elif CLOSE in message.get("body", b"") and self._has_calls():
-                is_held_back = True
-            elif not is_held_back or message.get("more_body"):
+            nonlocal is_started
+            is_repeated = is_started and message["type"] == "http.response.start"
+            is_started = True
+            if end or CLOSE in message.get("body", b""):
+                end.append(message)
+            elif not is_repeated:
                 await send(message)
 
         await self._messages(scope, receive, pass_on)
-        while is_held_back:
-            is_held_back = False
+        while end and await self._is_called():
+            end.clear()
             await self._messages(scope, receive, pass_on)
+        for message in end:
+            await send(message)
+
+    async def _is_called(self) -> bool:
+        """Whether the session makes a call within `QUIET_SECONDS`."""
+        for _ in range(round(QUIET_SECONDS / LOOK_SECONDS)):
+            if self._has_calls():
+                return True
+            await asyncio.sleep(LOOK_SECONDS)
+        return False
