@@ -16,7 +16,7 @@ from cache.shard import write_shard
 ROOT = Path(__file__).parents[2]
 
 OPEN = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 from cache.errors import UnsafeShardError
 from cache.shard import open_shard
@@ -28,7 +28,8 @@ for path in sys.argv[2:]:
         open_shard(Path(path), spec)
         print("opened")
     except UnsafeShardError as error:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss, which begins with that of the process that started this one.
+        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
         print(f"{time.perf_counter() - started} {peak} {error}")
 """
 

@@ -21,7 +21,7 @@ SCHEMA = pa.schema([("image_id", pa.int64()), ("text", pa.string())])
 TURNS = pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))
 
 READ = """
-import resource, sys, time
+import sys, time
 import pyarrow as pa
 from pathlib import Path
 from cache.errors import StageError
@@ -33,7 +33,8 @@ for path in sys.argv[1:]:
         read_columns(Path(path), schema, lambda detail: StageError(f"refused: {detail}"))
         print("read")
     except StageError as error:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # Not ru_maxrss, which begins with that of the process that started this one.
+        peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
         print(f"{time.perf_counter() - started} {peak} {error}")
 """
 
