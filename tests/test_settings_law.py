@@ -28,7 +28,7 @@ NO_LAW = {
     "data.val.captions": INDEXED,
     "data.instruct": INDEXED,
     "data.instruct_holdout": "a share of random images: tests/pipeline/test_index.py",
-    "data.follow_links": "changes what a folder with links out of it holds: tests/cache/test_images.py",
+    "data.follow_links": "what a folder with links holds: tests/cache/test_images.py",
     "data.max_reject_rate": "when the stage fails, not what it makes: tests/pipeline/test_index.py",
     "fetch.files.url": FETCHED,
     "fetch.files.path": FETCHED,

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cache.errors import CacheError
+from cache.files import naming
 from cache.foreign import reading_foreign_file
 
 MAX_HEADER_BYTES = 25_000_000
@@ -48,7 +49,7 @@ def read_header(
     """
     if not path.is_file():
         raise refuse("no such file")
-    with path.open("rb") as start:
+    with naming(path), path.open("rb") as start:
         length = int.from_bytes(start.read(8), "little")
     if length > max_bytes:
         raise refuse(f"wanted a header of at most {max_bytes} bytes, found one of {length}")
