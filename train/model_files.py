@@ -104,7 +104,8 @@ def read_config(model: str) -> PreTrainedConfig:
     """
     folder, refuse = locate(model), refusal(model, CONFIG)
     check_config(folder, model)
-    with reading_foreign_file(refuse, folder / CONFIG), holding_back_stderr():
+    # What is warned of here is warned of again when the model is loaded.
+    with reading_foreign_file(refuse, folder / CONFIG), holding_back_stderr(for_good=True):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
@@ -233,8 +234,12 @@ def build_empty(model: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def holding_back_stderr() -> Iterator[None]:
-    """Show what is written to stderr, by any library, after the block, unless the block raises."""
+def holding_back_stderr(*, for_good: bool = False) -> Iterator[None]:
+    """Show what is written to stderr, by any library, after the block, unless the block raises.
+
+    Args:
+        for_good: Never show it.
+    """
     with tempfile.TemporaryFile() as held, contextlib.ExitStack() as afterwards:
         shown = os.dup(2)
         afterwards.callback(os.close, shown)
@@ -243,8 +248,9 @@ def holding_back_stderr() -> Iterator[None]:
         # Before all else: what comes behind an error must not be shown later.
         afterwards.callback(sys.stderr.flush)
         yield
-        held.seek(0)
-        os.write(shown, held.read())
+        if not for_good:
+            held.seek(0)
+            os.write(shown, held.read())
 
 
 @contextlib.contextmanager
