@@ -103,7 +103,7 @@ def main() -> None:
         "demo_avx2" if only_avx2 else "demo",
         measure,
         benchmark_parser(__doc__),
-        minutes=7 if only_avx2 else 3,
+        minutes=3,
         quick_seconds=60,
         libraries=("torch",),
     )
