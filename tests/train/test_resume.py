@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import train.history
+import train.interrupt
 import train.loop
 import train.pretrain
 from tests.conftest import write_store
@@ -276,6 +277,8 @@ def test_a_second_signal_stops_at_once_and_the_run_still_ends_the_same(
     with monkeypatch.context() as patch:
         both = signal.SIGTERM, signal.SIGINT
         signal_at(patch, name, call, numbers=both, module=module)
+        # Not the same request twice, however soon the second one comes.
+        patch.setattr(train.interrupt, "REPEAT_SECONDS", 0)
         with pytest.raises(KeyboardInterrupt):
             finetune(params)
     assert 5 not in checkpoints("finetune")

@@ -75,7 +75,7 @@ def test_minutes_between_checkpoints_may_be_a_fraction_but_must_be_a_number(work
     assert params.section("checkpoints", CheckpointSettings).every_minutes == 0.5
     for value in (float("nan"), float("inf")):
         params = workspace.params(checkpoints={"every_minutes": value})
-        with pytest.raises(SettingsError, match=r"checkpoints: every_minutes is"):
+        with pytest.raises(SettingsError, match=r"checkpoints.every_minutes is"):
             params.section("checkpoints", CheckpointSettings)
 
 

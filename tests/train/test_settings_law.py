@@ -13,7 +13,6 @@ import train.pretrain
 import train.tracking
 from cache.errors import CacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
-from train.projector import seeded_projector
 from train.run import RUNS
 from train.settings import (
     CheckpointSettings,
@@ -170,7 +169,8 @@ def observe(workspace, monkeypatch, other_model):
         shutil.rmtree(".work", ignore_errors=True)
         (RUNS / "pretrain").mkdir(parents=True)
         if stage == "finetune":
-            seeded_projector("mlp", 8, 64, 3).save(RUNS / "pretrain/projector.safetensors")
+            # Of no model in particular: which one is asked is a setting.
+            workspace.write_stage_1(language_model=None)
         text = workspace.params().values
         values = merged(text, changes)
         if values["llm"]["model"] == OTHER_MODEL:
