@@ -12,9 +12,10 @@ from urllib.parse import unquote
 import fsspec
 
 from cache import network
-from cache.copies import HashedFile, make_folder
 from cache.errors import CacheError, FormatVersionError, SettingsError, UnreachableStoreError
+from cache.hashed_file import HashedFile
 from cache.network import attempt
+from cache.scratch_folder import ScratchFolder
 
 MAX_COPIES = 3
 """How often a file is copied until its bytes are right: some are flipped on their way."""
@@ -39,7 +40,8 @@ class RemoteFolder:
         self._sizes: dict[str, int] = {}
         self._is_reachable = True
         self._files()
-        self.copies = make_folder(self)
+        self._folder = ScratchFolder()
+        self.copies = self._folder.path
 
     def _files(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the file system of the URL and the folder in it."""

@@ -23,12 +23,12 @@ from starlette.routing import Mount
 from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from cache.foreign import reading_foreign_file
+from cache.scratch_folder import ScratchFolder
 from eval.chat_page import build_page
 from eval.conversation import Host
 from eval.gateway import Gateway
 from eval.page_pictures import MAX_UPLOAD_BYTES, PagePictures
 from eval.request_source import Sources
-from eval.server_folder import server_folder
 from eval.showcase import validation_pictures
 from eval.trained import load_run, open_run
 from eval.vision import Vision
@@ -44,7 +44,7 @@ CSS = "footer {display: none !important}"
 
 def serve(arguments: argparse.Namespace) -> None:
     """Serve the page until it is interrupted."""
-    with listen(arguments.port) as listener, server_folder() as folder:
+    with listen(arguments.port) as listener, ScratchFolder() as folder:
         configure_gradio_offline(folder / "gradio")
         run = open_run(arguments.run)
         vision = Vision(run)

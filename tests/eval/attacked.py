@@ -129,7 +129,7 @@ def served_page(root, port, temporary):
         assert said.startswith("serve: "), errors.read_text()
         address = said.removeprefix("serve: ").strip()
         config = requests.get(f"{address}config", timeout=SECONDS).json()
-        (folder,) = temporary.glob("patchcache-serve-*")
+        (folder,) = temporary.glob("patchcache-*")
         yield Served(
             address, folder / "uploads", errors,
             [tuple(route) for route in json.loads((root / "routes.json").read_text())],

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from cache.scratch_folder import LOCK, PREFIX
 from eval.ask import answer
 from eval.trained import load_run
 from tests.browser import visited
@@ -308,7 +309,8 @@ def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(browser, root, seeing, pic
     arguments = ["--run", "runs/pretrain", "--port", free_port()]
     uploads = tmp_path / "uploads"
     # What a killed server left behind.
-    (uploads / "patchcache-serve-killed/uploads").mkdir(parents=True)
+    (uploads / f"{PREFIX}killed/uploads").mkdir(parents=True)
+    (uploads / f"{PREFIX}killed" / LOCK).touch()
     with (
         serving(root, *arguments, uploads=uploads) as (process, address),
         visited(browser, address) as visit,

@@ -1,5 +1,6 @@
-"""Folders of copies go with their owner, and what a kill leaves goes with the next store."""
+"""Scratch folders go with their owner, and what a kill leaves goes with the next one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.copies import LOCK, PREFIX, HashedFile, make_folder, remove_abandoned
-from cache.errors import CorruptShardError
-from cache.files import sha256_of
+from cache.scratch_folder import LOCK, PREFIX, ScratchFolder, remove_abandoned
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,10 +31,6 @@ if not os.fork():
     print(os.getpid(), flush=True)
 time.sleep(60)
 """
-
-
-class Owner:
-    pass
 
 
 @pytest.fixture
@@ -73,11 +68,21 @@ def folders(temporary):
 
 
 def test_a_folder_goes_with_its_owner(temporary):
-    owner = Owner()
-    folder = make_folder(owner)
+    owner = ScratchFolder()
+    folder = owner.path
     assert folder.stat().st_mode & 0o77 == 0
     (folder / "copy").write_bytes(b"x")
     del owner
+    assert folders(temporary) == []
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_folder_goes_at_the_end_of_its_block_however_that_ends(temporary, error):
+    with contextlib.suppress(KeyboardInterrupt), ScratchFolder() as folder:
+        (folder / "uploads").mkdir()
+        (folder / "uploads/1").write_bytes(b"data")
+        if error:
+            raise error
     assert folders(temporary) == []
 
 
@@ -90,8 +95,8 @@ def test_what_a_kill_leaves_goes_with_the_next_and_a_living_process_keeps_its_ow
     killed.kill()
     killed.wait()
     assert len(folders(temporary)) == 2
-    owner = Owner()
-    mine = make_folder(owner)
+    owner = ScratchFolder()
+    mine = owner.path
     left = [temporary / name for name in folders(temporary) if name != mine.name]
     assert len(left) == 1
     assert len(list(left[0].glob("*.h5"))) == 1
@@ -119,8 +124,8 @@ def test_a_forked_child_keeps_the_folder_of_its_killed_parent(temporary, start):
 
 
 def test_a_forked_child_removes_nothing_when_it_ends(temporary):
-    owner = Owner()
-    folder = make_folder(owner)
+    owner = ScratchFolder()
+    folder = owner.path
     child = os.fork()
     if not child:
         del owner
@@ -165,33 +170,6 @@ def test_without_locks_nothing_is_removed(temporary, monkeypatch):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    first, second = Owner(), Owner()
-    kept = make_folder(first)
-    assert make_folder(second) != kept
-    assert kept.is_dir()
-
-
-@pytest.mark.parametrize("as_path", [False, True])
-def test_a_file_is_hashed_however_it_is_written(tmp_path, as_path):
-    target = HashedFile(tmp_path / "file", 100)
-    if as_path:
-        Path(target).write_bytes(b"ab" * 40)
-    else:
-        for _ in range(40):
-            target.write(b"ab")
-    assert target.finish() == (80, sha256_of(tmp_path / "file"))
-
-
-def test_more_bytes_than_there_may_be_are_refused(tmp_path):
-    with HashedFile(tmp_path / "file", 100) as target:
-        target.write(b"x" * 100)
-        with pytest.raises(CorruptShardError, match="more than 100 bytes came"):
-            target.write(b"x")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_names_the_file():
-    target = HashedFile(Path("/dev/full"), 1 << 30)
-    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
-        target.write(b"x" * (1 << 20))
-    target.close()
+    first, second = ScratchFolder(), ScratchFolder()
+    assert first.path != second.path
+    assert first.path.is_dir()
