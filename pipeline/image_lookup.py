@@ -11,6 +11,7 @@ from typing import Literal
 
 import xxhash
 
+from cache.image_files import plain_name
 from cache.images import ImageArchive, ImageNameError, check_file_name
 from pipeline.decode import DecodeError, image_size
 from pipeline.records import RecordError
@@ -96,8 +97,10 @@ class ImageLookup:
         return found
 
     def _exactly(self, name: str) -> list[ImageFile]:
+        # As unpacking would write it: `./a.jpg` and `a.jpg` are one file.
+        full_name = plain_name(name)
         archives = self._archives.items()
-        return [self._file(split, name) for split, archive in archives if archive.has(name)]
+        return [self._file(split, full_name) for split, archive in archives if archive.has(name)]
 
     def _file(self, split: Split, full_name: str) -> ImageFile:
         archive = self._archives[split]

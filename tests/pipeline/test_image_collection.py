@@ -345,3 +345,15 @@ def test_no_text_is_ever_tied_to_a_picture_that_it_does_not_name(seed):
         assert names == {row["caption"]} or full_name in names
     assert len(set(files.values())) == len(files)
     assert len(run.conversations) + len(run.reasons("conversations")) == len(asked)
+
+
+@pytest.mark.parametrize("spelling", ["./{}", ".//{}", "././{}"])
+@pytest.mark.parametrize("both", ["both", "both.zip"])
+def test_however_a_name_is_spelled_a_file_has_one_id_and_one_split(both, spelling):
+    write_files(both, {"7.png": None, "v9.png": None})
+    listed = {"train": [(1, "7.png")], "val": [(42, "v9.png")]}
+    names = [spelling.format("7.png"), spelling.format("v9.png")]
+    run = Run(both, both, listed, names)
+    assert run.files == {1: "7.png", 42: "v9.png"}
+    assert run.conversed == {names[0]: "7.png", names[1]: "v9.png"}
+    assert run.rejected == []
