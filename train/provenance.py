@@ -11,8 +11,9 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
+from cache.files import sha256_of
 from train.model_files import read_json
-from train.run import RUNS
+from train.run import RUNS, WEIGHTS
 
 LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"
@@ -29,7 +30,8 @@ def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[st
         remedy: What to do without, for the error text.
 
     Raises:
-        StageError: No such file, or not a JSON object that names features.
+        StageError: No such file, not a JSON object that names features, or the weights beside it
+            are missing or others.
         OSError: The system could not read the file.
     """
 
@@ -39,7 +41,25 @@ def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[st
     values = read_json(path, refuse)
     if not isinstance(values.get("features_fingerprint"), str):
         raise refuse("it names no features_fingerprint")
+    _check_weights(path, values.get(WEIGHTS, {}), remedy)
     return values
+
+
+def _check_weights(path: Path, hashes: Any, remedy: str) -> None:
+    """Refuse a run whose weights are not those that it ended with.
+
+    The run of an earlier version does not name them.
+    """
+    if not isinstance(hashes, dict):
+        raise StageError(f"{path}: damaged: {WEIGHTS} is no object. {remedy}")
+    for name, wanted in sorted(hashes.items()):
+        weights = path.parent / name
+        found = sha256_of(weights) if weights.is_file() else "missing"
+        if found != wanted:
+            raise StageError(
+                f"{weights}: its sha256 is {found[:12]}, the run ended with {str(wanted)[:12]}. "
+                f"Bring the run's own file back. {remedy}"
+            )
 
 
 def provenance_of(

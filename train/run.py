@@ -44,6 +44,8 @@ RUNS = Path("runs")
 UNFINISHED = WORK / "runs"
 """A folder a stage, in it one for each run that is not published yet."""
 IDENTITY = "identity.json"
+WEIGHTS = "weights_sha256"
+"""Key of the provenance: the sha256 of each file of weights, by its path in the run's folder."""
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "h5py")
 """Libraries whose version can change a run's numbers."""
@@ -129,7 +131,10 @@ class RunDirectory:
         The checkpoints go last: a kill at any moment before makes the next start publish again.
         """
         write_json(self.files / "metrics.json", metrics)
-        write_json(self.files / "provenance.json", self._provenance | {FINISHED: utc_now()})
+        weights = sorted(self.files.rglob("*.safetensors"))
+        hashes = {path.relative_to(self.files).as_posix(): sha256_of(path) for path in weights}
+        finished = {FINISHED: utc_now(), WEIGHTS: hashes}
+        write_json(self.files / "provenance.json", self._provenance | finished)
         for path in self.files.rglob("*"):
             # PEFT does not.
             sync(path)

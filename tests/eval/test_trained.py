@@ -1,4 +1,5 @@
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -102,6 +103,10 @@ def test_a_projector_of_stage_1_from_which_stage_2_did_not_start_is_not_scored_b
     PROVENANCE.write_text(json.dumps(values | {"start_projector_sha256": "1" * 64}))
     path = Path("runs/pretrain/projector.safetensors")
     seeded_projector("mlp", 8, 64, 5).save(path)
+    # As if stage 1 had been trained again.
+    again = json.loads(path.with_name("provenance.json").read_text())
+    again["weights_sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_name("provenance.json").write_text(json.dumps(again))
     with pytest.raises(StageError, match="started from a projector of 111111111111") as error:
         evaluate(world.params())
     assert str(error.value).startswith(str(path))

@@ -6,10 +6,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cache.errors import CacheError, SpecMismatchError, StageError
+from cache.files import sha256_of
 from tests.conftest import write_store
 from train.finetune import finetune
 from train.fingerprint import language_model_identity
 from train.language_model import load_tokenizer
+from train.provenance import read_provenance
 from train.settings import LlmSettings
 
 PROVENANCE = Path("runs/pretrain/provenance.json")
@@ -190,3 +192,23 @@ def test_a_damaged_provenance_of_stage_1_is_one_line(workspace, no_model, text):
         finetune(workspace.params())
     assert str(error.value).startswith(str(PROVENANCE))
     assert "\n" not in str(error.value)
+
+
+def test_a_run_is_refused_whose_weights_are_not_those_that_it_ended_with(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    names = ("projector.safetensors", "adapter/adapter_model.safetensors")
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    hashes = {name: sha256_of(tmp_path / name) for name in names}
+    path = tmp_path / "provenance.json"
+    path.write_text(json.dumps({"features_fingerprint": "f", "weights_sha256": hashes}))
+    assert read_provenance(path)["weights_sha256"] == hashes
+    for name in names:
+        (tmp_path / name).rename(tmp_path / "aside")
+        with pytest.raises(StageError, match=rf"{name}: its sha256 is missing, the run ended"):
+            read_provenance(path)
+        (tmp_path / name).write_bytes(b"of another run")
+        with pytest.raises(StageError, match=rf"{name}: its sha256 is [0-9a-f]+, the run ended"):
+            read_provenance(path)
+        (tmp_path / "aside").replace(tmp_path / name)
+    assert read_provenance(path)

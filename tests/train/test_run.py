@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 import subprocess
@@ -48,6 +49,7 @@ def test_nothing_is_seen_before_it_is_published_whole(workspace):
     assert workspace.json("runs/pretrain/provenance.json") == {
         "git_commit": "x",
         "finished_utc": NOW,
+        "weights_sha256": {},
     }
     assert workspace.json("reports/pretrain.json") == {"loss": 2.0}
     assert not any(UNFINISHED.joinpath("pretrain").iterdir())
@@ -168,6 +170,7 @@ def test_that_a_run_was_continued_is_in_its_provenance(workspace, capsys):
         "device": "CPU",
         "continued_after_step": 3,
         "finished_utc": NOW,
+        "weights_sha256": {},
     }
 
 
@@ -247,3 +250,14 @@ def test_code_outside_git_has_no_commit(monkeypatch, error):
     assert len(git_commit().partition("+")[0]) == 40
     monkeypatch.setattr(subprocess, "run", fail)
     assert git_commit() == "unknown: not a git checkout"
+
+
+def test_the_provenance_names_the_weights_that_are_published(workspace):
+    run = RunDirectory("finetune", workspace.params(), {}, {})
+    weights = {"projector.safetensors": b"p", "adapter/adapter_model.safetensors": b"a"}
+    for name, data in weights.items():
+        (run.files / name).parent.mkdir(exist_ok=True)
+        (run.files / name).write_bytes(data)
+    run.publish({}, REPORT)
+    wanted = {name: hashlib.sha256(data).hexdigest() for name, data in weights.items()}
+    assert workspace.json("runs/finetune/provenance.json")["weights_sha256"] == wanted
