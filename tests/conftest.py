@@ -27,6 +27,15 @@ IMAGE_IDS = tuple(range(100, 140))
 WORDS = "a red blue green cat dog on in the box What is where Instruct: Output: yes no how many"
 
 
+def sign_weights(folder):
+    """Let a run's provenance name the weights that are in its folder, as if it had made them."""
+    from train.run import weights_of
+
+    path = Path(folder, "provenance.json")
+    values = json.loads(path.read_text()) | {"weights_sha256": weights_of(path.parent)}
+    path.write_text(json.dumps(values))
+
+
 def _heed_signals():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

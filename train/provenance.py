@@ -11,9 +11,8 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
-from cache.files import sha256_of
 from train.model_files import read_json
-from train.run import RUNS, WEIGHTS
+from train.run import RUNS, WEIGHTS, weights_of
 
 LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"
@@ -41,24 +40,26 @@ def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[st
     values = read_json(path, refuse)
     if not isinstance(values.get("features_fingerprint"), str):
         raise refuse("it names no features_fingerprint")
-    _check_weights(path, values.get(WEIGHTS, {}), remedy)
+    _check_weights(path, values.get(WEIGHTS), remedy)
     return values
 
 
 def _check_weights(path: Path, hashes: Any, remedy: str) -> None:
-    """Refuse a run whose weights are not those that it ended with.
+    """Refuse a run whose weights are not those that it ended with: exchanged, missing or added.
 
     The run of an earlier version does not name them.
     """
+    if hashes is None:
+        return
     if not isinstance(hashes, dict):
         raise StageError(f"{path}: damaged: {WEIGHTS} is no object. {remedy}")
-    for name, wanted in sorted(hashes.items()):
-        weights = path.parent / name
-        found = sha256_of(weights) if weights.is_file() else "missing"
+    here = weights_of(path.parent)
+    for name in sorted(hashes.keys() | here.keys()):
+        wanted, found = str(hashes.get(name, "no such file")), here.get(name, "no such file")
         if found != wanted:
             raise StageError(
-                f"{weights}: its sha256 is {found[:12]}, the run ended with {str(wanted)[:12]}. "
-                f"Bring the run's own file back. {remedy}"
+                f"{path.parent / name}: sha256 {found[:12]}, but the run ended with {wanted[:12]}. "
+                f"Bring the run's own files back. {remedy}"
             )
 
 

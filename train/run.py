@@ -131,9 +131,7 @@ class RunDirectory:
         The checkpoints go last: a kill at any moment before makes the next start publish again.
         """
         write_json(self.files / "metrics.json", metrics)
-        weights = sorted(self.files.rglob("*.safetensors"))
-        hashes = {path.relative_to(self.files).as_posix(): sha256_of(path) for path in weights}
-        finished = {FINISHED: utc_now(), WEIGHTS: hashes}
+        finished = {FINISHED: utc_now(), WEIGHTS: weights_of(self.files)}
         write_json(self.files / "provenance.json", self._provenance | finished)
         for path in self.files.rglob("*"):
             # PEFT does not.
@@ -147,6 +145,12 @@ class RunDirectory:
         os.replace(self.files, target)
         write_json(report, metrics)
         shutil.rmtree(self._folder)
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of weights in a run's folder, by its path in there."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
 
 
 @contextlib.contextmanager

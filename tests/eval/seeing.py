@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from pipeline.extract import extract
 from pipeline.index import SCHEMAS
-from tests.conftest import PATCHES, WIDTH, Workspace
+from tests.conftest import PATCHES, WIDTH, Workspace, sign_weights
 from tests.eval.conftest import World
 from tests.pipeline.conftest import draw_jpeg
 
@@ -98,6 +98,7 @@ def make_seeing_world(root, phi_dir):
         world.write()
         for path in Path("runs").glob("*/projector.safetensors"):
             change_tensor(path, "layers.2.weight", lambda weight: weight * SIGHT)
+            sign_weights(path.parent)
     return world
 
 

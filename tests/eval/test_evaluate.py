@@ -20,6 +20,7 @@ from eval.evaluate import evaluate
 from eval.metrics import exact_match
 from eval.predictions import SCHEMA
 from eval.random_tower import WARNING
+from tests.conftest import sign_weights
 from tests.eval.report_page import Page
 from train.data import read_questions
 from train.generate import generate
@@ -558,10 +559,33 @@ def fill_nan(path):
 )
 def test_what_is_missing_or_damaged_is_named_in_one_line(world, path, change, words):
     change(Path(path))
+    if path.startswith("runs"):
+        # As if it had been made so: otherwise nothing else of it would be looked at.
+        sign_weights(Path(*Path(path).parts[:2]))
     with pytest.raises(CacheError, match=words) as caught:
         evaluate(world.params())
     assert one_line(caught)
     assert not PAGE.exists()
+
+
+@pytest.mark.parametrize("change", [Path.unlink, cut, widen, fill_nan])
+@pytest.mark.parametrize(
+    "path", ["pretrain/projector", "finetune/projector", "finetune/adapter/adapter_model"]
+)
+def test_weights_that_a_run_did_not_end_with_are_refused(world, path, change):
+    weights = Path(f"runs/{path}.safetensors")
+    change(weights)
+    with pytest.raises(
+        StageError, match=rf"{weights}: sha256 .*, but the run ended with"
+    ) as caught:
+        evaluate(world.params())
+    assert one_line(caught)
+
+
+def test_an_adapter_beside_stage_1_is_refused(world):
+    shutil.copytree("runs/finetune/adapter", "runs/pretrain/adapter")
+    with pytest.raises(StageError, match="but the run ended with no such file"):
+        evaluate(world.params())
 
 
 def test_a_store_of_one_image_has_no_control(world, make_store):
@@ -625,6 +649,7 @@ def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
 def test_a_damaged_adapter_is_found_before_anything_is_asked(world, monkeypatch):
     cut(Path("runs/finetune/adapter/adapter_model.safetensors"))
     monkeypatch.setattr(eval.evaluate, "ask_captions", lambda *_: pytest.fail("asked"))
+    sign_weights("runs/finetune")
     with pytest.raises(StageError, match="no adapter for this model"):
         evaluate(world.params())
 
@@ -747,6 +772,7 @@ def test_what_was_made_of_something_else_is_not_taken(world, monkeypatch, change
         world.write_run("finetune", 77)
         if change == "adapter":
             shutil.copy("before/finetune/projector.safetensors", "runs/finetune")
+            sign_weights("runs/finetune")
     evaluate(world.params(**other.get(change, {})))
     assert TABLE.read_bytes() != wanted
     if change in ("projector", "adapter"):

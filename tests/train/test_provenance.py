@@ -204,11 +204,12 @@ def test_a_run_is_refused_whose_weights_are_not_those_that_it_ended_with(tmp_pat
     path.write_text(json.dumps({"features_fingerprint": "f", "weights_sha256": hashes}))
     assert read_provenance(path)["weights_sha256"] == hashes
     for name in names:
-        (tmp_path / name).rename(tmp_path / "aside")
-        with pytest.raises(StageError, match=rf"{name}: its sha256 is missing, the run ended"):
+        kept = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        with pytest.raises(StageError, match=rf"{name}: sha256 no such file, but the run ended"):
             read_provenance(path)
         (tmp_path / name).write_bytes(b"of another run")
-        with pytest.raises(StageError, match=rf"{name}: its sha256 is [0-9a-f]+, the run ended"):
+        with pytest.raises(StageError, match=rf"{name}: sha256 [0-9a-f]+, but the run ended"):
             read_provenance(path)
-        (tmp_path / "aside").replace(tmp_path / name)
+        (tmp_path / name).write_bytes(kept)
     assert read_provenance(path)
