@@ -71,6 +71,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
+    # A kill may have left it; a link there would be written through.
+    temporary.unlink(missing_ok=True)
     try:
         with naming(path):
             yield temporary

@@ -24,7 +24,7 @@ and so no common order."""
 
 APART = "*"
 INTERVALS = "intervals"
-NO_SCORES = ("contamination", "projectors_sha256")
+NO_SCORES = ("contamination", "weights_sha256")
 """Sections of `reports/eval.json` that say what was scored."""
 ABSENT = object()
 """What an evaluation has under a name that only the other one knows."""

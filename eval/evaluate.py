@@ -13,9 +13,10 @@ from cache import FeatureStore
 from cache.clock import utc_now
 from cache.command import run_stage
 from cache.data_settings import DataSettings
-from cache.files import sha256_of, write_json, write_text
+from cache.files import write_json, write_text
 from cache.settings import Params
 from eval.asking import ask_captions, ask_pope, ask_questions
+from eval.changed_inputs import changed_inputs_warning
 from eval.controls import CONTROLS, Asked
 from eval.gallery import gallery_image_ids
 from eval.kept import forget
@@ -29,7 +30,6 @@ from eval.runs import (
     Models,
     finish_times,
     load_models,
-    projector_of,
     read_history,
     read_provenances,
     read_settings,
@@ -38,6 +38,7 @@ from eval.settings import EvaluateSettings
 from eval.work import Work, choose_work
 from train.data import FEATURES
 from train.language_model import load_tokenizer
+from train.run import RUNS, weights_of
 from train.settings import LlmSettings
 
 REPORTS = Path("reports")
@@ -58,11 +59,16 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     llm = params.section("llm", LlmSettings)
     # Read before the models run for hours: a run that is not there is found at once.
     histories = {stage: read_history(stage) for stage in STAGES}
-    warning = random_tower_warning(params.values, *read_settings())
+    run_settings = read_settings()
     store = FeatureStore(FEATURES)
     tokenizer = load_tokenizer(llm)
     provenances = read_provenances(store, llm, tokenizer)
     work = choose_work(settings, store, tokenizer, params.seed())
+    warnings = (
+        random_tower_warning(params.values, *run_settings.values()),
+        changed_inputs_warning(params.values, run_settings, provenances),
+    )
+    warning = " ".join(filter(None, warnings))
     models = load_models(llm, tokenizer, store, params.seed())
     scores, predictions = score_models(models, work, settings)
     write_json(REPORTS / "eval.json", scores)
@@ -106,7 +112,7 @@ def score_models(
         "pope": score_pope(both, work, settings, said),
         "pretrain_only": {"captions": alone},
         "contamination": work.contamination_counts(),
-        "projectors_sha256": {stage: sha256_of(projector_of(stage)) for stage in STAGES},
+        "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
     }
     return scores, said
 

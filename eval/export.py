@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,9 +163,9 @@ def appearing(out: Path) -> Iterator[Path]:
     """Give a folder to fill; on leaving without an error it becomes `out`, else it is removed."""
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    # Of a name that nothing has.
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder.chmod(0o777 & ~_umask())
     try:
         yield folder
         for path in folder.iterdir():
@@ -173,6 +174,12 @@ def appearing(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync(target.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
 from cache.errors import StageError
-from cache.files import sha256_of
 from cache.foreign import reading_foreign_file
 from cache.spec import Spec
 from eval.random_tower import random_tower_warning
@@ -17,6 +16,7 @@ from eval.report_scores import BLIND, is_over_nothing
 from eval.settings import EvaluateSettings, shown_setting
 from eval.trained import Trained
 from train.model_files import read_json
+from train.run import weights_of
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
 """What a source of data is called; other sources have no public name."""
@@ -86,9 +86,9 @@ def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
 
     scores = read_json(report, refuse)
     stage = "finetune" if trained.answers else "pretrain"
-    projector_sha256 = sha256_of(trained.folder / "projector.safetensors")
+    weights = weights_of(trained.folder)
     with reading_foreign_file(refuse, report):
-        if scores.get("projectors_sha256", {}).get(stage) != projector_sha256:
+        if scores.get("weights_sha256", {}).get(stage) != weights:
             return []
         return list(score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
 

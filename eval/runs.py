@@ -107,13 +107,13 @@ def read_history(stage: str) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 
-def read_settings() -> list[dict[str, Any]]:
-    """Return the settings of both runs, as they were when each began.
+def read_settings() -> dict[str, dict[str, Any]]:
+    """Return the settings of each stage's run, as they were when it began.
 
     Raises:
         SettingsError: A file is missing or damaged.
     """
-    return [Params.read(RUNS / stage / "params.yaml").values for stage in STAGES]
+    return {stage: Params.read(RUNS / stage / "params.yaml").values for stage in STAGES}
 
 
 def finish_times(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

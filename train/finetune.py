@@ -1,5 +1,6 @@
 """Stage finetune: projector and LoRA learn to answer, over a frozen language model."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from train.model import CaptionModel
 from train.model_files import read_config
 from train.preflight import check_model
 from train.projector import Projector, load_projector
-from train.provenance import provenance_of
+from train.provenance import changed_tables, provenance_of
 from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
 from train.task import Task
@@ -41,7 +42,13 @@ def finetune(params: Params) -> None:
     start = RUNS / "pretrain" / "projector.safetensors"
     width = read_config(llm.model).hidden_size
     projector = load_projector(start, store.spec.width, width).to(device)
-    provenance_of("pretrain", store, beside)
+    stage_1 = provenance_of("pretrain", store, beside)
+    if changed := changed_tables(stage_1):
+        print(
+            f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
+            f"may have learned from images that are held out now",
+            file=sys.stderr,
+        )
     language_model = load_language_model(llm, device)
     start_sha256 = sha256_of(start)
     decides = identity(

@@ -12,7 +12,7 @@ from typing import Any
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
 from train.model_files import read_json
-from train.run import RUNS, WEIGHTS, weights_of
+from train.run import RUNS, WEIGHTS, index_hashes, weights_of
 
 LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"
@@ -88,6 +88,17 @@ def provenance_of(
         )
     check_language_model(path, values, language_model)
     return values
+
+
+def changed_tables(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the tables of texts that are not those that a run learned from.
+
+    Args:
+        values: The run's provenance; one without hashes of tables has none that changed.
+    """
+    there = values.get("index_sha256")
+    here = index_hashes()
+    return [name for name in here if isinstance(there, dict) and there.get(name) != here[name]]
 
 
 def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[str, str]) -> None:

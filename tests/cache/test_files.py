@@ -245,3 +245,13 @@ def test_nothing_is_synced_or_named_when_the_writing_fails(tmp_path, synced):
         write_text(tmp_path / "a", "half \ud800")
     assert synced == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / ".report.partial").symlink_to(precious)
+    write_text(tmp_path / "report", "new")
+    assert precious.read_text() == "kept"
+    assert (tmp_path / "report").read_text() == "new"
+    assert not (tmp_path / "report").is_symlink()

@@ -132,7 +132,7 @@ def test_what_was_scored_is_no_score(capsys, tmp_path):
     of_run = {
         name: SCORES
         | {
-            "projectors_sha256": {"pretrain": name},
+            "weights_sha256": {"pretrain": {"projector.safetensors": name}},
             "contamination": {"captions": {"images": number}},
         }
         for number, name in enumerate(("one", "other"))

@@ -28,6 +28,7 @@ from train.language_model import load_language_model, load_lora, load_tokenizer
 from train.model import CaptionModel
 from train.projector import load_projector, seeded_projector
 from train.prompts import question_text
+from train.run import index_hashes
 from train.settings import LlmSettings
 
 SCORES, TABLE, RESULTS, LIST, PAGE = (
@@ -75,6 +76,9 @@ def write_index(world, captions=None, conversations=None):
         [(i, "val", text) for i, text in captions],
         [(i, "holdout", turns) for i, turns in conversations],
     )
+    # As if the runs had learned from them.
+    for path in Path("runs").glob("*/provenance.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"index_sha256": index_hashes()}))
 
 
 def rewrite_provenance(stage, change):
@@ -108,12 +112,16 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
     write_pope(ASKED)
     evaluate(world.params())
     found = scores()
-    assert found["projectors_sha256"] == {
-        stage: sha256_of(Path(f"runs/{stage}/projector.safetensors"))
-        for stage in ("pretrain", "finetune")
+    names = {"pretrain": ["projector"], "finetune": ["adapter/adapter_model", "projector"]}
+    assert found["weights_sha256"] == {
+        stage: {
+            f"{name}.safetensors": sha256_of(Path(f"runs/{stage}/{name}.safetensors"))
+            for name in names[stage]
+        }
+        for stage in names
     }
     sections = {"captions", "answers", "pope", "pretrain_only", "contamination"}
-    assert found.keys() == sections | {"projectors_sha256"}
+    assert found.keys() == sections | {"weights_sha256"}
     answers = found["answers"]
     assert found["pope"].keys() == {"popular", "random"}
     assert answers["by_type"].keys() == {"what", "how many"}
@@ -791,3 +799,12 @@ def test_a_run_that_learned_from_other_features_is_not_scored(world, monkeypatch
     with pytest.raises(SpecMismatchError, match=words) as caught:
         evaluate(world.params())
     assert one_line(caught)
+
+
+def test_an_index_that_was_made_after_the_training_is_said_before_any_score(world, capsys):
+    table = pq.read_table("data/index/conversations.parquet")
+    pq.write_table(table.slice(0, len(table) - 1), "data/index/conversations.parquet")
+    evaluate(world.params())
+    said = "conversations.parquet changed after pretrain was trained"
+    assert capsys.readouterr().out.startswith(f"warning:  {said}")
+    assert said in PAGE.read_text()

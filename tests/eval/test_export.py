@@ -20,7 +20,7 @@ from transformers import (
 
 from cache.errors import SettingsError, SpecMismatchError, StageError
 from eval import export as module
-from eval.export import export, main
+from eval.export import appearing, export, main
 from eval.trained import load_run
 from pipeline.decode import decode_rgb
 from pipeline.encoder import load_encoder, patch_tokens
@@ -375,3 +375,17 @@ def test_a_folder_that_is_no_run_is_a_wrong_call(made, monkeypatch, capsys):
         main()
     assert ended.value.code == 2
     assert "is no run" in capsys.readouterr().err
+
+
+def test_an_export_touches_nothing_beside_its_folder(tmp_path):
+    """Of whatever name, like that under which it is built."""
+    mine = tmp_path / ".exp.partial"
+    mine.mkdir()
+    (mine / "precious").write_text("kept")
+    with appearing(tmp_path / "exp") as folder:
+        (folder / "a").write_text("x")
+    with pytest.raises(OSError, match="full"), appearing(tmp_path / "other"):
+        raise OSError("full")
+    assert (mine / "precious").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".exp.partial", "exp"]
+    assert (tmp_path / "exp").stat().st_mode & 0o777 == mine.stat().st_mode & 0o777

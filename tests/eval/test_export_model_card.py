@@ -50,9 +50,9 @@ def run(tmp_path):
         if scores is not None:
             report = tmp_path / "reports" / "eval.json"
             report.parent.mkdir()
-            hashes = {folder.name: hashlib.sha256(scored).hexdigest()}
+            hashes = {folder.name: {"projector.safetensors": hashlib.sha256(scored).hexdigest()}}
             if isinstance(scores, dict):
-                scores = json.dumps(scores | {"projectors_sha256": hashes})
+                scores = json.dumps(scores | {"weights_sha256": hashes})
             report.write_text(scores)
         values = VALUES | changes
         return SimpleNamespace(
