@@ -45,7 +45,8 @@ def command_parser(description: str | None) -> argparse.ArgumentParser:
     spec = sys.modules["__main__"].__spec__
     return _Parser(
         prog=f"python -m {spec.name}" if spec else None,
-        description=description,
+        # Letters are for readers of the code.
+        description=description.partition("\n\nLetters:")[0] if description else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from cache.errors import CacheError
 from cache.foreign import one_line, reading_foreign_file
@@ -115,6 +117,16 @@ def read_columns(path: Path, schema: pa.Schema, refuse: Refuse) -> pa.Table:
         table = file.read(columns=schema.names, use_threads=False)
         check_values(table.columns, refuse)
         return table
+
+
+def values_of(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """Return the numbers of a column without nulls.
+
+    Its own `to_numpy` imports pandas: half a second, in which Arrow drops an interruption.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return np.from_dlpack(column)
 
 
 def check_values(columns: Sequence[Any], refuse: Refuse) -> None:

@@ -205,7 +205,8 @@ class FeatureStore:
         return rows
 
     def _missing_text(self, ids: NDArray[np.int64], num_asked: int) -> str:
-        names = ", ".join(map(str, ids[:NAMED_IDS])) + ", ..." * (len(ids) > NAMED_IDS)
+        unknown = np.unique(ids)
+        names = ", ".join(map(str, unknown[:NAMED_IDS])) + ", ..." * (len(unknown) > NAMED_IDS)
         remedy = "Index and extract them first."
         if self.missing_shards:
             table = self._read_table()
@@ -214,8 +215,12 @@ class FeatureStore:
             remedy = f"Get the shards that are not here: {lacking}." if lacking else remedy
         return (
             f"{self.root}: {len(ids)} of {num_asked} images asked for are not among its "
-            f"{len(self)}: {names}. {remedy}"
+            f"{len(self)}{self._range()}: {names}. {remedy}"
         )
+
+    def _range(self) -> str:
+        ids = self.image_ids
+        return f" (ids {ids[0]} to {ids[-1]})" if len(ids) else ""
 
     def _shard_numbers(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.searchsorted(self._space.starts, rows, side="right") - 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cache.errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files import naming, write_bytes
-from cache.parquet import open_parquet
+from cache.parquet import open_parquet, values_of
 from cache.shard import Shard
 from cache.spec import Spec
 
@@ -303,19 +303,14 @@ def _read_columns(
         if not set(names) <= numbers.keys():
             raise _bad(path, "it names a shard without size and hash")
         to_number = np.array([numbers[name] for name in names], dtype=np.int32)
-        columns["shard_number"][rows] = to_number[_values(batch["shard"].indices)]
-        columns["image_ids"][rows] = _values(batch["image_id"])
+        columns["shard_number"][rows] = to_number[values_of(batch["shard"].indices)]
+        columns["image_ids"][rows] = values_of(batch["image_id"])
         for name in ("row", "row_xxh3", "source_xxh3"):
-            columns[name][rows] = _values(batch[name])
+            columns[name][rows] = values_of(batch[name])
         start = rows.stop
     if start < num_rows:
         raise _bad(path, f"it has {start} of the {num_rows} rows that its footer says")
     return columns
-
-
-def _values(column: pa.Array) -> NDArray[Any]:
-    """Return the numbers of a column without nulls. Its own `to_numpy` would import pandas."""
-    return np.from_dlpack(column)
 
 
 def _check_rows(table: StoreTable, path: Path) -> None:

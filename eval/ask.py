@@ -107,7 +107,11 @@ def cached_features(run: FinishedRun, image_id: int) -> NDArray[np.float16]:
     store = FeatureStore(FEATURES)
     run.check_features(store.spec, str(FEATURES))
     if image_id not in store:
-        raise MissingImageError(f"{FEATURES}: holds no image {image_id}.")
+        ids = store.image_ids
+        raise MissingImageError(
+            f"{FEATURES}: holds no image {image_id}; its {len(ids)} ids are from {ids[0]} to "
+            f"{ids[-1]}. Index and extract the image first, or name another one."
+        )
     patches_PD: NDArray[np.float16] = store.gather([image_id])[0]
     return patches_PD
 

@@ -4,7 +4,8 @@ python -m eval.compare . ../elsewhere
 python -m eval.compare HEAD lucid-wave
 
 An evaluation is a workspace, its reports folder, or a revision of this repository: a commit, a tag
-or the name of a DVC experiment; `workspace` is what lies here. Shown are the models' own scores;
+or the name of a DVC experiment; `workspace` is what lies here. The difference is the second minus
+the first. Shown are the models' own scores;
 `python -m train.compare` has their controls, the settings and what the runs were made from.
 """
 
@@ -58,7 +59,7 @@ def score_rows(left: Evaluation, right: Evaluation) -> list[tuple[str, str, str,
     """Return the lines of the table of scores: what differs, and how many do not."""
     names = [name for name in left.scores if is_own_score(name)]
     names += [n for n in right.scores if is_own_score(n) and n not in left.scores]
-    rows = [("", printable(left.name), printable(right.name), "difference")]
+    rows = [("", printable(left.name), printable(right.name), "second - first")]
     for name in names:
         one, other = (of.scores.get(name, ABSENT) for of in (left, right))
         if same(one, other) and interval(left, name) == interval(right, name):

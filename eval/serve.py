@@ -23,6 +23,7 @@ from starlette.routing import Mount
 from cache.command import command_parser, run_guarded
 from cache.errors import StageError
 from cache.foreign import reading_foreign_file
+from cache.interrupts import ignore_interrupts
 from cache.scratch_folder import ScratchFolder
 from eval.chat_page import build_page
 from eval.conversation import Host
@@ -68,7 +69,7 @@ def serve(arguments: argparse.Namespace) -> None:
             server.wait(pictures.remove_old)
         except KeyboardInterrupt:
             # The only way in which a server ends.
-            pass
+            ignore_interrupts()
         finally:
             host.close()
             page.close(verbose=False)

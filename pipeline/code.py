@@ -1,4 +1,4 @@
-"""Stage `code`: writes, for every other stage, which code it runs and a hash of each part.
+"""Stage code: writes, for every other stage, which code it runs and a hash of each part.
 
 DVC does not follow Python imports, so every other stage depends on its file in `data/code/`. A file
 has one line for each module that the stage imports, directly or not, and for each other file that
@@ -44,6 +44,7 @@ def code(_: Params) -> None:
         }
         lines = [f"{hashes[path]}  {path.relative_to(ROOT)}\n" for path in sorted(hashes)]
         write_text(CODE / stage, "".join(lines))
+    print(f"code: {len(STAGES)} stages hashed in {CODE}")
 
 
 def modules_of(names: tuple[str, ...]) -> set[Path]:

@@ -19,7 +19,7 @@ from cache.data_settings import DataSettings
 from cache.errors import StageError
 from cache.files import SHARDS, exclusive, sha256_of_pieces, write_json
 from cache.images import ImageArchive
-from cache.parquet import read_columns
+from cache.parquet import read_columns, values_of
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.settings import Params
@@ -72,8 +72,8 @@ def read_source() -> ImageSource:
     if not table.num_rows:
         raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
     return ImageSource(
-        image_ids=table["image_id"].to_numpy(),
-        source_xxh3=table["source_xxh3"].to_numpy(),
+        image_ids=values_of(table["image_id"]),
+        source_xxh3=values_of(table["source_xxh3"]),
         file_names=table["file_name"].to_pylist(),
         splits=table["split"].to_pylist(),
         archives={},
@@ -259,7 +259,7 @@ def write_report(
     }
     write_json(REPORT, report)
     print(
-        f"extract: {images} images in {len(plan)} shards, {encoded} encoded now "
+        f"extract: {images} images in {len(plan)} shards, {encoded} of them encoded now "
         f"({rate:.0f} images/s), {len(tally.failures)} failed"
     )
     if encoded:

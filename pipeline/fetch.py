@@ -1,4 +1,4 @@
-"""Stage `fetch`: brings images and annotations to where section `data` says they are.
+"""Stage fetch: brings images and annotations to where section `data` says they are.
 
 Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, `local`
 takes what is there. Files are made below `.work/fetch` and published whole in `data/raw`.
@@ -136,9 +136,18 @@ def check_paths(data: DataSettings) -> None:
     for key, path in named.items():
         if not Path(path).exists():
             raise StageError(
-                f"{key}: {path} does not exist (data.source is {data.source}). "
-                f"Put it there, or name another path."
+                f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"
             )
+    print(f"fetch: all {len(named)} files and folders of section data are there")
+
+
+def _remedy(path: str) -> str:
+    if RAW.resolve() in Path(path).resolve().parents:
+        return (
+            f"`dvc repro` empties {RAW} before this stage runs, so files of your own are lost "
+            f"there: keep them outside of data/, and name that place."
+        )
+    return "Put it there, or name another path."
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `index`: one clean set of tables from annotations and image files.
+"""Stage index: one clean set of tables from annotations and image files.
 
 Writes `data/index/{images,captions,conversations,pope,rejected}.parquet` and `reports/index.json`.
 Every record of the inputs is in a table or among the rejected ones; instances, from which yes-no

@@ -5,6 +5,7 @@ python -m train.compare workspace lucid-wave
 
 A run is a run directory, or a revision of this repository: a commit, a tag or the name of a DVC
 experiment, of which both stages and the evaluation are compared. `workspace` is what lies here.
+The difference is the second minus the first.
 """
 
 import functools
@@ -70,7 +71,7 @@ def compare(left: str, right: str) -> None:
         )
     read = read_folder if folders else read_revision
     one, other = read(left), read(right)
-    rows = [("", left, right, "difference")]
+    rows = [("", left, right, "second - first")]
     rows += section("settings", "settings", one.settings, other.settings)
     rows += section("metrics", "metrics", one.metrics, other.metrics, difference=True)
     rows += section("provenance", "other facts", one.provenance, other.provenance)

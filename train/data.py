@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.parquet import check_values, open_parquet
+from cache.parquet import check_values, open_parquet, values_of
 from train.prompts import Text, caption_text, conversation_text
 
 FEATURES = Path("data/features")
@@ -170,7 +170,7 @@ def pairs(turns: list[dict[str, str]]) -> list[tuple[str, str]]:
 
 def held_out_images() -> set[int]:
     """Return the images whose conversations are kept for evaluation."""
-    return set(_numbers(_read(CONVERSATIONS, "holdout")["image_id"]).tolist())
+    return set(values_of(_read(CONVERSATIONS, "holdout")["image_id"]).tolist())
 
 
 def with_features(examples: Examples, store: FeatureStore, what: str) -> Examples:
@@ -192,7 +192,7 @@ def with_features(examples: Examples, store: FeatureStore, what: str) -> Example
 def _read_texts(path: Path, split: str, column: str) -> tuple[NDArray[np.int64], pa.ChunkedArray]:
     """Return the image and the text of each row of a split, in the table's order."""
     table = _read(path, split, column)
-    return _numbers(table["image_id"]), table[column.partition(".")[0]]
+    return values_of(table["image_id"]), table[column.partition(".")[0]]
 
 
 def _read(path: Path, split: str, *columns: str) -> pa.Table:
@@ -221,9 +221,3 @@ def _check_answered(batch: pa.RecordBatch, refuse: Callable[[str], StageError]) 
         lengths = np.from_dlpack(pc.list_value_length(batch["turns"]))
         if np.any(lengths % 2):
             raise refuse("a conversation in it has a turn without an answer")
-
-
-def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Return the numbers of a column without nulls. Its own `to_numpy` would import pandas."""
-    chunks = [np.from_dlpack(chunk) for chunk in column.chunks]
-    return np.concatenate([np.empty(0, np.int64), *chunks])

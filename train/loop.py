@@ -44,7 +44,11 @@ def train(
         KeyboardInterrupt: A signal asked to stop; the state is saved.
     """
     if not len(task.train):
-        raise StageError(f"{run.stage}: no text to learn from. Look at reports/index.json.")
+        raise StageError(
+            f"{run.stage}: no text to learn from: no image of split train has features and a text. "
+            f"Captions come from data.train.captions, conversations from data.instruct; "
+            f"reports/index.json says how many of them were kept."
+        )
     metrics = _Training(task, saving, run, tracker).to_the_end()
     if run.is_main:
         print(

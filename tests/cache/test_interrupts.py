@@ -36,6 +36,26 @@ def test_one_signal_or_many_leave_by_the_front_door(name):
     assert run(again) == (130, "put away\n", LINE)
 
 
+def test_an_interruption_that_a_library_drops_is_made_again_and_clean_up_is_left_in_peace():
+    before = (
+        "import contextlib, time; from cache import interrupts; interrupts.REPEAT_SECONDS = 0.1"
+    )
+    body = """
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("dropped")
+    try:
+        time.sleep(9)
+    finally:
+        try:
+            open("/nowhere/at/all")
+        except OSError:
+            time.sleep(0.3)
+        print("put away")
+    """
+    assert run(body, before) == (130, "dropped\nput away\n", LINE)
+
+
 def test_what_the_caller_ignores_stays_ignored_but_for_sigterm():
     ignore = "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)"
     body = "os.kill(os.getpid(), 1); os.kill(os.getpid(), 2); print('on'); os.kill(os.getpid(), 15)"

@@ -81,7 +81,7 @@ def test_an_evaluation_and_its_copy_differ_in_nothing(capsys, tmp_path, left):
 def test_a_score_stands_beside_the_other_with_its_interval(capsys, tmp_path, left):
     right = write(tmp_path / "right", changed("captions", "CIDEr", value=0.85))
     lines = printed(capsys, left, right)
-    assert lines[0] == f"{left} {right} difference"
+    assert lines[0] == f"{left} {right} second - first"
     assert lines[1:3] == ["captions.CIDEr 0.8 [0.7, 0.9] 0.85 [0.7, 0.9] +0.05", "3 scores equal"]
 
 

@@ -116,7 +116,7 @@ def test_columns_are_aligned(capsys, tmp_path, left):
     compare(left, right)
     head, *lines = [line for line in capsys.readouterr().out.splitlines() if "equal" not in line]
     metrics = lines[lines.index("metrics") + 1 :][:2]
-    for column in (left, right, "difference"):
+    for column in (left, right, "second - first"):
         assert {line[head.index(column) + len(column) - 1] == " " for line in metrics} == {False}
     assert {len(line) for line in (head, *metrics)} == {len(head)}
 
