@@ -1,3 +1,3 @@
 """Side-by-side measurements; each prints a table and writes a JSON file."""
 
-import cache.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - says what is missing, if anything is

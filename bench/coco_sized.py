@@ -22,7 +22,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from bench.stores import SPEC, make_random_store
-from cache.files import write_json
+from cache.files.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 import torch
 
 from bench.measure import RESULTS, machine, versions
-from cache.command import command_parser, run_guarded
-from cache.files import write_json
+from cache.cli.command import command_parser, run_guarded
+from cache.files.atomic import write_json
 
 
 def run_benchmark(

@@ -16,8 +16,8 @@ from PIL import Image
 
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import compare
-from pipeline.decode import decode_rgb
-from pipeline.encoder import load_encoder
+from pipeline.encoding.encoder import load_encoder
+from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 
 SIDE = 224

@@ -29,7 +29,7 @@ import xxhash
 from PIL import Image
 
 from bench.command import benchmark_parser, run_benchmark
-from cache.files import write_json
+from cache.files.atomic import write_json
 
 ROOT = Path(__file__).parents[1]
 CPU_IMAGES, GPU_IMAGES, QUICK_IMAGES = 512, 8192, 16
@@ -85,13 +85,13 @@ def bare_loop() -> None:
     """Decode and encode in the working directory as the stage does, and drop the features."""
     from torch.utils.data import DataLoader, Dataset
 
-    from cache.data_settings import DataSettings
     from cache.plan import plan_shards
-    from cache.settings import Params
-    from pipeline.encode import PREFETCH_BATCHES, BatchDecoder
-    from pipeline.encoder import load_encoder
+    from pipeline.encoding.encode import PREFETCH_BATCHES, BatchDecoder
+    from pipeline.encoding.encoder import load_encoder
     from pipeline.extract import open_images, read_source
     from pipeline.settings import EncoderSettings, ExtractSettings
+    from workspace.data_settings import DataSettings
+    from workspace.settings import Params
 
     params = Params.read(Path("params.yaml"))
     settings = params.section("extract", ExtractSettings)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 
 PHASES = {
     "tables": {
@@ -40,7 +40,7 @@ PHASES = {
 }
 """What a stage calls in each phase; not every stage calls all of them."""
 
-MODULES = ("train.{stage}", "train.task")
+MODULES = ("train.{stage}", "train.loop.setup")
 """Where it does."""
 
 
@@ -88,7 +88,7 @@ def watch_phases(watch: Stopwatch, stage: str) -> None:
 @contextlib.contextmanager
 def ending_with_first_step(watch: Stopwatch) -> Iterator[None]:
     """Leave the stage when its first optimizer step is done."""
-    loop: Any = importlib.import_module("train.loop")
+    loop: Any = importlib.import_module("train.loop.loop")
     make_step = loop.optimizer_step
 
     def first_step(*arguments: Any, **named: Any) -> None:
@@ -104,7 +104,7 @@ def ending_with_first_step(watch: Stopwatch) -> Iterator[None]:
 def run(stage: str, started: float) -> None:
     """Run a stage up to its first step and print the seconds."""
     watch = Stopwatch(started)
-    settings = importlib.import_module("cache.settings")
+    settings = importlib.import_module("workspace.settings")
     module = importlib.import_module(f"train.{stage}")
     watch.lap("import")
     watch_phases(watch, stage)

@@ -6,7 +6,7 @@ All contenders have the same weights, features and prompts, take the likeliest t
 same texts. The language model is that of `bench.step`: a Phi in miniature, with Phi-2's vocabulary
 and random weights in float32. Such a model never stops, so all texts are equally long.
 
-    ours                  batches, keys and values of earlier tokens kept (`train.generate`)
+    ours                  batches, keys and values of earlier tokens kept (`train.model.generate`)
     one by one            the same for one text at a time, with the model as transformers has it
     one by one, no cache  the whole sequence again for every token, logits at its end only
 """
@@ -41,10 +41,10 @@ from bench.step import (
 )
 from bench.stores import SPEC
 from bench.texts import EOS_ID
-from train.attention import NAME as OUR_ATTENTION
-from train.generate import generate
-from train.model import use_fused_gelu
-from train.prompts import encode
+from train.data.prompts import encode
+from train.model.attention import NAME as OUR_ATTENTION
+from train.model.captioner import use_fused_gelu
+from train.model.generate import generate
 
 OURS, ONE_BY_ONE, NO_CACHE = "ours", "one by one", "one by one, no cache"
 
@@ -98,7 +98,7 @@ def make_contender(name: str, stage: Stage, num_texts: int) -> Callable[[], Text
 
 
 def with_cache(stage: Stage, num_texts: int, batch_size: int, *, published: bool) -> Texts:
-    """Make texts with `train.generate`, with the model as published or as ours."""
+    """Make texts with `train.model.generate`, with the model as published or as ours."""
     as_published(stage.model.language_model)
     if not published:
         stage.model.language_model.set_attn_implementation(OUR_ATTENTION)

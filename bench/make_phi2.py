@@ -24,9 +24,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CodeGenTokenizer, PhiConfig, PhiForCausalLM
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.errors import StageError
-from cache.files import write_json
+from cache.files.atomic import write_json
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureStore
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 
 BATCH = 64
 SECONDS = 1.0

@@ -8,7 +8,7 @@ variance of its mean is that of an even draw, for a property that all rows of a 
 second is the worst there is: ids that say nothing about the picture share no property at all.
 
 Reading is timed on a store of 1.2 GB whose files were dropped from the page cache (`bench.pages`):
-one epoch through `train.source.FeatureBatches`.
+one epoch through `train.data.prefetch.FeatureBatches`.
 """
 
 import tempfile
@@ -27,9 +27,9 @@ from bench.command import benchmark_parser, run_benchmark
 from bench.measure import interleaved, medians, rate_of, summary
 from bench.stores import SHARD_ROWS, SPEC, make_random_store
 from cache import FeatureStore
-from cache.order import global_order, windowed_order
 from cache.plan import plan_shards
-from train.source import FeatureBatches
+from train.data.order import global_order, windowed_order
+from train.data.prefetch import FeatureBatches
 
 LARGEST_ID = 581_929
 """Of COCO train2017."""

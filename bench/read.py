@@ -36,8 +36,8 @@ from bench.measure import at_least, interleaved, medians, print_goals, print_tab
 from bench.peers import BATCH, PEERS, Batch, Contender, forever
 from bench.stores import SPEC, make_store, random_rows
 from cache import FeatureStore
-from cache.order import global_order
-from train.source import FeatureBatches
+from train.data.order import global_order
+from train.data.prefetch import FeatureBatches
 
 ROWS, QUICK_ROWS = 16384, 1024
 WARM_ROUNDS, COLD_ROUNDS = 5, 3

@@ -25,9 +25,9 @@ from typing import Any
 from bench.coco_sized import COCO, ROOT, SPEC_SMALL, make_workspace
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_most, medians, print_goals
-from cache.files import write_json
-from cache.interrupts import INTERRUPTED
-from train.projector import seeded_projector
+from cache.cli.interrupts import INTERRUPTED
+from cache.files.atomic import write_json
+from train.model.projector import seeded_projector
 
 STAGES = ("pretrain", "finetune")
 ROUNDS = 5

@@ -51,14 +51,14 @@ from bench.stores import SPEC, make_store
 from bench.texts import draw_captions, draw_conversations, make_tokenizer
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
-from train.attention import NAME as OUR_ATTENTION
-from train.data import Example
-from train.language_model import add_lora
-from train.model import CaptionModel, use_fused_gelu
-from train.projector import seeded_projector
+from train.data.examples import Example
+from train.data.prefetch import Ahead
+from train.loop.step import StepData, build_step, optimizer_step
+from train.model.attention import NAME as OUR_ATTENTION
+from train.model.captioner import CaptionModel, use_fused_gelu
+from train.model.language_model import add_lora
+from train.model.projector import seeded_projector
 from train.settings import LoraSettings
-from train.source import Ahead
-from train.step import StepData, build_step, optimizer_step
 
 OURS, USUAL, BY_LENGTH = "ours", "usual loop", "usual loop, by length"
 WITH_CLIP, STUDENT = "usual loop, with CLIP", "student's loop"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import Spec
-from cache.files import sha256_of
+from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.publish import publish
 from cache.shard import write_shard

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bench.usual_loop import Features, Sample, finish
-from train.projector import Projector
+from train.model.projector import Projector
 
 
 def optimizer_step(

@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from train.data import Example
-from train.prompts import Segment, Text
+from train.data.examples import Example
+from train.data.prompts import Segment, Text
 
 TOKENS, EOS_ID = 50_295, 50_256
 """Of Phi-2's tokenizer."""

@@ -26,9 +26,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from train.data import Example
-from train.projector import Projector
-from train.prompts import Branch, tokenize
+from train.data.examples import Example
+from train.data.prompts import Branch, tokenize
+from train.model.projector import Projector
 
 IGNORE_INDEX = -100
 """Label of a position without a loss, in transformers."""

@@ -1,7 +1,7 @@
 """The feature store: patch embeddings of images in HDF5 shards, read at the speed of memory."""
 
 # First of all: what follows imports packages that may not be there.
-import cache.startup  # noqa: F401
+import cache.cli.startup  # noqa: F401
 
 # isort: split
 from cache.audit import VerifyReport

@@ -23,13 +23,13 @@ from cache.errors import (
     SpecMismatchError,
     UnreachableStoreError,
 )
-from cache.files import naming, sha256_of
-from cache.foreign import one_line
-from cache.location import Location
+from cache.files.atomic import naming, sha256_of
+from cache.files.foreign import one_line
 from cache.plan import shard_key
+from cache.remote.location import Location
 from cache.shard import Shard, hash_rows, open_shard
 from cache.spec import MAX_JSON_BYTES, SPEC, Spec
-from cache.table import INDEX, PROBE, StoreTable, check_own_hash
+from cache.store_index import INDEX, PROBE, StoreTable, check_own_hash
 
 BLOCK_BYTES = 1 << 20
 """What is read at a time: small enough for a core's cache, so that memory is read once."""

@@ -5,8 +5,8 @@ python -m cache.inspect data/features
 
 import dataclasses
 
-from cache.command import command_parser, run_guarded
-from cache.sizes import human_size
+from cache.cli.command import command_parser, run_guarded
+from cache.cli.sizes import human_size
 from cache.store import FeatureStore
 
 NAMED_SHARDS = 3

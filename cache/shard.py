@@ -28,10 +28,10 @@ from cache.errors import (
     SpecMismatchError,
     UnsafeShardError,
 )
-from cache.files import write_bytes
-from cache.foreign import one_line, reading_foreign_file
-from cache.object_headers import find_tree
-from cache.sparse_file import SparseFile
+from cache.files.atomic import write_bytes
+from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.object_headers import find_tree
+from cache.files.sparse import SparseFile
 from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
 
 ALIGNMENT = 4096

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
-from cache.files import canonical_json, naming
-from cache.foreign import one_line, reading_foreign_file
+from cache.files.atomic import canonical_json, naming
+from cache.files.foreign import one_line, reading_foreign_file
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""

@@ -1,6 +1,6 @@
 """Reads features back: opens a store and gathers batches.
 
-All shards lie in one range of addresses (`cache.rows`), each mapped on its first use. A mapping
+All shards lie in one range of addresses (`cache.mapping`), each mapped on its first use. A mapping
 survives a fork and is shared by threads; it is not pickled, so that a spawned process makes its
 own.
 
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from cache.audit import NAMED_IDS, VerifyReport, audit
 from cache.errors import MissingImageError
-from cache.ids import UNKNOWN, RowLookup
-from cache.location import Location
-from cache.rows import RowSpace
+from cache.id_lookup import UNKNOWN, RowLookup
+from cache.mapping import RowSpace
+from cache.remote.location import Location
 from cache.shard import open_shard
 from cache.spec import MAX_JSON_BYTES, SPEC, Spec
-from cache.table import INDEX, ShardFile, StoreTable
+from cache.store_index import INDEX, ShardFile, StoreTable
 
 INT64_MAX = np.iinfo(np.int64).max
 

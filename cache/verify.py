@@ -11,12 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache.audit import VerifyReport, audit
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CorruptShardError, SettingsError
-from cache.location import Location
+from cache.remote.location import Location
 from cache.spec import MAX_JSON_BYTES, Spec
-from cache.table import INDEX, StoreTable
+from cache.store_index import INDEX, StoreTable
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:

@@ -1,3 +1,3 @@
 """The embedded default: a small drawn world and two tiny checkpoints that know it."""
 
-import cache.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - says what is missing, if anything is

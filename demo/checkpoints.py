@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from demo.memory import keep_freed_memory
 from demo.tokenizer import train_tokenizer
 from demo.train_clip import train_clip

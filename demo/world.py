@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.command import command_parser, run_guarded
-from cache.files import replacing, write_json
+from cache.cli.command import command_parser, run_guarded
+from cache.files.atomic import replacing, write_json
 from demo.coco import captions_file, file_name, instances_file, instruct_file
 from demo.draw import draw_scene
 from demo.scenes import Scene, scene_at

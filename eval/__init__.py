@@ -1,3 +1,3 @@
 """Evaluation: generation, scores beside their controls, the report."""
 
-import cache.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - says what is missing, if anything is

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache import FeatureStore
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.errors import MissingImageError, SettingsError
+from eval.chat.encoder import Vision, read_picture
 from eval.settings import EvaluateSettings
 from eval.trained import FinishedRun, Trained, load_run, open_run
-from eval.vision import Vision, read_picture
-from train.data import FEATURES
-from train.generate import Sampling, stream
-from train.prompts import dialogue_prompt
+from train.data.examples import FEATURES
+from train.data.prompts import dialogue_prompt
+from train.model.generate import Sampling, stream
 
 TOP_P = 0.9
 """What is sampled comes from the likeliest tokens that have this share together."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from eval.evaluation import Evaluation, Row, read_evaluation
-from eval.report_scores import CONTROLS
+from eval.report.scores import CONTROLS
 from train.compare import as_number, print_table
 
 EXAMPLES = 10

@@ -10,21 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from cache import FeatureStore
-from cache.clock import utc_now
-from cache.command import run_stage
-from cache.data_settings import DataSettings
-from cache.files import write_json, write_text
-from cache.settings import Params
-from eval.asking import ask_captions, ask_pope, ask_questions
+from cache.cli.command import run_stage
+from cache.files.atomic import write_json, write_text
 from eval.changed_inputs import changed_inputs_warning
-from eval.controls import CONTROLS, Asked
-from eval.gallery import gallery_image_ids
-from eval.kept import forget
-from eval.losses import Losses, answer_losses
-from eval.pictures import thumbnails_of
-from eval.predictions import Predictions
 from eval.random_tower import random_tower_warning
-from eval.report import render_report
+from eval.report.gallery import gallery_image_ids
+from eval.report.page import render_report
+from eval.report.thumbnails import thumbnails_of
 from eval.runs import (
     STAGES,
     Models,
@@ -34,12 +26,20 @@ from eval.runs import (
     read_provenances,
     read_settings,
 )
+from eval.scoring.conditions import CONTROLS, Asked
+from eval.scoring.generation import ask_captions, ask_pope, ask_questions
+from eval.scoring.generation_cache import forget
+from eval.scoring.losses import Losses, answer_losses
+from eval.scoring.predictions import Predictions
+from eval.scoring.questions import Work, choose_work
 from eval.settings import EvaluateSettings
-from eval.work import Work, choose_work
-from train.data import FEATURES
-from train.language_model import load_tokenizer
+from train.data.examples import FEATURES
+from train.model.language_model import load_tokenizer
 from train.run import RUNS, weights_of
 from train.settings import LlmSettings
+from workspace.clock import utc_now
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 REPORTS = Path("reports")
 

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from cache.errors import SettingsError, StageError
-from cache.foreign import one_line, reading_foreign_file
-from cache.parquet import check_values, open_parquet
+from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.parquet import check_values, open_parquet
 from train.compare import REVISION_METRICS, WORKSPACE, flatten, read_revision
 
 SCORES, PREDICTIONS = "eval.json", "predictions.parquet"

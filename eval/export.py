@@ -21,22 +21,22 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, PhiConfig
 from transformers.utils import logging as transformers_logging
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
-from cache.files import sync, write_text
-from cache.foreign import writing_foreign_file
+from cache.files.atomic import sync, write_text
+from cache.files.foreign import writing_foreign_file
 from cache.spec import Spec
-from eval.export_model_card import model_card
-from eval.export_processor import image_token_id, make_processor
-from eval.export_text import phi_config, plain_weights
-from eval.export_vision import clip_vision_config, clip_vision_weights
-from eval.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheImageProcessor
+from eval.llava.card import model_card
+from eval.llava.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheImageProcessor
+from eval.llava.processor import image_token_id, make_processor
+from eval.llava.text import phi_config, plain_weights
+from eval.llava.vision import clip_vision_config, clip_vision_weights
 from eval.settings import EvaluateSettings
 from eval.trained import PROJECTOR, FinishedRun, Trained, load_run, open_run
-from pipeline.encoder import load_encoder
+from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
-from train.language_model import DTYPES
-from train.projector import Projector, read_projector
+from train.model.language_model import DTYPES
+from train.model.projector import Projector, read_projector
 from train.settings import LlmSettings
 
 MAX_SHARD = "2GB"

@@ -1,7 +1,8 @@
 """Scores of texts: captions, yes-no answers, free answers, and repetition.
 
-Owns what a score means; running the model is the work of `train.generate`. Caption scores are those
-of the official COCO evaluation (Chen et al. 2015, arXiv 1504.00325) without its Java tokenizer.
+Owns what a score means; running the model is the work of `train.model.generate`. Caption scores are
+those of the official COCO evaluation (Chen et al. 2015, arXiv 1504.00325) without its Java
+tokenizer.
 """
 
 import functools
@@ -15,7 +16,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from eval.caption_tokens import tokenize_caption
+from eval.scoring.ptb_tokenizer import tokenize_caption
 
 SHORT_WORDS = 5
 """Most words, without articles, of a target that an answer is to match exactly."""

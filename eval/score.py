@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.errors import StageError
-from cache.files import check_ordinary
-from cache.foreign import reading_foreign_file
+from cache.files.atomic import check_ordinary
+from cache.files.foreign import reading_foreign_file
 from eval.metrics import score_captions
-from eval.official import Official, check_java, score_officially
+from eval.scoring.official import Official, check_java, score_officially
 from train.compare import print_table
 
 ABSENT = "-"

@@ -20,20 +20,20 @@ from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from starlette.routing import Mount
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
+from cache.cli.interrupts import ignore_interrupts
 from cache.errors import StageError
-from cache.foreign import reading_foreign_file
-from cache.interrupts import ignore_interrupts
-from cache.scratch_folder import ScratchFolder
-from eval.chat_page import build_page
-from eval.conversation import Host
-from eval.gateway import Gateway
-from eval.page_pictures import MAX_UPLOAD_BYTES, PagePictures
-from eval.request_source import Sources
-from eval.showcase import validation_pictures
+from cache.files.foreign import reading_foreign_file
+from cache.files.scratch import ScratchFolder
+from eval.chat.conversation import Host
+from eval.chat.encoder import Vision
+from eval.chat.examples import validation_pictures
+from eval.chat.page import build_page
+from eval.server.gateway import Gateway
+from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
+from eval.server.request_source import Sources
+from eval.server.web_server import HOST, WebServer, listen
 from eval.trained import load_run, open_run
-from eval.vision import Vision
-from eval.web_server import HOST, WebServer, listen
 
 EXAMPLES = 5
 VISITORS = 100

@@ -7,16 +7,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from cache.errors import SettingsError, SpecMismatchError, StageError
-from cache.settings import Params
 from cache.spec import Spec
-from train.fingerprint import language_model_identity
-from train.language_model import load_language_model, load_lora, load_tokenizer
-from train.model import CaptionModel
-from train.model_files import read_config
-from train.projector import read_projector
+from train.model.captioner import CaptionModel
+from train.model.fingerprint import language_model_identity
+from train.model.language_model import load_language_model, load_lora, load_tokenizer
+from train.model.model_files import read_config
+from train.model.projector import read_projector
 from train.provenance import check_language_model, read_provenance
 from train.run import pick_device
 from train.settings import LlmSettings
+from workspace.settings import Params
 
 PROJECTOR, ADAPTER = "projector.safetensors", "adapter"
 """Files of a run directory."""

@@ -1,3 +1,3 @@
 """Everything before training: fetch, index, decode, encode, extract."""
 
-import cache.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - says what is missing, if anything is

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
 
-from cache.command import run_stage
-from cache.files import sha256_of, write_text
-from cache.settings import Params
+from cache.cli.command import run_stage
+from cache.files.atomic import sha256_of, write_text
+from workspace.settings import Params
 
 CODE = Path("data/code")
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cache", "demo", "eval", "pipeline", "train")
+PACKAGES = ("cache", "demo", "eval", "pipeline", "train", "workspace")
 
 STAGES = {
     "fetch": ("pipeline.fetch", "demo.world"),
@@ -30,7 +30,10 @@ STAGES = {
 }
 """Modules that a stage starts. The demo's world is drawn in a process of its own."""
 
-FILES = {"extract": ("pipeline/probe_images/*",), "evaluate": ("eval/page/*", "eval/*.j2")}
+FILES = {
+    "extract": ("pipeline/encoding/probe_images/*",),
+    "evaluate": ("eval/report/templates/*",),
+}
 """Patterns of the other files that the code of a stage reads."""
 
 

@@ -18,10 +18,10 @@ import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
+from cache.cli.sizes import human_size
 from cache.errors import StageError
-from cache.files import CHUNK_BYTES, naming, sha256_of, write_json
-from cache.foreign import reading_foreign_file
-from cache.sizes import human_size
+from cache.files.atomic import CHUNK_BYTES, naming, sha256_of, write_json
+from cache.files.foreign import reading_foreign_file
 from pipeline.settings import Download
 
 MAX_FRUITLESS_ATTEMPTS = 5

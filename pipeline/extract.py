@@ -14,22 +14,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.command import run_stage
-from cache.data_settings import DataSettings
+from cache.cli.command import run_stage
+from cache.cli.sizes import human_size
 from cache.errors import StageError
-from cache.files import SHARDS, exclusive, sha256_of_pieces, write_json
-from cache.images import ImageArchive
-from cache.parquet import read_columns, values_of
+from cache.files.atomic import SHARDS, exclusive, sha256_of_pieces, write_json
+from cache.files.parquet import read_columns, values_of
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
-from cache.settings import Params
-from cache.sizes import human_size
 from cache.spec import Spec
-from pipeline.finished import checked_hash, checked_hashes, finish, probe_file, recover_finished
-from pipeline.image_source import ImageSource
+from pipeline.encoding.lazy_encoder import Tower
+from pipeline.encoding.stats import Tally
+from pipeline.encoding.work_folder import (
+    checked_hash,
+    checked_hashes,
+    finish,
+    probe_file,
+    recover_finished,
+)
+from pipeline.images.names import ImageArchive
+from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
-from pipeline.tally import Tally
-from pipeline.tower import Tower
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 IMAGES = Path("data/index/images.parquet")
 SCHEMA = pa.schema(
@@ -172,7 +178,7 @@ def prepare_probe(tower: Tower, must_check: bool) -> None:
     if is_kept and not (must_check or tower.is_loaded):
         return
     # Imports torch.
-    from pipeline.probe import check_probe, probe_bytes, read_probe, take_probe
+    from pipeline.encoding.probe import check_probe, probe_bytes, read_probe, take_probe
 
     if is_kept:
         check_probe(tower.encoder, read_probe(path, tower.spec))
@@ -215,7 +221,7 @@ def encode(
 ) -> None:
     """Encode some shards into the work directory."""
     # Imports torch.
-    from pipeline.devices import Job, encode_job
+    from pipeline.encoding.devices import Job, encode_job
 
     allowed = int(settings.max_failure_rate * len(source.image_ids))
     started = time.perf_counter()

@@ -12,15 +12,15 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from cache.command import run_stage
-from cache.data_settings import DataSettings
+from cache.cli.command import run_stage
+from cache.cli.interrupts import without_interrupts
 from cache.errors import SettingsError, StageError
-from cache.files import CHUNK_BYTES, WORK, link_or_copy, replacing
-from cache.interrupts import without_interrupts
-from cache.settings import Params
-from cache.zip_file import open_zip
+from cache.files.atomic import CHUNK_BYTES, WORK, link_or_copy, replacing
 from pipeline.download import check_free_space, download, problem
+from pipeline.images.zip_file import open_zip
 from pipeline.settings import Download, FetchSettings
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 RAW = Path("data/raw")
 FETCH_WORK = WORK / "fetch"

@@ -14,25 +14,25 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.command import run_stage
-from cache.data_settings import DataSettings
+from cache.cli.command import run_stage
 from cache.errors import StageError
-from cache.files import WORK, link_or_copy, write_bytes, write_json
-from cache.images import ImageArchive
-from cache.settings import Params
-from pipeline.annotations import read_captions, read_conversations
-from pipeline.collect import (
+from cache.files.atomic import WORK, link_or_copy, write_bytes, write_json
+from pipeline.images.names import ImageArchive
+from pipeline.indexing.annotations import read_captions, read_conversations
+from pipeline.indexing.collect import (
     CaptionRow,
     ConversationRow,
     collect_captions,
     collect_conversations,
 )
-from pipeline.image_collection import ImageCollection, ImageRow
-from pipeline.image_lookup import Split
-from pipeline.objects import QuestionRow
-from pipeline.pope import QuestionFiles, Questions, collect_questions, read_question_files
-from pipeline.records import Kind, Rejection
-from pipeline.rejections import check_reject_rates, commonest, count, with_faults
+from pipeline.indexing.image_collection import ImageCollection, ImageRow
+from pipeline.indexing.image_lookup import Split
+from pipeline.indexing.pope import QuestionFiles, Questions, collect_questions, read_question_files
+from pipeline.indexing.records import Kind, Rejection
+from pipeline.indexing.rejections import check_reject_rates, commonest, count, with_faults
+from pipeline.indexing.yes_no_questions import QuestionRow
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 INDEX = Path("data/index")
 REPORT = Path("reports/index.json")

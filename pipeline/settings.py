@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from cache.data_settings import check_share
+from workspace.data_settings import check_share
 
 RANDOM = "random"
 """The value of `pretrained` that asks for no trained weights."""

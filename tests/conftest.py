@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache import FeatureStore, Spec
-from cache.files import sha256_of, write_text
-from cache.settings import Params
+from cache.files.atomic import sha256_of, write_text
 from cache.shard import hash_rows, write_shard
-from cache.table import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreTable
+from workspace.settings import Params
 
 PATCHES, WIDTH, HIDDEN, ROWS, EOS = 4, 8, 64, 512, "<|endoftext|>"
 IMAGE_IDS = tuple(range(100, 140))
@@ -106,7 +106,7 @@ def phi_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(phi_dir):
-    from train.language_model import load_tokenizer
+    from train.model.language_model import load_tokenizer
     from train.settings import LlmSettings
 
     return load_tokenizer(LlmSettings(model=str(phi_dir), quantize="none", dtype="fp32"))
@@ -171,9 +171,9 @@ def make_model(phi_dir):
     """Build a fresh CaptionModel; with `lora`, its second LoRA matrix is not zero."""
     import torch
 
-    from train.language_model import add_lora, load_language_model
-    from train.model import CaptionModel
-    from train.projector import seeded_projector
+    from train.model.captioner import CaptionModel
+    from train.model.language_model import add_lora, load_language_model
+    from train.model.projector import seeded_projector
     from train.settings import LlmSettings, LoraSettings
 
     def make(kind="mlp", *, quantize="none", dtype="fp32", lora=None, seed=0):
@@ -265,9 +265,9 @@ class Workspace:
 
     def write_stage_1(self, seed=3, **changes):
         """Leave what stage 2 reads of stage 1: a projector, and from what it was made."""
-        from train.fingerprint import language_model_identity
-        from train.language_model import load_tokenizer
-        from train.projector import seeded_projector
+        from train.model.fingerprint import language_model_identity
+        from train.model.language_model import load_tokenizer
+        from train.model.projector import seeded_projector
         from train.settings import LlmSettings
 
         llm = LlmSettings(model=str(self.phi_dir), quantize="none", dtype="fp32")

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from cache import FeatureStore
 from demo.world import write_world
-from eval.controls import CONTROLS
+from eval.scoring.conditions import CONTROLS
 from tests.checkout import (
     SMALL,
     bytes_of,
@@ -142,7 +142,12 @@ def test_with_nothing_changed_no_stage_runs(clone, killed_then_finished):
 
 
 def test_a_comment_anywhere_runs_the_stage_code_alone(clone, killed_then_finished):
-    for name in ("pipeline/encoder.py", "cache/audit.py", "train/loop.py", "eval/report.py"):
+    for name in (
+        "pipeline/encoding/encoder.py",
+        "cache/audit.py",
+        "train/loop/loop.py",
+        "eval/report/page.py",
+    ):
         append(clone / name, "# A remark.")
     assert stages_run(dvc(clone, "repro")) == ["code"]
     assert "up to date" in dvc(clone, "status")
@@ -151,7 +156,7 @@ def test_a_comment_anywhere_runs_the_stage_code_alone(clone, killed_then_finishe
 def test_a_statement_runs_the_stages_that_import_it(clone, killed_then_finished):
     """The encoder's features stay the same, so nothing is encoded or trained again."""
     before = bytes_of(clone / "data/features")
-    append(clone / "pipeline/encoder.py", "CHANGED = True")
+    append(clone / "pipeline/encoding/encoder.py", "CHANGED = True")
     assert stages_run(dvc(clone, "repro")) == ["code", "extract"]
     report = json.loads((clone / "reports/extract.json").read_text())
     assert (report["shards_encoded"], report["shards_reused"]) == (0, report["shards"])

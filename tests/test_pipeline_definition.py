@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from cache.data_settings import DataSettings
-from cache.settings import Params
 from eval.settings import EvaluateSettings
 from pipeline.code import PACKAGES
 from pipeline.code import STAGES as CODE_STAGES
@@ -20,16 +18,19 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 ROOT = Path(__file__).parents[1]
 
 ALLOWED = {
     "cache": {"cache"},
-    "pipeline": {"pipeline", "cache"},
-    "train": {"train", "cache"},
-    "eval": {"eval", "train", "pipeline", "cache"},
-    "demo": {"demo", "pipeline", "train", "cache"},
-    "bench": {"bench", "demo", "eval", "train", "pipeline", "cache"},
+    "workspace": {"workspace", "cache"},
+    "pipeline": {"pipeline", "workspace", "cache"},
+    "train": {"train", "workspace", "cache"},
+    "eval": {"eval", "train", "pipeline", "workspace", "cache"},
+    "demo": {"demo", "pipeline", "train", "workspace", "cache"},
+    "bench": {"bench", "demo", "eval", "train", "pipeline", "workspace", "cache"},
 }
 
 SECTIONS = {

@@ -22,7 +22,7 @@ import train.compare
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import CacheError
 from eval.evaluation import COLUMNS
-from eval.export_model_card import read_score_rows
+from eval.llava.card import read_score_rows
 from eval.runs import read_history
 from eval.score import read_captions, read_results
 from pipeline.download import _Partial

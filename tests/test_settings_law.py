@@ -5,16 +5,16 @@ import inspect
 
 import pytest
 
-import cache.data_settings
 import eval.settings
 import pipeline.settings
 import train.settings
-from cache.settings import SECTIONS
+import workspace.data_settings
 from tests.eval import test_settings_law as of_evaluation
 from tests.pipeline import test_settings_law as of_features
 from tests.settings_law import has_a_choice, leaves
 from tests.test_pipeline_definition import SECTIONS as CLASSES
 from tests.train import test_settings_law as of_training
+from workspace.settings import SECTIONS
 
 FETCHED = "only the source coco reads it: tests/pipeline/test_fetch.py and test_download.py hold it"
 INDEXED = (
@@ -28,14 +28,14 @@ NO_LAW = {
     "data.val.captions": INDEXED,
     "data.instruct": INDEXED,
     "data.instruct_holdout": "a share of random images: tests/pipeline/test_index.py",
-    "data.follow_links": "what a folder with links holds: tests/cache/test_images.py",
+    "data.follow_links": "what a folder with links holds: tests/pipeline/images/test_names.py",
     "data.max_reject_rate": "when the stage fails, not what it makes: tests/pipeline/test_index.py",
     "fetch.files.url": FETCHED,
     "fetch.files.path": FETCHED,
     "fetch.files.bytes": FETCHED,
     "fetch.files.sha256": FETCHED,
     "fetch.files.unpack": FETCHED,
-    "encoder.device": "where the work is done: tests/pipeline/test_devices.py",
+    "encoder.device": "where the work is done: tests/pipeline/encoding/test_devices.py",
 }
 """Settings that no law changes."""
 
@@ -51,7 +51,7 @@ ALL = {leaf: wanted for name, cls in CLASSES.items() for leaf, wanted in leaves(
 
 def test_every_section_and_class_of_settings_is_looked_at():
     assert {"seed", *CLASSES} == set(SECTIONS)
-    modules = (cache.data_settings, eval.settings, pipeline.settings, train.settings)
+    modules = (workspace.data_settings, eval.settings, pipeline.settings, train.settings)
     declared = {
         field.name
         for module in modules

@@ -2,7 +2,7 @@
 
 import logging
 
-import cache.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - says what is missing, if anything is
 
 # On import it advises a CPU kernel that only the network has.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.command import command_parser, run_guarded
+from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError, StageError
-from cache.files import check_ordinary, naming
-from cache.foreign import one_line, reading_foreign_file
-from cache.settings import parse_yaml
+from cache.files.atomic import check_ordinary, naming
+from cache.files.foreign import one_line, reading_foreign_file
+from workspace.settings import parse_yaml
 
 FOLDER_METRICS = {"": "metrics.json"}
 FOLDER_PROVENANCE = {"": "provenance.json"}

@@ -6,23 +6,28 @@ from pathlib import Path
 import torch
 
 from cache import FeatureStore
-from cache.command import run_stage
-from cache.files import sha256_of
-from cache.foreign import writing_foreign_file
-from cache.settings import Params
-from train.data import FEATURES, read_conversation_examples, with_features
-from train.fingerprint import language_model_fingerprint, language_model_identity
-from train.language_model import add_lora, check_supported, load_language_model, load_tokenizer
-from train.loop import train
-from train.model import CaptionModel
-from train.model_files import read_config
-from train.preflight import check_model
-from train.projector import Projector, load_projector
+from cache.cli.command import run_stage
+from cache.files.atomic import sha256_of
+from cache.files.foreign import writing_foreign_file
+from train.data.examples import FEATURES, read_conversation_examples, with_features
+from train.loop.loop import train
+from train.loop.setup import Task
+from train.loop.tracking import Tracker
+from train.model.captioner import CaptionModel
+from train.model.fingerprint import language_model_fingerprint, language_model_identity
+from train.model.language_model import (
+    add_lora,
+    check_supported,
+    load_language_model,
+    load_tokenizer,
+)
+from train.model.model_files import read_config
+from train.model.preflight import check_model
+from train.model.projector import Projector, load_projector
 from train.provenance import changed_tables, provenance_of
 from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
-from train.task import Task
-from train.tracking import Tracker
+from workspace.settings import Params
 
 REPORT = Path("reports/finetune.json")
 

@@ -5,15 +5,16 @@ from pathlib import Path
 import torch
 
 from cache import FeatureStore
-from cache.command import run_stage
-from cache.settings import Params
-from train.data import FEATURES, held_out_images, read_caption_examples, with_features
-from train.fingerprint import language_model_fingerprint, language_model_identity
-from train.language_model import check_supported, load_language_model, load_tokenizer
-from train.loop import train
-from train.model import CaptionModel
-from train.preflight import check_model
-from train.projector import seeded_projector
+from cache.cli.command import run_stage
+from train.data.examples import FEATURES, held_out_images, read_caption_examples, with_features
+from train.loop.loop import train
+from train.loop.setup import Task
+from train.loop.tracking import Tracker
+from train.model.captioner import CaptionModel
+from train.model.fingerprint import language_model_fingerprint, language_model_identity
+from train.model.language_model import check_supported, load_language_model, load_tokenizer
+from train.model.preflight import check_model
+from train.model.projector import seeded_projector
 from train.run import RunDirectory, alone, identity, pick_device, provenance
 from train.settings import (
     CheckpointSettings,
@@ -22,8 +23,7 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
-from train.task import Task
-from train.tracking import Tracker
+from workspace.settings import Params
 
 REPORT = Path("reports/pretrain.json")
 

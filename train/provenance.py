@@ -11,7 +11,7 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError, StageError
-from train.model_files import read_json
+from train.model.model_files import read_json
 from train.run import RUNS, WEIGHTS, index_hashes, weights_of
 
 LANGUAGE_MODEL = "language_model"

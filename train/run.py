@@ -23,9 +23,8 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
-from cache.clock import utc_now
 from cache.errors import StageError
-from cache.files import (
+from cache.files.atomic import (
     WORK,
     canonical_json,
     exclusive,
@@ -35,10 +34,11 @@ from cache.files import (
     write_json,
     write_text,
 )
-from cache.foreign import reading_foreign_file
-from cache.settings import Params
-from cache.table import INDEX
-from train.data import CAPTIONS, CONVERSATIONS, FEATURES
+from cache.files.foreign import reading_foreign_file
+from cache.store_index import INDEX
+from train.data.examples import CAPTIONS, CONVERSATIONS, FEATURES
+from workspace.clock import utc_now
+from workspace.settings import Params
 
 RUNS = Path("runs")
 UNFINISHED = WORK / "runs"

@@ -75,7 +75,7 @@ class LoopSettings:
     """Longest text behind an image; of a longer one whole turns are left out from the end."""
     order: Literal["global", "windowed"]
     """How an epoch is shuffled: over the whole store, or within windows of shards, for disks on
-    which random reads are slow. See `cache.order`."""
+    which random reads are slow. See `train.data.order`."""
     window_shards: int
     """Shards of a window of the order `windowed`, which memory should hold twice."""
     log_every_steps: int

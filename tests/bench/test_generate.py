@@ -8,7 +8,7 @@ from bench import generate
 from bench.generate import CONTENDERS, LEAST, MAX_TOKENS, NO_CACHE, ONE_BY_ONE, OURS, PROMPT_TOKENS
 from bench.step import PRETRAIN, make_features, make_stage
 from bench.stores import SPEC
-from train.prompts import encode
+from train.data.prompts import encode
 
 IMAGES = 5
 TEXTS = {OURS: IMAGES, ONE_BY_ONE: 3, NO_CACHE: 2}

@@ -5,8 +5,8 @@ import torch
 from safetensors import safe_open
 
 from bench.make_phi2 import PHI2, SHARD_BYTES, num_bytes, split, tensor_shapes, write_phi
-from train.language_model import load_language_model, load_tokenizer
-from train.prompts import encode
+from train.data.prompts import encode
+from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
 
 SMALL = PHI2 | {

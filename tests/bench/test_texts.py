@@ -11,7 +11,7 @@ from bench.texts import (
     draw_conversations,
     make_tokenizer,
 )
-from train.prompts import tokenize
+from train.data.prompts import tokenize
 
 
 @pytest.fixture(scope="module")

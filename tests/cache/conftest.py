@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.files import sha256_of
+from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.shard import open_shard, write_shard
 from cache.spec import FORMAT, Spec
-from cache.table import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreTable
 
 PATCHES, WIDTH = 4, 6
 

@@ -10,11 +10,11 @@ import pytest
 
 from cache.audit import audit
 from cache.errors import CorruptShardError
-from cache.files import canonical_json, sha256_of
-from cache.location import Location
+from cache.files.atomic import canonical_json, sha256_of
 from cache.plan import plan_shards
+from cache.remote.location import Location
 from cache.shard import open_shard, write_shard
-from cache.table import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreTable
 from cache.verify import verify
 
 
@@ -209,7 +209,10 @@ def test_a_file_that_cannot_be_read_is_a_problem_but_not_bad(store, monkeypatch)
             RuntimeError("Can't get info (file read: errno = 5, err"),
         ),
         ("cache.shard._read", OSError(5, "Can't read data (file read failed:\nerrno = 5, error")),
-        ("cache.table.pq.ParquetFile", OSError(5, "Error reading bytes. Detail: [errno 5] I")),
+        (
+            "cache.store_index.pq.ParquetFile",
+            OSError(5, "Error reading bytes. Detail: [errno 5] I"),
+        ),
         ("cache.audit.check_own_hash", OSError(5, "Input/output error", "a/index.parquet")),
     ],
 )

@@ -22,10 +22,10 @@ from cache.errors import (
     SettingsError,
     SpecMismatchError,
 )
-from cache.ids import RowLookup
-from cache.location import Location
-from cache.remote import RemoteFolder
-from cache.rows import RowSpace
+from cache.id_lookup import RowLookup
+from cache.mapping import RowSpace
+from cache.remote.copies import RemoteFolder
+from cache.remote.location import Location
 from cache.shard import open_shard
 from cache.store import FeatureStore
 

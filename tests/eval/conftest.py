@@ -13,13 +13,13 @@ import xxhash
 from PIL import Image
 
 from cache import FeatureStore
-from cache.settings import Params
 from eval.settings import EvaluateSettings
-from train.fingerprint import language_model_identity
-from train.language_model import add_lora, load_language_model, load_tokenizer
-from train.projector import seeded_projector
+from train.model.fingerprint import language_model_identity
+from train.model.language_model import add_lora, load_language_model, load_tokenizer
+from train.model.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
+from workspace.settings import Params
 
 LIMITS = {
     "caption_images": 99,

@@ -13,12 +13,12 @@ from PIL import Image
 
 from cache.errors import MissingImageError, SettingsError, SpecMismatchError, StageError
 from eval.ask import TOP_P, answer, cached_features, main
+from eval.chat.encoder import Vision, read_picture
 from eval.trained import load_run
-from eval.vision import Vision, read_picture
 from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
-from train.generate import Sampling, generate, stream
-from train.prompts import encode, question_text
+from train.data.prompts import encode, question_text
+from train.model.generate import Sampling, generate, stream
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["What is on the dog", "how many", "where"]
@@ -250,7 +250,7 @@ def test_a_broken_picture_is_refused_in_one_line(run, tmp_path, content, reason)
 
 
 def test_a_huge_picture_is_refused(runs, monkeypatch):
-    monkeypatch.setattr("pipeline.decode.MAX_PIXELS", 64 * 64 - 1)
+    monkeypatch.setattr("pipeline.images.decode.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(StageError, match=r"photo: .*64 x 64 pixels, wanted from 1 to 4095"):
         Vision(runs["finetune"]).look(noise((64, 64)), "photo")
 
@@ -340,7 +340,7 @@ ask.stream = closing
 try:
     ask.main()
 finally:
-    assert {"pipeline.encoder", "open_clip"}.isdisjoint(sys.modules)
+    assert {"pipeline.encoding.encoder", "open_clip"}.isdisjoint(sys.modules)
 """
 
 

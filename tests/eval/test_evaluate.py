@@ -12,22 +12,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval.evaluate
-from cache.command import run_stage
+from cache.cli.command import run_stage
 from cache.errors import CacheError, SettingsError, SpecMismatchError, StageError
-from cache.files import sha256_of
-from eval.controls import CONTROLS, Noise, other_images
+from cache.files.atomic import sha256_of
 from eval.evaluate import evaluate
 from eval.metrics import exact_match
-from eval.predictions import SCHEMA
 from eval.random_tower import WARNING
+from eval.scoring.conditions import CONTROLS, Noise, other_images
+from eval.scoring.predictions import SCHEMA
 from tests.conftest import sign_weights
-from tests.eval.report_page import Page
-from train.data import read_questions
-from train.generate import generate
-from train.language_model import load_language_model, load_lora, load_tokenizer
-from train.model import CaptionModel
-from train.projector import load_projector, seeded_projector
-from train.prompts import question_text
+from tests.eval.report.report_page import Page
+from train.data.examples import read_questions
+from train.data.prompts import question_text
+from train.model.captioner import CaptionModel
+from train.model.generate import generate
+from train.model.language_model import load_language_model, load_lora, load_tokenizer
+from train.model.projector import load_projector, seeded_projector
 from train.run import index_hashes
 from train.settings import LlmSettings
 
@@ -648,7 +648,7 @@ def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
         seen.extend(prompts)
         return generate(model, tokenizer, store, image_ids, prompts, **limits)
 
-    monkeypatch.setattr("eval.asking.generate", recording)
+    monkeypatch.setattr("eval.scoring.generation.generate", recording)
     evaluate(world.params())
     asked = [question_text(q.question) for q in read_questions("holdout")]
     assert seen[-4 * len(asked) :] == asked * 4
@@ -744,7 +744,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
                 raise Killed
             return generate(model, tokenizer, features, image_ids, prompts, **limits)
 
-        monkeypatch.setattr("eval.asking.generate", counting)
+        monkeypatch.setattr("eval.scoring.generation.generate", counting)
 
     stopping_after(99)
     evaluate(world.params(), now=lambda: NOW)

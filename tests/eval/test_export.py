@@ -22,15 +22,15 @@ from cache.errors import SettingsError, SpecMismatchError, StageError
 from eval import export as module
 from eval.export import appearing, export, main
 from eval.trained import load_run
-from pipeline.decode import decode_rgb
-from pipeline.encoder import load_encoder, patch_tokens
+from pipeline.encoding.encoder import load_encoder, patch_tokens
+from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 from tests.conftest import HIDDEN, Workspace
 from tests.pipeline.conftest import TINY, draw_jpeg
-from train.generate import generate
-from train.language_model import add_lora, load_language_model
-from train.projector import seeded_projector
-from train.prompts import dialogue_prompt, question_text
+from train.data.prompts import dialogue_prompt, question_text
+from train.model.generate import generate
+from train.model.language_model import add_lora, load_language_model
+from train.model.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
 
@@ -330,7 +330,7 @@ def test_another_projector_is_refused_before_the_language_model_is_loaded(made, 
 @pytest.mark.usefixtures("no_language_model")
 def test_a_language_model_that_is_no_phi_is_refused(made, monkeypatch):
     made.write()
-    monkeypatch.setattr("eval.export_text.PhiConfig", type("Other", (PhiConfig,), {}))
+    monkeypatch.setattr("eval.llava.text.PhiConfig", type("Other", (PhiConfig,), {}))
     with pytest.raises(StageError, match="is of type 'phi', and only Phi"):
         made.export()
 

@@ -1,8 +1,8 @@
 import pytest
 
-from cache.settings import parse_yaml
 from eval.random_tower import WARNING, random_tower_warning
 from pipeline.settings import RANDOM
+from workspace.settings import parse_yaml
 
 REAL = {"encoder": {"pretrained": "openai"}}
 

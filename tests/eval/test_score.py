@@ -12,10 +12,10 @@ import pytest
 from pycocoevalcap.spice import spice
 
 from cache.errors import SettingsError, StageError
-from eval.caption_tokens import tokenize_caption
 from eval.metrics import score_captions
-from eval.official import score_officially, tokenize
 from eval.score import score
+from eval.scoring.official import score_officially, tokenize
+from eval.scoring.ptb_tokenizer import tokenize_caption
 
 ROOT = Path(__file__).parents[2]
 

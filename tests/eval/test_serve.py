@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
-from cache.scratch_folder import LOCK, PREFIX
+from cache.files.scratch import LOCK, PREFIX
 from eval.ask import answer
 from eval.trained import load_run
 from tests.browser import visited

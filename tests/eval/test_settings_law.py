@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import eval.asking
+import eval.scoring.generation
 from cache.errors import CacheError
 from eval.evaluate import evaluate
 from eval.settings import EvaluateSettings
@@ -60,13 +60,13 @@ def observe(world, monkeypatch):
     table = pa.Table.from_pylist(questions, SCHEMAS["pope"])
     pq.write_table(table, "data/index/pope.parquet")
     batches = []
-    generate = eval.asking.generate
+    generate = eval.scoring.generation.generate
 
     def generated(*arguments, batch_size, **named):
         batches.append(batch_size)
         return generate(*arguments, batch_size=batch_size, **named)
 
-    monkeypatch.setattr(eval.asking, "generate", generated)
+    monkeypatch.setattr(eval.scoring.generation, "generate", generated)
 
     def run(changes):
         batches.clear()

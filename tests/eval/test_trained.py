@@ -13,7 +13,7 @@ from eval.evaluate import evaluate
 from eval.export import export
 from eval.serve import serve
 from eval.trained import load_run
-from train.projector import seeded_projector
+from train.model.projector import seeded_projector
 
 RUN = Path("runs/finetune")
 PROVENANCE = RUN / "provenance.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from cache.command import run_guarded
-from cache.files import sha256_of
-from cache.settings import Params
+from cache.cli.command import run_guarded
+from cache.files.atomic import sha256_of
+from workspace.settings import Params
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,8 +118,9 @@ def _verify() -> None:
 
 
 MODULES = (
-    "demo.world", "pipeline.fetch", "pipeline.index", "pipeline.extract", "pipeline.devices",
-    "train.pretrain", "train.finetune", "eval.evaluate", "eval.export", "cache.verify",
+    "demo.world", "pipeline.fetch", "pipeline.index", "pipeline.extract",
+    "pipeline.encoding.devices", "train.pretrain", "train.finetune",
+    "eval.evaluate", "eval.export", "cache.verify",
 )  # fmt: skip
 
 RUN = ("projector.safetensors", "adapter", "params.yaml", "metrics.json")

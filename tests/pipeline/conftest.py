@@ -14,10 +14,10 @@ import xxhash
 from PIL import Image
 from ruamel.yaml import YAML
 
-from cache.settings import Params
 from pipeline.extract import extract
 from pipeline.index import SCHEMAS
 from pipeline.settings import EncoderSettings
+from workspace.settings import Params
 
 TINY = {
     "embed_dim": 32,

@@ -82,11 +82,11 @@ def test_a_comment_in_every_module_changes_no_stage(project):
     ("name", "stages"),
     [
         ("cache/plan.py", set(STAGES)),
-        ("pipeline/encoder.py", {"extract"}),
-        ("pipeline/decode.py", {"index", "extract", "evaluate"}),
+        ("pipeline/encoding/encoder.py", {"extract"}),
+        ("pipeline/images/decode.py", {"index", "extract", "evaluate"}),
         ("train/pretrain.py", {"pretrain"}),
-        ("train/loop.py", {"pretrain", "finetune"}),
-        ("eval/report.py", {"evaluate"}),
+        ("train/loop/loop.py", {"pretrain", "finetune"}),
+        ("eval/report/page.py", {"evaluate"}),
         ("demo/draw.py", {"fetch"}),
         ("eval/serve.py", set()),
     ],
@@ -100,7 +100,7 @@ def test_a_statement_changes_the_stages_that_import_its_module(project, name, st
 
 def test_a_new_import_is_followed_without_anybody_listing_it(project):
     (project / "pipeline/fresh.py").write_text("LIMIT = 1\n")
-    path = project / "pipeline/pope.py"
+    path = project / "pipeline/indexing/pope.py"
     path.write_text(
         path.read_text() + "\n\ndef late():\n    from . import fresh\n    return fresh\n"
     )

@@ -18,19 +18,19 @@ import xxhash
 
 from cache import FeatureStore
 from cache.errors import IncompleteStoreError, StageError
-from cache.files import SHARDS, exclusive, sha256_of
+from cache.files.atomic import SHARDS, exclusive, sha256_of
 from cache.plan import plan_shards
-from cache.table import PROBE, StoreTable
-from pipeline import decode as decode_module
-from pipeline import encoder as encoder_module
+from cache.store_index import PROBE, StoreTable
 from pipeline import extract as module
-from pipeline import finished as finished_module
-from pipeline import probe as probe_module
-from pipeline import tower as tower_module
-from pipeline.decode import decode_rgb
-from pipeline.encoder import Encoder, load_encoder
+from pipeline.encoding import encoder as encoder_module
+from pipeline.encoding import lazy_encoder as tower_module
+from pipeline.encoding import probe as probe_module
+from pipeline.encoding import work_folder as finished_module
+from pipeline.encoding.encoder import Encoder, load_encoder
+from pipeline.encoding.probe import read_probe, take_probe
 from pipeline.extract import FEATURES
-from pipeline.probe import read_probe, take_probe
+from pipeline.images import decode as decode_module
+from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -40,8 +40,8 @@ ROOT = Path(__file__).parents[2]
 SLOW = """
 import sys, time
 from pathlib import Path
-from cache.settings import Params
-from pipeline.encoder import Encoder
+from workspace.settings import Params
+from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
 real = Encoder.start
 Encoder.start = lambda self, x: (time.sleep(0.2), real(self, x))[1]
@@ -53,8 +53,8 @@ KILLS = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
 from cache import publish
-from cache.settings import Params
-from pipeline.encoder import Encoder
+from workspace.settings import Params
+from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
 
 def slow(function):
@@ -86,7 +86,7 @@ for _ in range(10):
 LOADED = """
 import sys
 from pathlib import Path
-from cache.settings import Params
+from workspace.settings import Params
 from pipeline.extract import extract
 extract(Params.read(Path("params.yaml")))
 print("loaded", *sorted({"torch", "open_clip"} & sys.modules.keys()))
@@ -236,9 +236,9 @@ def test_a_second_run_writes_no_shard_and_changes_no_byte(workspace, wanted):
 
 
 def copy_code(folder):
-    for package in ("cache", "pipeline"):
+    for package in ("cache", "workspace", "pipeline"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("*.pyc"))
-    return folder / "pipeline" / "encoder.py"
+    return folder / "pipeline/encoding/encoder.py"
 
 
 def test_with_all_shards_there_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
@@ -276,7 +276,7 @@ def test_a_change_of_the_code_that_changes_no_feature_is_taken(
     workspace.run()
     encoder = copy_code(tmp_path / "code")
     encoder.write_text(encoder.read_text() + "\nANOTHER = 1\n")
-    monkeypatch.setattr(tower_module, "__file__", str(encoder.with_name("tower.py")))
+    monkeypatch.setattr(tower_module, "__file__", str(encoder.with_name("lazy_encoder.py")))
     checked = []
     real = probe_module.check_probe
     monkeypatch.setattr(probe_module, "check_probe", lambda *a: checked.append(real(*a)))

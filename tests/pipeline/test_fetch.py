@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from cache.cli.interrupts import INTERRUPTS
 from cache.errors import SettingsError, StageError
-from cache.files import sha256_of
-from cache.interrupts import INTERRUPTS
-from cache.settings import Params
+from cache.files.atomic import sha256_of
 from pipeline.fetch import fetch, unpack
+from workspace.settings import Params
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from cache.errors import StageError
-from cache.settings import Params
-from pipeline.collect import choose_holdout, unique_ids
 from pipeline.index import KINDS, index
+from pipeline.indexing.collect import choose_holdout, unique_ids
+from workspace.settings import Params
 
 NAMES = {"train": [f"{number:012d}.jpg" for number in range(1, 13)], "val": ["000000000100.jpg"]}
 

@@ -14,10 +14,10 @@ TRIES = 9
 SIGNALS = """
 import json, os, random, shutil, signal, sys, time
 from pathlib import Path
-from cache.command import run_guarded
-from cache.interrupts import INTERRUPTS
-from cache.settings import Params
-from pipeline.encoder import Encoder
+from cache.cli.command import run_guarded
+from cache.cli.interrupts import INTERRUPTS
+from workspace.settings import Params
+from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
 
 real = Encoder.start

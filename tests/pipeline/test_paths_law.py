@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from cache.errors import CacheError
-from cache.settings import Params
 from eval.runs import read_history
 from eval.score import read_captions
 from pipeline.extract import extract
 from pipeline.index import index
 from tests.pipeline.test_index import Workspace as IndexWorkspace
 from train.compare import compare
-from train.language_model import load_language_model, load_tokenizer
+from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
+from workspace.settings import Params
 
 SECONDS = 10
 

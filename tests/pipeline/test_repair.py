@@ -7,7 +7,7 @@ import pytest
 
 from cache.audit import audit
 from cache.errors import CorruptShardError
-from cache.location import Location
+from cache.remote.location import Location
 from cache.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tests.train.stage_server import StageServer
-from train.batching import ImageTexts
-from train.data import Examples
-from train.prompts import Branch
+from train.data.examples import Examples
+from train.data.packing import ImageTexts
+from train.data.prompts import Branch
+from train.loop.setup import Task
 from train.settings import PretrainSettings
-from train.task import Task
 
 
 @pytest.fixture(autouse=True)

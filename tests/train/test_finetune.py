@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 import train.finetune
-import train.loop
+import train.loop.loop
 from cache.errors import StageError
 from train.finetune import finetune
-from train.language_model import load_language_model, load_lora
-from train.projector import load_projector, seeded_projector
+from train.model.language_model import load_language_model, load_lora
+from train.model.projector import load_projector, seeded_projector
 from train.settings import LlmSettings
 
 FILES = {
@@ -31,7 +31,7 @@ def pretrained(workspace):
 def record(monkeypatch):
     """Record the base weights before, the model after, and the images that are learned from."""
     seen = {"images": []}
-    load, step = train.finetune.load_language_model, train.loop.optimizer_step
+    load, step = train.finetune.load_language_model, train.loop.loop.optimizer_step
 
     def loading(*arguments):
         seen["model"] = load(*arguments)
@@ -43,7 +43,7 @@ def record(monkeypatch):
         return step(model, optimizer, data, **named)
 
     monkeypatch.setattr(train.finetune, "load_language_model", loading)
-    monkeypatch.setattr(train.loop, "optimizer_step", stepping)
+    monkeypatch.setattr(train.loop.loop, "optimizer_step", stepping)
     return seen
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.loop
+import train.loop.loop
 import train.pretrain
 from cache.errors import StageError
-from cache.files import sha256_of
+from cache.files.atomic import sha256_of
+from train.model.projector import load_projector, seeded_projector
 from train.pretrain import pretrain
-from train.projector import load_projector, seeded_projector
 from train.run import HISTORY_COLUMNS
 
 ROOT = Path(__file__).parents[2]
@@ -38,13 +38,13 @@ def models(monkeypatch):
 def learned_images(monkeypatch):
     """Record the images of every optimizer step."""
     seen = []
-    step = train.loop.optimizer_step
+    step = train.loop.loop.optimizer_step
 
     def recording(model, optimizer, data, **named):
         seen.extend(data.image_ids)
         return step(model, optimizer, data, **named)
 
-    monkeypatch.setattr(train.loop, "optimizer_step", recording)
+    monkeypatch.setattr(train.loop.loop, "optimizer_step", recording)
     return seen
 
 

@@ -6,11 +6,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cache.errors import CacheError, SpecMismatchError, StageError
-from cache.files import sha256_of
+from cache.files.atomic import sha256_of
 from tests.conftest import write_store
 from train.finetune import finetune
-from train.fingerprint import language_model_identity
-from train.language_model import load_tokenizer
+from train.model.fingerprint import language_model_identity
+from train.model.language_model import load_tokenizer
 from train.provenance import read_provenance
 from train.settings import LlmSettings
 

@@ -9,8 +9,8 @@ import torch
 
 from cache import FeatureStore
 from cache.errors import StageError
-from cache.files import sha256_of
-from train.data import CAPTIONS, CONVERSATIONS, FEATURES
+from cache.files.atomic import sha256_of
+from train.data.examples import CAPTIONS, CONVERSATIONS, FEATURES
 from train.run import (
     LIBRARIES,
     RUNS,

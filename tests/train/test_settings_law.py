@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train.finetune
-import train.loop
+import train.loop.loop
+import train.loop.tracking
 import train.pretrain
-import train.tracking
 from cache.errors import CacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
 from train.run import RUNS
@@ -123,9 +123,9 @@ def observe(workspace, monkeypatch, other_model):
     """Run a stage with some sections changed and return what it made and what it asked for."""
     requests = {"wandb": [], "samples": [], "checkpoints": [], "passes": []}
     init, save, step = (
-        train.tracking.wandb.init,
-        train.loop.Checkpoints.save,
-        train.loop.optimizer_step,
+        train.loop.tracking.wandb.init,
+        train.loop.loop.Checkpoints.save,
+        train.loop.loop.optimizer_step,
     )
 
     def started(**named):
@@ -141,11 +141,13 @@ def observe(workspace, monkeypatch, other_model):
         requests["passes"].append([tuple(one.batch.token_ids.shape) for one in data.passes])
         return step(model, optimizer, data, **named)
 
-    monkeypatch.setattr(train.tracking.wandb, "init", started)
-    monkeypatch.setattr(train.loop.Checkpoints, "save", saved)
-    monkeypatch.setattr(train.loop, "optimizer_step", stepped)
+    monkeypatch.setattr(train.loop.tracking.wandb, "init", started)
+    monkeypatch.setattr(train.loop.loop.Checkpoints, "save", saved)
+    monkeypatch.setattr(train.loop.loop, "optimizer_step", stepped)
     monkeypatch.setattr(
-        train.tracking.Tracker, "log_samples", lambda self, *rows: requests["samples"].append(rows)
+        train.loop.tracking.Tracker,
+        "log_samples",
+        lambda self, *rows: requests["samples"].append(rows),
     )
     # Images of both shards, so that windows of one and of two shards differ.
     captions = [

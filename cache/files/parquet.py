@@ -1,0 +1,281 @@
+"""Opens parquet files of another machine, once what they unpack to is known to be bounded.
+
+A page of a few bytes can unpack to gigabytes: by its compression, by a text in a dictionary that
+many rows repeat, or by the number of rows of a run. So the headers of all pages are read before a
+page is. What they promise may take so much memory as a real table of the file's size could take.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cache.errors import CacheError
+from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.thrift import read_struct
+
+MAX_FOOTER_BYTES = 1 << 24
+"""The footer names row groups and pages' places, and the shards of a store: 100 bytes each."""
+
+MAX_ENTRIES = 10_000
+"""Most row groups, columns, or metadata keys."""
+
+MAX_PAGES = 100_000
+"""Of all columns that are read: over a gigabyte of real pages."""
+
+MAX_PAGE_BYTES = 1 << 26
+"""What a page unpacks to. Writers end a page at a megabyte, or after a thousand long texts."""
+
+MIN_BUDGET = 1 << 28
+"""Bytes that any file may unpack to, however small it is."""
+
+MAX_RATIO = 64
+"""Bytes to which a byte of a larger file may unpack: tables of images and captions reach 11, one of
+yes-no questions from a template 39."""
+
+VALUE_BYTES = 16
+"""What Arrow takes for a value besides its text: levels, an offset, a number."""
+
+ENTRY_BYTES = 64
+"""What an entry of a dictionary counts, since each is looked at here."""
+
+WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
+
+CODECS = {"SNAPPY", "GZIP", "BROTLI", "ZSTD"}
+"""Compressions that Arrow names as parquet does."""
+
+DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
+PAGE_TYPE, UNPACKED_BYTES, PACKED_BYTES, DATA_HEADER, DATA_HEADER_V2 = 1, 2, 3, 5, 8
+NUM_VALUES, ENCODING, ENCODING_V2 = 1, 2, 4
+"""Fields of a page's header: parquet.thrift of the Apache Parquet format."""
+
+DICTIONARY_ENCODINGS = {2, 8}
+
+ENCODINGS = DICTIONARY_ENCODINGS | {0, 3, 4, 5, 6, 9}
+"""All but those in which a text is the start of the text before it: they grow with every row."""
+
+Refuse = Callable[[str], CacheError]
+
+
+@contextlib.contextmanager
+def open_parquet(
+    path: Path,
+    schema: pa.Schema,
+    refuse: Refuse,
+    *,
+    optional: Collection[str] = (),
+    read_dictionary: Sequence[str] = (),
+) -> Iterator[pq.ParquetFile]:
+    """Open a table for reading; whatever is wrong with it, also while it is read, is one error.
+
+    Args:
+        path: Of the file.
+        schema: Columns that will be read; the file may have others.
+        refuse: Makes the error out of what was found wrong.
+        optional: Columns of `schema` that the file may lack.
+        read_dictionary: Columns of text that are read as dictionaries.
+
+    Raises:
+        CacheError: What `refuse` returned.
+        OSError: The system could not read the file.
+    """
+    with reading_foreign_file(refuse, path):
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                # A pipe would be waited for.
+                raise refuse("is no file")
+        except (FileNotFoundError, NotADirectoryError):
+            raise refuse("no such file") from None
+        with path.open("rb") as pages:
+            _check_footer_size(pages, refuse)
+            options = {
+                "page_checksum_verification": True,
+                "pre_buffer": False,
+                "thrift_string_size_limit": MAX_FOOTER_BYTES,
+                "thrift_container_size_limit": MAX_ENTRIES,
+            }
+            with pq.ParquetFile(path, **options) as file:
+                metadata = file.metadata
+                _check_columns(file.schema_arrow, schema, optional, refuse)
+                _Budget(metadata, pages, refuse).check(set(schema.names))
+        with pq.ParquetFile(
+            path, metadata=metadata, read_dictionary=list(read_dictionary), **options
+        ) as file:
+            yield file
+
+
+def read_columns(path: Path, schema: pa.Schema, refuse: Refuse) -> pa.Table:
+    """Read whole columns without nulls; the errors are those of `open_parquet`."""
+    with open_parquet(path, schema, refuse) as file:
+        table = file.read(columns=schema.names, use_threads=False)
+        check_values(table.columns, refuse)
+        return table
+
+
+def values_of(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
+    """Return the numbers of a column without nulls.
+
+    Its own `to_numpy` imports pandas: half a second, in which Arrow drops an interruption.
+    """
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    return np.from_dlpack(column)
+
+
+def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
+    """Refuse arrays that hold a null, at whatever depth, or text that is no UTF-8.
+
+    Raises:
+        CacheError: What `refuse` returned.
+        pyarrow.ArrowInvalid: An array that is not built as arrays are.
+    """
+    for column in columns:
+        if isinstance(column, pa.ChunkedArray):
+            check_values(column.chunks, refuse)
+            continue
+        column.validate(full=True)
+        if column.null_count:
+            raise refuse("it has nulls")
+        if pa.types.is_list(column.type):
+            check_values([column.flatten()], refuse)
+        if pa.types.is_struct(column.type):
+            check_values(column.flatten(), refuse)
+
+
+def _check_footer_size(file: BinaryIO, refuse: Refuse) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(4), "little")
+    if file.read(4) == b"PAR1" and length > MAX_FOOTER_BYTES:
+        raise refuse(f"its footer has {length} bytes, wanted at most {MAX_FOOTER_BYTES}")
+
+
+def _check_columns(
+    found: pa.Schema, wanted: pa.Schema, optional: Collection[str], refuse: Refuse
+) -> None:
+    needed = [f for f in wanted if f.name in found.names or f.name not in optional]
+    types = {field.name: field.type for field in found}
+    if any(types.get(field.name) != field.type for field in needed):
+        raise refuse(f"its columns are {_listed(found)}, wanted {_listed(wanted)}")
+
+
+def _listed(schema: pa.Schema) -> str:
+    return one_line(", ".join(f"{field.name!r} {field.type}" for field in schema))
+
+
+class _Budget:
+    """Adds up what the pages of a file can unpack to, and refuses more than a real one does."""
+
+    def __init__(self, metadata: pq.FileMetaData, pages: BinaryIO, refuse: Refuse) -> None:
+        self._metadata = metadata
+        self._pages = pages
+        self._refuse = refuse
+        self._most_bytes = max(MIN_BUDGET, MAX_RATIO * os.fstat(pages.fileno()).st_size)
+        self._num_bytes = 0
+        self._num_pages = 0
+
+    def check(self, names: set[str]) -> None:
+        """Look at all pages of some columns."""
+        self._spend(max(0, self._metadata.num_rows) * VALUE_BYTES)
+        self._num_bytes = 0
+        wanted = [
+            number
+            for number in range(self._metadata.num_columns)
+            if self._metadata.schema.column(number).path.partition(".")[0] in names
+        ]
+        for group in range(self._metadata.num_row_groups):
+            row_group = self._metadata.row_group(group)
+            for number in wanted:
+                self._check_chunk(row_group.column(number), number)
+
+    def _check_chunk(self, chunk: Any, number: int) -> None:
+        if chunk.num_values <= 0:
+            # No page of it is read, and there may be none.
+            return
+        kind = self._metadata.schema.column(number)
+        longest = WIDTHS.get(kind.physical_type, max(0, kind.length or 0))
+        start = min(
+            offset
+            for offset in (chunk.data_page_offset, chunk.dictionary_page_offset)
+            if offset is not None
+        )
+        end = start + chunk.total_compressed_size
+        while start < end:
+            header, place = self._header_at(start)
+            if header[PAGE_TYPE] == DICTIONARY_PAGE and kind.physical_type == "BYTE_ARRAY":
+                longest = max(longest, self._longest_text(header, place, chunk.compression))
+            self._spend(_unpacked_bytes(header, longest, self._refuse))
+            start = place + header[PACKED_BYTES]
+
+    def _header_at(self, start: int) -> tuple[dict[int, Any], int]:
+        """Return a page's header, and where its bytes start."""
+        self._num_pages += 1
+        if self._num_pages > MAX_PAGES:
+            raise self._refuse(f"it has more than {MAX_PAGES} pages")
+        self._pages.seek(start)
+        header = read_struct(self._pages)
+        sizes = header.get(UNPACKED_BYTES), header.get(PACKED_BYTES)
+        if header.get(PAGE_TYPE) is None or not all(
+            isinstance(size, int) and 0 <= size <= MAX_PAGE_BYTES for size in sizes
+        ):
+            raise self._refuse(
+                f"a page of it unpacks from {sizes[1]} to {sizes[0]} bytes, wanted at most "
+                f"{MAX_PAGE_BYTES}"
+            )
+        return header, self._pages.tell()
+
+    def _longest_text(self, header: dict[int, Any], place: int, compression: str) -> int:
+        """Return how many bytes the longest text of a dictionary has."""
+        size = header[UNPACKED_BYTES]
+        data = self._pages.read(header[PACKED_BYTES])
+        if compression in CODECS:
+            data = pa.decompress(data, decompressed_size=size, codec=compression.lower())
+        elif compression != "UNCOMPRESSED":
+            return int(size)
+        view = memoryview(data)
+        longest = entry = 0
+        while entry < len(view):
+            length = int.from_bytes(view[entry : entry + 4], "little")
+            longest = max(longest, length)
+            entry += 4 + length
+            self._spend(ENTRY_BYTES)
+        return longest
+
+    def _spend(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._most_bytes:
+            raise self._refuse(
+                f"it unpacks to more than {self._most_bytes >> 20} MiB, which no table of its "
+                f"size does"
+            )
+
+
+def _unpacked_bytes(header: dict[int, Any], longest: int, refuse: Refuse) -> int:
+    """Return the most bytes that a page takes in Arrow.
+
+    Args:
+        header: Of the page.
+        longest: Bytes of the longest value of the dictionary before it.
+        refuse: Makes the error.
+    """
+    is_v2 = header[PAGE_TYPE] == DATA_PAGE_V2
+    unpacked: int = header[UNPACKED_BYTES]
+    if header[PAGE_TYPE] != DATA_PAGE and not is_v2:
+        return unpacked
+    page = header.get(DATA_HEADER_V2 if is_v2 else DATA_HEADER)
+    num_values, encoding = (
+        (page.get(NUM_VALUES), page.get(ENCODING_V2 if is_v2 else ENCODING))
+        if isinstance(page, dict)
+        else (None, None)
+    )
+    if not isinstance(num_values, int) or num_values < 0 or encoding not in ENCODINGS:
+        raise refuse(f"a page of it has {num_values} values in the encoding {encoding}")
+    values = num_values * longest if encoding in DICTIONARY_ENCODINGS else unpacked
+    return values + num_values * VALUE_BYTES

@@ -1,0 +1,154 @@
+"""Where a store's files are: a folder here, or an fsspec URL whose files are copied here."""
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from cache.errors import REMEDY, CacheError, CorruptShardError, IncompleteStoreError
+from cache.remote.copies import RemoteFolder
+from cache.spec import SPEC, Spec
+from cache.store_index import INDEX, ShardFile, check_own_hash
+
+URL = re.compile(r"[A-Za-z][\w+.-]*:")
+
+
+class Location:
+    """The files of one store; a URL's copies live as long as this does."""
+
+    def __init__(self, root: str | Path) -> None:
+        """Name the folder or URL; nothing is read yet.
+
+        Raises:
+            SettingsError: A URL of a kind that cannot be read here.
+        """
+        self.root = str(root)
+        self.is_remote = "://" in self.root and bool(URL.match(self.root))
+        self.address = self.root if self.is_remote else str(Path(root).absolute())
+        """The URL, or the whole path, which holds when the working directory changes."""
+        self._remote = RemoteFolder(self.root) if self.is_remote else None
+
+    def _where(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes; None when there is no such file.
+
+        Raises:
+            IncompleteStoreError: It is no file, or its server does not say how large it is.
+            UnreachableStoreError: Its server cannot be asked.
+        """
+        try:
+            found = self._remote.size(name) if self._remote else self._local_size(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if found is None:
+            raise IncompleteStoreError(
+                f"{self._where(name)}: is no file, or of unknown size. Put the file of the store "
+                f"in its place, or use a copy of the store on this machine."
+            )
+        return found
+
+    def _local_size(self, name: str) -> int | None:
+        # Not through pathlib: a store can have a thousand shards.
+        found = os.stat(f"{self.address}/{name}")  # noqa: PTH116
+        # A pipe would be waited for, and a device has no end.
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def check_size(self, shard: ShardFile) -> None:
+        """Hold the size of a shard's file, if there is one, against the index.
+
+        Raises:
+            CorruptShardError: It is another one.
+        """
+        found = self.size(shard.name)
+        if found is not None and found != shard.num_bytes:
+            raise CorruptShardError(
+                f"{self._where(shard.name)}: has {found} bytes, the index says {shard.num_bytes}. "
+                f"{self.remedy}"
+            )
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a file that is not as it was written."""
+        if self.is_remote:
+            return "Push the store there again."
+        return REMEDY
+
+    def path(self, name: str, most_bytes: int | None = None, sha256: str | None = None) -> Path:
+        """Return where a file can be read; a remote one is copied, and checked, on first use.
+
+        Args:
+            name: Of the file.
+            most_bytes: A larger one is refused, and not copied.
+            sha256: What a remote file must have; spec.json and index.parquet carry their own.
+
+        Raises:
+            IncompleteStoreError: There is no such file, none of a known size, or a larger one.
+            UnreachableStoreError: The server does not deliver it.
+            CorruptShardError: The server delivers other bytes than were written, more than once.
+        """
+        found = self.size(name)
+        if found is not None and most_bytes is not None and found > most_bytes:
+            raise IncompleteStoreError(
+                f"{self._where(name)}: has {found} bytes, wanted at most {most_bytes}. "
+                f"{self.remedy}"
+            )
+        if found is not None and not self._remote:
+            return Path(self.address) / name
+        with contextlib.suppress(FileNotFoundError):
+            if found is not None and self._remote:
+                return self._copy(self._remote, name, found, sha256)
+        raise self._missing(name)
+
+    def shard_path(self, shard: ShardFile) -> Path:
+        """Return where a shard's file can be read; the errors are those of `path`."""
+        return self.path(shard.name, shard.num_bytes, shard.sha256)
+
+    def _copy(self, remote: RemoteFolder, name: str, num_bytes: int, sha256: str | None) -> Path:
+        where = self._where(name)
+
+        def check(copy: Path, found_bytes: int, found_sha256: str) -> None:
+            if found_bytes != num_bytes:
+                raise CorruptShardError(
+                    f"{where}: {found_bytes} bytes came, the server says {num_bytes}. {self.remedy}"
+                )
+            if sha256 is not None and found_sha256 != sha256:
+                raise CorruptShardError(
+                    f"{where}: its sha256 is {found_sha256}, {INDEX} has {sha256}. It was damaged "
+                    f"or changed. {self.remedy}"
+                )
+            if name == SPEC:
+                Spec.from_json(copy.read_bytes(), where)
+            if name == INDEX:
+                check_own_hash(copy, where)
+
+        return remote.copy(name, num_bytes, check)
+
+    def _missing(self, name: str) -> IncompleteStoreError:
+        remedy = (
+            "Check the address, or push the store there again."
+            if self.is_remote
+            else "Run `dvc pull`, or the extract stage."
+        )
+        return IncompleteStoreError(
+            f"{self._where(name)}: missing, so this is no whole store. {remedy}"
+        )
+
+    @contextlib.contextmanager
+    def naming_files(self) -> Iterator[None]:
+        """Let errors that name the copy of a file name the file of the server instead, and say what
+        can be done there.
+        """
+        try:
+            yield
+        except CacheError as error:
+            if self._remote:
+                copies, url = str(self._remote.copies), self._remote.url
+                error.args = tuple(
+                    str(text).replace(copies, url).replace(REMEDY, self.remedy)
+                    for text in error.args
+                )
+            raise

@@ -1,0 +1,162 @@
+"""Contact with a server: what went wrong in one line, and again where another attempt can help.
+
+The file systems of fsspec raise the exceptions of their libraries: those of aiohttp, botocore,
+requests and paramiko are no OSErrors, and several hide the true cause behind FileNotFoundError.
+"""
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.client import responses
+from pathlib import Path
+from typing import TypeVar
+
+from cache.errors import CacheError, UnreachableStoreError
+from cache.files.foreign import describe
+
+BACK_OFF = (0.5, 1.0, 2.0)
+"""Seconds to wait before the second attempt, the third, ..."""
+
+READ_TIMEOUT = 60.0
+"""Seconds after which a web server that sends nothing is given up, however large the file is."""
+
+REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
+
+TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+"""Besides 500 and above, what a server may answer otherwise a moment later."""
+
+LOCAL_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
+"""Failures of this machine, not of the network."""
+
+CUTS = frozenset({"ClientPayloadError", "ServerDisconnectedError", "IncompleteRead"})
+"""Exceptions of aiohttp and http.client that are no ConnectionErrors."""
+
+MAX_CAUSES = 10
+"""Most causes of an exception that are looked at."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What went wrong with a server."""
+
+    reason: str
+    remedy: str = "Check the address and the network."
+    is_missing: bool = False
+    """Whether the server said that there is no such file."""
+    is_temporary: bool = True
+    """Whether another attempt can help."""
+
+
+def attempt(action: Callable[[], Result], url: str, folder: Path, *, retry: bool = True) -> Result:
+    """Do something over a network, and again after a while where that can help.
+
+    Args:
+        action: What to do.
+        url: Of the file, for the error text.
+        folder: Where files are written here: an OSError that names a file in it is raised as it is.
+        retry: Whether to try more than once.
+
+    Raises:
+        FileNotFoundError: The server says that there is no such file.
+        UnreachableStoreError: It cannot be reached, refuses access, or does not deliver.
+        OSError: This machine cannot store the file.
+    """
+    pauses = (*BACK_OFF, None) if retry else (None,)
+    for number, pause in enumerate(pauses, start=1):
+        try:
+            return action()
+        except CacheError:
+            raise
+        except Exception as error:
+            if _is_local(error, folder):
+                raise
+            fault = fault_of(error)
+            if fault.is_missing:
+                raise FileNotFoundError(url) from None
+            if pause is None or not fault.is_temporary:
+                attempts = f" ({number} attempts)" if number > 1 else ""
+                raise UnreachableStoreError(
+                    f"{url}: {fault.reason}{attempts}. {fault.remedy}"
+                ) from None
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Say what an exception of any file system of fsspec means."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and len(chain) < MAX_CAUSES:
+        chain.append(chain[-1].__cause__)
+    statuses = [status for status in map(_status_of, chain) if status is not None]
+    return _fault_of_status(statuses[0]) if statuses else _fault_of_cause(chain)
+
+
+def _fault_of_status(status: int) -> Fault:
+    answer = f"{status} {responses.get(status, 'unknown status')}"
+    if status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+        return Fault(answer, is_missing=True, is_temporary=False)
+    if status in REFUSALS:
+        return _refused(answer)
+    is_temporary = status in TEMPORARY or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    remedy = "Try again later." if is_temporary else "Check the address."
+    return Fault(f"the server answers {answer}", remedy, is_temporary=is_temporary)
+
+
+def _fault_of_cause(chain: list[BaseException]) -> Fault:
+    cause = chain[-1]
+    if isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return Fault("no such file", is_missing=True, is_temporary=False)
+    if isinstance(cause, PermissionError):
+        return _refused(cause.strerror or describe(cause))
+    if isinstance(cause, socket.gaierror):
+        return Fault(f"the host is not found: {cause.strerror}")
+    if isinstance(cause, ConnectionRefusedError):
+        return Fault("the host refuses connections", "Check the address, and that it is served.")
+    if any(isinstance(error, TimeoutError) for error in chain):
+        return Fault("no answer in time", "Check the network, or try again later.")
+    if any(isinstance(e, ConnectionError) or type(e).__name__ in CUTS for e in chain):
+        return Fault(f"the connection was lost: {describe(cause)}")
+    return Fault(f"cannot be read: {describe(cause)}")
+
+
+def _refused(answer: str) -> Fault:
+    remedy = "Check the address, and the login that is used for it."
+    return Fault(f"access is refused: {answer}", remedy, is_temporary=False)
+
+
+def _status_of(error: BaseException) -> int | None:
+    """Return the HTTP status in an exception of aiohttp, requests, urllib, botocore or gcsfs."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+    # The `code` of aiohttp's is 400 when a connection breaks.
+    names = ["status", "status_code", "code"][: 2 if _is_of(error, "aiohttp") else 3]
+    found = (
+        _as_status(getattr(holder, name, None)) for holder in (error, response) for name in names
+    )
+    return next((status for status in found if status is not None), None)
+
+
+def _is_of(error: BaseException, package: str) -> bool:
+    return type(error).__module__.partition(".")[0] == package
+
+
+def _as_status(value: object) -> int | None:
+    if isinstance(value, str) and value.isdecimal() and len(value) == len("404"):
+        value = int(value)
+    is_status = isinstance(value, int) and HTTPStatus.BAD_REQUEST <= value < 600
+    return int(value) if is_status else None  # type: ignore[call-overload]
+
+
+def _is_local(error: Exception, folder: Path) -> bool:
+    return isinstance(error, OSError) and (
+        error.errno in LOCAL_ERRORS
+        or (isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder))
+    )

@@ -1,0 +1,337 @@
+"""`index.parquet` of a store: one row an image, and what each shard file must be.
+
+Read with bounds on everything that later becomes a path, an offset or a size. Its bytes carry
+their own sha256, so that a flipped bit is found wherever it is.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from cache.errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.files.atomic import naming, write_bytes
+from cache.files.parquet import open_parquet, values_of
+from cache.shard import Shard
+from cache.spec import Spec
+
+INDEX = "index.parquet"
+
+PROBE = "probe.safetensors"
+"""Features of known pictures, with which an encoder is compared before it adds to a store."""
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("shard", pa.string()),
+        ("row", pa.int32()),
+        ("row_xxh3", pa.uint64()),
+        ("source_xxh3", pa.uint64()),
+    ]
+)
+
+SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
+
+ARRAYS = {
+    "image_ids": np.int64,
+    "shard_number": np.int32,
+    "row": np.int32,
+    "row_xxh3": np.uint64,
+    "source_xxh3": np.uint64,
+}
+"""Arrays of a table, and their types."""
+
+READ_ROWS = 1 << 16
+"""Rows of a row group, and rows that are read at a time."""
+
+READ_BYTES = 1 << 18
+"""Bytes of the file that are hashed at a time."""
+
+OWN_HASH = b"file_sha256"
+"""Metadata key of the file's own hash, which is taken with `BLANK` in its place."""
+
+BLANK = b"0" * 64
+
+FOREIGN_KEYS = frozenset({b"fingerprint", b"shards", b"probe_sha256", b"ARROW:schema", b"pandas"})
+"""Metadata keys of an index that was written elsewhere, without its own hash."""
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """What the index says of one shard file."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreTable:
+    """The rows of a store in order of image id; all arrays have length N."""
+
+    fingerprint: str
+    shards: tuple[ShardFile, ...]
+    """In order of name; `shard_number` counts in it."""
+    image_ids: NDArray[np.int64]
+    shard_number: NDArray[np.int32]
+    row: NDArray[np.int32]
+    row_xxh3: NDArray[np.uint64]
+    source_xxh3: NDArray[np.uint64]
+    probe_sha256: str | None = None
+    """Of the file with the encoder's probe, where the store has one."""
+
+    def write(self, path: Path) -> None:
+        """Write the table, whole or not at all. Equal tables give equal bytes."""
+        files = {s.name: {"bytes": s.num_bytes, "sha256": s.sha256} for s in self.shards}
+        names = np.array([s.name for s in self.shards], dtype=object)
+        columns = [
+            self.image_ids,
+            names[self.shard_number],
+            self.row,
+            self.row_xxh3,
+            self.source_xxh3,
+        ]
+        metadata = {
+            b"fingerprint": self.fingerprint,
+            b"shards": json.dumps(files, sort_keys=True),
+            OWN_HASH: BLANK,
+        }
+        if self.probe_sha256 is not None:
+            metadata[b"probe_sha256"] = self.probe_sha256
+        # In memory, so that the file is written by calls that raise their errors.
+        buffer = pa.BufferOutputStream()
+        # Without the Arrow schema, which would hold the metadata, and the hash, once more.
+        with pq.ParquetWriter(
+            buffer, SCHEMA, store_schema=False, write_page_checksum=True
+        ) as writer:
+            writer.write_table(pa.table(columns, schema=SCHEMA), row_group_size=READ_ROWS)
+            writer.add_key_value_metadata(metadata)
+        blank = buffer.getvalue().to_pybytes()
+        place = _place_of_hash(blank)
+        digest = hashlib.sha256(blank).hexdigest().encode()
+        view = memoryview(blank)
+        write_bytes(path, view[:place], digest, view[place + len(BLANK) :])
+
+    @cached_property
+    def by_shard(self) -> list[NDArray[np.int64]]:
+        """For each shard, the positions of its images in order of row; -1 where there is none."""
+        stops = np.cumsum(np.bincount(self.shard_number, minlength=len(self.shards)))
+        places = np.concatenate([[0], stops[:-1]])[self.shard_number]
+        places += self.row
+        # Put where it belongs, not sorted: a million rows take half the time and memory.
+        order = np.full(len(self.row), -1)
+        order[np.clip(places, 0, max(0, len(order) - 1), out=places)] = np.arange(len(order))
+        return np.split(order, stops[:-1])
+
+    def check_shard(self, number: int, shard: Shard) -> None:
+        """Hold the rows of an opened shard against those of the index.
+
+        Raises:
+            CorruptShardError: Other images, or other hashes of their features.
+        """
+        mine = self.by_shard[number]
+        if not (
+            np.array_equal(self.image_ids[mine], shard.image_ids)
+            and np.array_equal(self.row_xxh3[mine], shard.row_xxh3)
+        ):
+            raise CorruptShardError(
+                f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
+                f"{REMEDY}"
+            )
+
+    @classmethod
+    def read(
+        cls, path: Path, spec: Spec, check_file: Callable[[ShardFile], None] = lambda file: None
+    ) -> "StoreTable":
+        """Read and check a table.
+
+        Args:
+            path: Of the file.
+            spec: Of the store.
+            check_file: Refuses a shard's file of another size than the index says. It is asked
+                before any row is read, since the sizes bound how many rows can be true.
+
+        Raises:
+            IncompleteStoreError: Missing, unreadable, or not such a table.
+            SpecMismatchError: It is of another encoder.
+            CorruptShardError: Its rows contradict each other, or the sizes of the shards.
+        """
+
+        def refuse(detail: str) -> IncompleteStoreError:
+            return _bad(path, f"not a parquet file of these columns ({detail})")
+
+        # As a dictionary, each name is there once and not a million times.
+        with open_parquet(path, SCHEMA, refuse, read_dictionary=["shard"]) as file:
+            fingerprint, shards, probe = _read_header(file, path, spec)
+            for shard in shards:
+                check_file(shard)
+            columns = _read_columns(file, shards, path)
+        # Arrow would keep what it read with for its next use.
+        pa.default_memory_pool().release_unused()
+        table = cls(fingerprint, shards, probe_sha256=probe, **columns)
+        _check_rows(table, path)
+        return table
+
+
+def check_own_hash(path: Path, where: str | None = None) -> None:
+    """Hold the bytes of an index against the hash that they carry.
+
+    Args:
+        path: Of the file.
+        where: What the error calls it; the path when not given.
+
+    Raises:
+        CorruptShardError: They are not those that were written.
+    """
+    with naming(path), path.open("rb") as file:
+        place = _place_in(file)
+        if place is None:
+            # Written elsewhere: the format does not ask for it.
+            return
+        file.seek(0)
+        hashed = hashlib.sha256()
+        for data in _chunks(file, place):
+            hashed.update(data)
+        stated = file.read(len(BLANK))
+        hashed.update(BLANK)
+        for data in _chunks(file):
+            hashed.update(data)
+    digest = hashed.hexdigest().encode()
+    if stated != digest:
+        raise CorruptShardError(
+            f"{where or path}: its sha256 is {digest.decode()}, the one it carries "
+            f"{stated.decode(errors='replace')!r}. {REMEDY}"
+        )
+
+
+def _place_in(file: BinaryIO) -> int | None:
+    """Return where the own hash of an opened index starts; None if it has none.
+
+    Read and not mapped: a map of a disk that fails kills the process.
+    """
+    place, start, before = None, 0, b""
+    for data in _chunks(file):
+        # A key can lie across two chunks.
+        found = _place_of_hash(before + data)
+        if found >= 0:
+            place = start - len(before) + found
+        start += len(data)
+        before = (before + data)[1 - len(OWN_HASH) :]
+    return place
+
+
+def _chunks(file: BinaryIO, num_bytes: int | None = None) -> Iterator[bytes]:
+    """Read so many bytes, or the rest, some at a time."""
+    while data := file.read(READ_BYTES if num_bytes is None else min(READ_BYTES, num_bytes)):
+        yield data
+        if num_bytes is not None:
+            num_bytes -= len(data)
+
+
+def _place_of_hash(data: bytes) -> int:
+    """Return where the file's own hash starts; -1 if it has none."""
+    place = data.rfind(OWN_HASH)
+    # Thrift writes a key, then a field header and a length below 128, then the value.
+    return place if place < 0 else place + len(OWN_HASH) + 2
+
+
+def _read_header(
+    file: pq.ParquetFile, path: Path, spec: Spec
+) -> tuple[str, tuple[ShardFile, ...], str | None]:
+    """Check everything that the footer says, before any row is read."""
+    if file.schema_arrow.names != SCHEMA.names:
+        raise _bad(path, f"its columns are {file.schema_arrow.names}, wanted {SCHEMA.names}")
+    metadata = file.metadata.metadata or {}
+    if OWN_HASH not in metadata and metadata.keys() - FOREIGN_KEYS:
+        # One of them may be the key of its hash, damaged.
+        raise _bad(path, f"its metadata have the unknown keys {metadata.keys() - FOREIGN_KEYS}")
+    try:
+        fingerprint = metadata[b"fingerprint"].decode()
+        files = json.loads(metadata[b"shards"])
+        shards = tuple(
+            ShardFile(name, int(file["bytes"]), str(file["sha256"]))
+            for name, file in sorted(files.items())
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        raise _bad(path, "its metadata lack the fingerprint or the shards") from None
+    for shard in shards:
+        if not SHARD_NAME.fullmatch(shard.name):
+            raise _bad(path, f"it names a shard {shard.name!r}")
+    if fingerprint != spec.fingerprint:
+        raise SpecMismatchError(
+            f"{path}: is of the encoder {fingerprint!r}, spec.json of {spec.fingerprint!r}. "
+            f"Run the extract stage."
+        )
+    row_bytes = spec.patches * spec.width * np.dtype("<f2").itemsize
+    if file.metadata.num_rows * row_bytes > sum(shard.num_bytes for shard in shards):
+        raise CorruptShardError(
+            f"{path}: has {file.metadata.num_rows} rows of {row_bytes} bytes of features, more "
+            f"than the shards that it names can hold. {REMEDY}"
+        )
+    probe = metadata.get(b"probe_sha256")
+    return fingerprint, shards, None if probe is None else probe.decode()
+
+
+def _read_columns(
+    file: pq.ParquetFile, shards: tuple[ShardFile, ...], path: Path
+) -> dict[str, NDArray[Any]]:
+    """Read all rows, some at a time, so that there is never much more than the result."""
+    numbers = {shard.name: number for number, shard in enumerate(shards)}
+    num_rows = file.metadata.num_rows
+    if num_rows < 0:
+        raise _bad(path, f"its footer says that it has {num_rows} rows")
+    columns: dict[str, NDArray[Any]] = {
+        name: np.empty(num_rows, dtype) for name, dtype in ARRAYS.items()
+    }
+    start = 0
+    for batch in file.iter_batches(READ_ROWS, use_threads=False):
+        if any(column.null_count for column in batch.columns):
+            raise _bad(path, "it has nulls")
+        rows = slice(start, start + batch.num_rows)
+        if rows.stop > num_rows:
+            raise _bad(path, f"it has more than the {num_rows} rows that its footer says")
+        names = batch["shard"].dictionary.to_pylist()
+        if not set(names) <= numbers.keys():
+            raise _bad(path, "it names a shard without size and hash")
+        to_number = np.array([numbers[name] for name in names], dtype=np.int32)
+        columns["shard_number"][rows] = to_number[values_of(batch["shard"].indices)]
+        columns["image_ids"][rows] = values_of(batch["image_id"])
+        for name in ("row", "row_xxh3", "source_xxh3"):
+            columns[name][rows] = values_of(batch[name])
+        start = rows.stop
+    if start < num_rows:
+        raise _bad(path, f"it has {start} of the {num_rows} rows that its footer says")
+    return columns
+
+
+def _check_rows(table: StoreTable, path: Path) -> None:
+    """Refuse an image that two rows claim, and rows of a shard that are not 0, 1, 2, ..."""
+    steps = np.diff(table.image_ids)
+    if np.any(steps <= 0):
+        first = int(np.argmax(steps <= 0))
+        claims = [table.shards[n].name for n in table.shard_number[first : first + 2]]
+        raise CorruptShardError(
+            f"{path}: image ids must ascend, but {table.image_ids[first + 1]} follows "
+            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). {REMEDY}"
+        )
+    for number, positions in enumerate(table.by_shard):
+        if np.any(positions < 0) or not np.array_equal(
+            table.row[positions], np.arange(len(positions))
+        ):
+            raise CorruptShardError(
+                f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
+                f"0, 1, 2, ... {REMEDY}"
+            )
+
+
+def _bad(path: Path, detail: str) -> IncompleteStoreError:
+    return IncompleteStoreError(f"{path}: {detail}. {REMEDY}")

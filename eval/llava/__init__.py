@@ -1,0 +1,1 @@
+"""The parts of an exported model in the LLaVA layout of transformers."""

@@ -1,0 +1,147 @@
+"""The model card of an exported run: what it is, how it is used, what it scored, what made it."""
+
+import io
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from ruamel.yaml import YAML
+
+from cache.errors import StageError
+from cache.files.foreign import reading_foreign_file
+from cache.spec import Spec
+from eval.random_tower import random_tower_warning
+from eval.report.scores import BLIND, is_over_nothing
+from eval.settings import EvaluateSettings, shown_setting
+from eval.trained import Trained
+from train.model.model_files import read_json
+from train.run import weights_of
+
+DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
+"""What a source of data is called; other sources have no public name."""
+
+SHOWN = ("encoder", "llm", "projector", "pretrain", "finetune")
+"""Sections of the settings that decided the weights."""
+
+
+def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
+    """Write the model card of a run.
+
+    Args:
+        trained: The run.
+        spec: Of the features that it learned from.
+        settings: How it is asked.
+
+    Returns:
+        Markdown with a YAML header.
+    """
+    values = trained.params.values
+    shown = {name: without_folders(values[name]) for name in SHOWN if name in values}
+    folder = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    return environment.get_template("model_card.md.j2").render(
+        header=_yaml(_header(values)).rstrip(),
+        answers=trained.answers,
+        encoder=shown["encoder"],
+        llm=shown["llm"],
+        datasets=DATASETS.get(_source(values), ()),
+        source=_source(values),
+        spec=spec,
+        question=settings.caption_question,
+        rows=read_score_rows(trained),
+        provenance=trained.provenance,
+        warning=random_tower_warning(values),
+        settings=_yaml(shown).rstrip(),
+    )
+
+
+def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which a file or folder of this machine has its last name alone."""
+    return {
+        name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
+        for name, value in values.items()
+    }
+
+
+def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
+    """Return the scores of a run from the report beside it; none where that is of another run.
+
+    Returns:
+        For each score what was asked, the score's name, the score, and what it is blind.
+
+    Raises:
+        StageError: A report that cannot be read.
+        OSError: The system could not read it.
+    """
+    report = trained.folder.resolve().parent.parent / "reports" / "eval.json"
+    if not report.is_file():
+        return []
+
+    def refuse(why: str) -> StageError:
+        return StageError(f"{report}: no scores ({why}). Run the evaluate stage.")
+
+    scores = read_json(report, refuse)
+    stage = "finetune" if trained.answers else "pretrain"
+    weights = weights_of(trained.folder)
+    with reading_foreign_file(refuse, report):
+        if scores.get("weights_sha256", {}).get(stage) != weights:
+            return []
+        return list(score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
+
+
+def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of some scores, as `read_score_rows` returns them."""
+    sections = {name: scores.get(name) for name in ("captions", "answers")}
+    pope = scores.get("pope")
+    sections |= {f"POPE {name}": part for name, part in (pope or {}).items()}
+    for title, section in sections.items():
+        if not isinstance(section, Mapping) or not section.get("count", 1):
+            continue
+        control = section.get(BLIND) or {}
+        for key, value in section.items():
+            if isinstance(value, float) and not is_over_nothing(section, key):
+                yield title, key, _written(section, key), _written(control, key)
+
+
+def _written(section: Mapping[str, Any], key: str) -> str:
+    """Write a score with its interval, where it has one."""
+    if not isinstance(section.get(key), int | float):
+        return ""
+    interval = (section.get("intervals") or {}).get(key)
+    if not interval:
+        return f"{section[key]:.3f}"
+    return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def _header(values: Mapping[str, Any]) -> dict[str, Any]:
+    header: dict[str, Any] = {
+        "license": "other",
+        "license_name": "those-of-its-parts",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava", "phi", "clip", "patchcache"],
+    }
+    base = values["llm"]["model"]
+    if not Path(base).exists():
+        header["base_model"] = base
+    if _source(values) == "coco":
+        header["datasets"] = ["liuhaotian/LLaVA-Instruct-150K"]
+        header["language"] = ["en"]
+    return header
+
+
+def _source(values: Mapping[str, Any]) -> str:
+    return str(shown_setting(values, "data", "source") or "unknown")
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    text = io.StringIO()
+    writer = YAML(typ="safe", pure=True)
+    writer.default_flow_style = False
+    writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    writer.dump(dict(values), text)
+    return text.getvalue()

@@ -1,0 +1,193 @@
+"""Renders `reports/index.html`: one page that needs no network and no other file.
+
+Owns what the page holds; how it looks is in `templates/`, which escape every text.
+The page may run its own script and use its own style, known by their hashes, and nothing else.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from eval.report.cards import headline, score_cards
+from eval.report.chart_axes import HEIGHT, LEFT, RIGHT, WIDTH
+from eval.report.gallery import KINDS, Example, choose_examples, filter_options
+from eval.report.lengths import length_charts, stop_rates
+from eval.report.loss_chart import loss_chart
+from eval.report.scores import Section, pope_sections, section_of
+from eval.report.tables import (
+    contaminated_images,
+    contamination_table,
+    pope_table,
+    score_tables,
+    still_scored,
+    type_table,
+)
+from eval.settings import shown_setting
+
+_TEMPLATES = Path(__file__).with_name("templates")
+_EVENTS = {
+    "evaluate": "Evaluated",
+    "pretrain": "stage 1 trained",
+    "finetune": "stage 2 trained",
+}
+"""What happened when a stage ended, in the order of the page."""
+_STAGE_TITLES = {
+    "pretrain": "Stage 1: projector",
+    "finetune": "Stage 2: projector and language model",
+}
+
+
+def render_report(
+    *,
+    scores: Section,
+    examples: Sequence[Example],
+    thumbnails: Mapping[int, str],
+    file_names: Mapping[int, str],
+    histories: Mapping[str, Sequence[Mapping[str, object]]],
+    provenance: Mapping[str, Any],
+    contamination: Mapping[str, Sequence[Mapping[str, Any]]],
+    dates: Mapping[str, str],
+    warning: str,
+) -> str:
+    """Render the page.
+
+    Args:
+        scores: Content of `reports/eval.json`; any section may be absent, any value None.
+        examples: All texts of the model; the galleries show those of `choose_examples`.
+        thumbnails: Image id to a data URI of its picture; an image may be absent.
+        file_names: Image id to the name of its file; an image may be absent.
+        histories: For each stage, the rows of its `history.csv`.
+        provenance: Whatever says where the scores come from, nested at will. The names in
+            `settings.llm.model`, `settings.encoder.model` and `settings.data.source` go into the
+            opening sentence.
+        contamination: Content of `reports/contamination.json`.
+        dates: Stage to when it ended, ISO 8601 in UTC; a stage may be absent.
+        warning: What is to be known before any score, or nothing.
+
+    Returns:
+        HTML text, the same for the same arguments.
+
+    Raises:
+        ValueError: A thumbnail that the page would have to fetch.
+    """
+    _check_embedded(thumbnails)
+    style, script = (_own(name) for name in ("style.css", "script.js"))
+    cards = score_cards(scores)
+    chosen = choose_examples(examples)
+    return _template().render(
+        style=style,
+        script=script,
+        policy=_policy(style, script),
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
+        sentence=_sentence(provenance.get("settings") or {}),
+        dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
+        warning=warning,
+        headline=headline(cards),
+        cards=cards,
+        unscored=_unscored(scores),
+        kinds=KINDS,
+        galleries=chosen,
+        options=filter_options(chosen),
+        thumbnails=thumbnails,
+        file_names=file_names,
+        charts={_STAGE_TITLES.get(name, name): loss_chart(histories[name]) for name in histories},
+        lengths=length_charts(examples),
+        stop_rates=stop_rates(scores),
+        types=type_table(scores),
+        pope=pope_table(scores),
+        contamination=contamination_table(scores),
+        still_scored=still_scored(scores),
+        contaminated=contaminated_images(contamination),
+        tables=score_tables(scores),
+        provenance=_facts(provenance),
+    )
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")
+
+
+def _own(name: str) -> Markup:
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def _policy(style: str, script: str) -> str:
+    """Return a content security policy that allows this style, this script and data URIs."""
+
+    def source(text: str) -> str:
+        digest = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+    return (
+        f"default-src 'none'; img-src data:; style-src {source(style)}; "
+        f"script-src {source(script)}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _check_embedded(thumbnails: Mapping[int, str]) -> None:
+    for image_id, uri in thumbnails.items():
+        if not uri.startswith("data:image/"):
+            raise ValueError(
+                f"the thumbnail of image {image_id} must be a data URI of an image, found "
+                f"{uri[:40]!r}."
+            )
+
+
+def _unscored(scores: Section) -> list[str]:
+    kinds = {
+        "captions": section_of(scores, "captions"),
+        "answers": section_of(scores, "answers"),
+        "yes/no questions": pope_sections(scores),
+    }
+    return [name for name, section in kinds.items() if not section]
+
+
+def _sentence(settings: Mapping[str, Any]) -> str:
+    llm, encoder, source = (
+        shown_setting(settings, section, key)
+        for section, key in (("llm", "model"), ("encoder", "model"), ("data", "source"))
+    )
+    return (
+        f"{llm or 'A language model'} learned to describe pictures and to answer questions about "
+        f"them from cached patch features of {encoder or 'a vision encoder'}, trained on "
+        f"{f'the {source} data' if source else 'image and text pairs'}."
+    )
+
+
+def _facts(values: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Lay nested facts out as named groups of dotted keys and texts."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            groups[key] = list(_flat(value))
+        else:
+            groups.setdefault("run", []).append((key, _text(value)))
+    return groups
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            facts += _flat(value, f"{prefix}{key}.")
+        else:
+            facts.append((f"{prefix}{key}", _text(value)))
+    return facts
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "not known" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""What the trained models are asked, under which conditions, and the scores."""

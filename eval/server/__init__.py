@@ -1,0 +1,1 @@
+"""The server of that page, and what it lets through."""

@@ -1,0 +1,210 @@
+"""Stands in front of the served page, and lets through only what the page itself asks for.
+
+Of Gradio's many addresses only those that the page needs are there. Uploads and pictures are
+answered here, without Gradio; calls, sessions and headers reach Gradio only as the page's own
+script would send them.
+"""
+
+import asyncio
+import json
+import mimetypes
+import re
+import sys
+
+import gradio as gr
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cache.errors import StageError
+from cache.files.foreign import describe
+from eval.server.message_stream import MessageStream
+from eval.server.page_calls import UnknownFunctionError, clean_call
+from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
+from eval.server.refusal import Refusal
+from eval.server.request_body import BodyReader, only_file, replay
+from eval.server.request_source import Sources
+from eval.server.visitors import SESSION_HASH, new_secret, session_of, visitor_of_secret
+
+API = "/gradio_api"
+STATIC = re.compile(r"/(assets|static)(/[\w@-][\w@.-]{0,99}){1,6}", re.ASCII)
+FIXED = {"/theme.css", "/favicon.ico", "/config", f"{API}/info", f"{API}/app_id"}
+"""What is the same for every visitor; with app_id the page finds out whether it is outdated."""
+FORWARDED_HEADERS = (b"host", b"accept", b"accept-encoding")
+"""All others, like X-Forwarded-Host and Range, change nothing here."""
+MAX_CALL_BYTES = 2**16
+MAX_FORM_BYTES = MAX_UPLOAD_BYTES + 2**16
+
+
+class Gateway:
+    """An ASGI application around that of the page."""
+
+    def __init__(
+        self, app: ASGIApp, page: gr.Blocks, pictures: PagePictures, sources: Sources, port: int
+    ) -> None:
+        self._app = app
+        self._page = page
+        self._pictures = pictures
+        self._sources = sources
+        # Cookies are the same for all ports of a host.
+        self._cookie = f"patchcache-{port}"
+        self._bodies = BodyReader()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it in one line."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        answering = _Answering(send)
+        try:
+            response = await self._respond(Request(scope, receive))
+            await response(scope, receive, answering)
+        except (ClientDisconnect, asyncio.CancelledError):
+            # The client has gone, or the server ends.
+            pass
+        except Refusal as refusal:
+            await PlainTextResponse(str(refusal), refusal.status)(scope, receive, send)
+        except Exception as error:
+            # A client must not fill the terminal with tracebacks of Gradio's.
+            what = f"{scope['method']} {scope['path']}"[:200]
+            print(f"serve: {what!a}: {describe(error)}", file=sys.stderr, flush=True)
+            if not answering.started:
+                await PlainTextResponse("error", 500)(scope, receive, send)
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        method, path = request.method, request.scope["path"]
+        self._sources.check(request.headers, opens_page=(method, path) == ("GET", "/"))
+        if method in ("GET", "HEAD"):
+            return self._respond_to_get(request, path)
+        if (method, path) == ("POST", f"{API}/upload"):
+            return await self._upload(request)
+        if (method, path) == ("POST", f"{API}/queue/join"):
+            return await self._call(request, queued=True)
+        if (method, path) == ("POST", f"{API}/run/predict"):
+            return await self._call(request, queued=False)
+        raise _not_found()
+
+    def _respond_to_get(self, request: Request, path: str) -> ASGIApp:
+        if path == "/":
+            return self._open_page(request)
+        if path in FIXED or STATIC.fullmatch(path):
+            return self._forward(request)
+        if path.startswith(f"{API}/file="):
+            return self._picture(request, path.removeprefix(f"{API}/file="))
+        if path.startswith(f"{API}/heartbeat/"):
+            session = self._session(request, path.removeprefix(f"{API}/heartbeat/"))
+            return self._forward(request, path=f"{API}/heartbeat/{session}")
+        if path == f"{API}/queue/data":
+            return self._messages(request)
+        if path == f"{API}/upload_progress":
+            # An upload is short, and answered when it is done.
+            return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+        raise _not_found()
+
+    def _open_page(self, request: Request) -> ASGIApp:
+        """Forward without the query, in which Gradio would look for saved states."""
+        page = self._forward(request)
+        if self._cookie in request.cookies:
+            return page
+        cookie = f"{self._cookie}={new_secret()}; HttpOnly; SameSite=Lax; Path=/"
+
+        async def with_cookie(scope: Scope, receive: Receive, send: Send) -> None:
+            async def send_with_cookie(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    MutableHeaders(scope=message).append("set-cookie", cookie)
+                await send(message)
+
+            await page(scope, receive, send_with_cookie)
+
+        return with_cookie
+
+    def _messages(self, request: Request) -> ASGIApp:
+        session = self._session(request, request.query_params.get("session_hash", ""))
+        # Gradio fails for a session that called nothing.
+        if session not in self._page._queue.pending_messages_per_session:
+            raise _not_found()
+        messages = self._forward(request, query=f"session_hash={session}")
+
+        def has_calls() -> bool:
+            return bool(self._page._queue.pending_event_ids_session.get(session))
+
+        return MessageStream(messages, has_calls)
+
+    def _picture(self, request: Request, path: str) -> Response:
+        try:
+            name, data = self._pictures.read(path, self._visitor(request))
+        except StageError:
+            raise Refusal(403, "not allowed") from None
+        media_type = mimetypes.guess_type(name)[0] or ""
+        headers = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
+        # A document with scripts, which could use the page as its visitor does.
+        if not media_type.startswith("image/") or "xml" in media_type:
+            media_type = "application/octet-stream"
+            headers["content-disposition"] = "attachment"
+        return Response(data, media_type=media_type, headers=headers)
+
+    async def _upload(self, request: Request) -> Response:
+        async with self._bodies.reading(request, MAX_FORM_BYTES) as body:
+            name, data = await only_file(body, request.scope)
+        if len(data) > MAX_UPLOAD_BYTES:
+            raise Refusal(413, f"The file has more than {MAX_UPLOAD_BYTES} bytes.")
+        try:
+            path = self._pictures.add_upload(name, data, self._visitor(request))
+        except OSError as error:
+            raise Refusal(507, f"The file cannot be stored: {error.strerror}.") from None
+        return JSONResponse([path])
+
+    async def _call(self, request: Request, *, queued: bool) -> ASGIApp:
+        async with self._bodies.reading(request, MAX_CALL_BYTES) as body:
+            try:
+                call = clean_call(self._page, body, queued=queued)
+            except UnknownFunctionError:
+                raise _not_found() from None
+            except ValueError:
+                raise Refusal(400, "Not a call that the page makes.") from None
+        call["session_hash"] = self._session(request, call["session_hash"])
+        return self._forward(request, body=json.dumps(call).encode())
+
+    def _visitor(self, request: Request) -> str:
+        return visitor_of_secret(request.cookies.get(self._cookie, ""))
+
+    def _session(self, request: Request, session_hash: str) -> str:
+        if not SESSION_HASH.fullmatch(session_hash):
+            raise _not_found()
+        return session_of(self._visitor(request), session_hash)
+
+    def _forward(
+        self, request: Request, *, path: str | None = None, query: str = "", body: bytes = b""
+    ) -> ASGIApp:
+        """Return the answer of the page's own application to a request reduced to its needs."""
+        path = path or request.scope["path"]
+        headers = [pair for pair in request.scope["headers"] if pair[0] in FORWARDED_HEADERS]
+        if self._sources.is_share(request.headers):
+            headers.append((b"x-forwarded-proto", b"https"))
+        if body:
+            headers.append((b"content-type", b"application/json"))
+            headers.append((b"content-length", str(len(body)).encode()))
+        reduced = {"path": path, "raw_path": path.encode(), "query_string": query.encode()}
+
+        async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+            await self._app({**scope, **reduced, "headers": headers}, replay(body, receive), send)
+
+        return forward
+
+
+def _not_found() -> Refusal:
+    """Return the one refusal for all that is not there, or not for this visitor."""
+    return Refusal(404, "not found")
+
+
+class _Answering:
+    """Sends an answer, and says whether its first part was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started = False
+
+    async def __call__(self, message: Message) -> None:
+        self.started = True
+        await self._send(message)

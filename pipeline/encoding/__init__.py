@@ -1,0 +1,1 @@
+"""From the images of the index to finished shards."""

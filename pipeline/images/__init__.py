@@ -1,0 +1,1 @@
+"""Image files: where they lie, which name means which, and their pixels."""

@@ -1,0 +1,1 @@
+"""From annotation files and image files to the tables of the index."""

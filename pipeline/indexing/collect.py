@@ -1,0 +1,135 @@
+"""Brings the texts of all annotation files and the images together.
+
+Decides which caption and conversation is kept, and gives the reason for each that is not.
+"""
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal
+
+import xxhash
+
+from pipeline.indexing.annotations import CaptionRecord, ConversationRecord
+from pipeline.indexing.image_collection import ImageCollection
+from pipeline.indexing.image_lookup import Split
+from pipeline.indexing.records import RecordError, Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionRow:
+    """A row of `captions.parquet`."""
+
+    caption_id: int
+    image_id: int
+    split: Split
+    caption: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationRow:
+    """A row of `conversations.parquet`."""
+
+    conversation_id: str
+    image_id: int
+    split: Literal["train", "holdout"]
+    turns: list[dict[str, str]]
+
+
+def collect_captions(
+    files: dict[Split, list[CaptionRecord]], images: ImageCollection
+) -> tuple[list[CaptionRow], list[Rejection]]:
+    """Keep the captions whose image is kept in the split of their own file.
+
+    Caption ids are unique in a file, not over several: makers of files number from 1.
+
+    Args:
+        files: All usable records by split.
+        images: The listed images.
+    """
+    kept: dict[tuple[Split, int], CaptionRow] = {}
+    rejected = []
+    for split, records in files.items():
+        for record in records:
+            image = images.rows.get(record.image_id)
+            if problem := images.problems.get(record.image_id):
+                reason = problem
+            elif image is None or image.split != split:
+                reason = f"image unknown or rejected: {record.image_id}"
+            elif (split, record.caption_id) in kept:
+                reason = f"caption id repeated: {record.caption_id}"
+            else:
+                kept[split, record.caption_id] = CaptionRow(
+                    record.caption_id, record.image_id, split, record.caption
+                )
+                continue
+            rejected.append(Rejection("captions", record.record, reason))
+    return list(kept.values()), rejected
+
+
+def collect_conversations(
+    records: list[ConversationRecord],
+    images: ImageCollection,
+    *,
+    holdout: float,
+    seed: int,
+) -> tuple[list[ConversationRow], list[Rejection]]:
+    """Keep the conversations about images that can be read, and split them by image.
+
+    Args:
+        records: All usable records of the instruct file.
+        images: The listed images; grows by those that only a conversation names.
+        holdout: Share of the images whose conversations are kept for evaluation.
+        seed: Decides which images these are.
+    """
+    images.adopt(records)
+    kept, rejected = [], []
+    for record in records:
+        try:
+            kept.append((record, images.id_of(record.image_name)))
+        except RecordError as error:
+            rejected.append(Rejection("conversations", record.record, str(error)))
+    held_out = choose_holdout({image_id for _, image_id in kept}, holdout, seed)
+    # Training on an image of val would spoil the scores on val.
+    held_out |= {image_id for image_id, image in images.rows.items() if image.split == "val"}
+    # Neither may one picture be trained on and held out, as two files with the same bytes.
+    contents = {images.rows[image_id].content for image_id in held_out}
+    held_out |= {image_id for image_id, image in images.rows.items() if image.content in contents}
+    names = unique_ids([record.conversation_id for record, _ in kept])
+    rows = [
+        ConversationRow(
+            name, image_id, "holdout" if image_id in held_out else "train", record.turns
+        )
+        for name, (record, image_id) in zip(names, kept, strict=True)
+    ]
+    return rows, rejected
+
+
+def choose_holdout(image_ids: Iterable[int], share: float, seed: int) -> set[int]:
+    """Return the images with the smallest hashes of (seed, id), the share rounded up.
+
+    Adding images changes little of the choice, which a shuffle would not promise.
+    """
+    ranked = sorted(image_ids, key=lambda image_id: (_rank(seed, image_id), image_id))
+    # As the decimal number in the settings: 0.07 * 100 is 7.000000000000001 in floats.
+    return set(ranked[: math.ceil(Fraction(str(share)) * len(ranked))])
+
+
+def _rank(seed: int, image_id: int) -> int:
+    return xxhash.xxh3_64_intdigest(struct.pack("<Qq", seed % 2**64, image_id))
+
+
+def unique_ids(names: list[str]) -> Iterator[str]:
+    """Yield each name, the second use of `x` as `x#2`, the third as `x#3`; none twice."""
+    taken = set(names)
+    uses: Counter[str] = Counter()
+    for name in names:
+        uses[name] += 1
+        unique = name
+        while uses[name] > 1 and (unique := f"{name}#{uses[name]}") in taken:
+            uses[name] += 1
+        taken.add(unique)
+        yield unique

@@ -1,0 +1,88 @@
+import subprocess
+import sys
+
+import pytest
+
+from cache.cli.interrupts import without_interrupts
+
+COMMAND = """
+import os, signal, sys
+from cache.cli.command import run_guarded
+{before}
+def work():
+    {body}
+run_guarded(work)
+"""
+
+LINE = "error: interrupted; run the same command again\n"
+
+
+def run(body, before=""):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND.format(body=body, before=before)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_one_signal_or_many_leave_by_the_front_door(name):
+    send = f"os.kill(os.getpid(), signal.{name})"
+    once = f"{send}; signal.pause()"
+    again = f"try: {once}\n    finally: {send}; print('put away')"
+    assert run(once) == (130, "", LINE)
+    assert run(again) == (130, "put away\n", LINE)
+
+
+def test_an_interruption_that_a_library_drops_is_made_again_and_clean_up_is_left_in_peace():
+    before = (
+        "import contextlib, time; from cache import interrupts; interrupts.REPEAT_SECONDS = 0.1"
+    )
+    body = """
+    with contextlib.suppress(BaseException):
+        os.kill(os.getpid(), signal.SIGTERM)
+    print("dropped")
+    try:
+        time.sleep(9)
+    finally:
+        try:
+            open("/nowhere/at/all")
+        except OSError:
+            time.sleep(0.3)
+        print("put away")
+    """
+    assert run(body, before) == (130, "dropped\nput away\n", LINE)
+
+
+def test_what_the_caller_ignores_stays_ignored_but_for_sigterm():
+    ignore = "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)"
+    body = "os.kill(os.getpid(), 1); os.kill(os.getpid(), 2); print('on'); os.kill(os.getpid(), 15)"
+    assert run(body, ignore) == (130, "on\n", LINE)
+
+
+def test_a_process_that_begins_in_the_block_never_sees_them():
+    code = "import os; [os.kill(os.getpid(), n) for n in (1, 2, 15)]; print('on')"
+    with without_interrupts():
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.communicate() == (b"on\n", None)
+
+
+def test_a_process_hears_behind_the_block_what_came_in_it():
+    """In a process of its own: the threads of this one would hear it for the blocked one."""
+    code = """
+import os, signal
+from cache.cli.interrupts import INTERRUPTS, without_interrupts
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+with without_interrupts():
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not heard
+assert heard == [signal.SIGTERM]
+with without_interrupts(), without_interrupts():
+    pass
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(INTERRUPTS)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,31 @@
+import random
+
+import pytest
+
+from cache.cli.sizes import UNITS, human_size
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (600_000, "585.9 KiB"),
+        (8 * 2**20, "8.0 MiB"),
+        (2**30, "1.0 GiB"),
+        (5 * 2**41, "10.0 TiB"),
+        (2**52, "4096.0 TiB"),
+    ],
+)
+def test_a_size_is_written_in_its_unit(num_bytes, text):
+    assert human_size(num_bytes) == text
+
+
+def test_what_is_written_is_near_the_size_and_never_nothing():
+    rng = random.Random(0)
+    for _ in range(500):
+        num_bytes = rng.randrange(1, 2 ** rng.randrange(1, 50))
+        number, unit = human_size(num_bytes).split()
+        assert 1 <= float(number) <= 1024
+        assert float(number) * 1024 ** UNITS.index(unit) == pytest.approx(num_bytes, rel=0.05)

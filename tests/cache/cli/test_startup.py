@@ -1,0 +1,106 @@
+"""What a command says before it has begun."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = [
+    "cache.verify",
+    "pipeline.extract",
+    "train.pretrain",
+    "eval.evaluate",
+    "demo.world",
+    "bench.read",
+]
+
+
+def call(name, tmp_path, *, isolated=True, code=0):
+    """Call a command, without or with the packages of the environment."""
+    flags = ["-S"] if isolated else []
+    return subprocess.run(
+        [sys.executable, *flags, "-m", name],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_without_the_environment_one_line_says_how_to_have_it(tmp_path, name):
+    failed = call(name, tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.count("\n") == 1
+    assert failed.stderr.startswith("error: the Python package ")
+    assert "source .venv/bin/activate" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["import cache.none", "from os import none", "import xml.none", "raise AssertionError"],
+)
+def test_a_mistake_of_ours_is_not_hidden(tmp_path, fault):
+    (tmp_path / "numpy.py").write_text(fault)
+    failed = call("cache.verify", tmp_path)
+    assert failed.returncode == 1
+    assert "Traceback" in failed.stderr
+
+
+HELD_UP = "import signal\n{before}\nsignal.raise_signal(signal.{name})\nprint('went on')\nexit()"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_during_the_imports_is_one_line(tmp_path, command, name):
+    for package in ("numpy", "torch", "ruamel", "requests"):
+        (tmp_path / f"{package}.py").write_text(HELD_UP.format(name=name, before=""))
+    stopped = call(command, tmp_path)
+    assert stopped.returncode == 130
+    assert stopped.stdout == ""
+    assert stopped.stderr == "error: interrupted; run the same command again\n"
+
+
+def test_an_import_that_catches_everything_does_not_go_on(tmp_path):
+    held = "import signal\ntry: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: pass"
+    (tmp_path / "numpy.py").write_text(held)
+    assert call("cache.verify", tmp_path).returncode == 130
+
+
+def test_a_signal_ends_an_import_that_waits(tmp_path):
+    (tmp_path / "numpy.py").write_text("import time; print(flush=True); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-S", "-m", "cache.verify"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.readline()
+    process.terminate()
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stderr == b"error: interrupted; run the same command again\n"
+
+
+def test_what_the_caller_ignores_stays_ignored_during_the_imports(tmp_path):
+    before = "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
+    (tmp_path / "numpy.py").write_text(HELD_UP.format(name="SIGHUP", before=before))
+    usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert call("cache.verify", tmp_path).stdout == "went on\n"
+    finally:
+        signal.signal(signal.SIGHUP, usual)
+
+
+def test_who_imports_the_package_keeps_a_hook_and_signals_of_his_own():
+    code = (
+        "import signal, sys; now = lambda: [sys.excepthook, *map(signal.getsignal, (1, 2, 15))]; "
+        "before = now(); import cache, cache.cli.command; assert now() == before"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,177 @@
+"""The model card says what the run scored, beside its control, and nothing of another run."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from ruamel.yaml import YAML
+
+from cache.errors import StageError
+from eval.llava.card import model_card, read_score_rows
+from eval.random_tower import WARNING
+from tests.eval.llava.test_processor import spec
+
+SCORES = {
+    "captions": {
+        "CIDEr": 0.9, "stop_rate": 1.0, "count": 300,
+        "intervals": {"CIDEr": [0.8, 1.0]},
+        "blind": {"CIDEr": 0.1, "stop_rate": 1.0, "count": 300, "intervals": {"CIDEr": [0.0, 0.2]}},
+    },
+    "answers": {"exact_match": 0.75, "count": 9, "by_type": {}, "blind": {"exact_match": 0.25}},
+    "pope": {"random": {"accuracy": 0.875, "count": 4, "blind": {"accuracy": 0.5}}},
+    "pretrain_only": {"captions": {"CIDEr": 0.3, "count": 300, "blind": {"CIDEr": 0.125}}},
+}  # fmt: skip
+VALUES = {
+    "data": {"source": "coco"},
+    "encoder": {"model": "ViT-B-32-quickgelu", "pretrained": "openai", "layer": -2},
+    "llm": {"model": "microsoft/phi-2", "quantize": "nf4", "dtype": "bf16"},
+    "projector": {"kind": "mlp"},
+}
+PROVENANCE = {
+    "finished_utc": "2026-03-01T08:00:00Z",
+    "git_commit": "c0ffee",
+    "index_sha256": {"captions.parquet": "abc"},
+    "versions": {"torch": "9.9"},
+    "device": "a GPU",
+}
+SETTINGS = SimpleNamespace(caption_question='What is "this"?')
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Make a run with a report beside it, of a run whose projector has these bytes."""
+
+    def make(answers=True, scores=SCORES, scored=b"", **changes):
+        folder = tmp_path / "runs" / ("finetune" if answers else "pretrain")
+        folder.mkdir(parents=True)
+        (folder / "projector.safetensors").write_bytes(b"")
+        if scores is not None:
+            report = tmp_path / "reports" / "eval.json"
+            report.parent.mkdir()
+            hashes = {folder.name: {"projector.safetensors": hashlib.sha256(scored).hexdigest()}}
+            if isinstance(scores, dict):
+                scores = json.dumps(scores | {"weights_sha256": hashes})
+            report.write_text(scores)
+        values = VALUES | changes
+        return SimpleNamespace(
+            folder=folder, params=SimpleNamespace(values=values), answers=answers,
+            provenance=PROVENANCE,
+        )  # fmt: skip
+
+    return make
+
+
+def card(trained):
+    return model_card(trained, spec(), SETTINGS)
+
+
+def header(text):
+    _, yaml, _ = text.split("---\n", 2)
+    return YAML(typ="safe").load(yaml)
+
+
+def test_scores_stand_beside_the_blind_control_with_intervals(run):
+    text = card(run())
+    assert "| captions | CIDEr | 0.900 (0.800 to 1.000) | 0.100 (0.000 to 0.200) |" in text
+    assert "| answers | exact_match | 0.750 | 0.250 |" in text
+    assert "| POPE random | accuracy | 0.875 | 0.500 |" in text
+    assert "not evaluated" not in text
+
+
+def test_a_run_of_stage_1_has_the_scores_of_stage_1_alone(run):
+    text = card(run(answers=False))
+    assert "| captions | CIDEr | 0.300 | 0.125 |" in text
+    assert "exact_match" not in text
+    assert "apply_chat_template" not in text
+
+
+@pytest.mark.parametrize(
+    "state", [{"scores": None}, {"scored": b"other"}, {"scores": "{}"}, {"scores": {}}]
+)
+def test_without_a_report_of_this_run_it_was_not_evaluated(run, state):
+    text = card(run(**state))
+    assert "It was not evaluated." in text
+    assert "CIDEr" not in text
+
+
+def test_a_kind_with_nothing_to_score_has_no_row(run):
+    empty = {"captions": {"count": 0, "blind": {"count": 0}}, "pope": {}, "answers": None}
+    assert "not evaluated" in card(run(scores=empty))
+
+
+def test_a_damaged_report_is_one_line(run):
+    with pytest.raises(StageError, match=r"eval\.json: no scores"):
+        read_score_rows(run(scores="{"))
+
+
+def test_the_header_is_what_hubs_read(run):
+    found = header(card(run()))
+    assert found["base_model"] == "microsoft/phi-2"
+    assert found["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]
+    assert found["pipeline_tag"] == "image-text-to-text"
+    assert "llava" in found["tags"]
+
+
+def test_a_local_model_and_own_data_get_no_public_name(run, tmp_path):
+    llm = {"model": str(tmp_path), "quantize": "none", "dtype": "fp32"}
+    text = card(run(data={"source": "local"}, llm=llm))
+    assert {"base_model", "datasets"}.isdisjoint(header(text))
+    assert "NF4" not in text
+
+
+def test_no_folder_of_this_machine_is_published(run, tmp_path):
+    for name in ("my-phi", "my-tower.pt"):
+        (tmp_path / name).mkdir()
+    encoder = VALUES["encoder"] | {"pretrained": str(tmp_path / "my-tower.pt")}
+    llm = VALUES["llm"] | {"model": f"{tmp_path}/my-phi/"}
+    text = card(run(encoder=encoder, llm=llm))
+    assert str(tmp_path) not in text
+    assert "# ViT-B-32-quickgelu with my-phi\n" in text
+    assert "`my-tower.pt`" in text
+    settings = YAML(typ="safe").load(text.split("```yaml\n")[1].split("```")[0])
+    assert settings["encoder"] == encoder | {"pretrained": "my-tower.pt"}
+    assert settings["llm"] == llm | {"model": "my-phi"}
+
+
+@pytest.mark.parametrize("name", ["runs/finetune", "finetune", "."])
+def test_the_report_is_found_however_the_run_is_named(run, tmp_path, monkeypatch, name):
+    trained = run()
+    monkeypatch.chdir(
+        {"runs/finetune": tmp_path, "finetune": tmp_path / "runs"}.get(name, trained.folder)
+    )
+    trained.folder = Path(name)
+    assert "0.900 (0.800 to 1.000)" in [row[2] for row in read_score_rows(trained)]
+
+
+def test_exact_match_over_no_short_target_has_no_row(run):
+    answers = {"exact_match": 0.0, "token_f1": 0.5, "count": 9, "short_count": 0}
+    text = card(run(scores={"answers": answers}))
+    assert "| answers | token_f1 | 0.500 |  |" in text
+    assert "exact_match" not in text
+
+
+@pytest.mark.parametrize("scores", [SCORES, None])
+def test_a_tower_of_random_weights_is_said_beneath_the_title(run, scores):
+    encoder = VALUES["encoder"] | {"pretrained": "random"}
+    text = card(run(encoder=encoder, scores=scores))
+    title = "# ViT-B-32-quickgelu with microsoft/phi-2"
+    assert f"{title}\n\n**{WARNING}**\n\nA vision-language model" in text
+
+
+def test_of_any_other_tower_nothing_is_said(run):
+    assert WARNING not in card(run())
+
+
+def test_settings_without_a_source_of_data_name_none(run):
+    assert 'the data source "unknown"' in card(run(data=5))
+
+
+def test_it_says_where_the_model_comes_from(run):
+    text = card(run())
+    assert "- trained: 2026-03-01T08:00:00Z\n" in text
+    for known in ("c0ffee", spec().fingerprint, "sha256 abc", "torch 9.9", "quantize: nf4"):
+        assert known in text
+    assert "LoRA was trained beside NF4 weights" in text
+    assert 'question = "What is \\"this\\"?"' in text

@@ -1,0 +1,150 @@
+"""The exported processor gives the pixels and the token ids that the run was made with."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPImageProcessorPil, PhiConfig
+
+from cache import Spec
+from cache.errors import StageError
+from eval.llava.processor import image_processor, image_token_id, make_processor
+from pipeline.images.decode import decode_rgb
+from tests.conftest import EOS
+from train.data.prompts import dialogue_prompt
+
+SPEC = {
+    "format": "patchcache/1", "model": "tiny", "weights_sha256": "0" * 64,
+    "activation": "quick_gelu", "layer": -2, "tokens": "patch", "normalized": False,
+    "image_size": 32, "resize": "shortest", "crop": "center", "interpolation": "bicubic",
+    "mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "precision": "fp32", "batch_size": 4,
+    "dtype": "float16", "patches": 16, "width": 8, "preprocess_version": 1,
+}  # fmt: skip
+SIZES = [(48, 40), (40, 48), (49, 32), (32, 51), (47, 33), (500, 21), (32, 32), (9, 7), (64, 43)]
+
+
+def spec(**changes):
+    return Spec(**{**SPEC, **changes})
+
+
+def picture(size, mode="RGB"):
+    rng = np.random.default_rng(sum(size))
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def png(image, **options):
+    data = io.BytesIO()
+    image.save(data, "PNG", **options)
+    return data.getvalue()
+
+
+def pixels_of(data, **changes):
+    """What the tower was given in extraction: float32 [C, S, S]."""
+    settings = spec(**changes)
+    pixels = decode_rgb(data, settings.image_size, settings.resize, settings.interpolation)
+    x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
+    return (x - mean) / std
+
+
+def processed(processor, image):
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"resize": "squash"}, {"interpolation": "bilinear"}, {"image_size": 31}],
+    ids=str,
+)
+def test_pixels_are_those_of_extraction(size, changes):
+    image = picture(size)
+    found = processed(image_processor(spec(**changes)), image)
+    # A step of 8 bits is 0.014 at least.
+    assert torch.allclose(found, pixels_of(png(image), **changes), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "1"])
+def test_other_kinds_of_pictures_give_the_pixels_of_extraction(mode):
+    image = picture((48, 40), mode)
+    if mode.endswith("A"):
+        image.putalpha(picture((48, 40), "L"))
+    data = png(image)
+    found = processed(image_processor(spec()), Image.open(io.BytesIO(data)))
+    assert torch.allclose(found, pixels_of(data), atol=1e-6)
+
+
+def test_gray_of_16_bits_is_not_scaled_as_the_model_card_says():
+    gray = np.random.default_rng(0).integers(0, 2**16, (48, 40), dtype=np.uint16)
+    data = png(Image.fromarray(gray))
+    found = processed(image_processor(spec()), Image.open(io.BytesIO(data)))
+    white = processed(image_processor(spec()), Image.new("RGB", (40, 48), "white"))
+    assert (found - white).abs().mean() < 0.1 < (pixels_of(data) - white).abs().mean()
+
+
+def test_a_picture_on_its_side_is_turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = png(picture((48, 40)), exif=exif)
+    found = processed(image_processor(spec()), Image.open(io.BytesIO(data)))
+    assert torch.allclose(found, pixels_of(data), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [CLIPImageProcessor, CLIPImageProcessorPil])
+def test_transformers_own_crop_is_a_pixel_off(backend):
+    own = backend(**{k: v for k, v in image_processor(spec()).to_dict().items() if "type" not in k})
+    image = picture((35, 32))
+    assert (processed(own, image) - pixels_of(png(image))).abs().max() > 0.014
+
+
+@pytest.fixture
+def processor(phi_dir):
+    return make_processor(AutoTokenizer.from_pretrained(phi_dir), spec(), 8, answers=True)
+
+
+CONVERSATIONS = [
+    ([], "What is in the box"),
+    ([("What is on the box", "a red cat")], "how many"),
+    ([("a", "b"), ("what's this? ", "(none) "), ("x\ny", " two  spaces")], " how\nmany ?"),
+]
+
+
+@pytest.mark.parametrize(("turns", "question"), CONVERSATIONS)
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_conversation_has_the_tokens_of_training(processor, tokenizer, turns, question, plain):
+    texts = [text for turn in turns for text in turn] + [question]
+    messages = [
+        {"role": ("user", "assistant")[n % 2], "content": [{"type": "text", "text": text}]}
+        for n, text in enumerate(texts)
+    ]
+    # Wherever a message has it, the picture stands before all text.
+    messages[0]["content"].insert(1 - plain, {"type": "image"})
+    for message in messages[1:] if plain else []:
+        message["content"] = message["content"][0]["text"]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == processor.apply_chat_template(messages)
+    inputs = processor(images=picture((40, 40)), text=text, return_tensors="pt")
+    wanted = [processor.image_token_id] * 16 + dialogue_prompt(turns, question, tokenizer)
+    assert inputs["input_ids"][0].tolist() == wanted
+
+
+def test_a_role_that_training_never_had_is_refused(processor):
+    with pytest.raises(Exception, match="wanted messages of user and assistant, found system"):
+        processor.apply_chat_template([{"role": "system", "content": "be brief"}])
+
+
+def test_the_processor_stays_the_same_when_saved(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.padding_side, loaded.pad_token) == ("left", EOS)
+    assert loaded.convert_tokens_to_ids("<image>") == processor.image_token_id
+
+
+def test_the_image_token_takes_the_first_row_without_a_token(tokenizer):
+    used = len(tokenizer)
+    assert image_token_id(tokenizer, PhiConfig(vocab_size=used + 1)) == used
+    with pytest.raises(StageError, match=f"uses all {used} rows.*rows to spare"):
+        image_token_id(tokenizer, PhiConfig(vocab_size=used))

@@ -1,0 +1,87 @@
+"""transformers' CLIP with open_clip's weights has open_clip's hidden states, or is refused."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from transformers import CLIPVisionModel
+
+from cache.errors import StageError
+from eval.llava.vision import clip_vision_config, clip_vision_weights
+from tests.pipeline.conftest import TINY
+
+
+@pytest.fixture
+def tower(tmp_path):
+    """Make a tower; `changes` go to its vision config."""
+
+    def make(quick_gelu=True, **changes):
+        config = {**TINY, "quick_gelu": quick_gelu}
+        config["vision_cfg"] = {**TINY["vision_cfg"], **changes}
+        (tmp_path / "tower.json").write_text(json.dumps(config))
+        open_clip.add_model_config(tmp_path / "tower.json")
+        torch.manual_seed(0)
+        visual = open_clip.create_model("tower", None, pretrained_text=False).visual.eval()
+        for name, parameter in visual.named_parameters():
+            # Norms start as ones and zeros, which would hide one taken for another.
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.3 if "ln_" in name else 0.05)
+        return visual
+
+    return make
+
+
+CASES = {
+    "quick gelu": {},
+    "gelu": {"quick_gelu": False},
+    "tanh gelu": {"quick_gelu": False, "act_kwargs": {"approximate": "tanh"}},
+    "eps": {"norm_kwargs": {"eps": 1e-2}},
+    "wide": {"mlp_ratio": 2.0, "head_width": 16},
+    "average": {"pool_type": "avg"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_block_gives_the_same(tower, case):
+    visual = tower(**CASES[case])
+    model = CLIPVisionModel(clip_vision_config(visual, "tower")).eval()
+    model.load_state_dict(dict(clip_vision_weights(visual)))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        hidden = model(pixels, output_hidden_states=True).hidden_states
+        for layer in range(-len(visual.transformer.resblocks), 0):
+            wanted = visual.forward_intermediates(
+                pixels, indices=[layer], normalize_intermediates=False,
+                intermediates_only=True, output_fmt="NLC",
+            )["image_intermediates"][0]  # fmt: skip
+            assert torch.allclose(hidden[layer][:, 1:], wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "act"), [("quick gelu", "quick_gelu"), ("gelu", "gelu"), ("eps", "quick_gelu")]
+)
+def test_the_activation_keeps_its_name(tower, name, act):
+    assert clip_vision_config(tower(**CASES[name]), "tower").hidden_act == act
+
+
+REFUSED = {
+    "scaled blocks": ({"ls_init_value": 0.1}, "scale their outputs"),
+    "no norm": ({"no_ln_pre": True}, "no norm before"),
+    "attention pooling": ({"attentional_pool": True}, "pools by attention"),
+    "custom blocks": ({"block_type": "custom", "qk_norm": True}, "not CLIP's"),
+    "oblong": ({"image_size": [32, 64]}, "no squares"),
+    "timm": (
+        {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "token", "image_size": 32},
+        "TimmModel",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_clip_does_not_have_is_refused_by_name(tower, case):
+    changes, reason = REFUSED[case]
+    visual = tower(**changes)
+    assert isinstance(visual, VisionTransformer) == (case != "timm")
+    with pytest.raises(StageError, match=rf"tower: cannot be exported: .*{reason}.*Train with"):
+        clip_vision_config(visual, "tower")

@@ -1,0 +1,91 @@
+"""What the tests of the report share: a parser of the page, examples, scores."""
+
+from html.parser import HTMLParser
+
+from eval.report.gallery import Example
+from eval.report.page import render_report
+
+HOSTILE = (
+    "</script></textarea><img src=x onerror=window.hacked=1><script>window.hacked=1</script> "
+    "\" onfocus=window.hacked=1 autofocus ' & {{ 7 * 7 }} --> ]]> \\u0022 \u2028 \u202e\u05d0"
+)
+
+EMPTY_PAGE = {
+    "scores": {},
+    "examples": [],
+    "thumbnails": {},
+    "file_names": {},
+    "histories": {},
+    "provenance": {},
+    "dates": {},
+    "warning": "",
+    "contamination": {},
+}
+
+
+class Page(HTMLParser):
+    """Tags and texts of a page; fails if the tags do not nest."""
+
+    VOID = ("meta", "link", "img", "input")
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.texts, self.open = [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script") and data.strip():
+            self.texts.append(" ".join(data.split()))
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def of_class(self, name):
+        return [a for _, a in self.tags if name in (a.get("class") or "").split()]
+
+
+def example(image_id, score, **changes):
+    kind = changes.get("kind", "caption")
+    fields = {
+        "kind": kind,
+        "split": "holdout" if kind == "answer" else "val",
+        "question": "" if kind == "caption" else "What is it?",
+        "question_type": {"caption": "", "answer": "what", "pope": "random"}[kind],
+        "targets": ("a red dog", "a dog that is red"),
+        "prediction": f"prediction {image_id}",
+        "blind_prediction": "a blue boat",
+        "num_tokens": 3,
+        "stopped": True,
+    }
+    return Example(image_id=image_id, score=score, **(fields | changes))
+
+
+def render(**changes):
+    return Page(render_report(**(EMPTY_PAGE | changes)))
+
+
+def section(key, seen, *, count=100, **controls):
+    """Scores of one kind: value, low and high of one key for the model and each control."""
+
+    def view(measured):
+        value, low, high = measured
+        return {key: value, "intervals": {key: [low, high]}, "count": count}
+
+    return view(seen) | {name: view(measured) for name, measured in controls.items()}
+
+
+LOW = {"blind": (0.3, 0.2, 0.4), "noise": (0.2, 0.1, 0.3), "untrained": (0.1, 0.0, 0.2)}
+"""Controls that a score of 0.9 with an interval from 0.8 beats."""

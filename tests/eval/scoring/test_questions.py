@@ -1,0 +1,51 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from eval.scoring.questions import choose, choose_work
+
+
+@pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
+def test_choosing_keeps_the_order_takes_none_twice_and_follows_the_seed(most):
+    items = list("abcdefghijklmnopqrst")
+    found = choose(items, most, 3)
+    assert len(found) == len(set(found)) == min(most, 20)
+    assert found == sorted(found) == choose(items, most, 3)
+    if most < 20:
+        assert any(choose(items, most, seed) != found for seed in range(9))
+    assert choose([], most, 3) == []
+
+
+def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, limits, tokenizer):
+    rows = [
+        {"question_id": f"{s}{i}{n}", "image_id": i, "subset": s, "question": n, "label": label}
+        for s in ("popular", "random")
+        for i in range(112, 132)
+        for n, label in (("cat", "yes"), (f"dog of {s}", "no"))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), "data/index/pope.parquet")
+
+    def chosen(seed):
+        pope = choose_work(limits(pope_images=5), world.store, tokenizer, seed).pope
+        assert pope.keys() == {"popular", "random"}
+        images = {name: [q.image_id for q in questions] for name, questions in pope.items()}
+        assert images["popular"] == images["random"]
+        assert [q.label for q in pope["random"]] == ["yes", "no"] * 5
+        return images["random"]
+
+    assert len(set(chosen(0))) == 5
+    assert chosen(0) == chosen(0)
+    assert any(chosen(seed) != chosen(0) for seed in range(1, 5))
+
+
+def test_an_index_without_yes_no_questions_asks_none(world, limits, tokenizer):
+    assert choose_work(limits(), world.store, tokenizer, 0).pope == {}
+
+
+def test_a_question_that_is_too_long_is_left_out_and_counted(world, limits, tokenizer):
+    world.workspace.write_index(
+        [], [(116, "holdout", [("how " * 200, "two"), ("how many", "two")])]
+    )
+    work = choose_work(limits(), world.store, tokenizer, 0)
+    assert [question.question for question in work.questions] == ["how many"]
+    assert work.num_too_long == 1

@@ -1,0 +1,67 @@
+import logging
+
+import pytest
+from huggingface_hub import constants
+
+from pipeline.encoding import hub as module
+from pipeline.encoding.hub import hub_failure, reaching_hub, without_logging
+
+
+class Session:
+    """Answers a request, or raises."""
+
+    def __init__(self, error=None):
+        self.error, self.requests = error, 0
+
+    def head(self, address, timeout):
+        assert timeout <= 10
+        self.requests += 1
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def session(monkeypatch):
+    made = Session()
+    monkeypatch.setattr(module, "get_session", lambda: made)
+    return made
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no\nnetwork"), OSError(101, "no network"), RuntimeError("no network"), KeyError(1)],
+)
+def test_a_hub_out_of_reach_is_found_by_one_request_and_not_asked_again(session, error):
+    session.error = error
+    with reaching_hub() as failure:
+        assert failure
+        assert "\n" not in failure
+        assert constants.is_offline_mode()
+    assert session.requests == 1
+    assert not constants.is_offline_mode()
+
+
+def test_a_hub_that_answers_is_used(session):
+    with reaching_hub() as failure:
+        assert failure == ""
+        assert not constants.is_offline_mode()
+
+
+def test_an_interrupt_is_no_failure_of_the_hub(session):
+    session.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        hub_failure()
+
+
+def test_whoever_asks_for_the_local_cache_alone_gets_it(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with reaching_hub() as failure:
+        assert "HF_HUB_OFFLINE" in failure
+    assert constants.is_offline_mode()
+
+
+def test_nothing_is_logged_in_the_block_alone(caplog):
+    with without_logging():
+        logging.getLogger("library").error("inside")
+    logging.getLogger("library").error("behind")
+    assert [record.message for record in caplog.records] == ["behind"]

@@ -1,0 +1,246 @@
+import json
+
+import pytest
+
+from cache.errors import StageError
+from pipeline.indexing.annotations import read_captions, read_conversations
+
+
+def written(tmp_path, value, name="file.json"):
+    path = tmp_path / name
+    path.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
+    return path
+
+
+def reasons(file):
+    return [rejection.reason for rejection in file.rejected]
+
+
+def captions_of(tmp_path, *annotations):
+    value = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": list(annotations)}
+    return read_captions(written(tmp_path, value), key="k")
+
+
+def messages(*turns):
+    return [{"from": role, "value": text} for role, text in turns]
+
+
+def conversation_of(tmp_path, turns, **changes):
+    entry = {"id": "a", "image": "1.jpg", "conversations": turns} | changes
+    entry = {name: value for name, value in entry.items() if value is not ...}
+    return read_conversations(written(tmp_path, [entry]), key="k")
+
+
+GOOD = messages(("human", "Who?"), ("gpt", "Me."))
+
+
+def test_white_space_of_captions_is_normalised(tmp_path):
+    text = "  A dog\n on\ta\u2028 mat. \r\n"
+    file = captions_of(tmp_path, {"id": 5, "image_id": 1, "caption": text})
+    assert file.captions[0].caption == "A dog on a mat."
+    assert file.captions[0].record == "file.json: annotations[0]"
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (None, "not an object: NoneType"),
+        ([], "not an object: list"),
+        ({}, "no key 'caption'"),
+        ({"caption": "a"}, "no key 'id'"),
+        ({"caption": "a", "id": True}, "key 'id' is not int: bool"),
+        ({"caption": "a", "id": 1.0}, "key 'id' is not int: float"),
+        ({"caption": "a", "id": 2**63}, "key 'id' does not fit 64 bits"),
+        ({"caption": "a", "id": -(2**63) - 1}, "key 'id' does not fit 64 bits"),
+        ({"caption": "a", "id": 1}, "no key 'image_id'"),
+        ({"caption": 3, "id": 1, "image_id": 1}, "key 'caption' is not str: int"),
+        ({"caption": " \n", "id": 1, "image_id": 1}, "empty caption"),
+        ({"caption": "\ud800", "id": 1, "image_id": 1}, "key 'caption' holds half a character"),
+    ],
+)
+def test_a_bad_caption_is_rejected_with_its_reason(tmp_path, entry, reason):
+    file = captions_of(tmp_path, entry)
+    assert not file.captions
+    assert file.num_captions == 1
+    assert reasons(file)[0].startswith(reason)
+    assert file.rejected[0].record == "file.json: annotations[0]"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "bad file name: file name is empty"),
+        ("../a.jpg", "bad file name: file name '../a.jpg' leaves the image root"),
+        ("/etc/passwd", "bad file name: file name '/etc/passwd' leaves the image root"),
+        ("a/../../b.jpg", "bad file name: file name 'a/../../b.jpg' leaves the image root"),
+        ("c:\\a", "bad file name: file name 'c:\\\\a' holds a backslash"),
+        ("a\0b", "bad file name: file name 'a\\x00b' holds a backslash or a zero byte"),
+    ],
+)
+def test_a_bad_file_name_is_rejected_with_its_reason(tmp_path, name, reason):
+    value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
+    file = read_captions(written(tmp_path, value), key="k")
+    assert reasons(file)[0].startswith(reason)
+    assert reasons(conversation_of(tmp_path, GOOD, image=name)) == reasons(file)
+    assert reasons(conversation_of(tmp_path, GOOD, image=[name])) == reasons(file)
+
+
+def test_a_colon_is_a_character_of_a_name_like_any_other(tmp_path):
+    name = "2024-01-02 10:11:12.jpg"
+    value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
+    assert read_captions(written(tmp_path, value), key="k").images[0].file_name == name
+    assert conversation_of(tmp_path, GOOD, image=name).conversations[0].image_name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("<image>\nWho?", "Who?"),
+        ("Who?\n<image>", "Who?"),
+        (" <image>\r\nWho?", "Who?"),
+        ("<image> Who?", "Who?"),
+        ("Who? <image>", "Who?"),
+        ("<image>\nWhat is an <image>", "What is an <image>"),
+        ("<image> is what?\n<image>", "<image> is what?"),
+        ("<image>\n<image>", "<image>"),
+        ("Who <image> is it?", "Who <image> is it?"),
+        ("<im<image>age>Who?", "<im<image>age>Who?"),
+        ("  Who? ", "Who?"),
+    ],
+)
+def test_the_one_marker_at_an_end_of_the_first_question_is_taken_out(tmp_path, text, kept):
+    rest = messages(
+        ("gpt", "<image>\nMe.\n\n1. An <img>"),
+        ("human", "<image>\nIs it an <image>?\n<image>"),
+        ("gpt", "<image>"),
+    )
+    file = conversation_of(tmp_path, messages(("human", text)) + rest)
+    assert [turn["text"] for turn in file.conversations[0].turns] == [
+        kept,
+        *(message["value"] for message in rest),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([], "not question and answer in turn: 0 messages"),
+        (messages(("human", "a")), "not question and answer in turn: 1 messages"),
+        (messages(("gpt", "a"), ("human", "b")), "not question and answer in turn: 'gpt' instead"),
+        (messages(("human", "a"), ("human", "b")), "not question and answer in turn: 'human'"),
+        (messages(("system", "a"), ("gpt", "b")), "not question and answer in turn: 'system'"),
+        (messages(("human", " <image>\n"), ("gpt", "b")), "empty message"),
+        (messages(("human", "a"), ("gpt", "")), "empty message"),
+        ([1, 2], "a message is not an object: int"),
+        ([{"from": "human"}, {}], "no key 'value'"),
+        ([{"from": 1, "value": "a"}, {}], "key 'from' is not str: int"),
+        ("ab", "key 'conversations' is not list: str"),
+        (..., "no key 'conversations'"),
+    ],
+)
+def test_a_bad_conversation_is_rejected_with_its_reason(tmp_path, turns, reason):
+    file = conversation_of(tmp_path, turns)
+    assert not file.conversations
+    assert file.num_conversations == 1
+    assert reasons(file)[0].startswith(reason)
+    assert file.rejected[0].record == "file.json: [0]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id": True}, "key 'id' is not str: bool"),
+        ({"id": ["a"]}, "key 'id' is not str: list"),
+        ({"id": "\ud800"}, "key 'id' holds half a character (a lone surrogate)"),
+        ({"image": ...}, "no key 'image'"),
+        ({"image": None}, "key 'image' is not str: NoneType"),
+        ({"image": []}, "not about one image: key 'image' is a list of 0"),
+        ({"image": ["1.jpg", "2.jpg"]}, "not about one image: key 'image' is a list of 2"),
+        ({"image": [["1.jpg"]]}, "key 'image' is not str: list"),
+    ],
+)
+def test_a_conversation_with_a_strange_id_or_not_about_one_image_is_rejected(
+    tmp_path, changes, reason
+):
+    assert reasons(conversation_of(tmp_path, GOOD, **changes)) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"id": 42}, "42"),
+        ({"id": -(2**70)}, str(-(2**70))),
+        ({"id": 4.5}, "4.5"),
+        ({"id": ...}, "0901"),
+        ({"id": None}, "0901"),
+        ({"id": ..., "image": ["a/0901.jpg"]}, "0901"),
+        ({"id": ""}, ""),
+    ],
+)
+def test_a_number_is_an_id_and_a_missing_one_is_the_name_of_the_image(tmp_path, changes, name):
+    (found,) = conversation_of(tmp_path, GOOD, **({"image": "a/0901.jpg"} | changes)).conversations
+    assert (found.conversation_id, found.image_name) == (name, "a/0901.jpg")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not usable JSON in UTF-8: Expecting value"),
+        (b'{"images": [', "not usable JSON in UTF-8"),
+        (b'{"images": [NaN], "annotations": []}', "NaN is no number in JSON"),
+        (b'{"images": [-Infinity], "annotations": []}', "-Infinity is no number in JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"caf\xe9": 1}', "not usable JSON in UTF-8: 'utf-8' codec"),
+        (b"1" * 5000, "not usable JSON in UTF-8: Exceeds the limit"),
+    ],
+)
+def test_a_file_that_is_not_json_is_one_clear_line(tmp_path, content, reason):
+    for read in (read_captions, read_conversations):
+        path = written(tmp_path, content)
+        with pytest.raises(StageError) as error:
+            read(path, key="data.train.captions")
+        text = str(error.value)
+        assert text.startswith(f"data.train.captions: {path}: ")
+        assert reason in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], 3, None, {}, {"images": []}, {"images": {}, "annotations": []}, {"annotations": []}],
+)
+def test_captions_of_another_layout_are_refused(tmp_path, value):
+    with pytest.raises(StageError, match="not an object with the lists 'images' and 'annotations'"):
+        read_captions(written(tmp_path, value), key="k")
+
+
+def test_captions_without_images_are_refused(tmp_path):
+    with pytest.raises(StageError, match="its list 'images' is empty"):
+        read_captions(written(tmp_path, {"images": [], "annotations": []}), key="k")
+
+
+def test_conversations_of_another_layout_are_refused(tmp_path):
+    with pytest.raises(StageError, match="not a list of conversations"):
+        read_conversations(written(tmp_path, {"a": []}), key="k")
+
+
+def test_a_file_that_is_not_there_names_key_and_path(tmp_path):
+    path = tmp_path / "none.json"
+    with pytest.raises(StageError, match=r"data\.instruct: .*none\.json does not exist"):
+        read_conversations(path, key="data.instruct")
+    with pytest.raises(StageError, match=r"data\.instruct: .* a folder, wanted a JSON file"):
+        read_conversations(tmp_path, key="data.instruct")
+
+
+def test_a_byte_order_mark_is_no_obstacle(tmp_path):
+    path = written(tmp_path, b"\xef\xbb\xbf[]")
+    assert read_conversations(path, key="k").num_conversations == 0
+
+
+def test_nothing_is_said_to_be_fetched_again(tmp_path):
+    paths = [tmp_path / "none.json", written(tmp_path, b"{"), tmp_path]
+    for path in paths:
+        with pytest.raises(StageError) as error:
+            read_conversations(path, key="data.instruct")
+        assert "again" not in str(error.value)
+        assert "the sources demo and coco make it in the fetch stage" in str(error.value)

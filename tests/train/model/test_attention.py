@@ -1,0 +1,273 @@
+"""Laws of the mask, in both of its forms, and of the attention under it."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PhiConfig, PhiForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import train.model.attention
+from train.data.packing import PADDING, ImageTexts, collate, pack
+from train.data.prompts import Branch
+from train.model.attention import (
+    NAME,
+    block_mask,
+    dense_mask,
+    packed_attention,
+    use_packed_attention,
+)
+from train.model.captioner import CaptionModel
+from train.model.generate import generate
+from train.model.projector import seeded_projector
+
+PATCHES = 4
+
+eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def small_batch(random_images, seed):
+    (rows,) = pack(random_images(seed), PATCHES, row_tokens=60, pass_tokens=10_000)
+    assert max(map(len, rows)) > 1
+    return collate(rows, PATCHES)
+
+
+def large_batch(seed, patches=300):
+    """Rows of several blocks of 128, with images and texts that are longer than a block."""
+    rng = np.random.default_rng(seed)
+    lengths = [*rng.integers(1, 200, (5, 3)).tolist(), [400], [1, 1, 1, 1]]
+    images = [
+        ImageTexts(
+            number,
+            tuple(Branch(rng.integers(1, 99, k).tolist(), [True] * k) for k in texts),
+        )
+        for number, texts in enumerate(lengths)
+    ]
+    (rows,) = pack(images, patches, row_tokens=1500, pass_tokens=100_000)
+    assert len(rows) > 1
+    assert max(map(len, rows)) > 1
+    return collate(rows, patches)
+
+
+def seen_in_dense(batch):
+    return dense_mask(batch, torch.float64)[:, 0] == 0
+
+
+def seen_in_blocks(mask, length):
+    """Whom each query sees, from what a kernel reads: full blocks as they are, the other blocks
+    that are named under the rule, and nothing else: bool [R, T, T].
+    """
+    rows, _, blocks = mask.kv_num_blocks.shape
+    size = mask.BLOCK_SIZE[0]
+    seen = torch.zeros(rows, blocks * size, blocks * size, dtype=torch.bool)
+    for row, query in itertools.product(range(rows), range(blocks)):
+        queries = torch.arange(query * size, (query + 1) * size)
+        for numbers, indices, full in (
+            (mask.kv_num_blocks, mask.kv_indices, False),
+            (mask.full_kv_num_blocks, mask.full_kv_indices, True),
+        ):
+            for key in indices[row, 0, query, : numbers[row, 0, query]].tolist():
+                keys = torch.arange(key * size, (key + 1) * size)
+                inside = (queries[:, None] < length) & (keys < length)
+                if not full:
+                    at = queries.clamp(max=length - 1)[:, None], keys.clamp(max=length - 1)
+                    inside &= mask.mask_mod(torch.tensor(row), torch.tensor(0), *at)
+                seen[row, queries[:, None], keys] = inside
+    return seen[:, :length, :length]
+
+
+# The rule
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_position_sees_its_images_patches_and_its_own_text_up_to_itself(random_images, seed):
+    batch = small_batch(random_images, seed)
+    seen = seen_in_dense(batch)
+    assert (batch.images == PADDING).any()
+    for r in range(len(seen)):
+        images, texts = batch.images[r].tolist(), batch.texts[r].tolist()
+        for query, key in itertools.product(range(len(images)), repeat=2):
+            wanted = (
+                key <= query
+                and images[key] == images[query]
+                and (texts[key] == 0 or texts[key] == texts[query])
+            )
+            assert seen[r, query, key] == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_position_sees_itself_and_nothing_real_sees_padding(random_images, seed):
+    batch = small_batch(random_images, seed)
+    seen = seen_in_dense(batch)
+    assert seen.diagonal(dim1=1, dim2=2).all()
+    is_real = batch.images != PADDING
+    assert not (seen & is_real[:, :, None] & ~is_real[:, None, :]).any()
+    assert not (seen & ~is_real[:, :, None] & is_real[:, None, :]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_dense_mask_is_nought_or_minus_infinity_of_the_models_type(random_images, dtype):
+    batch = small_batch(random_images, 0)
+    mask = dense_mask(batch, dtype)
+    num_rows, length = batch.images.shape
+    assert mask.shape == (num_rows, 1, length, length)
+    assert mask.dtype == dtype
+    assert set(mask.unique().tolist()) == {0.0, -torch.inf}
+
+
+# Two forms of one rule
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_both_forms_let_exactly_the_same_pairs_see(random_images, seed):
+    for batch in (small_batch(random_images, seed), large_batch(seed)):
+        mask = block_mask(batch)
+        length = batch.images.shape[1]
+        assert mask.seq_lengths == (length, length)
+        assert torch.equal(seen_in_blocks(mask, length), seen_in_dense(batch))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_in_which_nothing_is_seen_are_left_out(seed):
+    batch = large_batch(seed)
+    mask = block_mask(batch)
+    size = mask.BLOCK_SIZE[0]
+    seen = seen_in_dense(batch)
+    behind = -seen.shape[1] % size
+    padded = nn.functional.pad(seen, (0, behind, 0, behind))
+    blocks = padded.unflatten(1, (-1, size)).unflatten(3, (-1, size))
+    assert mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum() == blocks.any((2, 4)).sum()
+    assert mask.full_kv_num_blocks.sum() == blocks.all(4).all(2).sum() > 0
+    assert blocks.any((2, 4)).sum() < blocks.any((2, 4)).numel() / 2
+
+
+@eager_flex
+@torch.no_grad()
+@pytest.mark.parametrize(("head_width", "scaling"), [(16, None), (80, None), (80, 0.3)])
+def test_both_forms_give_the_same_attention(head_width, scaling):
+    batch = large_batch(0, patches=130)
+    shape = (len(batch.images), 2, batch.images.shape[1], head_width)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, *shape, dtype=torch.float64)
+    module = nn.Module()
+    module.is_causal = True
+    options = {"dropout": 0.0, "scaling": scaling}
+    blocks, no_weights = packed_attention(module, query, key, value, block_mask(batch), **options)
+    dense, _ = packed_attention(
+        module, query, key, value, dense_mask(batch, torch.float64), **options
+    )
+    assert no_weights is None
+    assert blocks.shape == dense.shape == (shape[0], shape[2], 2, head_width)
+    assert blocks.is_contiguous()
+    torch.testing.assert_close(blocks, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_any_other_mask_is_transformers_own_business():
+    module = nn.Module()
+    module.is_causal = True
+    query, key, value = torch.randn(3, 2, 2, 9, 8)
+    for mask in (None, torch.randn(2, 1, 9, 9)):
+        found, _ = packed_attention(module, query, key, value, mask, scaling=0.5)
+        wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.5)
+        assert torch.equal(found, wanted)
+
+
+def wide_model(heads=2, head_width=80):
+    """A Phi whose heads are as wide as Phi-2's."""
+    torch.manual_seed(0)
+    phi = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=128,
+            hidden_size=heads * head_width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            max_position_embeddings=1024,
+            pad_token_id=None,
+        )
+    )
+    for parameter in phi.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    phi.requires_grad_(False).eval()
+    return CaptionModel(seeded_projector("mlp", 8, heads * head_width, 0), phi).double()
+
+
+@eager_flex
+@torch.no_grad()
+def test_a_model_with_phi_2s_width_of_a_head_says_the_same_under_both_forms():
+    model, batch = wide_model(), large_batch(0, patches=130)
+    patches = torch.randn(len(batch.image_ids), 130, 8, dtype=torch.float64)
+    dense = model.hidden(patches, batch)
+    asked = []
+
+    def blocks(batch):
+        asked.append(batch)
+        return block_mask(batch)
+
+    model._mask = blocks
+    torch.testing.assert_close(model.hidden(patches, batch), dense, rtol=1e-10, atol=1e-10)
+    assert len(asked) == 1
+
+
+# Which one a model gets
+
+
+def test_on_the_cpu_a_model_gets_the_dense_form_in_its_own_type(make_model, random_images):
+    model = make_model()
+    assert model.language_model.config._attn_implementation == NAME
+    batch = small_batch(random_images, 0)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(model.to(dtype)._mask(batch), dense_mask(batch, dtype))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("no such\nkernel"), NotImplementedError("x")])
+def test_on_a_gpu_blocks_are_used_where_they_work(monkeypatch, capsys, error, random_images):
+    shapes = []
+
+    def attend(query, key, value, block_mask):
+        shapes.append(tuple(query.shape))
+        if error:
+            raise error
+        return query + key + value
+
+    monkeypatch.setattr(train.model.attention, "_compiled", lambda: attend)
+    monkeypatch.setattr(train.model.attention, "create_block_mask", lambda *sizes, device: None)
+    device = SimpleNamespace(type="cuda")
+    model = SimpleNamespace(
+        device=device,
+        dtype=torch.bfloat16,
+        config=SimpleNamespace(num_attention_heads=32, hidden_size=2560),
+        set_attn_implementation=lambda name: None,
+    )
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **options: real(*shape, **options))
+    make_mask = use_packed_attention(model)
+    assert shapes == [(1, 32, 256, 80)]
+    said = capsys.readouterr().err
+    if error is None:
+        assert make_mask is block_mask
+        assert said == ""
+    else:
+        batch = small_batch(random_images, 0)
+        assert torch.equal(make_mask(batch), dense_mask(batch, torch.bfloat16))
+        wanted = " ".join(str(error).split())
+        assert said == f"FlexAttention does not work here, SDPA is used: {wanted}\n"
+
+
+@pytest.mark.parametrize("lora", [None, 0.5])
+def test_generation_is_that_of_transformers_own_attention(make_model, tokenizer, store, lora):
+    model = make_model(lora=lora)
+
+    def made():
+        return generate(
+            model, tokenizer, store, [100, 139, 117, 121], ["", "What is", "a", "where is the cat"],
+            max_tokens=20, batch_size=3, description="test",
+        )  # fmt: skip
+
+    packed = made()
+    assert len({one.text for one in packed}) > 1
+    model.language_model.set_attn_implementation("sdpa")
+    assert made() == packed

@@ -1,0 +1,1 @@
+"""From the tables of the index to packed batches of tokens and features."""

@@ -1,0 +1,1 @@
+"""The model: projector and frozen language model, its loss, and generation."""

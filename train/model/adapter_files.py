@@ -1,0 +1,121 @@
+"""The files of an adapter, in PEFT's format: whether they are what stage 2 writes.
+
+PEFT believes its config: a regular expression may name the layers, a rank may be a million, and a
+dozen entries make it import or build something else. So nothing of the config reaches PEFT but
+three checked numbers, and no matrix is made that the file does not hold.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from cache.errors import StageError
+from cache.files.foreign import reading_foreign_file
+from train.model.model_files import ADAPTER_CONFIG, read_json
+from train.model.tensor_file import read_header
+from train.settings import LoraSettings
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+DESCRIBING = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+"""Entries that say where an adapter comes from."""
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+def refusal(folder: Path, detail: str) -> StageError:
+    """Return the error for a folder whose adapter cannot be loaded."""
+    return StageError(f"{folder}: no adapter for this model ({detail}).")
+
+
+def read_lora_settings(folder: Path) -> LoraSettings:
+    """Read rank, alpha and dropout of an adapter.
+
+    Raises:
+        StageError: No config there, or not with such numbers.
+        OSError: The system could not read the file.
+    """
+    values = _read_config(folder)
+    numbers = {"r": int, "lora_alpha": int, "lora_dropout": float}
+    for name, wanted in numbers.items():
+        found = values.get(name)
+        if isinstance(found, bool) or not isinstance(found, (int, wanted)):
+            raise _wrong(folder, name, found, f"a number ({wanted.__name__})")
+    try:
+        return LoraSettings(
+            r=values["r"], alpha=values["lora_alpha"], dropout=float(values["lora_dropout"])
+        )
+    except (ValueError, OverflowError) as error:
+        raise refusal(folder, f"{ADAPTER_CONFIG}: {error}") from None
+
+
+def check_adapter(folder: Path, config: LoraConfig, model: nn.Module) -> None:
+    """Refuse an adapter that stage 2 would not write beside this model.
+
+    Args:
+        folder: Holds it.
+        config: As stage 2 makes it from the adapter's rank, alpha and dropout.
+        model: The language model, quantised or not, without LoRA.
+
+    Raises:
+        StageError: Names the first entry, or the first matrix, that is another.
+        OSError: The system could not read a file.
+    """
+    targets = config.target_modules
+    assert isinstance(targets, set)
+    _check_config(folder, _read_config(folder), config.to_dict(), targets)
+    wanted = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in targets:
+            prefix = f"base_model.model.{name}.lora_"
+            wanted[f"{prefix}A.weight"] = (config.r, module.in_features)
+            wanted[f"{prefix}B.weight"] = (module.out_features, config.r)
+    header = read_header(
+        folder / ADAPTER_WEIGHTS, lambda detail: refusal(folder, f"{ADAPTER_WEIGHTS}: {detail}")
+    )
+    differing = sorted(
+        name
+        for name in wanted.keys() | header.shapes.keys()
+        if wanted.get(name) != header.shapes.get(name)
+    )
+    if differing:
+        first = differing[0]
+        raise refusal(
+            folder,
+            f"{len(differing)} matrices without a match: {first} is of shape "
+            f"{header.shapes.get(first, 'none')}, wanted {wanted.get(first, 'none')}",
+        )
+    for name, (dtype, _) in header.tensors.items():
+        if dtype not in FLOATS:
+            raise refusal(folder, f"{name} is of type {dtype}, wanted one of {', '.join(FLOATS)}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return read_json(
+        folder / ADAPTER_CONFIG, lambda detail: refusal(folder, f"{ADAPTER_CONFIG}: {detail}")
+    )
+
+
+def _check_config(
+    folder: Path, found: dict[str, Any], wanted: dict[str, Any], targets: set[str]
+) -> None:
+    """Compare all entries that both versions of PEFT know: the writer's and the one here."""
+    names = found.get("target_modules")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise _wrong(folder, "target_modules", names, "a list of names")
+    if set(names) != targets:
+        raise _wrong(folder, "target_modules", sorted(names), sorted(targets))
+    with reading_foreign_file(lambda detail: refusal(folder, f"{ADAPTER_CONFIG}: {detail}")):
+        for name in sorted(found.keys() & wanted.keys() - {"target_modules", *DESCRIBING}):
+            # What is off is null, false or empty, by the version.
+            if (found[name] or wanted[name]) and found[name] != wanted[name]:
+                raise _wrong(folder, name, found[name], repr(wanted[name]))
+        for name in ("peft_type", "task_type"):
+            if name not in found:
+                raise _wrong(folder, name, None, repr(wanted[name]))
+
+
+def _wrong(folder: Path, name: str, found: object, wanted: object) -> StageError:
+    return refusal(folder, f"{ADAPTER_CONFIG}: {name} is {str(found)[:100]!r}, wanted {wanted}")

@@ -1,0 +1,138 @@
+"""Names the frozen language model and its tokenizer by their content, in two ways.
+
+As it is loaded, for a run that is continued: another device or type is another model. And as its
+files are, for what a run belongs to: wherever they lie, whatever is made of them.
+
+What was trained beside one language model means nothing beside another, and neither a hub id nor
+a folder says that the files behind it are still the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+import xxhash
+from bitsandbytes.nn import Params4bit
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cache.files.atomic import canonical_json
+from cache.files.foreign import reading_foreign_file
+from train.model.language_model import PROBE
+from train.model.model_files import CONFIG, read_config, read_headers, refusal
+from train.settings import LlmSettings
+
+INDECISIVE = (
+    r"_.*|transformers_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|return_.*"
+    r"|(bos|eos|pad|sep)_token_id|.*(dropout|pdrop)|initializer_range|id2label|label2id"
+)
+"""Entries of a config that say who wrote it, or what matters only to training all weights."""
+
+
+def language_model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash what the language model is made of, and how it cuts text.
+
+    To be called before LoRA is added, which renames the layers.
+
+    Args:
+        model: Loaded, on any device, quantised or not. Its tensors are read one by one.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        xxh3-128, 32 hex digits. CPU and GPU may round differently when they quantise, so a model
+        has one fingerprint for each kind of device.
+    """
+    digest = xxhash.xxh3_128()
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.cpu().contiguous()
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    rules = f"eos {tokenizer.eos_token_id}\n{tokenizer.backend_tokenizer.to_str()}"
+    digest.update(rules.encode())
+    return digest.hexdigest()
+
+
+def language_model_identity(
+    settings: LlmSettings, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, str]:
+    """Hash the language model's files, before anything is loaded of them.
+
+    The same for any folder or hub id, number of files, device, quantisation and type.
+
+    Args:
+        settings: Name the language model.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        `name` as the settings have it, and xxh3-128 of `weights`, `config` and `tokenizer`.
+
+    Raises:
+        SettingsError: A file is missing or damaged.
+    """
+    return {
+        "name": settings.model,
+        "weights": _weights_hash(settings.model),
+        "config": _config_hash(settings.model),
+        "tokenizer": _tokenizer_hash(tokenizer),
+    }
+
+
+def _weights_hash(model: str) -> str:
+    """Hash names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = xxhash.xxh3_128()
+    headers = read_headers(model)
+    with ExitStack() as opened:
+        opened.enter_context(reading_foreign_file(refusal(model)))
+        files = {path: opened.enter_context(safe_open(path, "pt")) for path in headers}
+        tensors = [(*item, path) for path in headers for item in headers[path].tensors.items()]
+        for name, about, path in sorted(tensors, key=lambda tensor: tensor[0]):
+            digest.update(f"{name} {about}\n".encode())
+            values = files[path].get_tensor(name)
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _config_hash(model: str) -> str:
+    """Hash what decides numbers, and is not as every model of its kind has it.
+
+    Compared with the kind's defaults, so that a config stays the same when another version of
+    transformers writes it with more entries.
+    """
+    config = read_config(model)
+    with reading_foreign_file(refusal(model, CONFIG)):
+        usual = type(config)().to_dict()
+        decisive = {
+            name: value
+            for name, value in config.to_dict().items()
+            if value != usual.get(name) and not re.fullmatch(INDECISIVE, name)
+        }
+        return xxhash.xxh3_128(canonical_json([config.model_type, decisive])).hexdigest()
+
+
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash entries and merges, and what becomes of a text.
+
+    Not how the tokenizers library writes it down, which changes with its version.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = state["model"].get("merges") or []
+    pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in merges]
+    ids = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    rules = [tokenizer.eos_token_id, tokenizer.get_vocab(), pairs, ids, tokenizer.decode(ids)]
+    return xxhash.xxh3_128(canonical_json(rules)).hexdigest()
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by name, statistics of the quantised ones included.
+
+    Buffers that no checkpoint holds are among them: the rotary frequencies depend on the config.
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        yield name, tensor.data
+        if isinstance(tensor, Params4bit):
+            for part, state in sorted(tensor.quant_state.as_dict(packed=True).items()):
+                yield f"{name}.{part}", state

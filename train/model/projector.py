@@ -1,0 +1,122 @@
+"""The projector: patches of width D to embeddings of the language model's width H.
+
+Its parameters stay in float32 whatever the language model computes in.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+from cache.errors import StageError
+from cache.files.atomic import replacing
+from cache.files.foreign import reading_foreign_file, writing_foreign_file
+from train.model.tensor_file import read_header
+
+MAX_HEADER_BYTES = 10_000
+"""Many times as long as the header of any projector."""
+
+
+class Residual(nn.Module):
+    """Pre-norm residual block: x + MLP(norm(x)), width kept."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, width)
+        self.down = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., H] to [..., H]."""
+        residual: Tensor = self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return x + residual
+
+
+class Projector(nn.Module):
+    """Maps patches [..., D] to embeddings [..., H].
+
+    linear    one linear layer
+    mlp       linear, GELU, linear: LLaVA-1.5's projector, layer for layer
+    resblock  linear, then a pre-norm residual block
+    """
+
+    def __init__(self, kind: str, vision_width: int, text_width: int) -> None:
+        super().__init__()
+        self.kind, self.vision_width, self.text_width = kind, vision_width, text_width
+        first = nn.Linear(vision_width, text_width)
+        rest: dict[str, list[nn.Module]] = {
+            "linear": [],
+            "mlp": [nn.GELU(), nn.Linear(text_width, text_width)],
+            "resblock": [Residual(text_width)],
+        }
+        self.layers = nn.Sequential(first, *rest[kind])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map [..., P, D] to [..., P, H]."""
+        embeds: Tensor = self.layers(patches)
+        return embeds
+
+    def save(self, path: Path) -> None:
+        """Write safetensors with kind and widths in the metadata, whole or not at all."""
+        about = {
+            "kind": self.kind,
+            "vision_width": self.vision_width,
+            "text_width": self.text_width,
+        }
+        # One entry: safetensors writes several in an order that changes from run to run.
+        metadata = {"projector": json.dumps(about)}
+        with replacing(path) as temporary, writing_foreign_file(path):
+            save_model(self, str(temporary), metadata)
+
+
+def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
+    """Read a projector back and check that it fits its two sides.
+
+    Raises:
+        StageError: No such file, not a projector, or of other widths.
+    """
+    projector = read_projector(path)
+    found = (projector.vision_width, projector.text_width)
+    if found != (vision_width, text_width):
+        raise StageError(
+            f"{path}: maps width {found[0]} to {found[1]}, wanted {vision_width} (features) "
+            f"to {text_width} (language model). Run the stage that made it again."
+        )
+    return projector
+
+
+def read_projector(path: Path) -> Projector:
+    """Read a projector back, of whatever widths.
+
+    Raises:
+        StageError: No such file, or not a projector.
+        OSError: The system could not read the file.
+    """
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{path}: no projector ({detail}). Run the stage that makes it.")
+
+    header = read_header(path, refuse, MAX_HEADER_BYTES)
+    with reading_foreign_file(refuse, path):
+        about = json.loads(header.metadata["projector"])
+        made_of = about["kind"], about["vision_width"], about["text_width"]
+        with torch.device("meta"):
+            wanted = {name: tuple(t.shape) for name, t in Projector(*made_of).state_dict().items()}
+        if header.tensors != {name: ("F32", shape) for name, shape in wanted.items()}:
+            raise ValueError(
+                f"its header says {made_of[0]} of width {made_of[1]} to {made_of[2]}, its tensors "
+                f"are {header.tensors}"
+            )
+        # Not before: the widths alone decide how much memory this takes.
+        projector = Projector(*made_of)
+        load_model(projector, path)
+    return projector
+
+
+def seeded_projector(kind: str, vision_width: int, text_width: int, seed: int) -> Projector:
+    """Make a fresh projector whose weights depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Projector(kind, vision_width, text_width)

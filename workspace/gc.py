@@ -1,0 +1,78 @@
+"""Command: frees the shards in the work directory that no published store needs.
+
+    python -m workspace.gc [STORE ...] [--delete]
+
+Shows what it would free, and frees it only with --delete. Old shards are what makes it cheap to go
+back to another tower or other images; without them, they are encoded again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.cli.command import command_parser, run_guarded
+from cache.cli.sizes import human_size
+from cache.files.atomic import SHARDS, exclusive
+from cache.remote.location import Location
+from cache.spec import MAX_JSON_BYTES, Spec
+from cache.store_index import INDEX, StoreTable
+
+DEFAULT_STORE = "data/features"
+
+
+def collect(stores: Sequence[str], delete: bool) -> None:
+    """Show, and free, what none of the stores needs.
+
+    Args:
+        stores: Folders or fsspec URLs of the stores to keep, at least one.
+        delete: Whether to free it.
+
+    Raises:
+        CacheError: A store cannot be read, or an extraction is running.
+    """
+    if not SHARDS.is_dir():
+        print(f"{SHARDS}: no such folder, so there is nothing to free")
+        return
+    with exclusive(SHARDS):
+        # Read under the lock: no extraction may publish in between.
+        needed = set().union(*(needed_names(store) for store in stores)) | {".lock"}
+        unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
+        sizes = {path: path.stat() for path in unneeded if path.is_file()}
+        for path, found in sizes.items():
+            print(f"{path}  {human_size(found.st_size)}")
+            if delete:
+                path.unlink()
+    shards = sum(path.suffix == ".h5" for path in sizes)
+    num_bytes = sum(found.st_size for found in sizes.values())
+    linked = sum(found.st_size for found in sizes.values() if found.st_nlink > 1)
+    print(
+        f"{SHARDS}: {shards} shards and {human_size(num_bytes)} "
+        + ("freed" if delete else "can be freed with --delete")
+        + (f", but for {human_size(linked)} that DVC or a store has too" if linked else "")
+    )
+
+
+def needed_names(store: str) -> set[str]:
+    """Return the names, without suffix, of what a store needs of the work directory."""
+    location = Location(store)
+    spec = Spec.read(location.path("spec.json", MAX_JSON_BYTES))
+    table = StoreTable.read(location.path(INDEX), spec)
+    return {Path(file.name).stem for file in table.shards} | {f"probe-{spec.fingerprint[:16]}"}
+
+
+def main() -> None:
+    """Read the command line and collect."""
+    parser = command_parser(__doc__)
+    parser.add_argument(
+        "stores",
+        nargs="*",
+        default=[DEFAULT_STORE],
+        metavar="STORE",
+        help=f"folders or fsspec URLs of the stores to keep (default: {DEFAULT_STORE})",
+    )
+    parser.add_argument("--delete", action="store_true", help="free it")
+    arguments = parser.parse_args()
+    run_guarded(lambda: collect(arguments.stores, arguments.delete))
+
+
+if __name__ == "__main__":
+    main()
