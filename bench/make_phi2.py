@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import CodeGenTokenizer, PhiConfig, PhiForCausalLM
 
 from cache.cli.command import command_parser, run_guarded
-from cache.errors import StageError
 from cache.files.atomic import write_json
+from workspace.errors import StageError
 
 Shapes = dict[str, tuple[int, ...]]
 

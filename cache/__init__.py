@@ -1,23 +1,26 @@
 """The feature store: patch embeddings of images in HDF5 shards, read at the speed of memory."""
 
-# First of all: what follows imports packages that may not be there.
-import cache.cli.startup  # noqa: F401
+import importlib
+from typing import TYPE_CHECKING, Any
 
-# isort: split
-from cache.audit import VerifyReport
-from cache.errors import (
+# Before all else: a command says in one line which package its environment lacks.
+from .cli import startup as startup
+from .errors import (
     CacheError,
     CorruptShardError,
     IncompleteStoreError,
     MissingImageError,
+    PatchcacheError,
     SettingsError,
     SpecMismatchError,
-    StageError,
     UnreachableStoreError,
     UnsafeShardError,
 )
-from cache.spec import Spec
-from cache.store import FeatureStore
+
+if TYPE_CHECKING:
+    from .audit import VerifyReport
+    from .spec import Spec
+    from .store import FeatureStore
 
 __all__ = [
     "CacheError",
@@ -25,11 +28,20 @@ __all__ = [
     "FeatureStore",
     "IncompleteStoreError",
     "MissingImageError",
+    "PatchcacheError",
     "SettingsError",
     "Spec",
     "SpecMismatchError",
-    "StageError",
     "UnreachableStoreError",
     "UnsafeShardError",
     "VerifyReport",
 ]
+
+_LAZY = {"FeatureStore": "store", "Spec": "spec", "VerifyReport": "audit"}
+"""Names whose modules load numpy, h5py or pyarrow, imported on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)

@@ -15,21 +15,21 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import (
+from .errors import (
     REMEDY,
-    CacheError,
     CorruptShardError,
     FormatVersionError,
+    PatchcacheError,
     SpecMismatchError,
     UnreachableStoreError,
 )
-from cache.files.atomic import naming, sha256_of
-from cache.files.foreign import one_line
-from cache.plan import shard_key
-from cache.remote.location import Location
-from cache.shard import Shard, hash_rows, open_shard
-from cache.spec import MAX_JSON_BYTES, SPEC, Spec
-from cache.store_index import INDEX, PROBE, StoreTable, check_own_hash
+from .files.atomic import naming, sha256_of
+from .files.foreign import one_line
+from .plan import shard_key
+from .remote.location import Location
+from .shard import Shard, hash_rows, open_shard
+from .spec import MAX_JSON_BYTES, SPEC, Spec
+from .store_index import INDEX, PROBE, StoreTable, check_own_hash
 
 BLOCK_BYTES = 1 << 20
 """What is read at a time: small enough for a core's cache, so that memory is read once."""
@@ -55,7 +55,7 @@ class VerifyReport:
     """Those of the problems that are failures of the system: nothing is known of such a file."""
 
 
-Problems = list[tuple[str, CacheError | OSError]]
+Problems = list[tuple[str, PatchcacheError | OSError]]
 """File name, and what is wrong with it."""
 
 
@@ -84,7 +84,7 @@ def audit(
             spec = _check_spec(location)
             checked = INDEX
             table = _check_index(location, spec)
-    except (CacheError, OSError) as error:
+    except (PatchcacheError, OSError) as error:
         # Without them nothing can be said about the shards.
         return _report([(checked, error)])
 
@@ -94,13 +94,13 @@ def audit(
     def tell(done: int) -> None:
         progress(done, total)
 
-    def check(number: int) -> CacheError | OSError | None:
+    def check(number: int) -> PatchcacheError | OSError | None:
         file = table.shards[number]
         try:
             with location.naming_files():
                 if not (partial and location.size(file.name) is None):
                     _check_shard(location, spec, table, number, tell if deep else None)
-        except (CacheError, OSError) as error:
+        except (PatchcacheError, OSError) as error:
             return error
         return None
 
@@ -118,13 +118,13 @@ def _report(problems: Problems) -> VerifyReport:
     bad_files = [
         name
         for name, problem in problems
-        if isinstance(problem, CacheError)
+        if isinstance(problem, PatchcacheError)
         and not isinstance(problem, FormatVersionError | UnreachableStoreError)
     ]
     unreadable = [
         line
         for line, (_, problem) in zip(lines, problems, strict=True)
-        if not isinstance(problem, CacheError)
+        if not isinstance(problem, PatchcacheError)
     ]
     return VerifyReport(not problems, lines, bad_files, unreadable)
 
@@ -155,7 +155,7 @@ def _check_probe(location: Location, table: StoreTable) -> Problems:
         if sha256_of(path) != table.probe_sha256:
             raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX}. {REMEDY}")
         return []
-    except (CacheError, OSError) as error:
+    except (PatchcacheError, OSError) as error:
         return [(PROBE, error)]
 
 

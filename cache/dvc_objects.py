@@ -13,9 +13,10 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from cache.errors import StageError
-from cache.files.atomic import CHUNK_BYTES, naming
-from cache.files.foreign import reading_foreign_file
+from workspace.errors import StageError
+
+from .files.atomic import CHUNK_BYTES, naming
+from .files.foreign import reading_foreign_file
 
 MD5 = re.compile(r"[0-9a-f]{32}")
 """A listing that was received could name a path instead."""

@@ -1,15 +1,17 @@
 """The errors that a user, a file or another machine can cause.
 
-    CacheError
-    |-- SettingsError          the call or the settings are wrong        (exit code 2)
-    |-- StageError             a stage cannot do its work                (exit code 1)
-    |-- SpecMismatchError      features of another encoder
-    |   `-- FormatVersionError   a store of another version of the format
-    |-- MissingImageError      an image id that the store does not hold
-    |-- CorruptShardError      bytes that are not what was written
-    |-- UnsafeShardError       a shard that is not built as shards are built
-    |-- IncompleteStoreError   a folder that is not a whole store
-    `-- UnreachableStoreError  a server that does not deliver: nothing is known of its store
+    PatchcacheError
+    |-- SettingsError            the call or the settings are wrong        (exit code 2)
+    |-- StageError               in workspace.errors: a stage cannot do its work
+    `-- CacheError
+        |-- SpecMismatchError      features of another encoder
+        |   `-- FormatVersionError   a store of another version of the format
+        |-- MissingImageError      an image id that the store does not hold
+        |-- CorruptShardError      bytes that differ from what was written
+        |-- UnsafeShardError       a shard whose structure no writer of this format makes
+        |-- IncompleteStoreError   a folder that is not a whole store
+        |-- FolderInUseError       a folder that another process writes
+        `-- UnreachableStoreError  a server that does not deliver: nothing is known of its store
 
 Each text says what was checked, what was wanted, what was found, where, and what to do.
 """
@@ -18,20 +20,20 @@ REMEDY = "Run `dvc pull`, or `python -m cache.verify --repair` on its folder and
 """What to do about a file of a store that is not as it was written."""
 
 
-class CacheError(Exception):
-    """Base of all errors raised on purpose; `exit_code` is what a command ends with."""
+class PatchcacheError(Exception):
+    """Base of all errors raised on purpose; a command ends with their `exit_code`."""
 
     exit_code = 1
 
 
-class SettingsError(CacheError, ValueError):
+class SettingsError(PatchcacheError, ValueError):
     """A settings file or a command line that cannot be used."""
 
     exit_code = 2
 
 
-class StageError(CacheError, RuntimeError):
-    """Inputs from which a stage cannot make its outputs."""
+class CacheError(PatchcacheError):
+    """Base of the errors of a feature store."""
 
 
 class SpecMismatchError(CacheError, ValueError):
@@ -63,6 +65,10 @@ class IncompleteStoreError(CacheError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+class FolderInUseError(CacheError, RuntimeError):
+    """A folder that another process writes at this moment."""
 
 
 class UnreachableStoreError(CacheError, ConnectionError):

@@ -5,9 +5,9 @@ python -m cache.inspect data/features
 
 import dataclasses
 
-from cache.cli.command import command_parser, run_guarded
-from cache.cli.sizes import human_size
-from cache.store import FeatureStore
+from .cli.command import command_parser, run_guarded
+from .cli.sizes import human_size
+from .store import FeatureStore
 
 NAMED_SHARDS = 3
 """How many shards that are not there it names."""
@@ -20,7 +20,7 @@ def inspect(root: str) -> None:
         root: Folder or fsspec URL.
 
     Raises:
-        CacheError: Not a store.
+        PatchcacheError: Not a store.
     """
     store = FeatureStore(root, partial=True)
     image_ids = store.image_ids

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CorruptShardError
+from .errors import CorruptShardError
 
 MAP_FIXED = 0x10
 """Put the mapping exactly there: <sys/mman.h> of Linux and macOS."""

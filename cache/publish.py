@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.files.atomic import link_or_copy, sha256_of, write_bytes
-from cache.plan import PlannedShard
-from cache.shard import open_shard
-from cache.spec import Spec
-from cache.store_index import INDEX, PROBE, ShardFile, StoreTable
+from .files.atomic import link_or_copy, sha256_of, write_bytes
+from .plan import PlannedShard
+from .shard import open_shard
+from .spec import Spec
+from .store_index import INDEX, PROBE, ShardFile, StoreTable
 
 
 def publish(

@@ -21,18 +21,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import (
+from .errors import (
     REMEDY,
     CorruptShardError,
     IncompleteStoreError,
     SpecMismatchError,
     UnsafeShardError,
 )
-from cache.files.atomic import write_bytes
-from cache.files.foreign import one_line, reading_foreign_file
-from cache.files.object_headers import find_tree
-from cache.files.sparse import SparseFile
-from cache.spec import MAX_JSON_BYTES, Spec, check_same_spec
+from .files.atomic import write_bytes
+from .files.foreign import one_line, reading_foreign_file
+from .files.object_headers import find_tree
+from .files.sparse import SparseFile
+from .spec import MAX_JSON_BYTES, Spec, check_same_spec
 
 ALIGNMENT = 4096
 """File offset of the features is a multiple of this many bytes: a page of memory."""

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cache.errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
-from cache.files.atomic import canonical_json, naming
-from cache.files.foreign import one_line, reading_foreign_file
+from .errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
+from .files.atomic import canonical_json, naming
+from .files.foreign import one_line, reading_foreign_file
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""

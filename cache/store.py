@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.audit import NAMED_IDS, VerifyReport, audit
-from cache.errors import MissingImageError
-from cache.id_lookup import UNKNOWN, RowLookup
-from cache.mapping import RowSpace
-from cache.remote.location import Location
-from cache.shard import open_shard
-from cache.spec import MAX_JSON_BYTES, SPEC, Spec
-from cache.store_index import INDEX, ShardFile, StoreTable
+from .audit import NAMED_IDS, VerifyReport, audit
+from .errors import MissingImageError
+from .id_lookup import UNKNOWN, RowLookup
+from .mapping import RowSpace
+from .remote.location import Location
+from .shard import open_shard
+from .spec import MAX_JSON_BYTES, SPEC, Spec
+from .store_index import INDEX, ShardFile, StoreTable
 
 INT64_MAX = np.iinfo(np.int64).max
 

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
-from cache.files.atomic import naming, write_bytes
-from cache.files.parquet import open_parquet, values_of
-from cache.shard import Shard
-from cache.spec import Spec
+from .errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
+from .files.atomic import naming, write_bytes
+from .files.parquet import open_parquet, values_of
+from .shard import Shard
+from .spec import Spec
 
 INDEX = "index.parquet"
 

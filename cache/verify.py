@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.audit import VerifyReport, audit
-from cache.cli.command import command_parser, run_guarded
-from cache.dvc_objects import drop_damaged_objects
-from cache.errors import CorruptShardError, SettingsError
-from cache.remote.location import Location
-from cache.spec import MAX_JSON_BYTES, Spec
-from cache.store_index import INDEX, StoreTable
+from .audit import VerifyReport, audit
+from .cli.command import command_parser, run_guarded
+from .dvc_objects import drop_damaged_objects
+from .errors import CorruptShardError, SettingsError
+from .remote.location import Location
+from .spec import MAX_JSON_BYTES, Spec
+from .store_index import INDEX, StoreTable
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:
@@ -29,7 +29,7 @@ def verify(root: str, deep: bool, repair: bool) -> None:
 
     Raises:
         SettingsError: A store behind a URL cannot be repaired.
-        CacheError: There are problems.
+        PatchcacheError: There are problems.
     """
     location = Location(root)
     if repair and location.is_remote:

@@ -24,9 +24,9 @@ from cache.errors import MissingImageError, SettingsError
 from eval.chat.encoder import Vision, read_picture
 from eval.settings import EvaluateSettings
 from eval.trained import FinishedRun, Trained, load_run, open_run
-from train.data.examples import FEATURES
 from train.data.prompts import dialogue_prompt
 from train.model.generate import Sampling, stream
+from workspace.paths import FEATURES
 
 TOP_P = 0.9
 """What is sampled comes from the likeliest tokens that have this share together."""
@@ -102,7 +102,7 @@ def cached_features(run: FinishedRun, image_id: int) -> NDArray[np.float16]:
     Raises:
         SpecMismatchError: The run learned from features of another tower.
         MissingImageError: The store does not hold it.
-        CacheError: No store there.
+        PatchcacheError: No store there.
     """
     store = FeatureStore(FEATURES)
     run.check_features(store.spec, str(FEATURES))

@@ -6,11 +6,9 @@ yes-no questions about objects.
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from cache import FeatureStore
-from cache.cli.command import run_stage
 from cache.files.atomic import write_json, write_text
 from eval.changed_inputs import changed_inputs_warning
 from eval.random_tower import random_tower_warning
@@ -33,15 +31,14 @@ from eval.scoring.losses import Losses, answer_losses
 from eval.scoring.predictions import Predictions
 from eval.scoring.questions import Work, choose_work
 from eval.settings import EvaluateSettings
-from train.data.examples import FEATURES
 from train.model.language_model import load_tokenizer
-from train.run import RUNS, weights_of
+from train.run import weights_of
 from train.settings import LlmSettings
 from workspace.clock import utc_now
 from workspace.data_settings import DataSettings
+from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
-
-REPORTS = Path("reports")
+from workspace.stage import run_stage
 
 NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
 """Scores of a kind of which there is nothing to ask."""

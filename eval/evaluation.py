@@ -8,14 +8,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.foreign import one_line, reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
 from train.compare import REVISION_METRICS, WORKSPACE, flatten, read_revision
+from workspace.errors import StageError
+from workspace.paths import REPORTS
 
 SCORES, PREDICTIONS = "eval.json", "predictions.parquet"
-
-REPORTS = "reports"
 
 COLUMNS = pa.schema(
     [

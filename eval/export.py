@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, PhiCon
 from transformers.utils import logging as transformers_logging
 
 from cache.cli.command import command_parser, run_guarded
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.atomic import sync, write_text
 from cache.files.foreign import writing_foreign_file
 from cache.spec import Spec
@@ -38,6 +38,7 @@ from pipeline.settings import EncoderSettings
 from train.model.language_model import DTYPES
 from train.model.projector import Projector, read_projector
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 MAX_SHARD = "2GB"
 """Largest file of weights; also about what writing needs of memory beside the weights."""
@@ -62,7 +63,7 @@ def export(run: Path, out: Path) -> None:
         out: Folder to make.
 
     Raises:
-        CacheError: OUT holds something, or the run cannot be loaded or not be held by LLaVA.
+        PatchcacheError: OUT holds something, or the run cannot be loaded or not be held by LLaVA.
     """
     check_free(out)
     opened = open_run(run)
@@ -95,7 +96,7 @@ def check_parts(run: FinishedRun) -> Parts:
     """Load all but the language model, and refuse what LLaVA cannot hold.
 
     Raises:
-        CacheError: Something is missing, damaged, or without a place in LLaVA.
+        PatchcacheError: Something is missing, damaged, or without a place in LLaVA.
     """
     kind = read_projector(run.folder / PROJECTOR).kind
     if kind != "mlp":

@@ -12,19 +12,19 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from cache.errors import StageError
 from cache.files.atomic import canonical_json, check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
 from cache.store_index import INDEX
 from eval.scoring.conditions import Asked
-from train.data.examples import FEATURES
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import load_language_model, load_lora
 from train.model.projector import load_projector, read_projector, seeded_projector
 from train.provenance import START_PROJECTOR, provenance_of
-from train.run import FINISHED, RUNS, pick_device
+from train.run import FINISHED, pick_device
 from train.settings import LlmSettings
+from workspace.errors import StageError
+from workspace.paths import FEATURES, RUNS
 from workspace.settings import Params
 
 STAGES = ("pretrain", "finetune")

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cache.cli.command import command_parser, run_guarded
-from cache.errors import StageError
 from cache.files.atomic import check_ordinary
 from cache.files.foreign import reading_foreign_file
 from eval.metrics import score_captions
 from eval.scoring.official import Official, check_java, score_officially
 from train.compare import print_table
+from workspace.errors import StageError
 
 ABSENT = "-"
 """Stands where there is no score."""

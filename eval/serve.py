@@ -22,7 +22,6 @@ from starlette.routing import Mount
 
 from cache.cli.command import command_parser, run_guarded
 from cache.cli.interrupts import ignore_interrupts
-from cache.errors import StageError
 from cache.files.foreign import reading_foreign_file
 from cache.files.scratch import ScratchFolder
 from eval.chat.conversation import Host
@@ -34,6 +33,7 @@ from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
 from eval.server.request_source import Sources
 from eval.server.web_server import HOST, WebServer, listen
 from eval.trained import load_run, open_run
+from workspace.errors import StageError
 
 EXAMPLES = 5
 VISITORS = 100

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cache.errors import SettingsError, SpecMismatchError, StageError
+from cache.errors import SettingsError, SpecMismatchError
 from cache.spec import Spec
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_identity
@@ -16,6 +16,7 @@ from train.model.projector import read_projector
 from train.provenance import check_language_model, read_provenance
 from train.run import pick_device
 from train.settings import LlmSettings
+from workspace.errors import StageError
 from workspace.settings import Params
 
 PROJECTOR, ADAPTER = "projector.safetensors", "adapter"

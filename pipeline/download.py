@@ -19,10 +19,10 @@ from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
 from cache.cli.sizes import human_size
-from cache.errors import StageError
 from cache.files.atomic import CHUNK_BYTES, naming, sha256_of, write_json
 from cache.files.foreign import reading_foreign_file
 from pipeline.settings import Download
+from workspace.errors import StageError
 
 MAX_FRUITLESS_ATTEMPTS = 5
 """Attempts in a row that bring no byte, after which the download is given up."""

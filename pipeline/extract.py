@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.cli.command import run_stage
 from cache.cli.sizes import human_size
-from cache.errors import StageError
-from cache.files.atomic import SHARDS, exclusive, sha256_of_pieces, write_json
+from cache.files.atomic import sha256_of_pieces, write_json
 from cache.files.parquet import read_columns, values_of
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
@@ -35,9 +33,12 @@ from pipeline.images.names import ImageArchive
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
+from workspace.locks import exclusive
+from workspace.paths import FEATURES, IMAGES, REPORTS, SHARDS
 from workspace.settings import Params
+from workspace.stage import run_stage
 
-IMAGES = Path("data/index/images.parquet")
 SCHEMA = pa.schema(
     [
         ("image_id", pa.int64()),
@@ -47,8 +48,7 @@ SCHEMA = pa.schema(
     ]
 )
 """What is read of the table of images."""
-FEATURES = Path("data/features")
-REPORT = Path("reports/extract.json")
+REPORT = REPORTS / "extract.json"
 
 
 def extract(params: Params) -> None:

@@ -12,17 +12,18 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from cache.cli.command import run_stage
 from cache.cli.interrupts import without_interrupts
-from cache.errors import SettingsError, StageError
-from cache.files.atomic import CHUNK_BYTES, WORK, link_or_copy, replacing
+from cache.errors import SettingsError
+from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
+from workspace.paths import RAW, WORK
 from workspace.settings import Params
+from workspace.stage import run_stage
 
-RAW = Path("data/raw")
 FETCH_WORK = WORK / "fetch"
 
 

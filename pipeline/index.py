@@ -14,9 +14,7 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.cli.command import run_stage
-from cache.errors import StageError
-from cache.files.atomic import WORK, link_or_copy, write_bytes, write_json
+from cache.files.atomic import link_or_copy, write_bytes, write_json
 from pipeline.images.names import ImageArchive
 from pipeline.indexing.annotations import read_captions, read_conversations
 from pipeline.indexing.collect import (
@@ -32,10 +30,12 @@ from pipeline.indexing.records import Kind, Rejection
 from pipeline.indexing.rejections import check_reject_rates, commonest, count, with_faults
 from pipeline.indexing.yes_no_questions import QuestionRow
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
+from workspace.paths import INDEX, REPORTS, WORK
 from workspace.settings import Params
+from workspace.stage import run_stage
 
-INDEX = Path("data/index")
-REPORT = Path("reports/index.json")
+REPORT = REPORTS / "index.json"
 KINDS: tuple[Kind, ...] = ("images", "captions", "conversations")
 """What is trained and encoded; the other kinds are about yes-no questions."""
 

@@ -7,7 +7,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from eval.settings import EvaluateSettings
-from pipeline.code import PACKAGES
 from pipeline.code import STAGES as CODE_STAGES
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.settings import (
@@ -18,6 +17,7 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
+from workspace.code_hash import PACKAGES
 from workspace.data_settings import DataSettings
 from workspace.settings import Params
 

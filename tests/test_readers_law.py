@@ -20,7 +20,7 @@ import pytest
 import eval.compare
 import train.compare
 from cache.dvc_objects import drop_damaged_objects
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from eval.evaluation import COLUMNS
 from eval.llava.card import read_score_rows
 from eval.runs import read_history
@@ -246,14 +246,14 @@ def test_what_cannot_be_a_file_of_ours_is_refused(reader):
     path, read = READERS[reader]()
     for data in (b"", b"\xff\xfe\x00", b"[" * 10**5):
         path.write_bytes(data)
-        with pytest.raises(CacheError):
+        with pytest.raises(PatchcacheError):
             read()
 
 
 def refusal_of(read):
     try:
         read()
-    except CacheError as error:
+    except PatchcacheError as error:
         return str(error)
     return None
 
@@ -286,4 +286,4 @@ def test_a_failing_disk_is_told_in_the_words_of_the_system(reader, monkeypatch):
     monkeypatch.setattr(Path, "open", fails)
     with pytest.raises(OSError, match=rf"Input/output error: '.*{path.name}'") as caught:
         read()
-    assert not isinstance(caught.value, CacheError)
+    assert not isinstance(caught.value, PatchcacheError)

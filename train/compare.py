@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.cli.command import command_parser, run_guarded
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.atomic import check_ordinary, naming
 from cache.files.foreign import one_line, reading_foreign_file
+from workspace.errors import StageError
 from workspace.settings import parse_yaml
 
 FOLDER_METRICS = {"": "metrics.json"}

@@ -1,15 +1,13 @@
 """Stage finetune: projector and LoRA learn to answer, over a frozen language model."""
 
 import sys
-from pathlib import Path
 
 import torch
 
 from cache import FeatureStore
-from cache.cli.command import run_stage
 from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
-from train.data.examples import FEATURES, read_conversation_examples, with_features
+from train.data.examples import read_conversation_examples, with_features
 from train.loop.loop import train
 from train.loop.setup import Task
 from train.loop.tracking import Tracker
@@ -25,11 +23,13 @@ from train.model.model_files import read_config
 from train.model.preflight import check_model
 from train.model.projector import Projector, load_projector
 from train.provenance import changed_tables, provenance_of
-from train.run import RUNS, RunDirectory, alone, identity, pick_device, provenance
+from train.run import RunDirectory, alone, identity, pick_device, provenance
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
+from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
+from workspace.stage import run_stage
 
-REPORT = Path("reports/finetune.json")
+REPORT = REPORTS / "finetune.json"
 
 
 def finetune(params: Params) -> None:

@@ -1,12 +1,9 @@
 """Stage pretrain: the projector learns to caption images, the language model is frozen."""
 
-from pathlib import Path
-
 import torch
 
 from cache import FeatureStore
-from cache.cli.command import run_stage
-from train.data.examples import FEATURES, held_out_images, read_caption_examples, with_features
+from train.data.examples import held_out_images, read_caption_examples, with_features
 from train.loop.loop import train
 from train.loop.setup import Task
 from train.loop.tracking import Tracker
@@ -23,9 +20,11 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
+from workspace.paths import FEATURES, REPORTS
 from workspace.settings import Params
+from workspace.stage import run_stage
 
-REPORT = Path("reports/pretrain.json")
+REPORT = REPORTS / "pretrain.json"
 
 
 def pretrain(params: Params) -> None:

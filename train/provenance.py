@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cache import FeatureStore
-from cache.errors import SpecMismatchError, StageError
+from cache.errors import SpecMismatchError
 from train.model.model_files import read_json
-from train.run import RUNS, WEIGHTS, index_hashes, weights_of
+from train.run import WEIGHTS, index_hashes, weights_of
+from workspace.errors import StageError
+from workspace.paths import RUNS
 
 LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"

@@ -23,24 +23,15 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
-from cache.errors import StageError
-from cache.files.atomic import (
-    WORK,
-    canonical_json,
-    exclusive,
-    naming,
-    sha256_of,
-    sync,
-    write_json,
-    write_text,
-)
+from cache.files.atomic import canonical_json, naming, sha256_of, sync, write_json, write_text
 from cache.files.foreign import reading_foreign_file
 from cache.store_index import INDEX
-from train.data.examples import CAPTIONS, CONVERSATIONS, FEATURES
 from workspace.clock import utc_now
+from workspace.errors import StageError
+from workspace.locks import exclusive
+from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, WORK
 from workspace.settings import Params
 
-RUNS = Path("runs")
 UNFINISHED = WORK / "runs"
 """A folder a stage, in it one for each run that is not published yet."""
 IDENTITY = "identity.json"

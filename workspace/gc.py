@@ -11,12 +11,11 @@ from pathlib import Path
 
 from cache.cli.command import command_parser, run_guarded
 from cache.cli.sizes import human_size
-from cache.files.atomic import SHARDS, exclusive
 from cache.remote.location import Location
 from cache.spec import MAX_JSON_BYTES, Spec
 from cache.store_index import INDEX, StoreTable
-
-DEFAULT_STORE = "data/features"
+from workspace.locks import exclusive
+from workspace.paths import FEATURES, SHARDS
 
 
 def collect(stores: Sequence[str], delete: bool) -> None:
@@ -27,7 +26,7 @@ def collect(stores: Sequence[str], delete: bool) -> None:
         delete: Whether to free it.
 
     Raises:
-        CacheError: A store cannot be read, or an extraction is running.
+        PatchcacheError: A store cannot be read, or an extraction is running.
     """
     if not SHARDS.is_dir():
         print(f"{SHARDS}: no such folder, so there is nothing to free")
@@ -65,9 +64,9 @@ def main() -> None:
     parser.add_argument(
         "stores",
         nargs="*",
-        default=[DEFAULT_STORE],
+        default=[str(FEATURES)],
         metavar="STORE",
-        help=f"folders or fsspec URLs of the stores to keep (default: {DEFAULT_STORE})",
+        help=f"folders or fsspec URLs of the stores to keep (default: {FEATURES})",
     )
     parser.add_argument("--delete", action="store_true", help="free it")
     arguments = parser.parse_args()

@@ -10,30 +10,13 @@ import os
 import select
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TextIO
 
-from cache.cli.interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
-from cache.errors import CacheError
-from workspace.settings import Params
+from ..errors import PatchcacheError
+from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
 
 NOBODY_READS = 141
 """Exit code of a command whose reader, like `head`, has gone, as shells use it."""
-
-
-def run_stage(stage: Callable[[Params], None], description: str) -> NoReturn:
-    """Read the settings named on the command line, run a stage, exit.
-
-    Args:
-        stage: The work; raises a `CacheError` for what a user can mend.
-        description: First lines of the stage's module, shown by `--help`.
-    """
-    parser = command_parser(description)
-    parser.add_argument(
-        "--params", type=Path, default=Path("params.yaml"), help="settings (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    run_guarded(lambda: stage(Params.read(arguments.params)))
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
@@ -80,7 +63,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
                 sys.stdout.flush()
         finally:
             ignore_interrupts()
-    except CacheError as error:
+    except PatchcacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
         sys.exit(_end_of(error))

@@ -10,7 +10,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from cache.cli.interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
+from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
 
 OURS = ("bench", "cache", "demo", "eval", "pipeline", "train", "workspace")
 """Packages that no environment brings: one that is missing is a mistake of ours."""

@@ -5,27 +5,15 @@ is never opened for writing again.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheError, StageError
-
-WORK = Path(".work")
-"""Where everything that must survive a kill is built: outside every DVC output."""
-
-SHARDS = WORK / "shards"
-"""Every shard ever encoded here, under its name; of any encoder and any set of images."""
-
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""How file systems say that they have no locks: NFS without lockd, Lustre without flock, FUSE."""
+from ..errors import PatchcacheError
 
 CHUNK_BYTES = 1 << 20
 
@@ -44,7 +32,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def check_ordinary(path: Path, refuse: Callable[[str], CacheError]) -> None:
+def check_ordinary(path: Path, refuse: Callable[[str], PatchcacheError]) -> None:
     """Refuse a pipe, which would be waited for, and a device, which may have no end.
 
     Args:
@@ -52,7 +40,7 @@ def check_ordinary(path: Path, refuse: Callable[[str], CacheError]) -> None:
         refuse: Makes the error out of what is wrong.
 
     Raises:
-        CacheError: What `refuse` returned.
+        PatchcacheError: What `refuse` returned.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise refuse("a pipe, a socket or a device, wanted an ordinary file")
@@ -96,37 +84,6 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
     with replacing(path) as temporary, temporary.open("wb") as file:
         for piece in pieces:
             file.write(piece)
-
-
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Keep a folder, which is made, for one process at a time.
-
-    Where its file system has no locks, the user is warned that only they can see to that.
-
-    Raises:
-        StageError: Another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            # Not flock, which forked workers would go on holding after a kill of their parent.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise StageError(
-                f"{folder}: another process works in it. Wait until it is done, then run the same "
-                f"command again."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(
-                f"warning: {folder}: its file system has no locks ({error.strerror}), so that "
-                f"nothing keeps a second process out. See that none works in it.",
-                file=sys.stderr,
-                flush=True,
-            )
-        yield
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cache.errors import CacheError
+from ..errors import PatchcacheError
 
 MAX_DETAIL = 300
 """Characters of a library's own words that an error of ours repeats."""
@@ -31,7 +31,7 @@ that no file has, which a damaged file can name."""
 
 @contextlib.contextmanager
 def reading_foreign_file(
-    refuse: Callable[[str], CacheError], path: Path | None = None
+    refuse: Callable[[str], PatchcacheError], path: Path | None = None
 ) -> Iterator[None]:
     """Turn whatever a library raises while it reads a file into one error of ours.
 
@@ -44,12 +44,12 @@ def reading_foreign_file(
         path: What is read; an OSError names it where the library names nothing.
 
     Raises:
-        CacheError: What `refuse` returned.
+        PatchcacheError: What `refuse` returned.
         OSError: The system could not read the file.
     """
     try:
         yield
-    except (CacheError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (PatchcacheError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
         failure = system_failure(error)

@@ -4,8 +4,8 @@ import hashlib
 import io
 from pathlib import Path
 
-from cache.errors import CorruptShardError
-from cache.files.atomic import sha256_of
+from ..errors import CorruptShardError
+from .atomic import sha256_of
 
 
 class HashedFile(io.BufferedWriter):

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache.errors import CacheError
-from cache.files.foreign import one_line, reading_foreign_file
-from cache.files.thrift import read_struct
+from ..errors import PatchcacheError
+from .foreign import one_line, reading_foreign_file
+from .thrift import read_struct
 
 MAX_FOOTER_BYTES = 1 << 24
 """The footer names row groups and pages' places, and the shards of a store: 100 bytes each."""
@@ -61,7 +61,7 @@ DICTIONARY_ENCODINGS = {2, 8}
 ENCODINGS = DICTIONARY_ENCODINGS | {0, 3, 4, 5, 6, 9}
 """All but those in which a text is the start of the text before it: they grow with every row."""
 
-Refuse = Callable[[str], CacheError]
+Refuse = Callable[[str], PatchcacheError]
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def open_parquet(
         read_dictionary: Columns of text that are read as dictionaries.
 
     Raises:
-        CacheError: What `refuse` returned.
+        PatchcacheError: What `refuse` returned.
         OSError: The system could not read the file.
     """
     with reading_foreign_file(refuse, path):
@@ -133,7 +133,7 @@ def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
     """Refuse arrays that hold a null, at whatever depth, or text that is no UTF-8.
 
     Raises:
-        CacheError: What `refuse` returned.
+        PatchcacheError: What `refuse` returned.
         pyarrow.ArrowInvalid: An array that is not built as arrays are.
     """
     for column in columns:

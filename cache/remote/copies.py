@@ -11,11 +11,11 @@ from urllib.parse import unquote
 
 import fsspec
 
-from cache.errors import CacheError, FormatVersionError, SettingsError, UnreachableStoreError
-from cache.files.hashed import HashedFile
-from cache.files.scratch import ScratchFolder
-from cache.remote import network
-from cache.remote.network import attempt
+from ..errors import FormatVersionError, PatchcacheError, SettingsError, UnreachableStoreError
+from ..files.hashed import HashedFile
+from ..files.scratch import ScratchFolder
+from . import network
+from .network import attempt
 
 MAX_COPIES = 3
 """How often a file is copied until its bytes are right: some are flipped on their way."""
@@ -101,12 +101,12 @@ class RemoteFolder:
         Args:
             name: Of the file.
             most_bytes: It may have no more.
-            check: Raises a `CacheError` for a copy that is not right; another is made then.
+            check: Raises a `PatchcacheError` for a copy that is not right; another is made then.
 
         Raises:
             FileNotFoundError: There is no such file.
             UnreachableStoreError: The server does not deliver it.
-            CacheError: What `check` raised for the last copy.
+            PatchcacheError: What `check` raised for the last copy.
         """
         copy = self.copies / name
         copies_left = 0 if copy.exists() else MAX_COPIES
@@ -117,7 +117,7 @@ class RemoteFolder:
                 break
             except (UnreachableStoreError, FormatVersionError):
                 raise
-            except CacheError:
+            except PatchcacheError:
                 if not copies_left:
                     raise
         return copy

@@ -7,10 +7,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.errors import REMEDY, CacheError, CorruptShardError, IncompleteStoreError
-from cache.remote.copies import RemoteFolder
-from cache.spec import SPEC, Spec
-from cache.store_index import INDEX, ShardFile, check_own_hash
+from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
+from ..spec import SPEC, Spec
+from ..store_index import INDEX, ShardFile, check_own_hash
+from .copies import RemoteFolder
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
@@ -144,7 +144,7 @@ class Location:
         """
         try:
             yield
-        except CacheError as error:
+        except PatchcacheError as error:
             if self._remote:
                 copies, url = str(self._remote.copies), self._remote.url
                 error.args = tuple(

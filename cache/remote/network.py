@@ -14,8 +14,8 @@ from http.client import responses
 from pathlib import Path
 from typing import TypeVar
 
-from cache.errors import CacheError, UnreachableStoreError
-from cache.files.foreign import describe
+from ..errors import PatchcacheError, UnreachableStoreError
+from ..files.foreign import describe
 
 BACK_OFF = (0.5, 1.0, 2.0)
 """Seconds to wait before the second attempt, the third, ..."""
@@ -72,7 +72,7 @@ def attempt(action: Callable[[], Result], url: str, folder: Path, *, retry: bool
     for number, pause in enumerate(pauses, start=1):
         try:
             return action()
-        except CacheError:
+        except PatchcacheError:
             raise
         except Exception as error:
             if _is_local(error, folder):

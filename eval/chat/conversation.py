@@ -17,7 +17,7 @@ import gradio as gr
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from eval.ask import answer, make_sampling
 from eval.chat.encoder import Vision
 from eval.server.page_pictures import PagePictures
@@ -86,7 +86,7 @@ class Host:
                 upload["path"], visitor_of_session(request.session_hash)
             )
             conversation = Conversation(self._vision.look(data, name))
-        except CacheError as error:
+        except PatchcacheError as error:
             # Not an error of Gradio's, behind which the conversation before would go on.
             gr.Warning(html.escape(str(error)), duration=None)
             return None, None, []
@@ -126,7 +126,7 @@ class Host:
             for piece in self._pieces(question, conversation, temperature, int(max_tokens)):
                 text += piece
                 yield conversation.then(question, text).messages(), "", conversation
-        except CacheError as error:
+        except PatchcacheError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
         conversation = conversation.then(question, text)
         yield conversation.messages(), "", conversation

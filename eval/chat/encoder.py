@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from eval.trained import FinishedRun
 from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.images.names import MAX_IMAGE_BYTES
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
 
 if TYPE_CHECKING:
     from pipeline.encoding.encoder import Encoder
@@ -35,7 +36,7 @@ class Vision:
 
         Raises:
             SpecMismatchError: The settings of the run name a tower other than it learned from.
-            CacheError: The tower cannot be loaded.
+            PatchcacheError: The tower cannot be loaded.
         """
         if self._encoder is None:
             from pipeline.encoding.encoder import load_encoder
@@ -56,7 +57,7 @@ class Vision:
 
         Raises:
             StageError: No picture, a damaged one, or one too large to be decoded.
-            CacheError: The tower cannot be loaded, or is another one.
+            PatchcacheError: The tower cannot be loaded, or is another one.
         """
         encoder = self.load()
         size, resize = encoder.spec.image_size, cast(Resize, encoder.spec.resize)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from cache.errors import StageError
 from eval.report.thumbnails import read_image_columns
 from pipeline.images.decode import DecodeError, image_size
 from pipeline.images.names import ImageArchive, ImageNameError
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
 from workspace.settings import Params
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
-from cache.errors import StageError
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from eval.random_tower import random_tower_warning
@@ -17,6 +16,8 @@ from eval.settings import EvaluateSettings, shown_setting
 from eval.trained import Trained
 from train.model.model_files import read_json
 from train.run import weights_of
+from workspace.errors import StageError
+from workspace.paths import REPORTS
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
 """What a source of data is called; other sources have no public name."""
@@ -77,7 +78,7 @@ def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
         StageError: A report that cannot be read.
         OSError: The system could not read it.
     """
-    report = trained.folder.resolve().parent.parent / "reports" / "eval.json"
+    report = trained.folder.resolve().parent.parent / REPORTS / "eval.json"
     if not report.is_file():
         return []
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from PIL import Image
 from transformers import LlavaProcessor, PhiConfig, PreTrainedTokenizerBase
 
-from cache.errors import StageError
 from cache.spec import Spec
 from eval.llava.llava_phi import PatchcacheImageProcessor
+from workspace.errors import StageError
 
 IMAGE_TOKEN = "<image>"
 

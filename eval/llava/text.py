@@ -13,10 +13,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PhiConfig, PreTrainedModel
 
-from cache.errors import StageError
 from train.model.language_model import DTYPES
 from train.model.model_files import read_config
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 ADAPTER = "default"
 """PEFT's name of the only adapter."""

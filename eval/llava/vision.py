@@ -17,7 +17,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
-from cache.errors import StageError
+from workspace.errors import StageError
 
 NAMES = {
     "class_embedding": "embeddings.class_embedding",

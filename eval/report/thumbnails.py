@@ -3,20 +3,19 @@
 import base64
 import io
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from cache.errors import StageError
 from cache.files.parquet import read_columns
 from pipeline.images.decode import DecodeError, decode_upright
 from pipeline.images.names import ImageArchive, ImageNameError
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
+from workspace.paths import IMAGES
 
-IMAGES = Path("data/index/images.parquet")
 TYPES = {
     "image_id": pa.int64(),
     "split": pa.string(),

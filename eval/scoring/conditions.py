@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore, Spec
-from cache.errors import StageError
 from eval.report.scores import VIEWS
 from train.data.prefetch import Features
 from train.model.captioner import CaptionModel
+from workspace.errors import StageError
 
 SEEN, *_CONTROLS = VIEWS
 CONTROLS = tuple(_CONTROLS)

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StageError
-from cache.files.atomic import WORK, canonical_json, write_json
+from cache.files.atomic import canonical_json, write_json
 from cache.files.foreign import reading_foreign_file
 from train.model.generate import Generation
+from workspace.errors import StageError
+from workspace.paths import WORK
 
 FOLDER = WORK / "evaluate"
 

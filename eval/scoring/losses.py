@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cache.errors import StageError
 from eval.bootstrap import Measure, ratio_of
 from eval.scoring.conditions import Asked, View, views
 from train.data.examples import Example
@@ -19,6 +18,7 @@ from train.data.prompts import tokenize
 from train.loop.step import ForwardPass, build_step
 from train.model.captioner import CaptionModel
 from train.model.loss import CHUNK
+from workspace.errors import StageError
 
 PASS_TOKENS = 4096
 """Positions of one forward pass, padding included."""

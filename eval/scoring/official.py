@@ -19,8 +19,9 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.spice import spice
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
+from workspace.errors import StageError
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 """What SPICE needs and pycocoevalcap does not bring."""

@@ -11,7 +11,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from cache.errors import StageError
 from eval.scoring.contamination import Contaminated, counts, read_images
 from eval.scoring.yes_no import YesNo, read_pope
 from eval.settings import EvaluateSettings
@@ -25,6 +24,7 @@ from train.data.examples import (
     with_features,
 )
 from train.data.prompts import encode, question_text
+from workspace.errors import StageError
 
 KINDS = ("captions", "answers", "pope")
 

@@ -1,14 +1,12 @@
 """Reads the yes-no questions about objects that the index stage made and collected."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
-from cache.errors import StageError
 from cache.files.parquet import read_columns
-
-POPE = Path("data/index/pope.parquet")
+from workspace.errors import StageError
+from workspace.paths import YES_NO_QUESTIONS
 
 SCHEMA = pa.schema(
     [
@@ -30,7 +28,7 @@ class YesNo:
     question: str
     label: str
     question_id: str
-    """Unique over all subsets; of POPE's own questions, the subset and their number."""
+    """Unique over all subsets; of YES_NO_QUESTIONS's own questions, the subset and their number."""
 
 
 def read_pope() -> dict[str, list[YesNo]]:
@@ -42,13 +40,13 @@ def read_pope() -> dict[str, list[YesNo]]:
     Raises:
         StageError: The table is damaged, or another one.
     """
-    if not POPE.exists():
+    if not YES_NO_QUESTIONS.exists():
         return {}
 
     def refuse(detail: str) -> StageError:
-        return StageError(f"{POPE}: {detail}. Run the index stage, or `dvc pull`.")
+        return StageError(f"{YES_NO_QUESTIONS}: {detail}. Run the index stage, or `dvc pull`.")
 
-    rows = read_columns(POPE, SCHEMA, refuse).to_pylist()
+    rows = read_columns(YES_NO_QUESTIONS, SCHEMA, refuse).to_pylist()
     for row in rows:
         if row["label"] not in ("yes", "no"):
             raise refuse(f"column label holds {row['label'][:20]!r}, wanted yes or no")

@@ -17,7 +17,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cache.errors import StageError
 from cache.files.foreign import describe
 from eval.server.message_stream import MessageStream
 from eval.server.page_calls import UnknownFunctionError, clean_call
@@ -26,6 +25,7 @@ from eval.server.refusal import Refusal
 from eval.server.request_body import BodyReader, only_file, replay
 from eval.server.request_source import Sources
 from eval.server.visitors import SESSION_HASH, new_secret, session_of, visitor_of_secret
+from workspace.errors import StageError
 
 API = "/gradio_api"
 STATIC = re.compile(r"/(assets|static)(/[\w@-][\w@.-]{0,99}){1,6}", re.ASCII)

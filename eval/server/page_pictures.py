@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.errors import StageError
+from workspace.errors import StageError
 
 MAX_UPLOAD_BYTES = 10 * 2**20
 """Of one picture."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import uvicorn
 from starlette.types import ASGIApp
 
-from cache.errors import StageError
+from workspace.errors import StageError
 
 HOST = "127.0.0.1"
 MAX_CONNECTIONS = 200

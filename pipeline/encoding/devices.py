@@ -21,7 +21,7 @@ from threading import RLock, Thread
 from tqdm import tqdm
 
 from cache.cli.interrupts import without_interrupts
-from cache.errors import CacheError, StageError
+from cache.errors import PatchcacheError
 from cache.plan import PlannedShard
 from cache.spec import Spec, check_same_spec
 from pipeline.encoding.encode import encode_shards
@@ -31,6 +31,7 @@ from pipeline.encoding.stats import Tally
 from pipeline.encoding.workers import end_with_parent
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
 
 LAST = 2**62
 """A number that no shard has."""
@@ -140,7 +141,7 @@ def _others(job: Job, devices: list[str], tally: Tally, shared: Shared) -> Itera
                 "extract: the process of a device died. Finished shards are kept; check its "
                 "memory, or name fewer devices in encoder.device, and run again."
             ) from None
-        except CacheError:
+        except PatchcacheError:
             shared.stop()
             raise
         except BaseException:

@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor, nn
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.atomic import canonical_json, check_ordinary
 from cache.files.foreign import one_line, reading_foreign_file
 from cache.spec import FORMAT, Spec
 from pipeline.encoding.hub import reaching_hub, without_logging
 from pipeline.images.decode import Interpolation, Resize
 from pipeline.settings import RANDOM, EncoderSettings
+from workspace.errors import StageError
 
 PREPROCESS_VERSION = 1
 """Raised whenever a change here or in `pipeline.images.decode` gives an image other pixels."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session
 
-from cache.errors import StageError
 from cache.files.foreign import one_line, reading_foreign_file
+from workspace.errors import StageError
 
 REACH_SECONDS = 10.0
 """How long the hub may take to answer anything at all."""

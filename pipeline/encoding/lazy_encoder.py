@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cache.errors import CacheError, StageError
-from cache.files.atomic import WORK, canonical_json, sha256_of, write_bytes
+from cache.errors import PatchcacheError
+from cache.files.atomic import canonical_json, sha256_of, write_bytes
 from cache.spec import FORMAT, Spec
-from pipeline.code import code_hash
 from pipeline.encoding.versions import library_versions
 from pipeline.settings import EncoderSettings
+from workspace.code_hash import code_hash
+from workspace.errors import StageError
+from workspace.paths import WORK
 
 if TYPE_CHECKING:
     from pipeline.encoding.encoder import Encoder
@@ -75,7 +77,7 @@ def recall(settings: EncoderSettings) -> Spec | None:
         return None
     try:
         return Spec.read(SPECS / f"{key}.json")
-    except CacheError:
+    except PatchcacheError:
         # Damaged: it is made again.
         return None
 

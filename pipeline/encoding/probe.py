@@ -21,18 +21,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import Tensor
 
-from cache.errors import (
-    CorruptShardError,
-    IncompleteStoreError,
-    SpecMismatchError,
-    StageError,
-)
+from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files.atomic import canonical_json, naming
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from pipeline.encoding.encoder import Encoder
 from pipeline.encoding.versions import library_versions
 from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
+from workspace.errors import StageError
 
 FOLDER = Path(__file__).with_name("probe_images")
 

@@ -9,11 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StageError
 from cache.files.atomic import naming, replacing
 from cache.files.foreign import one_line, reading_foreign_file
-
-FEATURES = "data/features"
+from workspace.errors import StageError
+from workspace.paths import FEATURES
 
 
 def recover(names: Collection[str], folder: Path) -> list[str]:
@@ -33,7 +32,7 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
     """
     lock = Path("dvc.lock")
     with naming(lock):
-        if not lock.is_file() or FEATURES not in lock.read_text():
+        if not lock.is_file() or str(FEATURES) not in lock.read_text():
             return []
     # Importing DVC takes a second or two.
     from dvc.api import DVCFileSystem
@@ -56,9 +55,9 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
 
 
 def _fetch(stored: Any, names: set[str], folder: Path) -> None:
-    if not stored.isdir(FEATURES):
+    if not stored.isdir(str(FEATURES)):
         return
-    there = {path.rpartition("/")[2] for path in stored.ls(FEATURES, detail=False)}
+    there = {path.rpartition("/")[2] for path in stored.ls(str(FEATURES), detail=False)}
     lacking = 0
     for name in sorted(there & names):
         try:

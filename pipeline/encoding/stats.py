@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from cache.errors import StageError
+from workspace.errors import StageError
 
 
 @dataclass

@@ -11,12 +11,13 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache.errors import CacheError
-from cache.files.atomic import SHARDS, WORK, naming, sha256_of, write_bytes, write_text
+from cache.errors import PatchcacheError
+from cache.files.atomic import naming, sha256_of, write_bytes, write_text
 from cache.plan import PlannedShard
 from cache.spec import Spec
 from cache.store_index import INDEX, PROBE, StoreTable
 from pipeline.encoding.recover import recover
+from workspace.paths import SHARDS, WORK
 
 PULLED = WORK / "pulled"
 """Where files from DVC wait until they are checked."""
@@ -75,7 +76,7 @@ def recover_finished(names: Collection[str], spec: Spec) -> None:
         (PULLED / name).unlink(missing_ok=True)
     recover({*names, INDEX, PROBE}, PULLED)
     # Without an index, or with one of another encoder, nothing can be said about the shards.
-    with contextlib.suppress(CacheError):
+    with contextlib.suppress(PatchcacheError):
         _take_over(names, StoreTable.read(PULLED / INDEX, spec), spec)
     shutil.rmtree(PULLED, ignore_errors=True)
 

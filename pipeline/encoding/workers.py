@@ -20,7 +20,8 @@ from multiprocessing.context import ForkProcess
 from typing import Generic, Self, TypeVar
 
 from cache.cli.interrupts import without_interrupts
-from cache.errors import CacheError, StageError
+from cache.errors import PatchcacheError
+from workspace.errors import StageError
 
 Result = TypeVar("Result")
 
@@ -40,7 +41,7 @@ class Workers(Generic[Result]):
         """Start the processes.
 
         Args:
-            work: What is done with a number. A `CacheError` or an OSError that it raises is raised
+            work: What is done with a number. Its PatchcacheError or OSError is raised
                 here too.
             num_workers: How many processes; with 0 the work is done here.
         """
@@ -123,10 +124,10 @@ class _Worker(Generic[Result]):
         try:
             pickle.dump(number, self._pipe)
             self._pipe.flush()
-            answer: Result | CacheError | OSError = pickle.load(self._pipe)
+            answer: Result | PatchcacheError | OSError = pickle.load(self._pipe)
         except (EOFError, OSError, pickle.UnpicklingError):
             raise self._death() from None
-        if isinstance(answer, CacheError | OSError):
+        if isinstance(answer, PatchcacheError | OSError):
             raise answer
         return answer
 
@@ -155,7 +156,7 @@ def _serve(work: Callable[[int], object], here: socket.socket, there: socket.soc
             number = pickle.load(pipe)
             try:
                 answer = work(number)
-            except (CacheError, OSError) as error:
+            except (PatchcacheError, OSError) as error:
                 answer = error
             # Protocol 5 writes an array without a copy of it.
             pickle.dump(answer, pipe, protocol=5)

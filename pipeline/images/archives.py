@@ -13,9 +13,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from cache.errors import CacheError, StageError
+from cache.errors import PatchcacheError
 from cache.files.foreign import reading_foreign_file
 from pipeline.images.zip_file import open_zip
+from workspace.errors import StageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger file is refused before it is read: a zip member can claim any size."""
@@ -35,7 +36,7 @@ _ERRORS_OF_NAMES = {
 """What the system says of one file; its other errors are about the disk or the machine."""
 
 
-class ImageNameError(CacheError, ValueError):
+class ImageNameError(PatchcacheError, ValueError):
     """A file name that points out of the image root, or at nothing that can be read there."""
 
 
@@ -254,7 +255,7 @@ def _check_size(name: str, num_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def _reading(refuse: Callable[[str], CacheError], where: str) -> Iterator[None]:
+def _reading(refuse: Callable[[str], PatchcacheError], where: str) -> Iterator[None]:
     """Tell a file that cannot be read from a disk that fails."""
     try:
         with reading_foreign_file(refuse):

@@ -8,7 +8,6 @@ say `000000000009.jpg`, and other files do it the other way round.
 from collections.abc import Sequence
 from pathlib import Path
 
-from cache.errors import StageError
 from cache.files.atomic import check_ordinary
 from pipeline.images.archives import (
     MAX_IMAGE_BYTES,
@@ -18,6 +17,7 @@ from pipeline.images.archives import (
     ImageZip,
     plain_name,
 )
+from workspace.errors import StageError
 
 __all__ = ["MAX_IMAGE_BYTES", "ImageArchive", "ImageNameError", "check_file_name"]
 

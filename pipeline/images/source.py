@@ -6,8 +6,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from cache.errors import StageError
 from pipeline.images.names import ImageArchive, ImageNameError
+from workspace.errors import StageError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
@@ -18,7 +18,7 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
     Raises:
         OSError: It cannot be opened.
-        CacheError: Now or later, the system cannot read it.
+        PatchcacheError: Now or later, the system cannot read it.
     """
     return _Zip(io.BufferedReader(_Reader(path)))
 
@@ -58,7 +58,9 @@ class _Reader(io.FileIO):
         try:
             yield
         except OSError as error:
-            raise CacheError(f"{self.name!s}: {error.strerror}. Look after the disk.") from None
+            raise PatchcacheError(
+                f"{self.name!s}: {error.strerror}. Look after the disk."
+            ) from None
 
     def __del__(self) -> None:
         """Close the file with the last zip that reads it, as `zipfile` does with its own."""

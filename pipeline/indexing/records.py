@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
-from cache.errors import StageError
 from cache.files.atomic import check_ordinary, naming
 from pipeline.images.names import ImageNameError, check_file_name
+from workspace.errors import StageError
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
 

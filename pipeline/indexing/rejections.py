@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cache.errors import StageError
 from pipeline.indexing.records import Kind, Rejection
+from workspace.errors import StageError
 
 NOT_INDEXED = "image not in the index"
 """Why a sound question of POPE's is left out. Most are, unless all of COCO is indexed."""

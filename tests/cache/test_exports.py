@@ -8,7 +8,7 @@ import cache
 from cache import FeatureStore, VerifyReport
 
 STABLE = {
-    "CacheError",
+    "PatchcacheError",
     "CorruptShardError",
     "FeatureStore",
     "IncompleteStoreError",
@@ -27,7 +27,7 @@ def test_the_stable_names_are_exported():
 
 @pytest.mark.parametrize("name", sorted(n for n in cache.__all__ if n.endswith("Error")))
 def test_every_error_is_of_the_one_tree(name):
-    assert issubclass(getattr(cache, name), cache.CacheError)
+    assert issubclass(getattr(cache, name), cache.PatchcacheError)
 
 
 def test_a_missing_image_is_a_key_error():

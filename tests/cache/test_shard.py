@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from cache.errors import CacheError, CorruptShardError, SpecMismatchError, UnsafeShardError
+from cache.errors import CorruptShardError, PatchcacheError, SpecMismatchError, UnsafeShardError
 from cache.shard import hash_rows, open_shard, shard_bytes, write_shard
 
 TYPES = {"features": "<f2", "image_id": "<i8", "row_xxh3": "<u8"}
@@ -326,7 +326,7 @@ def test_another_type_is_unsafe(craft, spec, name, dtype):
         ("features", (4, 4, 6), CorruptShardError),
         ("features", (5, 6, 4), CorruptShardError),
         ("features", (5, 4, 7), CorruptShardError),
-        ("features", (0, 4, 6), CacheError),
+        ("features", (0, 4, 6), PatchcacheError),
         ("image_id", (5, 1), UnsafeShardError),
         ("image_id", (4,), CorruptShardError),
         ("image_id", (0,), CorruptShardError),
@@ -466,7 +466,7 @@ def test_flipped_bytes_outside_the_features_raise_nothing_but_our_errors(tmp_pat
         path.write_bytes(flipped)
         try:
             open_shard(path, spec)
-        except CacheError as error:
+        except PatchcacheError as error:
             assert "flipped.h5" in str(error)  # noqa: PT017
             refused += 1
     # What is not refused here are flipped ids and hashes, which the index and `verify` catch.
@@ -543,7 +543,7 @@ def test_forged_metadata_with_fitting_checksums_raise_nothing_but_our_errors(tmp
         path.write_bytes(forged)
         try:
             found = open_shard(path, spec)
-        except CacheError:
+        except PatchcacheError:
             refused += 1
         else:
             # Whatever was accepted can be mapped and read to its last byte.
@@ -576,5 +576,5 @@ def test_features_forged_to_lie_beyond_the_end_are_corrupt(tmp_path, spec, shard
 @pytest.mark.parametrize("count", [0, 6, 2**40, 2**61 + 5, 2**63, 2**64 - 2])
 def test_forged_numbers_of_rows_are_refused(tmp_path, spec, shard, count):
     (tmp_path / "forged.h5").write_bytes(forge(shard.read_bytes(), len(IDS), count))
-    with pytest.raises(CacheError, match=r"forged.h5: "):
+    with pytest.raises(PatchcacheError, match=r"forged.h5: "):
         open_shard(tmp_path / "forged.h5", spec)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cache.errors import CacheError, IncompleteStoreError, SpecMismatchError
+from cache.errors import IncompleteStoreError, PatchcacheError, SpecMismatchError
 from cache.spec import Spec, check_same_spec
 
 FIELDS = [field.name for field in dataclasses.fields(Spec)]
@@ -71,7 +71,7 @@ def test_another_format_is_refused_by_its_name(spec):
 def test_a_missing_field_is_named(spec, name):
     values = json.loads(spec.to_json())
     del values[name]
-    with pytest.raises(CacheError, match=name):
+    with pytest.raises(PatchcacheError, match=name):
         Spec.from_json(json.dumps(values).encode(), "here")
 
 
@@ -138,7 +138,7 @@ def test_a_mismatch_names_every_field_that_differs_and_no_other(spec):
     ids=lambda text: text[:16],
 )
 def test_what_no_writer_makes_is_one_short_line(text):
-    with pytest.raises(CacheError) as caught:
+    with pytest.raises(PatchcacheError) as caught:
         Spec.from_json(text, "spec.json")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600

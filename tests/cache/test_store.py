@@ -15,10 +15,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cache import store as module
 from cache.audit import audit
 from cache.errors import (
-    CacheError,
     CorruptShardError,
     IncompleteStoreError,
     MissingImageError,
+    PatchcacheError,
     SettingsError,
     SpecMismatchError,
 )
@@ -639,7 +639,7 @@ def test_no_line_about_a_store_says_its_path_twice_or_speaks_of_fetching(store):
         root = store.root.with_name(f"changed{number}")
         shutil.copytree(store.root, root)
         change(root)
-        with pytest.raises(CacheError) as caught:
+        with pytest.raises(PatchcacheError) as caught:
             FeatureStore(root)
         assert str(caught.value).count(str(root)) == 1
         for line in audit(Location(root), deep=True).problems:

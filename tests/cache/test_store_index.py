@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import CacheError, CorruptShardError, IncompleteStoreError, SpecMismatchError
+from cache.errors import CorruptShardError, IncompleteStoreError, PatchcacheError, SpecMismatchError
 from cache.store_index import SCHEMA, ShardFile, StoreTable, check_own_hash
 
 NAMES = ["00000000000000aa.h5", "00000000000000bb.h5", "00000000000000cc.h5"]
@@ -339,7 +339,7 @@ def test_every_flipped_bit_is_found(written, read):
         changed = bytearray(data)
         changed[place] ^= 1 << place % 8
         written.write_bytes(changed)
-        with pytest.raises(CacheError):  # noqa: PT012
+        with pytest.raises(PatchcacheError):  # noqa: PT012
             check_own_hash(written)
             read(written)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.errors import MissingImageError, SettingsError, SpecMismatchError, StageError
+from cache.errors import MissingImageError, SettingsError, SpecMismatchError
 from eval.ask import TOP_P, answer, cached_features, main
 from eval.chat.encoder import Vision, read_picture
 from eval.trained import load_run
@@ -19,6 +19,7 @@ from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["What is on the dog", "how many", "where"]

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from eval.compare import EXAMPLES, compare, lie_apart, pair_texts
 from eval.evaluation import COLUMNS, read_evaluation
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval.evaluate
-from cache.cli.command import run_stage
-from cache.errors import CacheError, SettingsError, SpecMismatchError, StageError
+from cache.errors import PatchcacheError, SettingsError, SpecMismatchError
 from cache.files.atomic import sha256_of
 from eval.evaluate import evaluate
 from eval.metrics import exact_match
@@ -30,6 +29,8 @@ from train.model.language_model import load_language_model, load_lora, load_toke
 from train.model.projector import load_projector, seeded_projector
 from train.run import index_hashes
 from train.settings import LlmSettings
+from workspace.errors import StageError
+from workspace.stage import run_stage
 
 SCORES, TABLE, RESULTS, LIST, PAGE = (
     Path("reports", name)
@@ -570,7 +571,7 @@ def test_what_is_missing_or_damaged_is_named_in_one_line(world, path, change, wo
     if path.startswith("runs"):
         # As if it had been made so: otherwise nothing else of it would be looked at.
         sign_weights(Path(*Path(path).parts[:2]))
-    with pytest.raises(CacheError, match=words) as caught:
+    with pytest.raises(PatchcacheError, match=words) as caught:
         evaluate(world.params())
     assert one_line(caught)
     assert not PAGE.exists()

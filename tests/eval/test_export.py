@@ -18,7 +18,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from cache.errors import SettingsError, SpecMismatchError, StageError
+from cache.errors import SettingsError, SpecMismatchError
 from eval import export as module
 from eval.export import appearing, export, main
 from eval.trained import load_run
@@ -33,6 +33,7 @@ from train.model.language_model import add_lora, load_language_model
 from train.model.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
+from workspace.errors import StageError
 
 QUESTIONS = ["What is in the box", "how many", "yes no"]
 EVALUATE = {

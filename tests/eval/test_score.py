@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from pycocoevalcap.spice import spice
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from eval.metrics import score_captions
 from eval.score import score
 from eval.scoring.official import score_officially, tokenize
 from eval.scoring.ptb_tokenizer import tokenize_caption
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import eval.scoring.generation
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from eval.evaluate import evaluate
 from eval.settings import EvaluateSettings
 from pipeline.index import SCHEMAS
@@ -112,7 +112,7 @@ def test_an_odd_number_is_refused_by_name_or_works(observe, leaf, value):
     name = leaf.partition(".")[2]
     try:
         observe({name: value})
-    except CacheError as error:
+    except PatchcacheError as error:
         refusal = str(error)
     else:
         return

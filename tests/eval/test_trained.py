@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cache.errors import SpecMismatchError, StageError
+from cache.errors import SpecMismatchError
 from eval.ask import ask
 from eval.evaluate import evaluate
 from eval.export import export
 from eval.serve import serve
 from eval.trained import load_run
 from train.model.projector import seeded_projector
+from workspace.errors import StageError
 
 RUN = Path("runs/finetune")
 PROVENANCE = RUN / "provenance.json"

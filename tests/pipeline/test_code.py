@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import code as module
-from pipeline.code import FILES, PACKAGES, STAGES, code_hash, modules_of
+from pipeline.code import FILES, STAGES
 from tests.checkout import ROOT
+from workspace.code_hash import PACKAGES, code_hash, modules_of
 
 SOURCE = (
     '"""Says what it is."""\n\nLIMIT = 3\n"""Most of them."""\n\ndef double(x):\n    return 2 * x\n'

@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from urllib3.exceptions import HTTPError
 
-from cache.errors import StageError
 from pipeline import download as module
 from pipeline.download import check_free_space, download
 from pipeline.settings import Download
+from workspace.errors import StageError
 
 CONTENT = bytes(range(256)) * 1000
 

@@ -17,8 +17,8 @@ import torch
 import xxhash
 
 from cache import FeatureStore
-from cache.errors import IncompleteStoreError, StageError
-from cache.files.atomic import SHARDS, exclusive, sha256_of
+from cache.errors import IncompleteStoreError
+from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.store_index import PROBE, StoreTable
 from pipeline import extract as module
@@ -28,10 +28,12 @@ from pipeline.encoding import probe as probe_module
 from pipeline.encoding import work_folder as finished_module
 from pipeline.encoding.encoder import Encoder, load_encoder
 from pipeline.encoding.probe import read_probe, take_probe
-from pipeline.extract import FEATURES
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
+from workspace.locks import exclusive
+from workspace.paths import FEATURES, SHARDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 

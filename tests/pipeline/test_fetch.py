@@ -11,9 +11,10 @@ import pytest
 from ruamel.yaml import YAML
 
 from cache.cli.interrupts import INTERRUPTS
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from pipeline.fetch import fetch, unpack
+from workspace.errors import StageError
 from workspace.settings import Params
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import xxhash
 from PIL import Image
 from ruamel.yaml import YAML
 
-from cache.errors import StageError
 from pipeline.index import KINDS, index
 from pipeline.indexing.collect import choose_holdout, unique_ids
+from workspace.errors import StageError
 from workspace.settings import Params
 
 NAMES = {"train": [f"{number:012d}.jpg" for number in range(1, 13)], "val": ["000000000100.jpg"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from eval.runs import read_history
 from eval.score import read_captions
 from pipeline.extract import extract
@@ -78,7 +78,7 @@ def put(kind, path):
 
 
 def check_refused(work, name):
-    with limited(), pytest.raises((CacheError, OSError)) as refused:
+    with limited(), pytest.raises((PatchcacheError, OSError)) as refused:
         work()
     text = str(refused.value)
     assert name in text

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from pipeline.settings import EncoderSettings, ExtractSettings
 from tests.pipeline.conftest import TINY
 from tests.settings_law import ODD_NUMBERS, leaves
@@ -57,7 +57,7 @@ def observe(make_workspace):
             torch.save(CLIP(**TINY).state_dict(), workspace.root / "weights.pt")
         try:
             workspace.run()
-        except CacheError as error:
+        except PatchcacheError as error:
             return str(error)
         return workspace.store_bytes()
 

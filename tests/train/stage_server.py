@@ -152,7 +152,7 @@ def _run(what, folder, output, environment):
 
 
 def _do(what):
-    from cache.cli.command import run_stage
+    from workspace.stage import run_stage
 
     if what in STAGES:
         # As `python -m train.<stage>` does.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from train.compare import compare, flatten
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 

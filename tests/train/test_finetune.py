@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 
 import train.finetune
 import train.loop.loop
-from cache.errors import StageError
 from train.finetune import finetune
 from train.model.language_model import load_language_model, load_lora
 from train.model.projector import load_projector, seeded_projector
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 FILES = {
     "projector.safetensors", "adapter", "metrics.json", "history.csv", "params.yaml",

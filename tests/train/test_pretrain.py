@@ -8,11 +8,11 @@ import torch
 
 import train.loop.loop
 import train.pretrain
-from cache.errors import StageError
 from cache.files.atomic import sha256_of
 from train.model.projector import load_projector, seeded_projector
 from train.pretrain import pretrain
 from train.run import HISTORY_COLUMNS
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 FILES = {"projector.safetensors", "metrics.json", "history.csv", "params.yaml", "provenance.json"}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cache.errors import CacheError, SpecMismatchError, StageError
+from cache.errors import PatchcacheError, SpecMismatchError
 from cache.files.atomic import sha256_of
 from tests.conftest import write_store
 from train.finetune import finetune
@@ -13,6 +13,7 @@ from train.model.fingerprint import language_model_identity
 from train.model.language_model import load_tokenizer
 from train.provenance import read_provenance
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 PROVENANCE = Path("runs/pretrain/provenance.json")
 
@@ -188,7 +189,7 @@ def test_a_damaged_provenance_of_stage_1_is_one_line(workspace, no_model, text):
     PROVENANCE.unlink()
     if text is not None:
         PROVENANCE.write_text(text.replace("FOUND", found), errors="surrogateescape")
-    with pytest.raises(CacheError) as error:
+    with pytest.raises(PatchcacheError) as error:
         finetune(workspace.params())
     assert str(error.value).startswith(str(PROVENANCE))
     assert "\n" not in str(error.value)

@@ -8,19 +8,10 @@ import pytest
 import torch
 
 from cache import FeatureStore
-from cache.errors import StageError
 from cache.files.atomic import sha256_of
-from train.data.examples import CAPTIONS, CONVERSATIONS, FEATURES
-from train.run import (
-    LIBRARIES,
-    RUNS,
-    UNFINISHED,
-    RunDirectory,
-    alone,
-    git_commit,
-    identity,
-    provenance,
-)
+from train.run import LIBRARIES, UNFINISHED, RunDirectory, alone, git_commit, identity, provenance
+from workspace.errors import StageError
+from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS
 
 REPORT = Path("reports/pretrain.json")
 PUBLISHED = {"params.yaml", "provenance.json", "metrics.json", "history.csv"}

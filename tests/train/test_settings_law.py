@@ -11,9 +11,8 @@ import train.finetune
 import train.loop.loop
 import train.loop.tracking
 import train.pretrain
-from cache.errors import CacheError, SettingsError
+from cache.errors import PatchcacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
-from train.run import RUNS
 from train.settings import (
     CheckpointSettings,
     FinetuneSettings,
@@ -22,6 +21,7 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
+from workspace.paths import RUNS
 
 SHARED = {
     "llm": LlmSettings,
@@ -258,6 +258,6 @@ def refusal_of(observe, stage, changes):
     """Return the error of ours with which a stage ends, if it ends with one."""
     try:
         observe(stage, changes)
-    except CacheError as error:
+    except PatchcacheError as error:
         return error
     return None

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from cache.cli.sizes import human_size
-from cache.errors import CacheError, StageError
-from cache.files.atomic import SHARDS, exclusive, sha256_of
+from cache.errors import PatchcacheError
+from cache.files.atomic import sha256_of
 from workspace import gc as module
+from workspace.errors import StageError
 from workspace.gc import collect
+from workspace.locks import exclusive
+from workspace.paths import SHARDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +26,7 @@ FEATURES = "data/features"
 HOLD = """
 import sys
 from pathlib import Path
-from cache.files.atomic import exclusive
+from workspace.locks import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -181,10 +184,10 @@ def test_without_a_whole_store_nothing_is_freed(needed, unneeded, folder, missin
 
 def test_one_store_that_cannot_be_read_keeps_all(needed, unneeded):
     for stores in ([FEATURES, "nowhere"], ["nowhere", FEATURES]):
-        with pytest.raises(CacheError, match="nowhere"):
+        with pytest.raises(PatchcacheError, match="nowhere"):
             collect(stores, delete=True)
     (Path(FEATURES) / "index.parquet").write_bytes(b"no index")
-    with pytest.raises(CacheError, match=r"index\.parquet"):
+    with pytest.raises(PatchcacheError, match=r"index\.parquet"):
         collect([FEATURES], delete=True)
     assert names() == needed | unneeded
 

@@ -17,13 +17,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cache import FeatureStore
-from cache.errors import StageError
+from workspace.paths import CAPTIONS, CONVERSATIONS
+from workspace.errors import StageError
 from cache.files.parquet import check_values, open_parquet, values_of
 from train.data.prompts import Text, caption_text, conversation_text
 
-FEATURES = Path("data/features")
-CAPTIONS = Path("data/index/captions.parquet")
-CONVERSATIONS = Path("data/index/conversations.parquet")
 
 TURNS = "turns.list.element.text"
 """Column of what is said in the turns; who says it follows from the order."""

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cache.errors import StageError
 from cache.files.atomic import CHUNK_BYTES, canonical_json, replacing
 from cache.files.foreign import reading_foreign_file, writing_foreign_file
+from workspace.errors import StageError
 
 OPTIMIZER = "optimizer."
 PARAMETER = "parameter."

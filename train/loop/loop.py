@@ -16,7 +16,6 @@ from accelerate.utils import reduce
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from cache.errors import StageError
 from cache.files.foreign import reading_foreign_file
 from train.loop.checkpoint import Checkpoints
 from train.loop.history import History
@@ -28,6 +27,7 @@ from train.loop.validation import samples, validation_loss
 from train.model.preflight import check_first_logits
 from train.run import RunDirectory
 from train.settings import CheckpointSettings
+from workspace.errors import StageError
 
 
 def train(

@@ -17,12 +17,12 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cache.errors import StageError
 from train.data.examples import Example
 from train.data.packing import ImageTexts, PackedBatch, collate, pack
 from train.data.prefetch import Features, gather_tensor
 from train.data.prompts import tokenize
 from train.model.captioner import CaptionModel
+from workspace.errors import StageError
 
 NAMED_IMAGES = 8
 """How many image ids an error names."""

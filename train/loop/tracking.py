@@ -9,11 +9,12 @@ from typing import Any
 
 import wandb
 
-from cache.errors import CacheError, StageError
-from cache.files.atomic import WORK
+from cache.errors import PatchcacheError
 from cache.files.foreign import describe
 from train.run import RunDirectory
 from train.settings import TrackingSettings
+from workspace.errors import StageError
+from workspace.paths import WORK
 
 
 class Tracker:
@@ -69,7 +70,7 @@ class Tracker:
     def _training_first(self) -> Iterator[None]:
         try:
             yield
-        except (CacheError, KeyboardInterrupt, SystemExit):
+        except (PatchcacheError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
             self._run = None

@@ -11,11 +11,11 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from cache.errors import StageError
 from cache.files.foreign import reading_foreign_file
 from train.model.model_files import ADAPTER_CONFIG, read_json
 from train.model.tensor_file import read_header
 from train.settings import LoraSettings
+from workspace.errors import StageError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

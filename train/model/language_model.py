@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
 from train.model.adapter_files import ADAPTER_WEIGHTS, check_adapter, read_lora_settings
 from train.model.adapter_files import refusal as adapter_refusal
@@ -39,6 +39,7 @@ from train.model.model_files import (
     refusal,
 )
 from train.settings import LlmSettings, LoraSettings
+from workspace.errors import StageError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
 """Every linear layer of a Phi block; not the embeddings, not lm_head."""

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from cache.errors import CacheError, SettingsError
+from cache.errors import PatchcacheError, SettingsError
 from cache.files.atomic import check_ordinary
 from cache.files.foreign import reading_foreign_file
 from train.model.tensor_file import TensorFile, read_header
@@ -150,11 +150,11 @@ def check_tokenizer_files(model: str) -> Path:
     return folder
 
 
-def read_json(path: Path, refuse: Callable[[str], CacheError]) -> dict[str, Any]:
+def read_json(path: Path, refuse: Callable[[str], PatchcacheError]) -> dict[str, Any]:
     """Read a JSON object from a small file.
 
     Raises:
-        CacheError: What `refuse` returned.
+        PatchcacheError: What `refuse` returned.
         OSError: The system could not read the file.
     """
     if not path.is_file():

@@ -13,13 +13,13 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cache.errors import StageError
 from train.loop.step import StepData
 from train.model.captioner import CaptionModel
 from train.model.language_model import DTYPES, LORA_TARGETS
 from train.model.loss import CHUNK
 from train.model.model_files import read_config
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 VERSIONS = "Install the libraries of requirements.lock"
 

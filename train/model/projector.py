@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from cache.errors import StageError
 from cache.files.atomic import replacing
 from cache.files.foreign import reading_foreign_file, writing_foreign_file
 from train.model.tensor_file import read_header
+from workspace.errors import StageError
 
 MAX_HEADER_BYTES = 10_000
 """Many times as long as the header of any projector."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from cache.files.atomic import naming
 from cache.files.foreign import reading_foreign_file
 
@@ -33,7 +33,7 @@ class TensorFile:
 
 
 def read_header(
-    path: Path, refuse: Callable[[str], CacheError], max_bytes: int = MAX_HEADER_BYTES
+    path: Path, refuse: Callable[[str], PatchcacheError], max_bytes: int = MAX_HEADER_BYTES
 ) -> TensorFile:
     """Read names, types, shapes and metadata of a safetensors file.
 
@@ -43,8 +43,8 @@ def read_header(
         max_bytes: The largest header that such a file has.
 
     Raises:
-        CacheError: What `refuse` returned: no such file, none of safetensors, or a header that is
-            too large.
+        PatchcacheError: What `refuse` returned: no such file, none of safetensors, or a header
+            that is too large.
         OSError: The system could not read the file.
     """
     if not path.is_file():

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cache.cli.command import run_stage
+from workspace.stage import run_stage
 
 STAGE = """
 \"\"\"A stage.\"\"\"
 import os, signal, sys
-from cache.cli.command import run_stage
-from cache.errors import MissingImageError, SettingsError, StageError
+from workspace.stage import run_stage
+from cache.errors import MissingImageError, SettingsError
+from workspace.errors import StageError
 
 def stage(params):
     {body}

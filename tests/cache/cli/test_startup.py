@@ -19,6 +19,16 @@ COMMANDS = [
 ]
 
 
+FIRST = ("fsspec", "h5py", "numpy", "pyarrow", "requests", "ruamel", "torch", "xxhash")
+"""Packages of the environment, one of which a command imports first."""
+
+
+def write_first(folder, text):
+    """Put a module in the place of whatever a command imports first."""
+    for package in FIRST:
+        (folder / f"{package}.py").write_text(text)
+
+
 def call(name, tmp_path, *, isolated=True, code=0):
     """Call a command, without or with the packages of the environment."""
     flags = ["-S"] if isolated else []
@@ -46,7 +56,7 @@ def test_without_the_environment_one_line_says_how_to_have_it(tmp_path, name):
     ["import cache.none", "from os import none", "import xml.none", "raise AssertionError"],
 )
 def test_a_mistake_of_ours_is_not_hidden(tmp_path, fault):
-    (tmp_path / "numpy.py").write_text(fault)
+    write_first(tmp_path, fault)
     failed = call("cache.verify", tmp_path)
     assert failed.returncode == 1
     assert "Traceback" in failed.stderr
@@ -58,8 +68,7 @@ HELD_UP = "import signal\n{before}\nsignal.raise_signal(signal.{name})\nprint('w
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_during_the_imports_is_one_line(tmp_path, command, name):
-    for package in ("numpy", "torch", "ruamel", "requests"):
-        (tmp_path / f"{package}.py").write_text(HELD_UP.format(name=name, before=""))
+    write_first(tmp_path, HELD_UP.format(name=name, before=""))
     stopped = call(command, tmp_path)
     assert stopped.returncode == 130
     assert stopped.stdout == ""
@@ -68,12 +77,12 @@ def test_a_signal_during_the_imports_is_one_line(tmp_path, command, name):
 
 def test_an_import_that_catches_everything_does_not_go_on(tmp_path):
     held = "import signal\ntry: signal.raise_signal(signal.SIGTERM)\nexcept BaseException: pass"
-    (tmp_path / "numpy.py").write_text(held)
+    write_first(tmp_path, held)
     assert call("cache.verify", tmp_path).returncode == 130
 
 
 def test_a_signal_ends_an_import_that_waits(tmp_path):
-    (tmp_path / "numpy.py").write_text("import time; print(flush=True); time.sleep(60)")
+    write_first(tmp_path, "import time; print(flush=True); time.sleep(60)")
     process = subprocess.Popen(
         [sys.executable, "-S", "-m", "cache.verify"],
         cwd=tmp_path,
@@ -90,7 +99,7 @@ def test_a_signal_ends_an_import_that_waits(tmp_path):
 
 def test_what_the_caller_ignores_stays_ignored_during_the_imports(tmp_path):
     before = "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
-    (tmp_path / "numpy.py").write_text(HELD_UP.format(name="SIGHUP", before=before))
+    write_first(tmp_path, HELD_UP.format(name="SIGHUP", before=before))
     usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert call("cache.verify", tmp_path).stdout == "went on\n"

@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import StageError
 from cache.files.atomic import (
     canonical_json,
-    exclusive,
     link_or_copy,
     naming,
     replacing,
@@ -23,6 +21,8 @@ from cache.files.atomic import (
     write_json,
     write_text,
 )
+from workspace.errors import StageError
+from workspace.locks import exclusive
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside(tmp_path):

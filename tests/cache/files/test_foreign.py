@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from cache.errors import CorruptShardError, StageError
+from cache.errors import CorruptShardError
 from cache.files.foreign import MAX_DETAIL, one_line, reading_foreign_file, writing_foreign_file
+from workspace.errors import StageError
 
 A = Path("a file")
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import StageError
 from cache.files import parquet
 from cache.files.parquet import open_parquet, read_columns
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,7 +24,7 @@ READ = """
 import sys, time
 import pyarrow as pa
 from pathlib import Path
-from cache.errors import StageError
+from workspace.errors import StageError
 from cache.files.parquet import read_columns
 schema = pa.schema([("image_id", pa.int64()), ("text", pa.string())])
 for path in sys.argv[1:]:

@@ -12,9 +12,9 @@ import pytest
 
 from cache.audit import audit
 from cache.errors import (
-    CacheError,
     CorruptShardError,
     IncompleteStoreError,
+    PatchcacheError,
     SpecMismatchError,
     UnreachableStoreError,
 )
@@ -210,7 +210,7 @@ def test_a_fault_that_stays_is_one_line_that_says_what_it_is(
 ):
     server.fail(named(store, name), *fault)
     with pytest.raises(
-        CacheError, match=f"^{server.url}/{named(store, name)}: ({reason})"
+        PatchcacheError, match=f"^{server.url}/{named(store, name)}: ({reason})"
     ) as caught:
         gathers(server.url, store)
     assert type(caught.value) is error
@@ -223,7 +223,7 @@ def test_a_fault_that_stays_is_one_line_that_says_what_it_is(
 @pytest.mark.parametrize("status", [403, 404])
 def test_nobody_asks_again_for_what_is_refused_or_missing(store, server, status):
     server.fail("spec.json", "status", status)
-    with pytest.raises(CacheError):
+    with pytest.raises(PatchcacheError):
         FeatureStore(server.url)
     assert server.requests["HEAD", "spec.json"] == 1
 
@@ -350,7 +350,7 @@ def test_a_full_disk_here_is_no_fault_of_the_network(store, server, monkeypatch)
     monkeypatch.setattr("cache.remote.copies.attempt", full)
     with pytest.raises(OSError, match="No space left") as caught:
         opened.gather(store.image_ids)
-    assert not isinstance(caught.value, CacheError)
+    assert not isinstance(caught.value, PatchcacheError)
 
 
 @pytest.mark.parametrize("opens_paths", [False, True])

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 from ruamel.yaml import YAML
 
-from cache.errors import StageError
 from eval.llava.card import model_card, read_score_rows
 from eval.random_tower import WARNING
 from tests.eval.llava.test_processor import spec
+from workspace.errors import StageError
 
 SCORES = {
     "captions": {

@@ -9,11 +9,11 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPImageProcessorPil, PhiConfig
 
 from cache import Spec
-from cache.errors import StageError
 from eval.llava.processor import image_processor, image_token_id, make_processor
 from pipeline.images.decode import decode_rgb
 from tests.conftest import EOS
 from train.data.prompts import dialogue_prompt
+from workspace.errors import StageError
 
 SPEC = {
     "format": "patchcache/1", "model": "tiny", "weights_sha256": "0" * 64,

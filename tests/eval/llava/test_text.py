@@ -6,9 +6,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, GPT2Config, PhiForCausalLM
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from eval.llava.text import phi_config, plain_weights
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])

@@ -8,9 +8,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionModel
 
-from cache.errors import StageError
 from eval.llava.vision import clip_vision_config, clip_vision_weights
 from tests.pipeline.conftest import TINY
+from workspace.errors import StageError
 
 
 @pytest.fixture

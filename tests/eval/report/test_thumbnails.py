@@ -10,10 +10,10 @@ import pytest
 import xxhash
 from PIL import Image
 
-from cache.errors import StageError
 from eval.report.thumbnails import thumbnail_uri, thumbnails_of
 from pipeline.images.decode import DecodeError, decode_rgb
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
 
 INDEX = Path("data/index/images.parquet")
 

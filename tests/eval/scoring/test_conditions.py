@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cache.errors import StageError
 from eval.scoring.conditions import CONTROLS, SEEN, Asked, Noise, other_images, views
+from workspace.errors import StageError
 
 STORE = SimpleNamespace(image_ids=np.arange(100, 140), root="data/features")
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import StageError
 from eval.scoring.contamination import Contaminated, IndexedImages, counts, read_images
+from workspace.errors import StageError
 
 
 def test_an_image_is_found_by_its_id_and_by_its_file():

@@ -6,7 +6,6 @@ import torch
 
 import eval.scoring.conditions
 import eval.scoring.losses
-from cache.errors import StageError
 from eval.scoring.conditions import CONTROLS, SEEN, Asked, other_images
 from eval.scoring.losses import answer_losses
 from train.data.examples import Example
@@ -14,6 +13,7 @@ from train.data.prompts import conversation_text
 from train.loop.step import build_step, mean_loss
 from train.model.captioner import CaptionModel
 from train.model.projector import seeded_projector
+from workspace.errors import StageError
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])

@@ -2,9 +2,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cache.errors import StageError
-from eval.scoring.yes_no import POPE, YesNo, read_pope
+from eval.scoring.yes_no import YesNo, read_pope
 from pipeline.index import SCHEMAS
+from workspace.errors import StageError
+from workspace.paths import YES_NO_QUESTIONS
 
 ROWS = [
     {"question_id": f"{subset}/{number}", "image_id": 5 + number, "subset": subset,
@@ -19,8 +20,8 @@ def _folder(tmp_path, monkeypatch):
 
 
 def write(rows, schema=SCHEMAS["pope"]):
-    POPE.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema), POPE, compression="zstd")
+    YES_NO_QUESTIONS.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema), YES_NO_QUESTIONS, compression="zstd")
 
 
 def test_questions_come_by_subset_in_the_order_of_the_table():
@@ -42,23 +43,23 @@ def test_no_table_and_an_empty_table_are_no_questions():
 
 
 def cut():
-    POPE.write_bytes(POPE.read_bytes()[:-20])
+    YES_NO_QUESTIONS.write_bytes(YES_NO_QUESTIONS.read_bytes()[:-20])
 
 
 def garble():
     """Damage the pages, and leave the footer as it is."""
-    data = POPE.read_bytes()
-    POPE.write_bytes(data[:4] + bytes(byte ^ 0x55 for byte in data[4:300]) + data[300:])
+    data = YES_NO_QUESTIONS.read_bytes()
+    YES_NO_QUESTIONS.write_bytes(data[:4] + bytes(byte ^ 0x55 for byte in data[4:300]) + data[300:])
 
 
 def garble_the_footer():
-    data = POPE.read_bytes()
-    POPE.write_bytes(data[:-300] + bytes(292) + data[-8:])
+    data = YES_NO_QUESTIONS.read_bytes()
+    YES_NO_QUESTIONS.write_bytes(data[:-300] + bytes(292) + data[-8:])
 
 
 def make_a_folder():
-    POPE.unlink()
-    POPE.mkdir()
+    YES_NO_QUESTIONS.unlink()
+    YES_NO_QUESTIONS.mkdir()
 
 
 def write_another_table():
@@ -86,6 +87,6 @@ def test_a_damaged_table_is_one_line_that_says_what_to_do(damage):
     with pytest.raises(StageError) as error:
         read_pope()
     text = str(error.value)
-    assert text.startswith(f"{POPE}: ")
+    assert text.startswith(f"{YES_NO_QUESTIONS}: ")
     assert text.endswith("Run the index stage, or `dvc pull`.")
     assert "\n" not in text

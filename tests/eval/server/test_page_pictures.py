@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import StageError
 from eval.server import page_pictures
 from eval.server.page_pictures import MAX_UPLOAD_AGE, PagePictures, UnknownPictureError
+from workspace.errors import StageError
 
 
 @pytest.fixture

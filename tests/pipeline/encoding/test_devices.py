@@ -19,7 +19,7 @@ import pytest
 import torch
 import xxhash
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from pipeline.encoding import devices as module
@@ -30,6 +30,7 @@ from pipeline.encoding.stats import Tally
 from pipeline.extract import open_images, read_source
 from pipeline.images.source import ImageSource
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
 from workspace.settings import Params
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")

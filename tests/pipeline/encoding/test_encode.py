@@ -8,7 +8,6 @@ import pytest
 import torch
 import xxhash
 
-from cache.errors import StageError
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.shard import open_shard
@@ -19,6 +18,7 @@ from pipeline.encoding.stats import Tally
 from pipeline.images.decode import decode_rgb
 from pipeline.images.names import ImageArchive
 from pipeline.images.source import ImageSource
+from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from pipeline.encoding.encoder import Encoder, load_encoder, patch_tokens, weights_sha256
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

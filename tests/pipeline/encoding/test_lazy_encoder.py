@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache.errors import StageError
 from pipeline.encoding import encoder as encoder_module
 from pipeline.encoding import lazy_encoder as module
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.lazy_encoder import SPECS, Tower, recall, remember
 from pipeline.encoding.versions import LIBRARIES
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
 
 OTHER = {
     "model": "ViT-B-32",

@@ -15,12 +15,7 @@ import xxhash
 from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
-from cache.errors import (
-    CorruptShardError,
-    IncompleteStoreError,
-    SpecMismatchError,
-    StageError,
-)
+from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
 from cache.files.atomic import canonical_json, sha256_of, write_bytes
 from pipeline.encoding import probe
 from pipeline.encoding.encoder import Encoder, load_encoder
@@ -39,6 +34,7 @@ from pipeline.encoding.probe import (
 from pipeline.encoding.versions import library_versions
 from pipeline.images import decode
 from pipeline.settings import EncoderSettings
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[3]
 CLIP = "demo/checkpoints/clip/ViT-demo-32"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache.files.atomic import SHARDS, sha256_of, sha256_of_pieces
+from cache.files.atomic import sha256_of, sha256_of_pieces
 from cache.plan import plan_shards
 from cache.publish import publish
 from cache.shard import shard_bytes
@@ -23,6 +23,7 @@ from pipeline.encoding.work_folder import (
     probe_file,
     recover_finished,
 )
+from workspace.paths import SHARDS
 
 SPEC = Spec(
     format=FORMAT, model="tiny", weights_sha256="ab" * 32, activation="gelu", layer=-2,

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from cache.cli.interrupts import INTERRUPTS
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from pipeline.encoding.workers import Workers
+from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 

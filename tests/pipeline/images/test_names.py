@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import StageError
 from pipeline.images import archives as module
 from pipeline.images.names import ImageArchive, ImageNameError, check_file_name
+from workspace.errors import StageError
 
 FILES = {f"{number:012d}.jpg": bytes([number]) * 100 for number in range(5)}
 

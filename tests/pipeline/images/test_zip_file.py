@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from pipeline.images import zip_file
 from pipeline.images.zip_file import open_zip
 
@@ -61,7 +61,7 @@ def test_a_read_that_fails_is_never_a_damaged_zip(path, monkeypatch):
     assert -1 in sizes
     for n in range(1, len(sizes) + 1):
         fail_from(monkeypatch, n)
-        with pytest.raises(CacheError, match=r"a\.zip: Input/output error") as caught:
+        with pytest.raises(PatchcacheError, match=r"a\.zip: Input/output error") as caught:
             read_all(path)
         assert not isinstance(caught.value, OSError | ValueError | RuntimeError)
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from cache.errors import StageError
 from pipeline.indexing.annotations import read_captions, read_conversations
+from workspace.errors import StageError
 
 
 def written(tmp_path, value, name="file.json"):

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from cache.errors import StageError
 from pipeline.extract import open_images, read_source
 from pipeline.images.names import ImageArchive
 from pipeline.index import DataSettings, index
+from workspace.errors import StageError
 from workspace.settings import Params
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from cache.errors import StageError
 from pipeline.indexing.image_collection import ImageRow
 from pipeline.indexing.pope import collect_questions, read_official, read_question_files
+from workspace.errors import StageError
 
 LINE = {
     "question_id": 1,

@@ -5,7 +5,6 @@ from collections import Counter
 
 import pytest
 
-from cache.errors import StageError
 from pipeline.indexing.yes_no_questions import (
     MOST_IMAGES,
     MOST_OBJECTS,
@@ -13,6 +12,7 @@ from pipeline.indexing.yes_no_questions import (
     make_questions,
     read_instances,
 )
+from workspace.errors import StageError
 
 NOUNS = {1: "dog", 2: "cat", 3: "apple", 7: "bus", 9: "fire hydrant", 90: "umbrella"}
 CATEGORIES = [{"id": number, "name": noun} for number, noun in NOUNS.items()]

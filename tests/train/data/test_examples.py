@@ -6,18 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache import FeatureStore
-from cache.errors import StageError
-from train.data.examples import (
-    FEATURES,
-    Example,
-    Examples,
-    held_out_images,
-    pairs,
-    read_caption_examples,
-    read_conversation_examples,
-    read_questions,
-    with_features,
-)
+from workspace.errors import StageError
+from train.data.examples import Example, Examples, held_out_images, pairs, read_caption_examples, read_conversation_examples, read_questions, with_features
+from workspace.paths import FEATURES
 from train.data.prompts import caption_text, conversation_text
 
 ONE = [("where", "here"), ("how many", "two")]

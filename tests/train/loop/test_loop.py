@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import train.loop.loop
-from cache.errors import StageError
 from tests.train.stage_server import without_speeds
 from train.data.examples import Example
 from train.data.prompts import caption_text, conversation_text
@@ -15,6 +14,7 @@ from train.loop.history import peak_memory_gib
 from train.loop.loop import train as run_loop
 from train.loop.step import NAMED_IMAGES
 from train.settings import CheckpointSettings
+from workspace.errors import StageError
 
 COLORS = ("red", "blue", "green")
 EXAMPLES = [

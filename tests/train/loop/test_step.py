@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cache.errors import StageError
 from train.data.examples import Example
 from train.data.packing import PADDING
 from train.data.prompts import caption_text, conversation_text, tokenize
 from train.loop.step import build_step, mean_loss, optimizer_step, pass_seed
+from workspace.errors import StageError
 
 EXAMPLES = [
     Example(139, (caption_text("a red cat"), caption_text("the dog is on the box"))),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cache.errors import CacheError
+from cache.errors import PatchcacheError
 from train.model.language_model import add_lora, load_language_model, load_lora, load_tokenizer
 from train.model.projector import read_projector, seeded_projector
 from train.settings import LlmSettings, LoraSettings
@@ -119,7 +119,7 @@ class ForeignFiles:
         path.write_bytes(data)
         try:
             self.load(path)
-        except CacheError as error:
+        except PatchcacheError as error:
             return "refused" if "\n" not in str(error) else f"more than one line: {error}"
         except BaseException as error:
             return f"{type(error).__name__}: {error}"

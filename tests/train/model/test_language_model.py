@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
-from cache.errors import SettingsError, StageError
+from cache.errors import SettingsError
 from train.data.packing import ImageTexts, collate
 from train.data.prompts import caption_text, tokenize
 from train.model.captioner import CaptionModel
@@ -19,6 +19,7 @@ from train.model.language_model import (
     load_tokenizer,
 )
 from train.settings import LlmSettings, LoraSettings
+from workspace.errors import StageError
 
 LAYERS = 2
 LORA = LoraSettings(r=4, alpha=8, dropout=0.05)

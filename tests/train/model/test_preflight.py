@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from cache.errors import StageError
 from train.data.examples import Example
 from train.data.prompts import caption_text
 from train.loop.step import build_step
@@ -12,6 +11,7 @@ from train.model.captioner import CaptionModel
 from train.model.language_model import LORA_TARGETS
 from train.model.preflight import check_first_logits, check_model
 from train.settings import LlmSettings
+from workspace.errors import StageError
 
 KINDS = [(quantize, dtype) for quantize in ("nf4", "none") for dtype in ("bf16", "fp32")]
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train.model.projector
-from cache.errors import StageError
 from train.model.projector import Projector, Residual, load_projector, seeded_projector
+from workspace.errors import StageError
 
 D, H = 6, 10
 KINDS = {
