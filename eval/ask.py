@@ -23,7 +23,7 @@ from cache.cli.command import command_parser, run_guarded
 from cache.errors import MissingImageError, SettingsError
 from eval.chat.encoder import Vision, read_picture
 from eval.settings import EvaluateSettings
-from eval.trained import FinishedRun, Trained, load_run, open_run
+from eval.trained import FinishedRun, LoadedRun, load_run, open_run
 from train.data.prompts import dialogue_prompt
 from train.model.generate import Sampling, stream
 from workspace.paths import FEATURES
@@ -33,7 +33,7 @@ TOP_P = 0.9
 
 
 def answer(
-    trained: Trained,
+    trained: LoadedRun,
     patches_PD: NDArray[np.float16],
     question: str,
     *,
@@ -80,7 +80,7 @@ def answer(
 
 
 def _prompt(
-    trained: Trained, question: str, turns: Sequence[tuple[str, str]], caption_question: str
+    trained: LoadedRun, question: str, turns: Sequence[tuple[str, str]], caption_question: str
 ) -> list[int]:
     try:
         question.encode()

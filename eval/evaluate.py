@@ -24,12 +24,12 @@ from eval.runs import (
     read_provenances,
     read_settings,
 )
-from eval.scoring.conditions import CONTROLS, Asked
+from eval.scoring.conditions import CONTROLS, EvaluatedModel
 from eval.scoring.generation import ask_captions, ask_pope, ask_questions
-from eval.scoring.generation_cache import forget
+from eval.scoring.generation_cache import clear
 from eval.scoring.losses import Losses, answer_losses
 from eval.scoring.predictions import Predictions
-from eval.scoring.questions import Work, choose_work
+from eval.scoring.questions import EvaluationSet, choose_evaluation_set
 from eval.settings import EvaluateSettings
 from train.model.language_model import load_tokenizer
 from train.run import weights_of
@@ -40,7 +40,7 @@ from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
 from workspace.stage import run_stage
 
-NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
+EMPTY_SCORES: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
 """Scores of a kind of which there is nothing to ask."""
 
 
@@ -60,7 +60,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     store = FeatureStore(FEATURES)
     tokenizer = load_tokenizer(llm)
     provenances = read_provenances(store, llm, tokenizer)
-    work = choose_work(settings, store, tokenizer, params.seed())
+    work = choose_evaluation_set(settings, store, tokenizer, params.seed())
     warnings = (
         random_tower_warning(params.values, *run_settings.values()),
         changed_inputs_warning(params.values, run_settings, provenances),
@@ -85,12 +85,12 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
         warning=warning,
     )
     write_text(REPORTS / "index.html", page)
-    forget()
+    clear()
     print_summary(scores, warning)
 
 
 def score_models(
-    models: Models, work: Work, settings: EvaluateSettings
+    models: Models, work: EvaluationSet, settings: EvaluateSettings
 ) -> tuple[dict[str, Any], Predictions]:
     """Ask stage 1 alone and the fine-tuned model, and score them.
 
@@ -115,20 +115,24 @@ def score_models(
 
 
 def score_captions(
-    asked: Asked, work: Work, question: str, settings: EvaluateSettings, said: Predictions
+    asked: EvaluatedModel,
+    work: EvaluationSet,
+    question: str,
+    settings: EvaluateSettings,
+    said: Predictions,
 ) -> dict[str, Any]:
     """Let a model caption the validation images; without any, the counts are 0."""
     without = {"without_features": work.without_features["captions"]}
     if not work.references:
-        return NOTHING | without
+        return EMPTY_SCORES | without
     scores, captions = ask_captions(asked, work.references, question, settings)
     said.add(captions, model=asked.name, kind="caption")
     return scores | without
 
 
 def score_answers(
-    asked: Asked,
-    work: Work,
+    asked: EvaluatedModel,
+    work: EvaluationSet,
     losses: Mapping[str, Losses],
     settings: EvaluateSettings,
     said: Predictions,
@@ -139,14 +143,14 @@ def score_answers(
         "too_long": work.num_too_long,
     }
     if not work.questions:
-        return NOTHING | without
+        return EMPTY_SCORES | without
     scores, answers = ask_questions(asked, work.questions, losses, settings)
     said.add(answers, model=asked.name, kind="answer")
     return scores | without
 
 
 def score_pope(
-    asked: Asked, work: Work, settings: EvaluateSettings, said: Predictions
+    asked: EvaluatedModel, work: EvaluationSet, settings: EvaluateSettings, said: Predictions
 ) -> dict[str, Any]:
     """Ask yes-no questions, subset by subset; without any question there is no subset."""
     if not work.pope:

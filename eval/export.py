@@ -32,7 +32,7 @@ from eval.llava.processor import image_token_id, make_processor
 from eval.llava.text import phi_config, plain_weights
 from eval.llava.vision import clip_vision_config, clip_vision_weights
 from eval.settings import EvaluateSettings
-from eval.trained import PROJECTOR, FinishedRun, Trained, load_run, open_run
+from eval.trained import PROJECTOR, FinishedRun, LoadedRun, load_run, open_run
 from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
 from train.model.language_model import DTYPES
@@ -114,7 +114,7 @@ def check_parts(run: FinishedRun) -> Parts:
 
 
 def build_model(
-    trained: Trained, parts: Parts, settings: EvaluateSettings
+    trained: LoadedRun, parts: Parts, settings: EvaluateSettings
 ) -> LlavaPhiForConditionalGeneration:
     """Make LLaVA of a run, in the main memory."""
     dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
@@ -147,7 +147,7 @@ def llava_config(parts: Parts) -> LlavaConfig:
     )
 
 
-def _weights(trained: Trained, parts: Parts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _weights(trained: LoadedRun, parts: Parts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in clip_vision_weights(parts.visual):
         yield f"model.vision_tower.{name}", tensor
     projector: Projector = trained.model.projector

@@ -15,7 +15,7 @@ from cache import FeatureStore
 from cache.files.atomic import canonical_json, check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
 from cache.store_index import INDEX
-from eval.scoring.conditions import Asked
+from eval.scoring.conditions import EvaluatedModel
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import load_language_model, load_lora
@@ -35,9 +35,9 @@ ADAPTER = RUNS / "finetune" / "adapter"
 class Models:
     """Stage 1 alone and the fine-tuned model, around one language model."""
 
-    stage_1: Asked
+    stage_1: EvaluatedModel
     """To be asked while the adapter is turned off."""
-    both: Asked
+    both: EvaluatedModel
     adapter: PeftModel
 
 
@@ -63,11 +63,11 @@ def load_models(
     adapter = load_lora(language_model, ADAPTER)
     adapters = {"finetune": sha256_of(ADAPTER / "adapter_model.safetensors")}
 
-    def asked(stage: str) -> Asked:
+    def asked(stage: str) -> EvaluatedModel:
         projector = projectors[stage]
         untrained = seeded_projector(projector.kind, store.spec.width, width, seed)
         own = {"projector": sha256_of(projector_of(stage)), "adapter": adapters.get(stage)}
-        return Asked(
+        return EvaluatedModel(
             name=stage,
             model=CaptionModel(projector.to(device), language_model),
             untrained=CaptionModel(untrained.to(device), language_model),

@@ -55,7 +55,7 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class Trained(FinishedRun):
+class LoadedRun(FinishedRun):
     """A run's model, and what it was made from."""
 
     model: CaptionModel
@@ -88,7 +88,7 @@ def open_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, params, provenance, tokenizer, (folder / ADAPTER).is_dir())
 
 
-def load_run(folder: Path, run: FinishedRun | None = None) -> Trained:
+def load_run(folder: Path, run: FinishedRun | None = None) -> LoadedRun:
     """Load the model of a run directory of either stage.
 
     Args:
@@ -106,4 +106,4 @@ def load_run(folder: Path, run: FinishedRun | None = None) -> Trained:
     if run.answers:
         load_lora(language_model, folder / ADAPTER)
     model = CaptionModel(projector.to(device), language_model).eval()
-    return Trained(**vars(run), model=model)
+    return LoadedRun(**vars(run), model=model)

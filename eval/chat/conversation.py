@@ -23,7 +23,7 @@ from eval.chat.encoder import Vision
 from eval.server.page_pictures import PagePictures
 from eval.server.visitors import visitor_of_session
 from eval.settings import EvaluateSettings
-from eval.trained import Trained
+from eval.trained import LoadedRun
 
 Message = dict[str, str]
 
@@ -54,7 +54,7 @@ class Conversation:
 class Host:
     """Answers what visitors ask, one after the other; each conversation is handed in and out."""
 
-    def __init__(self, trained: Trained, vision: Vision, pictures: PagePictures) -> None:
+    def __init__(self, trained: LoadedRun, vision: Vision, pictures: PagePictures) -> None:
         self.trained = trained
         self.settings = trained.params.section("evaluate", EvaluateSettings)
         self._vision = vision

@@ -15,7 +15,7 @@ from eval.report.scores import (
     Metric,
     Section,
     bars_of,
-    is_over_nothing,
+    has_no_short_targets,
     measured,
     measured_views,
     titled_sections,
@@ -58,7 +58,7 @@ def score_cards(scores: Section) -> list[Card]:
         _card(title, section, key)
         for title, section in sections
         for key in _MAIN.get(title, ("accuracy",))
-        if key in section and not is_over_nothing(section, key)
+        if key in section and not has_no_short_targets(section, key)
     ]
 
 

@@ -167,14 +167,14 @@ def views_of(section: Section) -> dict[str, Section]:
     return {SEEN: section, **controls}
 
 
-def is_over_nothing(section: Section, key: str) -> bool:
+def has_no_short_targets(section: Section, key: str) -> bool:
     """Say whether a score is of nothing, whatever its number: exact match without short targets."""
     return key == "exact_match" and section.get("short_count") == 0
 
 
 def measured_views(section: Section, key: str) -> dict[str, Measured]:
     """Return one score of each view there is; of nothing, none has a value."""
-    nothing = is_over_nothing(section, key)
+    nothing = has_no_short_targets(section, key)
     views = views_of(section)
     return {view: measured({} if nothing else values, key) for view, values in views.items()}
 

@@ -28,7 +28,7 @@ SAMPLED_IMAGES = 256
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluatedModel:
     """A model, its controls, and how its input is made."""
 
     name: str
@@ -43,7 +43,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class View:
+class Condition:
     """One way of asking about some images."""
 
     name: str
@@ -53,7 +53,7 @@ class View:
     """Whose features are shown."""
 
 
-def views(asked: Asked, image_ids: Sequence[int]) -> list[View]:
+def conditions(asked: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:
     """Return all ways of asking about some images, the one with their own features first.
 
     Raises:
@@ -61,10 +61,10 @@ def views(asked: Asked, image_ids: Sequence[int]) -> list[View]:
     """
     own, others = list(image_ids), other_images(image_ids, asked.store)
     return [
-        View(SEEN, asked.model, asked.store, own),
-        View("blind", asked.model, asked.store, [others[i] for i in own]),
-        View("noise", asked.model, Noise(asked.store, asked.seed), own),
-        View("untrained", asked.untrained, asked.store, own),
+        Condition(SEEN, asked.model, asked.store, own),
+        Condition("blind", asked.model, asked.store, [others[i] for i in own]),
+        Condition("noise", asked.model, Noise(asked.store, asked.seed), own),
+        Condition("untrained", asked.untrained, asked.store, own),
     ]
 
 

@@ -12,7 +12,7 @@ from train.data.examples import held_out_images, read_caption_examples, read_con
 
 
 @dataclass(frozen=True)
-class Contaminated:
+class ContaminatedImage:
     """An image of the evaluation that was trained on."""
 
     image_id: int
@@ -45,11 +45,11 @@ class IndexedImages:
         self._trained = set(trained)
         self._by_hash = {hashes[i]: i for i in sorted(self._trained, reverse=True) if i in hashes}
 
-    def trained_on(self, image_ids: Iterable[int]) -> list[Contaminated]:
+    def trained_on(self, image_ids: Iterable[int]) -> list[ContaminatedImage]:
         """Return those of some images that were trained on, in order of id."""
         pairs = ((image_id, self._reason(image_id)) for image_id in sorted(set(image_ids)))
         return [
-            Contaminated(image_id, self.file_names.get(image_id, ""), reason)
+            ContaminatedImage(image_id, self.file_names.get(image_id, ""), reason)
             for image_id, reason in pairs
             if reason
         ]
@@ -82,7 +82,9 @@ def read_images() -> IndexedImages:
     )
 
 
-def counts(num_images: int, found: Collection[Contaminated], *, left_out: bool) -> dict[str, Any]:
+def counts(
+    num_images: int, found: Collection[ContaminatedImage], *, left_out: bool
+) -> dict[str, Any]:
     """Return the numbers of eval.json: images, those found, and those left out for it."""
     return {
         "images": num_images,

@@ -7,8 +7,8 @@ from typing import Any
 
 from eval.bootstrap import Measure
 from eval.metrics import cider_by_image, exact_match, is_short, token_f1, yes_or_no
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, views
-from eval.scoring.generation_cache import kept
+from eval.scoring.conditions import CONTROLS, SEEN, EvaluatedModel, conditions
+from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
 from eval.scoring.measures import answer_measures, caption_measures, form_measures, pope_measures
 from eval.scoring.question_types import question_type
@@ -28,7 +28,7 @@ MeasuresOf = Callable[[Sequence[str]], Mapping[str, Measure]]
 
 
 @dataclass(frozen=True)
-class Said:
+class Prediction:
     """One text that was asked for, and what came in each way of asking."""
 
     image_id: int
@@ -42,8 +42,11 @@ class Said:
 
 
 def ask_captions(
-    asked: Asked, references: dict[int, list[str]], question: str, settings: EvaluateSettings
-) -> tuple[Scores, list[Said]]:
+    asked: EvaluatedModel,
+    references: dict[int, list[str]],
+    question: str,
+    settings: EvaluateSettings,
+) -> tuple[Scores, list[Prediction]]:
     """Let a model caption images.
 
     Args:
@@ -67,18 +70,18 @@ def ask_captions(
     )
     cider = cider_by_image(references, captions(_texts(made[SEEN])))
     said = [
-        Said(i, question, tuple(references[i]), one, cider[i])
+        Prediction(i, question, tuple(references[i]), one, cider[i])
         for i, one in zip(image_ids, _by_text(made), strict=True)
     ]
     return scores, said
 
 
 def ask_questions(
-    asked: Asked,
+    asked: EvaluatedModel,
     questions: Sequence[Question],
     losses: Mapping[str, Losses],
     settings: EvaluateSettings,
-) -> tuple[Scores, list[Said]]:
+) -> tuple[Scores, list[Prediction]]:
     """Ask a model questions, each without the turns before it.
 
     Args:
@@ -94,7 +97,9 @@ def ask_questions(
     prompts = [question_text(question.question) for question in questions]
     made = _ask(asked, image_ids, prompts, settings.answer_tokens, settings.batch_size)
     said = [
-        Said(q.image_id, q.question, (q.answer,), one, _answer_score(q.answer, one[SEEN].text))
+        Prediction(
+            q.image_id, q.question, (q.answer,), one, _answer_score(q.answer, one[SEEN].text)
+        )
         for q, one in zip(questions, _by_text(made), strict=True)
     ]
     scores = _answer_section(said, asked.seed)
@@ -112,8 +117,8 @@ def ask_questions(
 
 
 def ask_pope(
-    asked: Asked, subsets: Mapping[str, Sequence[YesNo]], settings: EvaluateSettings
-) -> tuple[Scores, dict[str, list[Said]]]:
+    asked: EvaluatedModel, subsets: Mapping[str, Sequence[YesNo]], settings: EvaluateSettings
+) -> tuple[Scores, dict[str, list[Prediction]]]:
     """Ask a model yes-no questions about objects; one that stands in several subsets is asked once.
 
     Args:
@@ -137,9 +142,9 @@ def ask_pope(
     return scores, said
 
 
-def _yes_no(question: YesNo, made: dict[str, Generation]) -> Said:
+def _yes_no(question: YesNo, made: dict[str, Generation]) -> Prediction:
     right = yes_or_no(made[SEEN].text) == question.label
-    return Said(question.image_id, question.question, (question.label,), made, float(right))
+    return Prediction(question.image_id, question.question, (question.label,), made, float(right))
 
 
 def _answer_score(target: str, answer: str) -> float:
@@ -147,10 +152,14 @@ def _answer_score(target: str, answer: str) -> float:
 
 
 def _ask(
-    asked: Asked, image_ids: list[int], prompts: Sequence[str], max_tokens: int, batch_size: int
+    asked: EvaluatedModel,
+    image_ids: list[int],
+    prompts: Sequence[str],
+    max_tokens: int,
+    batch_size: int,
 ) -> dict[str, list[Generation]]:
     made = {}
-    for view in views(asked, image_ids):
+    for view in conditions(asked, image_ids):
         decides = {
             "model": asked.identity,
             "view": view.name,
@@ -170,11 +179,11 @@ def _ask(
             batch_size=batch_size,
             description=f"{asked.name}, {view.name}",
         )
-        made[view.name] = kept(decides, make)
+        made[view.name] = cached(decides, make)
     return made
 
 
-def _answer_section(said: Sequence[Said], seed: int) -> Scores:
+def _answer_section(said: Sequence[Prediction], seed: int) -> Scores:
     targets = [one.targets[0] for one in said]
     scores = _section(
         _made(said),
@@ -185,7 +194,7 @@ def _answer_section(said: Sequence[Said], seed: int) -> Scores:
     return scores | {"short_count": sum(map(is_short, targets))}
 
 
-def _pope_section(said: Sequence[Said], seed: int) -> Scores:
+def _pope_section(said: Sequence[Prediction], seed: int) -> Scores:
     labels = [one.targets[0] for one in said]
     image_ids = [one.image_id for one in said]
     return _section(_made(said), image_ids, lambda texts: pope_measures(labels, texts), seed)
@@ -216,5 +225,5 @@ def _by_text(made: Made) -> list[dict[str, Generation]]:
     return [dict(zip(made, row, strict=True)) for row in rows]
 
 
-def _made(said: Sequence[Said]) -> dict[str, list[Generation]]:
+def _made(said: Sequence[Prediction]) -> dict[str, list[Generation]]:
     return {view: [one.made[view] for one in said] for view in (SEEN, *CONTROLS)}

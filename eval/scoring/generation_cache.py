@@ -22,7 +22,7 @@ from workspace.paths import WORK
 FOLDER = WORK / "evaluate"
 
 
-def kept(decides: dict[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+def cached(decides: dict[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
     """Return texts that were made before, or make and keep them; damaged ones are made again.
 
     Args:
@@ -59,6 +59,6 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def forget() -> None:
+def clear() -> None:
     """Delete all that is kept: the evaluation is finished."""
     shutil.rmtree(FOLDER, ignore_errors=True)

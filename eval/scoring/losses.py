@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.bootstrap import Measure, ratio_of
-from eval.scoring.conditions import Asked, View, views
+from eval.scoring.conditions import Condition, EvaluatedModel, conditions
 from train.data.examples import Example
 from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
@@ -45,7 +45,7 @@ class Losses:
 
 
 def answer_losses(
-    asked: Asked, examples: Sequence[Example], max_text_tokens: int
+    asked: EvaluatedModel, examples: Sequence[Example], max_text_tokens: int
 ) -> dict[str, Losses]:
     """Return the losses of the right answers, in each way of asking.
 
@@ -64,7 +64,7 @@ def answer_losses(
             f"{len(examples)} images. Raise it."
         )
     losses = {}
-    for view in views(asked, [example.image_id for example in kept]):
+    for view in conditions(asked, [example.image_id for example in kept]):
         losses[view.name] = _losses(asked, view, kept, max_text_tokens)
         if not math.isfinite(losses[view.name].measure.value):
             raise StageError(
@@ -74,7 +74,9 @@ def answer_losses(
     return losses
 
 
-def _losses(asked: Asked, view: View, examples: Sequence[Example], max_text_tokens: int) -> Losses:
+def _losses(
+    asked: EvaluatedModel, view: Condition, examples: Sequence[Example], max_text_tokens: int
+) -> Losses:
     # Shown features go with the texts of another image.
     shown = [Example(i, e.texts) for i, e in zip(view.image_ids, examples, strict=True)]
     of_image: dict[int, tuple[float, int]] = {}
@@ -94,7 +96,7 @@ def _losses(asked: Asked, view: View, examples: Sequence[Example], max_text_toke
     return Losses([example.image_id for example in examples], list(sums), list(counts))
 
 
-def _num_learned(example: Example, asked: Asked, max_text_tokens: int) -> int:
+def _num_learned(example: Example, asked: EvaluatedModel, max_text_tokens: int) -> int:
     branches = tokenize(example.texts, asked.tokenizer, max_text_tokens)
     return sum(branch.num_learned for branch in branches)
 

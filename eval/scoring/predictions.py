@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from cache.files.atomic import write_bytes, write_json
 from eval.report.gallery import Example, Kind
 from eval.scoring.conditions import CONTROLS, SEEN
-from eval.scoring.generation import Said
+from eval.scoring.generation import Prediction
 from eval.scoring.question_types import question_type
 
 SCHEMA = pa.schema(
@@ -44,7 +44,7 @@ class Predictions:
     """Image id to train or val."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, said: Sequence[Said], *, model: str, kind: Kind, subset: str = "") -> None:
+    def add(self, said: Sequence[Prediction], *, model: str, kind: Kind, subset: str = "") -> None:
         """Add what a model said.
 
         Args:

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from eval.scoring.contamination import Contaminated, counts, read_images
+from eval.scoring.contamination import ContaminatedImage, counts, read_images
 from eval.scoring.yes_no import YesNo, read_pope
 from eval.settings import EvaluateSettings
 from train.data.examples import (
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Work:
+class EvaluationSet:
     """Everything that is asked, and what is not and why."""
 
     references: dict[int, list[str]]
@@ -49,7 +49,7 @@ class Work:
     """For each of `KINDS`, images that have no features in the store."""
     num_images: dict[str, int]
     """For each of `KINDS`, images that could be asked about."""
-    contaminated: dict[str, list[Contaminated]]
+    contaminated: dict[str, list[ContaminatedImage]]
     """For each of `KINDS`, those of them that were trained on."""
     left_out: bool
     """Whether those are left out."""
@@ -70,12 +70,12 @@ class Work:
         return {kind: list(map(asdict, found)) for kind, found in self.contaminated.items()}
 
 
-def choose_work(
+def choose_evaluation_set(
     settings: EvaluateSettings,
     store: FeatureStore,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-) -> Work:
+) -> EvaluationSet:
     """Read the index and choose what is asked, by the seed alone.
 
     Raises:
@@ -103,7 +103,7 @@ def choose_work(
     all_questions = _questions(held_out_here.without(shut_out["answers"]), settings)
     askable = _not_too_long(all_questions, tokenizer, settings.max_text_tokens)
     questions = choose(askable, settings.questions, seed)
-    return Work(
+    return EvaluationSet(
         references=_references(captioned_here.without(shut_out["captions"]), settings, seed),
         questions=questions,
         examples=held_out_here.only({question.image_id for question in questions})[:],

@@ -773,7 +773,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
 def test_what_was_made_of_something_else_is_not_taken(world, monkeypatch, change):
     evaluate(world.params())
     wanted = TABLE.read_bytes()
-    monkeypatch.setattr("eval.evaluate.forget", lambda: None)
+    monkeypatch.setattr("eval.evaluate.clear", lambda: None)
     other = {"seed": {"seed": 5}, "limit": {"evaluate": {"caption_tokens": 3}}}
     other |= {"prompt": {"evaluate": {"caption_question": "where is it"}}}
     if change in ("projector", "adapter"):

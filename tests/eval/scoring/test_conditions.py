@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, Noise, other_images, views
+from eval.scoring.conditions import CONTROLS, SEEN, EvaluatedModel, Noise, conditions, other_images
 from workspace.errors import StageError
 
 STORE = SimpleNamespace(image_ids=np.arange(100, 140), root="data/features")
@@ -43,8 +43,8 @@ def test_no_images_have_no_others():
 
 
 def test_the_four_ways_of_asking_differ_in_one_thing_each(store):
-    asked = Asked("x", "model", "untrained", None, store, 3, "x")
-    seen, blind, noise, untrained = views(asked, [139, 100, 139])
+    asked = EvaluatedModel("x", "model", "untrained", None, store, 3, "x")
+    seen, blind, noise, untrained = conditions(asked, [139, 100, 139])
     assert (SEEN, *CONTROLS) == tuple(view.name for view in (seen, blind, noise, untrained))
     assert (seen.model, seen.features, seen.image_ids) == ("model", store, [139, 100, 139])
     assert (blind.model, blind.features, blind.image_ids) == ("model", store, [100, 139, 100])

@@ -5,7 +5,7 @@ import pytest
 
 import eval.scoring.generation
 from eval.metrics import rouge_l, score_captions, score_pope
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, other_images
+from eval.scoring.conditions import CONTROLS, SEEN, EvaluatedModel, other_images
 from eval.scoring.generation import ask_captions, ask_pope, ask_questions
 from eval.scoring.losses import Losses
 from eval.scoring.yes_no import YesNo
@@ -52,7 +52,7 @@ def said(text, num_tokens=3, stopped=True):
 @pytest.fixture
 def nobody(store, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return Asked("nobody", None, None, None, store, 0, "nobody")
+    return EvaluatedModel("nobody", None, None, None, store, 0, "nobody")
 
 
 WAYS = (SEEN, *CONTROLS)
@@ -245,7 +245,7 @@ def test_each_way_of_asking_really_shows_what_it_says(
 ):
     model = make_model(quantize=quantize, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    asked = Asked("tiny", model, untrained, tokenizer, store, 0, quantize)
+    asked = EvaluatedModel("tiny", model, untrained, tokenizer, store, 0, quantize)
     questions = [Question(i, "where", "in the box") for i in (139, 100, 117, 121, 130)]
     own = [question.image_id for question in questions]
     others = other_images(own, store)

@@ -6,7 +6,7 @@ import torch
 
 import eval.scoring.conditions
 import eval.scoring.losses
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, other_images
+from eval.scoring.conditions import CONTROLS, SEEN, EvaluatedModel, other_images
 from eval.scoring.losses import answer_losses
 from train.data.examples import Example
 from train.data.prompts import conversation_text
@@ -20,7 +20,7 @@ from workspace.errors import StageError
 def asked(request, make_model, tokenizer, store):
     model = make_model(quantize=request.param, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    return Asked("tiny", model, untrained, tokenizer, store, 0, "tiny")
+    return EvaluatedModel("tiny", model, untrained, tokenizer, store, 0, "tiny")
 
 
 EXAMPLES = [
@@ -98,6 +98,6 @@ def test_dropout_is_off_for_scores(asked):
 def test_a_loss_that_is_no_number_is_an_error_in_words(make_model, tokenizer, store):
     model = make_model()
     next(model.projector.parameters()).data.fill_(math.nan)
-    asked = Asked("finetune", model, model, tokenizer, store, 0, "x")
+    asked = EvaluatedModel("finetune", model, model, tokenizer, store, 0, "x")
     with pytest.raises(StageError, match=r"finetune: the loss of the answers \(seen\) is not fin"):
         answer_losses(asked, EXAMPLES, 64)
