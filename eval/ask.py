@@ -22,8 +22,8 @@ from cache import FeatureStore
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import MissingImageError, SettingsError
 from eval.chat.encoder import Vision, read_picture
+from eval.runs import FinishedRun, LoadedRun, load_run, open_run
 from eval.settings import EvaluateSettings
-from eval.trained import FinishedRun, LoadedRun, load_run, open_run
 from train.data.prompts import dialogue_prompt
 from train.model.generate import Sampling, stream
 from workspace.paths import FEATURES

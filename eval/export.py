@@ -31,8 +31,8 @@ from eval.llava.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheIma
 from eval.llava.processor import image_token_id, make_processor
 from eval.llava.text import phi_config, plain_weights
 from eval.llava.vision import clip_vision_config, clip_vision_weights
+from eval.runs import PROJECTOR, FinishedRun, LoadedRun, load_run, open_run
 from eval.settings import EvaluateSettings
-from eval.trained import PROJECTOR, FinishedRun, LoadedRun, load_run, open_run
 from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
 from train.model.language_model import DTYPES

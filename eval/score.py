@@ -19,7 +19,7 @@ from cache.files.atomic import check_ordinary
 from cache.files.foreign import reading_foreign_file
 from eval.metrics import score_captions
 from eval.scoring.official import Official, check_java, score_officially
-from train.compare import print_table
+from eval.text_table import print_table
 from workspace.errors import StageError
 
 ABSENT = "-"

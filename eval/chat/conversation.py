@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from cache.errors import PatchcacheError
 from eval.ask import answer, make_sampling
 from eval.chat.encoder import Vision
+from eval.runs import LoadedRun
 from eval.server.page_pictures import PagePictures
 from eval.server.visitors import visitor_of_session
 from eval.settings import EvaluateSettings
-from eval.trained import LoadedRun
 
 Message = dict[str, str]
 

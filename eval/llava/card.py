@@ -10,10 +10,10 @@ from ruamel.yaml import YAML
 
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
-from eval.random_tower import random_tower_warning
-from eval.report.scores import BLIND, has_no_short_targets
+from eval.runs import LoadedRun
+from eval.score_warnings import random_tower_warning
+from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from eval.trained import LoadedRun
 from train.model.model_files import read_json
 from train.run import weights_of
 from workspace.errors import StageError

@@ -5,21 +5,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval.report.scores import (
-    CONTROLS,
+    LABELS,
     METRICS,
-    SEEN,
     STAGE_1,
-    VIEWS,
     Bar,
     Measured,
     Metric,
     Section,
     bars_of,
-    has_no_short_targets,
     measured,
-    measured_views,
+    measured_by_condition,
     titled_sections,
 )
+from eval.scoring.score_names import CONTROLS, SEEN, has_no_short_targets
 
 State = Literal["good", "bad", "open"]
 
@@ -87,13 +85,13 @@ def judge(section: Section, key: str) -> Verdict:
 
     A score beats a control if their intervals lie apart, the score's on the better side.
     """
-    views = measured_views(section, key)
+    views = measured_by_condition(section, key)
     seen = views[SEEN]
     if seen.value is None:
         return Verdict(state="open", text="Cannot be judged: the score was not measured.")
     controls = {view: views.get(view) or measured({}, key) for view in CONTROLS}
     outcomes = {view: seen.beats(control) for view, control in controls.items()}
-    names = {view: f"the {VIEWS[view].sentence}" for view in CONTROLS}
+    names = {view: f"the {LABELS[view].sentence}" for view in CONTROLS}
     won = [names[view] for view, outcome in outcomes.items() if outcome]
     unknown = [names[view] for view, outcome in outcomes.items() if outcome is None]
     lost = [

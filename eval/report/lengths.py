@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from eval.report.chart_axes import BOTTOM, LEFT, RIGHT, TOP, Tick, round_values, scaled
-from eval.report.gallery import KINDS, Example
+from eval.report.gallery import KIND_TITLES, GalleryText
 from eval.report.scores import Bar, Section, bars_of, titled_sections
 
 _MOST_BINS = 30
@@ -48,10 +48,10 @@ class StopRates:
     bars: Sequence[Bar]
 
 
-def length_charts(examples: Sequence[Example]) -> list[LengthChart]:
+def length_charts(examples: Sequence[GalleryText]) -> list[LengthChart]:
     """Lay out the number of tokens of the texts, a chart a kind; kinds without any are left out."""
-    by_kind = {kind: [e for e in examples if e.kind == kind] for kind in KINDS}
-    return [_length_chart(KINDS[kind], texts) for kind, texts in by_kind.items() if texts]
+    by_kind = {kind: [e for e in examples if e.kind == kind] for kind in KIND_TITLES}
+    return [_length_chart(KIND_TITLES[kind], texts) for kind, texts in by_kind.items() if texts]
 
 
 def stop_rates(scores: Section) -> list[StopRates]:
@@ -63,7 +63,7 @@ def stop_rates(scores: Section) -> list[StopRates]:
     ]
 
 
-def _length_chart(title: str, texts: Sequence[Example]) -> LengthChart:
+def _length_chart(title: str, texts: Sequence[GalleryText]) -> LengthChart:
     longest = max(e.num_tokens for e in texts)
     step = math.ceil((longest + 1) / _MOST_BINS)
     numbers = range(longest // step + 1)
@@ -96,7 +96,7 @@ def _length_chart(title: str, texts: Sequence[Example]) -> LengthChart:
     )
 
 
-def _summary(texts: Sequence[Example]) -> str:
+def _summary(texts: Sequence[GalleryText]) -> str:
     tokens = [e.num_tokens for e in texts]
     num_cut = sum(not e.stopped for e in texts)
     cut = f"{num_cut:,} were cut at the limit" if num_cut else "none was cut at the limit"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.report.chart_axes import BOTTOM, LEFT, RIGHT, TOP, Tick, round_values, scaled
-from train.compare import as_number
+from eval.scoring.score_names import as_number
 
 _MAX_POINTS = 400
 

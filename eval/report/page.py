@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from eval.report.cards import headline, score_cards
 from eval.report.chart_axes import HEIGHT, LEFT, RIGHT, WIDTH
-from eval.report.gallery import KINDS, Example, choose_examples, filter_options
+from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
 from eval.report.lengths import length_charts, stop_rates
 from eval.report.loss_chart import loss_chart
 from eval.report.scores import Section, pope_sections, section_of
@@ -45,7 +45,7 @@ _STAGE_TITLES = {
 def render_report(
     *,
     scores: Section,
-    examples: Sequence[Example],
+    examples: Sequence[GalleryText],
     thumbnails: Mapping[int, str],
     file_names: Mapping[int, str],
     histories: Mapping[str, Sequence[Mapping[str, object]]],
@@ -90,7 +90,7 @@ def render_report(
         headline=headline(cards),
         cards=cards,
         unscored=_unscored(scores),
-        kinds=KINDS,
+        kinds=KIND_TITLES,
         galleries=chosen,
         options=filter_options(chosen),
         thumbnails=thumbnails,

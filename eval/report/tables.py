@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.report.scores import (
-    BLIND,
+    LABELS,
     METRICS,
-    SEEN,
-    VIEWS,
     Section,
+    by_condition,
     measured,
-    measured_views,
+    measured_by_condition,
     pope_sections,
     section_of,
     titled_sections,
-    views_of,
 )
+from eval.scoring.score_names import BLIND, SEEN
 
 LISTED = 50
 """Images of a kind that are named as contaminated; the rest are counted."""
@@ -136,13 +135,13 @@ def contaminated_images(
 
 
 def _all_views(title: str, section: Section) -> Table:
-    views = views_of(section)
+    views = by_condition(section)
     rows = []
     for key in [key for key in METRICS if any(key in values for values in views.values())]:
-        found = measured_views(section, key).values()
+        found = measured_by_condition(section, key).values()
         cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
         rows.append(Row(name=METRICS[key].label, meaning=METRICS[key].meaning, cells=cells))
-    return Table(title=title, first="Metric", columns=[VIEWS[v].column for v in views], rows=rows)
+    return Table(title=title, first="Metric", columns=[LABELS[v].column for v in views], rows=rows)
 
 
 def _count(section: Section, key: str = "count") -> Cell:
@@ -150,7 +149,7 @@ def _count(section: Section, key: str = "count") -> Cell:
 
 
 def _beside_blind(section: Section, key: str) -> Cell:
-    views = measured_views(section, key)
+    views = measured_by_condition(section, key)
     seen, blind = views[SEEN], views.get(BLIND) or measured({}, key)
-    lines = (seen.written, seen.interval, f"blind {blind.written}")
+    lines = (seen.written, seen.interval, f"wrong image {blind.written}")
     return tuple(line for line in lines if line)

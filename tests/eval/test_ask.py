@@ -14,7 +14,7 @@ from PIL import Image
 from cache.errors import MissingImageError, SettingsError, SpecMismatchError
 from eval.ask import TOP_P, answer, cached_features, main
 from eval.chat.encoder import Vision, read_picture
-from eval.trained import load_run
+from eval.runs import load_run
 from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text

@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 
 from cache.files.scratch import LOCK, PREFIX
 from eval.ask import answer
-from eval.trained import load_run
+from eval.runs import load_run
 from tests.browser import visited
 from tests.eval.seeing import LIMITS, VAL, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg

@@ -9,9 +9,9 @@ import pytest
 from eval.ask import answer
 from eval.chat.conversation import Host
 from eval.chat.encoder import Vision
+from eval.runs import load_run
 from eval.server.page_pictures import PagePictures
 from eval.server.visitors import session_of
-from eval.trained import load_run
 from tests.eval.seeing import LIMITS, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
 

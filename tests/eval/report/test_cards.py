@@ -36,7 +36,7 @@ def test_a_control_that_is_not_beaten_is_named(control, measured, reason):
 def test_all_controls_that_are_not_beaten_are_named():
     same = dict.fromkeys(LOW, SEEN)
     assert judge(section("CIDEr", SEEN, **same), "CIDEr").text == (
-        "Does NOT beat the blind control (the intervals overlap), the noise control (the "
+        "Does NOT beat the wrong-image control (the intervals overlap), the noise control (the "
         "intervals overlap) or the untrained projector (the intervals overlap)."
     )
 
@@ -58,7 +58,7 @@ def test_without_an_interval_nothing_is_claimed(missing):
     verdict = judge(section("CIDEr", SEEN, **controls), "CIDEr")
     assert verdict.state == "open"
     assert verdict.text == (
-        "Beats the blind control and the untrained projector. "
+        "Beats the wrong-image control and the untrained projector. "
         "No interval to judge by against the noise control."
     )
 
@@ -161,7 +161,7 @@ def test_whiskers_are_drawn_where_intervals_were_measured():
 
 def test_a_control_that_was_not_asked_has_no_bar():
     bars = bars_of({"CIDEr": 0.9, "blind": {"CIDEr": 0.1}, "noise": None}, "CIDEr")
-    assert [bar.label for bar in bars] == ["Model", "Blind"]
+    assert [bar.label for bar in bars] == ["Model", "Wrong image"]
 
 
 @pytest.mark.parametrize("value", [0.0, None, math.nan])

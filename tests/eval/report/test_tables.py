@@ -26,7 +26,7 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
         "Captions", "Captions of stage 1 alone", "Answers", "Yes or no, official random",
     ]  # fmt: skip
     for table in tables.values():
-        assert list(table.columns) == ["Model", "Blind", "Noise", "Untrained projector"]
+        assert list(table.columns) == ["Model", "Wrong image", "Noise", "Untrained projector"]
     rows = {row.name: row.cells for row in tables["Captions"].rows}
     assert rows == {
         "BLEU-4": [
@@ -50,11 +50,14 @@ def test_types_are_ordered_by_how_often_they_are_asked_and_stand_beside_blind():
     }
     table = type_table({"answers": {"token_f1": 0.5, "by_type": types}})
     dash = "\u2013"
-    none = (dash, f"blind {dash}")
+    none = (dash, f"wrong image {dash}")
     assert [(row.name, row.cells) for row in table.rows] == [
-        ("often", [("9",), ("7",), ("90.0%", "80.0\u2013100.0%", "blind 10.0%"), none, none]),
-        ("rare", [("2",), (dash,), none, ("90.0%", "80.0\u2013100.0%", "blind 30.0%"), none]),
-        ("third", [("1",), (dash,), none, none, ("0.900", "0.800\u20131.000", f"blind {dash}")]),
+        ("often", [("9",), ("7",), ("90.0%", "80.0\u2013100.0%", "wrong image 10.0%"), none, none]),
+        ("rare", [("2",), (dash,), none, ("90.0%", "80.0\u2013100.0%", "wrong image 30.0%"), none]),
+        (
+            "third",
+            [("1",), (dash,), none, none, ("0.900", "0.800\u20131.000", f"wrong image {dash}")],
+        ),
     ]
     assert list(table.columns) == [
         "Questions", "Short targets", "Exact match", "Token F1", "ROUGE-L",
@@ -69,7 +72,7 @@ def test_exact_match_over_no_short_target_is_a_dash_everywhere():
     (table,) = score_tables(scores)
     rows = {row.name: row.cells for row in table.rows}
     assert rows["Exact match"] == [(dash,)] * 4
-    assert type_table(scores).rows[0].cells[1:3] == [("0",), (dash, f"blind {dash}")]
+    assert type_table(scores).rows[0].cells[1:3] == [("0",), (dash, f"wrong image {dash}")]
     of_older_version = {name: part[name] for name in part if name != "short_count"}
     (table,) = score_tables({"answers": of_older_version})
     assert {row.name: row.cells for row in table.rows}["Exact match"][0][0] == "0.0%"
@@ -82,7 +85,7 @@ def test_yes_no_questions_have_a_row_a_subset():
         "Questions", "Accuracy", "Precision", "Recall", "F1", "Yes-rate",
     ]  # fmt: skip
     assert [row.name for row in table.rows] == ["random", "popular"]
-    assert table.rows[0].cells[4] == ("90.0%", "80.0\u2013100.0%", "blind 50.0%")
+    assert table.rows[0].cells[4] == ("90.0%", "80.0\u2013100.0%", "wrong image 50.0%")
 
 
 @pytest.mark.parametrize("scores", [{}, {"pope": None, "answers": None}, {"pope": {}}])

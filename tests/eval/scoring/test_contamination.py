@@ -3,7 +3,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eval.scoring.contamination import ContaminatedImage, IndexedImages, counts, read_images
+from eval.scoring.contamination import ContaminatedImage, IndexedImages, read_images
 from workspace.errors import StageError
 
 
@@ -57,12 +57,3 @@ def test_a_missing_or_damaged_table_is_named(world):
     path.unlink()
     with pytest.raises(StageError, match=r"images.parquet: .*Run the index stage"):
         read_images()
-
-
-@pytest.mark.parametrize(("left_out", "wanted"), [(True, 1), (False, 0)])
-def test_counts_say_what_was_left_out(left_out, wanted):
-    assert counts(9, [ContaminatedImage(1, "1.jpg", "x")], left_out=left_out) == {
-        "images": 9,
-        "contaminated": 1,
-        "left_out": wanted,
-    }
