@@ -19,6 +19,7 @@ from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from eval.scoring.score_names import CONTROLS, as_number
 from eval.snapshots import (
+    REPORTS_FILES,
     PredictionRow,
     Snapshot,
     is_run_directory,
@@ -35,6 +36,7 @@ MISSING = object()
 """The value of a name that only the other side has."""
 
 Interval = tuple[float, float]
+Intervals = Mapping[str, Interval]
 TableRow = tuple[str, str, str, str]
 
 
@@ -70,7 +72,7 @@ def compare(left_name: str, right_name: str) -> None:
     if left.scores or right.scores:
         print_interval_notes(left, right)
     if left.scores and right.scores:
-        pairings = pair_texts(read_predictions(left.place), read_predictions(right.place))
+        pairings = pair_texts(read_predictions(left), read_predictions(right))
         for (model, kind), pairing in pairings.items():
             print_pairing(f"{printable(model)}, {printable(kind)}", pairing, left_name, right_name)
 
@@ -78,14 +80,20 @@ def compare(left_name: str, right_name: str) -> None:
 def table_rows(left: Snapshot, right: Snapshot) -> list[TableRow]:
     """Return the rows of the table: each part's differences, and the number of equal values."""
     rows = [("", printable(left.name), printable(right.name), "second - first")]
-    if left.has_runs and right.has_runs:
+    have_runs = REPORTS_FILES not in (left.files, right.files)
+    if have_runs:
         rows += part_rows("settings", "settings", left.settings, right.settings)
         rows += part_rows("metrics", "metrics", left.metrics, right.metrics, are_measured=True)
     if left.scores or right.scores:
-        rows += score_rows("scores", left, right, are_controls=False)
-        rows += score_rows("controls", left, right, are_controls=True)
+        intervals = left.intervals, right.intervals
+        for title, are_controls in (("scores", False), ("controls", True)):
+            sides = (
+                {name: v for name, v in side.scores.items() if _is_control(name) == are_controls}
+                for side in (left, right)
+            )
+            rows += part_rows(title, "scores", *sides, are_measured=True, intervals=intervals)
         rows += part_rows("evaluation", "facts", left.scored, right.scored)
-    if left.has_runs and right.has_runs:
+    if have_runs:
         rows += part_rows("provenance", "other facts", left.provenance, right.provenance)
     return rows
 
@@ -97,38 +105,26 @@ def part_rows(
     right: Mapping[str, Any],
     *,
     are_measured: bool = False,
+    intervals: tuple[Intervals, Intervals] | None = None,
 ) -> list[TableRow]:
-    """Return the rows of values without intervals, with a difference if they are measured."""
+    """Return the rows of one part: measured values with a difference, scores with a mark."""
     names = [*left, *(name for name in right if name not in left)]
     rows = []
     for name in names:
         before, after = left.get(name, MISSING), right.get(name, MISSING)
-        if not _is_same(before, after):
-            difference = _difference(before, after) if are_measured else ""
-            rows.append((f"  {shown(name)}", _cell(before), _cell(after), difference))
-    return _part(title, rows, len(names), noun)
-
-
-def score_rows(
-    title: str, left: Snapshot, right: Snapshot, *, are_controls: bool
-) -> list[TableRow]:
-    """Return the rows of scores with their intervals, a mark where the intervals lie apart."""
-    names = [*left.scores, *(name for name in right.scores if name not in left.scores)]
-    names = [name for name in names if bool(set(CONTROLS) & set(name.split("."))) == are_controls]
-    rows = []
-    for name in names:
-        before, after = (side.scores.get(name, MISSING) for side in (left, right))
-        intervals = left.intervals.get(name), right.intervals.get(name)
-        if not _is_same(before, after) or intervals[0] != intervals[1]:
-            cells = _cell(before, intervals[0]), _cell(after, intervals[1])
-            mark = "*" if lie_apart(*intervals) else " "
-            rows.append((f"  {shown(name)}", *cells, f"{_difference(before, after)} {mark}"))
-    return _part(title, rows, len(names), "scores")
-
-
-def _part(title: str, rows: list[TableRow], num_compared: int, noun: str) -> list[TableRow]:
-    equal = (f"  {num_compared - len(rows)} {noun} equal", "", "", "")
+        ends = [side.get(name) for side in intervals or ({}, {})]
+        if _is_same(before, after) and ends[0] == ends[1]:
+            continue
+        difference = _difference(before, after) if are_measured else ""
+        if intervals:
+            difference += " *" if lie_apart(*ends) else "  "
+        rows.append((f"  {shown(name)}", _cell(before, ends[0]), _cell(after, ends[1]), difference))
+    equal = (f"  {len(names) - len(rows)} {noun} equal", "", "", "")
     return [(title, "", "", ""), *rows, equal]
+
+
+def _is_control(name: str) -> bool:
+    return bool(set(CONTROLS) & set(name.split(".")))
 
 
 def _is_same(before: Any, after: Any) -> bool:
@@ -136,7 +132,7 @@ def _is_same(before: Any, after: Any) -> bool:
     return bool(before == after or (before != before and after != after))
 
 
-def _cell(value: Any, interval: Interval | None = None) -> str:
+def _cell(value: Any, interval: Interval | None) -> str:
     text = "-" if value is MISSING else shown(value)
     return text if interval is None else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
 

@@ -44,9 +44,9 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     histories = {stage: read_history(RUNS / stage) for stage in STAGES}
     store = FeatureStore(FEATURES)
     runs = open_stages(params.section("llm", LlmSettings), store)
-    warning = score_warning(params, runs)
     tokenizer = runs["finetune"].tokenizer
     evaluation_set = choose_evaluation_set(settings, store, tokenizer, params.seed())
+    warning = score_warning(params, runs)
 
     models = load_models(runs, store, params.seed())
     scores, predictions = score_models(models, evaluation_set, settings)

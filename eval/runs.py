@@ -4,12 +4,13 @@ Says what a run directory must hold. Opening needs no language model in memory, 
 does not fit is found before hours or gigabytes are spent on it.
 """
 
+import contextlib
 import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -171,15 +172,13 @@ def finish_times(runs: Mapping[str, FinishedRun]) -> dict[str, str]:
     Args:
         runs: Stage to its run; a run of an earlier version has no time, and is left out.
     """
-    times = {stage: run.provenance.get(FINISHED) for stage, run in runs.items()}
-    return {stage: time for stage, time in times.items() if _is_time(time)}
-
-
-def _is_time(value: object) -> TypeGuard[str]:
-    try:
-        return isinstance(value, str) and bool(datetime.fromisoformat(value))
-    except ValueError:
-        return False
+    times = {}
+    for stage, run in runs.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            # Refuses anything but a time.
+            datetime.fromisoformat(run.provenance[FINISHED])
+            times[stage] = run.provenance[FINISHED]
+    return times
 
 
 def _open(

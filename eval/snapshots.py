@@ -47,50 +47,34 @@ NO_SCORES = ("contamination", "weights_sha256")
 PredictionRow = dict[str, Any]
 """One prediction, keyed as `COLUMNS`."""
 
-
-@dataclass(frozen=True)
-class Files:
-    """Where a place holds its files: the beginning of dotted names to the path of a file."""
-
-    settings: Mapping[str, str]
-    metrics: Mapping[str, str]
-    provenance: Mapping[str, str]
-    scores: Mapping[str, str]
-    predictions: str = ""
-
+Files = dict[str, dict[str, str]]
+"""Part of a snapshot to its files: the beginning of dotted names to a path in the place."""
 
 STAGES = ("pretrain", "finetune")
-RUN_FILES = Files({"": "params.yaml"}, {"": "metrics.json"}, {"": "provenance.json"}, {})
-REPORTS_FILES = Files({}, {}, {}, {"": "eval.json"}, "predictions.parquet")
-WORKSPACE_FILES = Files(
-    settings={"": "params.yaml"},
-    metrics={f"{stage}.": f"{RUNS}/{stage}/metrics.json" for stage in STAGES},
-    provenance={f"{stage}.": f"{RUNS}/{stage}/provenance.json" for stage in STAGES},
-    scores={"": f"{REPORTS}/eval.json"},
-    predictions=f"{REPORTS}/predictions.parquet",
-)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A folder or a revision, not read yet."""
-
-    name: str
-    files: Files
-    read: Callable[[str], bytes]
-    """Reads a file by its path in the place.
-
-    Raises FileNotFoundError if there is none.
-    """
-    folder: Path | None
-    """None of a revision."""
+RUN_FILES: Files = {
+    "settings": {"": "params.yaml"},
+    "metrics": {"": "metrics.json"},
+    "provenance": {"": "provenance.json"},
+}
+REPORTS_FILES: Files = {"scores": {"": "eval.json"}, "predictions": {"": "predictions.parquet"}}
+WORKSPACE_FILES: Files = {
+    "settings": {"": "params.yaml"},
+    "metrics": {f"{stage}.": f"{RUNS}/{stage}/metrics.json" for stage in STAGES},
+    "provenance": {f"{stage}.": f"{RUNS}/{stage}/provenance.json" for stage in STAGES},
+    "scores": {"": f"{REPORTS}/eval.json"},
+    "predictions": {"": f"{REPORTS}/predictions.parquet"},
+}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of a place; every dictionary has dotted names, like `captions.blind.CIDEr`."""
+    """The content of a place; its dictionaries have dotted names, like `captions.blind.CIDEr`."""
 
-    place: Place
+    name: str
+    """The name by which the user called the place."""
+    files: Files
+    read: Callable[[str], bytes]
+    """Reads a file by its path in the place; a FileNotFoundError if it does not exist."""
     settings: dict[str, Any]
     metrics: dict[str, Any]
     """Metrics of the training."""
@@ -101,62 +85,60 @@ class Snapshot:
     scored: dict[str, Any]
     """Hashes of the scored weights, and counts of contaminated images."""
 
-    @property
-    def name(self) -> str:
-        """The name by which the user called the place."""
-        return self.place.name
-
-    @property
-    def has_runs(self) -> bool:
-        """Whether it is the kind of place that holds runs: any but a reports folder."""
-        return self.place.files is not REPORTS_FILES
-
 
 def is_run_directory(name: str) -> bool:
     """Return whether a name is a folder with the files of one run."""
     if name == WORKSPACE:
         return False
     folder = Path(name)
-    if os.path.lexists(folder / "metrics.json"):
-        return True
     is_workspace = any((folder / path).exists() for path in (RUNS, REPORTS, "dvc.yaml"))
-    return os.path.lexists(folder / "params.yaml") and not is_workspace
+    return os.path.lexists(folder / "metrics.json") or (
+        os.path.lexists(folder / "params.yaml") and not is_workspace
+    )
 
 
 def read_snapshot(name: str) -> Snapshot:
     """Read all of a place but its predictions.
 
     A folder takes precedence over a revision, except over `workspace`: this repository has a folder
-    of that name.
-
-    Files of a revision that DVC's cache lacks come from its default remote.
+    of that name. Files of a revision that DVC's cache lacks come from its default remote.
 
     Raises:
         SettingsError: The name is neither a folder with results nor a revision with a run.
         StageError: The run or the evaluation is not complete, or a file is damaged.
     """
-    is_folder = name != WORKSPACE and Path(name).is_dir()
-    place = _folder(name) if is_folder else _revision(name)
-    files = place.files
-    settings, metrics = _read_all(place, files.settings), _read_all(place, files.metrics)
-    evaluated = _read_all(place, files.scores)
+    files = WORKSPACE_FILES
+    if name == WORKSPACE or not Path(name).is_dir():
+        read = _reader_of_revision(name)
+    else:
+        read = functools.partial(_read_in_folder, name)
+        if is_run_directory(name):
+            files = RUN_FILES
+        elif os.path.lexists(Path(name) / "eval.json"):
+            files = REPORTS_FILES
+    settings, metrics, provenance, evaluated = (
+        _read_all(name, read, files.get(part, {}))
+        for part in ("settings", "metrics", "provenance", "scores")
+    )
     if not (metrics or evaluated) or (files is RUN_FILES and not settings):
-        _refuse_incomplete(place, settings)
+        _refuse_incomplete(name, files, settings)
     values = {key: v for key, v in evaluated.items() if "intervals" not in key.split(".")}
-    is_score = {key: key.split(".")[0] not in NO_SCORES for key in values}
+    scores = {key: v for key, v in values.items() if key.split(".")[0] not in NO_SCORES}
     return Snapshot(
-        place=place,
+        name=name,
+        files=files,
+        read=read,
         settings=settings,
         metrics=metrics,
-        provenance=_read_all(place, files.provenance),
-        scores={key: value for key, value in values.items() if is_score[key]},
+        provenance=provenance,
+        scores=scores,
         intervals=_intervals(evaluated),
-        scored={key: value for key, value in values.items() if not is_score[key]},
+        scored={key: value for key, value in values.items() if key not in scores},
     )
 
 
-def read_predictions(place: Place) -> list[PredictionRow]:
-    """Read the predictions of a place with scores.
+def read_predictions(snapshot: Snapshot) -> list[PredictionRow]:
+    """Read the predictions of a snapshot with scores.
 
     Returns:
         The rows in their order; subset is empty if the table has no such column.
@@ -165,51 +147,47 @@ def read_predictions(place: Place) -> list[PredictionRow]:
         StageError: The table is missing or damaged.
         OSError: The system could not read it.
     """
-    path = place.files.predictions
-    where = f"{place.name}/{path}"
-    if place.folder and (place.folder / path).exists():
-        return _read_table(place.folder / path, where)
+    path = snapshot.files["predictions"][""]
+    where = f"{snapshot.name}/{path}"
     try:
-        content = place.read(path)
+        content = snapshot.read(path)
     except (FileNotFoundError, StageError) as error:
         raise StageError(
             f"{where} cannot be read ({one_line(error)}). Try `dvc pull` or `dvc repro evaluate` "
             f"there, or for a revision `dvc fetch --all-commits {path}`."
         ) from None
-    # The table is checked before it is parsed, which takes a file.
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        return _read_table(Path(file.name), where)
+
+    def refuse(why: str) -> StageError:
+        return StageError(f"{where} is damaged, or no table of predictions: {why}")
+
+    # A table is checked before it is parsed, which takes a file.
+    with tempfile.NamedTemporaryFile() as copy:
+        copy.write(content)
+        copy.flush()
+        with open_parquet(Path(copy.name), COLUMNS, refuse, optional=("subset",)) as file:
+            table = file.read(columns=COLUMNS.names, use_threads=False)
+    # A score may be null: the text was not scored.
+    check_values(table.drop_columns(["score"]).columns, refuse)
+    return [{"subset": "", **row} for row in table.to_pylist()]
 
 
-def _folder(name: str) -> Place:
-    folder = Path(name)
-    files = WORKSPACE_FILES
-    if is_run_directory(name):
-        files = RUN_FILES
-    elif os.path.lexists(folder / "eval.json"):
-        files = REPORTS_FILES
-
-    def read(path: str) -> bytes:
-        check_ordinary(folder / path, functools.partial(_damaged, name, path))
-        with naming(folder / path):
-            return (folder / path).read_bytes()
-
-    return Place(name, files, read, folder)
+def _read_in_folder(folder: str, path: str) -> bytes:
+    check_ordinary(Path(folder) / path, functools.partial(_damaged, folder, path))
+    with naming(Path(folder) / path):
+        return (Path(folder) / path).read_bytes()
 
 
-def _revision(name: str) -> Place:
+def _reader_of_revision(name: str) -> Callable[[str], bytes]:
     # Importing DVC takes a second or two.
     from dvc.api import DVCFileSystem
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.scm import SCMError
 
-    files = DVCFileSystem(rev=None if name == WORKSPACE else name)
+    revision = DVCFileSystem(rev=None if name == WORKSPACE else name)
 
     def read(path: str) -> bytes:
         try:
-            content: bytes = files.cat_file(path)
+            content: bytes = revision.cat_file(path)
         except (SCMError, NotDvcRepoError) as error:
             raise SettingsError(
                 f"{name} is neither a folder nor a revision or experiment here: {one_line(error)}."
@@ -218,34 +196,34 @@ def _revision(name: str) -> Place:
             raise StageError(f"{name}: DVC cannot read {path}: {one_line(error)}") from None
         return content
 
-    return Place(name, WORKSPACE_FILES, read, None)
+    return read
 
 
-def _refuse_incomplete(place: Place, settings: Mapping[str, Any]) -> NoReturn:
+def _refuse_incomplete(name: str, files: Files, settings: Mapping[str, Any]) -> NoReturn:
     if settings:
-        wanted = ", ".join([*place.files.metrics.values(), *place.files.scores.values()])
+        wanted = [path for part in ("metrics", "scores") for path in files.get(part, {}).values()]
         raise StageError(
-            f"{place.name} has no metrics: wanted {wanted}. Either the run did not finish, or it "
-            f"was made elsewhere: try `dvc pull`."
+            f"{name} has no metrics: wanted {', '.join(wanted)}. Either the run did not finish, or "
+            f"it was made elsewhere: try `dvc pull`."
         )
     found = "it has no params.yaml"
-    if place.files is not RUN_FILES:
+    if files is not RUN_FILES:
         found = "it has neither params.yaml nor reports/eval.json nor eval.json"
     raise SettingsError(
-        f"{place.name} is no run and no evaluation: {found}. Wanted a workspace, its reports "
-        f"folder, a run directory like runs/finetune, or a revision."
+        f"{name} is no run and no evaluation: {found}. Wanted a workspace, its reports folder, a "
+        f"run directory like runs/finetune, or a revision."
     )
 
 
-def _read_all(place: Place, paths: Mapping[str, str]) -> dict[str, Any]:
+def _read_all(name: str, read: Callable[[str], bytes], paths: Mapping[str, str]) -> dict[str, Any]:
     """Read the files that exist."""
     values: dict[str, Any] = {}
     for prefix, path in paths.items():
         try:
-            content = place.read(path)
+            content = read(path)
         except FileNotFoundError:
             continue
-        with reading_foreign_file(functools.partial(_damaged, place.name, path)):
+        with reading_foreign_file(functools.partial(_damaged, name, path)):
             text = content.decode()
             # JSON is YAML too, but for NaN.
             found = json.loads(text) if path.endswith(".json") else parse_yaml(text, path)
@@ -289,15 +267,3 @@ def _intervals(flat: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         if low is not None and high is not None:
             intervals[name] = (low, high)
     return intervals
-
-
-def _read_table(path: Path, where: str) -> list[PredictionRow]:
-    def refuse(why: str) -> StageError:
-        return StageError(f"{where} is damaged, or no table of predictions: {why}")
-
-    with open_parquet(path, COLUMNS, refuse, optional=("subset",)) as file:
-        table = file.read(columns=COLUMNS.names, use_threads=False)
-        # A score may be null: the text was not scored.
-        check_values(table.drop_columns(["score"]).columns, refuse)
-        rows: list[PredictionRow] = table.to_pylist()
-    return [{"subset": "", **row} for row in rows]

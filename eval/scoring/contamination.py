@@ -20,46 +20,33 @@ class ContaminatedImage:
     reason: str
 
 
+@dataclass(frozen=True)
 class IndexedImages:
-    """All images of the index, and the ids of those that either stage trains on."""
+    """All images of the index, by image id."""
 
-    def __init__(
-        self,
-        splits: dict[int, str],
-        file_names: dict[int, str],
-        hashes: dict[int, int],
-        trained: Collection[int],
-    ) -> None:
-        """Store the columns of the index by image id.
-
-        Args:
-            splits: Image id to train or val.
-            file_names: Image id to file name.
-            hashes: Image id to xxh3_64 of the file.
-            trained: Ids of the images that are trained on.
-        """
-        self.splits = splits
-        self.file_names = file_names
-        self._hashes = hashes
-        self._trained = set(trained)
-        self._by_hash = {hashes[i]: i for i in sorted(self._trained, reverse=True) if i in hashes}
+    splits: dict[int, str]
+    """Train or val."""
+    file_names: dict[int, str]
+    hashes: dict[int, int]
+    """xxh3_64 of the file."""
+    trained: Collection[int]
+    """Ids of the images that either stage trains on."""
 
     def trained_on(self, image_ids: Iterable[int]) -> list[ContaminatedImage]:
         """Return those of some images that were trained on, in order of id."""
-        reasons = {image_id: self._reason(image_id) for image_id in sorted(set(image_ids))}
-        return [
-            ContaminatedImage(image_id, self.file_names.get(image_id, ""), reason)
-            for image_id, reason in reasons.items()
-            if reason
-        ]
-
-    def _reason(self, image_id: int) -> str:
-        if image_id in self._trained:
-            return "trained on"
-        if image_id not in self._hashes or self._hashes[image_id] not in self._by_hash:
-            return ""
-        twin = self._by_hash[self._hashes[image_id]]
-        return f"same file as training image {twin} ({self.file_names[twin]})"
+        trained = set(self.trained)
+        by_hash = {self.hashes[i]: i for i in sorted(trained, reverse=True) if i in self.hashes}
+        found = []
+        for image_id in sorted(set(image_ids)):
+            twin = by_hash.get(self.hashes.get(image_id, -1))
+            if image_id in trained:
+                reason = "trained on"
+            elif twin is not None:
+                reason = f"same file as training image {twin} ({self.file_names[twin]})"
+            else:
+                continue
+            found.append(ContaminatedImage(image_id, self.file_names.get(image_id, ""), reason))
+        return found
 
 
 def read_images() -> IndexedImages:

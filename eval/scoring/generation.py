@@ -55,7 +55,10 @@ def caption_images(
     prompts = [question_text(question) if question else ""] * len(image_ids)
     generations = _generate(model, image_ids, prompts, settings.caption_tokens, settings.batch_size)
 
-    cider = cider_by_image(references, dict(zip(image_ids, _texts(generations[SEEN]), strict=True)))
+    def by_image(texts: Sequence[str]) -> dict[int, str]:
+        return dict(zip(image_ids, texts, strict=True))
+
+    cider = cider_by_image(references, by_image([texts[SEEN].text for texts in generations]))
     captions = [
         Prediction(
             model=model.name,
@@ -64,16 +67,15 @@ def caption_images(
             split="val",
             question=question,
             targets=tuple(references[image_id]),
-            generations=of_image,
+            generations=texts,
             score=cider[image_id],
         )
-        for image_id, of_image in zip(image_ids, _by_question(generations), strict=True)
+        for image_id, texts in zip(image_ids, generations, strict=True)
     ]
-
-    def measures_of(texts: Sequence[str]) -> Mapping[str, Measure]:
-        return caption_measures(references, dict(zip(image_ids, texts, strict=True)))
-
-    return _section(captions, measures_of, model.seed), captions
+    section = _section(
+        captions, lambda texts: caption_measures(references, by_image(texts)), model.seed
+    )
+    return section, captions
 
 
 def answer_questions(
@@ -106,18 +108,16 @@ def answer_questions(
             split="holdout",
             question=question.question,
             targets=(question.answer,),
-            generations=of_question,
-            score=answer_score(question.answer, of_question[SEEN].text),
+            generations=texts,
+            score=answer_score(question.answer, texts[SEEN].text),
         )
-        for question, of_question in zip(questions, _by_question(generations), strict=True)
+        for question, texts in zip(questions, generations, strict=True)
     ]
     section = _answer_section(answers, model.seed)
-    for condition, of_condition in losses.items():
+    for condition, loss in losses.items():
         part = section if condition == SEEN else section[condition]
-        part["loss"] = of_condition.measure.value
-        part["intervals"]["loss"] = of_condition.measure.interval(
-            of_condition.image_ids, model.seed
-        )
+        part["loss"] = loss.measure.value
+        part["intervals"]["loss"] = loss.measure.interval(loss.image_ids, model.seed)
     section["by_type"] = {
         name: _answer_section([a for a in answers if a.question_type == name], model.seed)
         for name in sorted({answer.question_type for answer in answers})
@@ -150,10 +150,10 @@ def answer_yes_no(
     image_ids = [image_id for image_id, _ in pairs]
     prompts = [question_text(question) for _, question in pairs]
     generations = _generate(model, image_ids, prompts, YES_NO_TOKENS, settings.batch_size)
-    by_pair = dict(zip(pairs, _by_question(generations), strict=True))
+    by_pair = dict(zip(pairs, generations, strict=True))
 
     def answer(subset: str, question: YesNo) -> Prediction:
-        of_question = by_pair[question.image_id, question.question]
+        texts = by_pair[question.image_id, question.question]
         return Prediction(
             model=model.name,
             kind="pope",
@@ -162,8 +162,8 @@ def answer_yes_no(
             split=splits.get(question.image_id, ""),
             question=question.question,
             targets=(question.label,),
-            generations=of_question,
-            score=float(yes_or_no(of_question[SEEN].text) == question.label),
+            generations=texts,
+            score=float(yes_or_no(texts[SEEN].text) == question.label),
         )
 
     answers = {name: [answer(name, q) for q in questions] for name, questions in subsets.items()}
@@ -177,9 +177,13 @@ def _generate(
     prompts: Sequence[str],
     max_tokens: int,
     batch_size: int,
-) -> dict[str, list[Generation]]:
-    """Generate a text for each prompt under each condition, or take it from the cache."""
-    generations = {}
+) -> list[dict[str, Generation]]:
+    """Generate a text for each prompt under each condition, or take it from the cache.
+
+    Returns:
+        For each prompt, its texts by condition.
+    """
+    by_condition = {}
     for condition in conditions(model, image_ids):
         cache_key = {
             "model": model.identity,
@@ -200,8 +204,9 @@ def _generate(
             batch_size=batch_size,
             description=f"{model.name}, {condition.name}",
         )
-        generations[condition.name] = cached(cache_key, make)
-    return generations
+        by_condition[condition.name] = cached(cache_key, make)
+    rows = zip(*by_condition.values(), strict=True)
+    return [dict(zip(by_condition, row, strict=True)) for row in rows]
 
 
 def _answer_section(answers: Sequence[Prediction], seed: int) -> Scores:
@@ -231,19 +236,9 @@ def _section(
 
     def scored(condition: str) -> Scores:
         generations = [prediction.generations[condition] for prediction in predictions]
-        measures = {**measures_of(_texts(generations)), **form_measures(generations)}
+        measures = {**measures_of([g.text for g in generations]), **form_measures(generations)}
         values = {name: measure.value for name, measure in measures.items()}
         intervals = {name: measure.interval(image_ids, seed) for name, measure in measures.items()}
         return values | {"count": len(image_ids), "intervals": intervals}
 
     return scored(SEEN) | {control: scored(control) for control in CONTROLS}
-
-
-def _texts(generations: Sequence[Generation]) -> list[str]:
-    return [generation.text for generation in generations]
-
-
-def _by_question(generations: Mapping[str, Sequence[Generation]]) -> list[dict[str, Generation]]:
-    """Turn each condition's texts into each question's texts by condition."""
-    rows = zip(*generations.values(), strict=True)
-    return [dict(zip(generations, row, strict=True)) for row in rows]

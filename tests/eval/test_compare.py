@@ -258,7 +258,7 @@ def test_a_workspace_and_its_reports_are_the_same_evaluation(tmp_path):
     reports = write(tmp_path / "reports", rows=[text("a dog", 2.5)])
     workspace, folder = read_snapshot(str(tmp_path)), read_snapshot(reports)
     for snapshot in (workspace, folder):
-        assert read_predictions(snapshot.place) == [text("a dog", 2.5)]
+        assert read_predictions(snapshot) == [text("a dog", 2.5)]
     assert workspace.scores == folder.scores
     assert folder.intervals["captions.CIDEr"] == (0.7, 0.9)
 
@@ -267,7 +267,7 @@ def test_predictions_without_subsets_are_read(tmp_path):
     names = [name for name in COLUMNS.names if name != "subset"]
     schema = pa.schema([COLUMNS.field(name) for name in names] + [("stopped", pa.bool_())])
     folder = write(tmp_path, rows=[text("a dog", 2.5, stopped=True)], schema=schema)
-    assert read_predictions(read_snapshot(folder).place) == [text("a dog", 2.5)]
+    assert read_predictions(read_snapshot(folder)) == [text("a dog", 2.5)]
 
 
 def test_a_folder_without_an_evaluation_is_named(tmp_path, left):

@@ -324,14 +324,14 @@ def test_the_page_holds_everything_it_shows(world):
     assert "2.500 at step 2" in page
 
 
-def test_the_summary_names_scores_blind_scores_and_the_page(world, capsys):
+def test_the_summary_names_scores_their_control_and_the_page(world, capsys):
     write_pope(ASKED)
     evaluate(world.params())
     captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(blind \d\.\d{3}\)", captions)
-    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(blind \d\.\d{3}\)", answers)
-    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(blind \d\.\d{3}\)", popular)
-    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(blind \d\.\d{3}\)", random)
+    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(wrong image \d\.\d{3}\)", captions)
+    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(wrong image \d\.\d{3}\)", answers)
+    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", popular)
+    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", random)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
 
 

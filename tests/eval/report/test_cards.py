@@ -26,7 +26,8 @@ def test_intervals_that_lie_apart_on_the_right_side_beat_a_control():
     ],
 )
 def test_a_control_that_is_not_beaten_is_named(control, measured, reason):
-    name = {"untrained": "untrained projector"}.get(control, f"{control} control")
+    names = {"blind": "wrong-image control", "untrained": "untrained projector"}
+    name = names.get(control, f"{control} control")
     verdict = judge(section("CIDEr", SEEN, **(LOW | {control: measured})), "CIDEr")
     assert verdict.state == "bad"
     assert verdict.text.startswith(f"Does NOT beat the {name} ({reason}). Beats the ")
