@@ -46,8 +46,14 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
     os._exit(INTERRUPTED)
 
 
+OPENMP = {"GOMP_SPINCOUNT": "10000"}
+"""Environment in which idle OpenMP threads give up their core soon: as fast on a quiet machine, and
+2.3 times as fast beside other work (docs/design-notes.md)."""
+
 # Python's name for a command while it looks for its module: whoever imports the package as a
 # library keeps the hook and the signals of his own.
 if sys.argv[:1] == ["-m"]:
     sys.excepthook = explain
+    # Read by OpenMP when torch loads it.
+    os.environ |= OPENMP | os.environ
     heed_interrupts(leave)
