@@ -1,8 +1,7 @@
-"""Stands in front of the served page, and lets through only what the page itself asks for.
+"""An ASGI application around Gradio's that answers only the requests that the page itself makes.
 
-Of Gradio's many addresses only those that the page needs are there. Uploads and pictures are
-answered here, without Gradio; calls, sessions and headers reach Gradio only as the page's own
-script would send them.
+All other endpoints of Gradio are refused. Uploads and pictures are answered here, without Gradio.
+Calls, sessions and headers are reduced to what the page's own script would send.
 """
 
 import asyncio
@@ -18,58 +17,66 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.files.foreign import describe
-from eval.server.message_stream import MessageStream
-from eval.server.page_calls import UnknownFunctionError, clean_call
-from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
-from eval.server.refusal import Refusal
-from eval.server.request_body import BodyReader, only_file, replay
-from eval.server.request_source import Sources
-from eval.server.visitors import SESSION_HASH, new_secret, session_of, visitor_of_secret
+from eval.server.calls import UnknownFunctionError, clean_call
+from eval.server.pictures import MAX_UPLOAD_BYTES, PagePictures
+from eval.server.request import AllowedSources, BodyReader, Refusal, read_form_file, replay
+from eval.server.sessions import (
+    SESSION_HASH,
+    MessageStream,
+    new_secret,
+    session_of,
+    visitor_of_secret,
+)
 from workspace.errors import StageError
 
 API = "/gradio_api"
 STATIC = re.compile(r"/(assets|static)(/[\w@-][\w@.-]{0,99}){1,6}", re.ASCII)
 FIXED = {"/theme.css", "/favicon.ico", "/config", f"{API}/info", f"{API}/app_id"}
-"""What is the same for every visitor; with app_id the page finds out whether it is outdated."""
+"""Paths with the same answer for every visitor. The page polls app_id for a restarted server."""
 FORWARDED_HEADERS = (b"host", b"accept", b"accept-encoding")
-"""All others, like X-Forwarded-Host and Range, change nothing here."""
+"""Gradio sees no other header, such as X-Forwarded-Host or Range."""
 MAX_CALL_BYTES = 2**16
 MAX_FORM_BYTES = MAX_UPLOAD_BYTES + 2**16
 
 
 class Gateway:
-    """An ASGI application around that of the page."""
+    """The outer application of the server."""
 
     def __init__(
-        self, app: ASGIApp, page: gr.Blocks, pictures: PagePictures, sources: Sources, port: int
+        self,
+        app: ASGIApp,
+        page: gr.Blocks,
+        pictures: PagePictures,
+        sources: AllowedSources,
+        port: int,
     ) -> None:
         self._app = app
         self._page = page
         self._pictures = pictures
         self._sources = sources
-        # Cookies are the same for all ports of a host.
+        # Browsers share cookies between the ports of a host.
         self._cookie = f"patchcache-{port}"
         self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it in one line."""
+        """Answer a request, or refuse it with one line of text."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        answering = _Answering(send)
+        tracked_send = _TrackedSend(send)
         try:
             response = await self._respond(Request(scope, receive))
-            await response(scope, receive, answering)
+            await response(scope, receive, tracked_send)
         except (ClientDisconnect, asyncio.CancelledError):
-            # The client has gone, or the server ends.
+            # The client left, or the server stops.
             pass
         except Refusal as refusal:
             await PlainTextResponse(str(refusal), refusal.status)(scope, receive, send)
         except Exception as error:
-            # A client must not fill the terminal with tracebacks of Gradio's.
-            what = f"{scope['method']} {scope['path']}"[:200]
-            print(f"serve: {what!a}: {describe(error)}", file=sys.stderr, flush=True)
-            if not answering.started:
+            # A client must not fill the terminal with Gradio's tracebacks.
+            target = f"{scope['method']} {scope['path']}"[:200]
+            print(f"serve: {target!a}: {describe(error)}", file=sys.stderr, flush=True)
+            if not tracked_send.is_started:
                 await PlainTextResponse("error", 500)(scope, receive, send)
 
     async def _respond(self, request: Request) -> ASGIApp:
@@ -98,12 +105,12 @@ class Gateway:
         if path == f"{API}/queue/data":
             return self._messages(request)
         if path == f"{API}/upload_progress":
-            # An upload is short, and answered when it is done.
+            # The page asks for progress while an upload runs; no progress is reported.
             return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         raise _not_found()
 
     def _open_page(self, request: Request) -> ASGIApp:
-        """Forward without the query, in which Gradio would look for saved states."""
+        """Forward without the query, where Gradio would look for a saved state."""
         page = self._forward(request)
         if self._cookie in request.cookies:
             return page
@@ -121,7 +128,7 @@ class Gateway:
 
     def _messages(self, request: Request) -> ASGIApp:
         session = self._session(request, request.query_params.get("session_hash", ""))
-        # Gradio fails for a session that called nothing.
+        # Gradio fails for a session without calls.
         if session not in self._page._queue.pending_messages_per_session:
             raise _not_found()
         messages = self._forward(request, query=f"session_hash={session}")
@@ -138,7 +145,7 @@ class Gateway:
             raise Refusal(403, "not allowed") from None
         media_type = mimetypes.guess_type(name)[0] or ""
         headers = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
-        # A document with scripts, which could use the page as its visitor does.
+        # A browser would run the scripts of an HTML or SVG document in the visitor's session.
         if not media_type.startswith("image/") or "xml" in media_type:
             media_type = "application/octet-stream"
             headers["content-disposition"] = "attachment"
@@ -146,7 +153,7 @@ class Gateway:
 
     async def _upload(self, request: Request) -> Response:
         async with self._bodies.reading(request, MAX_FORM_BYTES) as body:
-            name, data = await only_file(body, request.scope)
+            name, data = await read_form_file(body, request.scope)
         if len(data) > MAX_UPLOAD_BYTES:
             raise Refusal(413, f"The file has more than {MAX_UPLOAD_BYTES} bytes.")
         try:
@@ -177,7 +184,7 @@ class Gateway:
     def _forward(
         self, request: Request, *, path: str | None = None, query: str = "", body: bytes = b""
     ) -> ASGIApp:
-        """Return the answer of the page's own application to a request reduced to its needs."""
+        """Return Gradio's answer to a request of which it sees only the necessary parts."""
         path = path or request.scope["path"]
         headers = [pair for pair in request.scope["headers"] if pair[0] in FORWARDED_HEADERS]
         if self._sources.is_share(request.headers):
@@ -194,17 +201,17 @@ class Gateway:
 
 
 def _not_found() -> Refusal:
-    """Return the one refusal for all that is not there, or not for this visitor."""
+    """Return the same refusal for what does not exist and for what belongs to others."""
     return Refusal(404, "not found")
 
 
-class _Answering:
-    """Sends an answer, and says whether its first part was sent."""
+class _TrackedSend:
+    """An ASGI `send` that remembers whether an answer was started."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self.started = False
+        self.is_started = False
 
     async def __call__(self, message: Message) -> None:
-        self.started = True
+        self.is_started = True
         await self._send(message)

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from cache.errors import MissingImageError, SettingsError, SpecMismatchError
-from eval.ask import TOP_P, answer, cached_features, main
-from eval.chat.encoder import Vision, read_picture
+from eval.ask import main
+from eval.chat.answering import TOP_P, cached_features, stream_answer
+from eval.chat.encoder import RunEncoder, read_picture
 from eval.trained import load_run
 from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
 from tests.pipeline.conftest import draw_jpeg
@@ -107,9 +108,9 @@ def test_a_picture_file_gives_the_answer_of_its_cached_features(run, tmp_path):
 
 
 def test_the_features_of_a_file_are_the_cached_ones_to_rounding(runs, seeing):
-    vision = Vision(runs["finetune"])
+    encoder = RunEncoder(runs["finetune"])
     for image_id in TRAIN:
-        found = vision.look(draw_jpeg(image_id), "picture")
+        found = encoder.encode(draw_jpeg(image_id), "picture")
         assert found.dtype == np.float16
         np.testing.assert_allclose(
             found.astype(float), seeing.store.gather([image_id])[0], rtol=2e-3, atol=2e-3
@@ -117,8 +118,8 @@ def test_the_features_of_a_file_are_the_cached_ones_to_rounding(runs, seeing):
 
 
 def test_the_tower_is_loaded_once(runs):
-    vision = Vision(runs["finetune"])
-    assert vision.load() is vision.load()
+    encoder = RunEncoder(runs["finetune"])
+    assert encoder.load() is encoder.load()
 
 
 def test_earlier_turns_are_read(runs, seeing):
@@ -131,10 +132,10 @@ def test_earlier_turns_are_read(runs, seeing):
     seen = []
     embed = trained.model.language_model.get_input_embeddings()
     hook = embed.register_forward_hook(lambda m, args, out: seen.append(args[0].flatten().tolist()))
-    pieces = list(answer(trained, patches, "where", turns=turns))
+    pieces = list(stream_answer(trained, patches, "where", turns=turns))
     hook.remove()
     assert seen[0] == prompt_ids
-    assert "".join(pieces) != "".join(answer(trained, patches, "where"))
+    assert "".join(pieces) != "".join(stream_answer(trained, patches, "where"))
 
 
 def test_a_temperature_draws_by_the_seed(run, runs):
@@ -154,7 +155,7 @@ def test_a_temperature_draws_by_the_seed(run, runs):
 
 def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
     patches = seeing.store.gather([1])[0]
-    pieces = list(answer(runs["finetune"], patches, "where", max_tokens=40))
+    pieces = list(stream_answer(runs["finetune"], patches, "where", max_tokens=40))
     assert len(pieces) > 1
     printed = []
     monkeypatch.setattr(
@@ -165,7 +166,7 @@ def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ask", "--run", "x", "--image-id", "1", "where"])
     with pytest.raises(SystemExit):
         main()
-    short = list(answer(runs["finetune"], patches, "where"))
+    short = list(stream_answer(runs["finetune"], patches, "where"))
     assert printed[:-1] == [((piece,), {"end": "", "flush": True}) for piece in short]
 
 
@@ -175,7 +176,7 @@ def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
 def test_a_question_to_stage_1_is_refused(run):
     code, text, errors = run("--run", PRETRAIN, "--image-id", 1, question="where")
     assert (code, text) == (2, "")
-    assert errors.startswith("error: runs/pretrain: only captions")
+    assert errors.startswith("error: runs/pretrain: has no adapter")
     assert errors.count("\n") == 1
 
 
@@ -203,7 +204,7 @@ def test_the_error_names_both_towers(runs, seeing, tmp_path):
     (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
     seeing.params()
     with pytest.raises(SpecMismatchError) as caught:
-        Vision(load_run(copy)).load()
+        RunEncoder(load_run(copy)).load()
     wanted = seeing.store.fingerprint[:12]
     assert wanted in str(caught.value)
     assert "fingerprint" in str(caught.value)
@@ -215,7 +216,7 @@ def test_where_the_features_were_made_does_not_matter(seeing, tmp_path):
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
     (copy / "params.yaml").write_text(seeing.params(encoder={"device": "cuda:7"}).text)
     seeing.params()
-    assert Vision(load_run(copy)).load().spec.fingerprint == seeing.store.fingerprint
+    assert RunEncoder(load_run(copy)).load().spec.fingerprint == seeing.store.fingerprint
 
 
 def test_features_of_another_store_are_refused(runs, workspace):
@@ -246,14 +247,14 @@ def test_a_broken_picture_is_refused_in_one_line(run, tmp_path, content, reason)
     path.write_bytes(content)
     code, text, errors = run("--run", FINETUNE, "--image", path, question="where")
     assert (code, text, errors.count("\n")) == (1, "", 1)
-    assert errors.startswith(f"error: {path}: no picture that can be read: ")
+    assert errors.startswith(f"error: {path}: not a readable picture: ")
     assert reason in errors
 
 
 def test_a_huge_picture_is_refused(runs, monkeypatch):
     monkeypatch.setattr("pipeline.images.decode.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(StageError, match=r"photo: .*64 x 64 pixels, wanted from 1 to 4095"):
-        Vision(runs["finetune"]).look(noise((64, 64)), "photo")
+        RunEncoder(runs["finetune"]).encode(noise((64, 64)), "photo")
 
 
 def test_a_file_too_large_to_be_a_picture_is_not_read(run, tmp_path):
@@ -295,14 +296,18 @@ def test_the_longest_question_that_fits_is_answered(runs, seeing):
             break
         question = question[1:]
     assert length + LIMITS["answer_tokens"] == most
-    list(answer(trained, patches, question))
+    list(stream_answer(trained, patches, question))
     with pytest.raises(SettingsError, match="Ask something shorter"):
-        answer(trained, patches, question + "\x00")
+        stream_answer(trained, patches, question + "\x00")
 
 
 def test_a_question_that_is_no_text_is_refused(run):
     code, text, errors = run("--run", FINETUNE, "--image-id", 1, question="wo\udcffis")
-    assert (code, text, errors) == (2, "", "error: the question has bytes that are no text.\n")
+    assert (code, text, errors) == (
+        2,
+        "",
+        "error: the question has bytes that are not valid text.\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,11 +338,12 @@ def test_an_image_has_to_be_named(run):
 WATCHED = """
 import os, sys
 from eval import ask
-stream = ask.stream
+from eval.chat import answering
+stream = answering.stream
 def closing(*arguments, **settings):
     os.close(READER)
     return stream(*arguments, **settings)
-ask.stream = closing
+answering.stream = closing
 try:
     ask.main()
 finally:
@@ -366,7 +372,7 @@ def test_ctrl_c_while_it_answers_ends_with_130(run, monkeypatch):
             yield next(pieces)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("eval.ask.stream", interrupted)
+    monkeypatch.setattr("eval.chat.answering.stream", interrupted)
     code, text, errors = run("--run", FINETUNE, "--image-id", 1, question="where")
     assert code == 130
     assert text

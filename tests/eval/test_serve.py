@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import expect
 
 from cache.files.scratch import LOCK, PREFIX
-from eval.ask import answer
+from eval.chat.answering import stream_answer
 from eval.trained import load_run
 from tests.browser import visited
 from tests.eval.seeing import LIMITS, VAL, make_seeing_world
@@ -132,7 +132,7 @@ def wanted(trained, seeing):
     def wanted(image_id, *questions):
         turns = []
         for question in questions:
-            pieces = answer(
+            pieces = stream_answer(
                 trained, seeing.store.gather([image_id])[0], question, turns=turns,
                 max_tokens=LIMITS["answer_tokens"],
             )  # fmt: skip
@@ -194,7 +194,7 @@ def test_the_validation_pictures_can_be_clicked(page, wanted):
 
 def test_the_answer_arrives_word_by_word(page, pictures, wanted):
     choose(page, pictures[1])
-    page.get_by_role("button", name="More").click()
+    page.get_by_role("button", name="More settings").click()
     page.get_by_label(re.compile("number input.*Longest answer")).fill("200")
     page.keyboard.press("Tab")
     page.evaluate(
@@ -231,7 +231,7 @@ def test_what_is_no_picture_is_refused_and_ends_the_conversation(page, pictures,
     path = tmp_path / "<img src=x onerror=alert(1)>.png"
     path.write_bytes(b"no picture <b>at all"[:size] if size < 20 else draw_jpeg(2)[:size])
     page.set_input_files("input[type=file]", path)
-    expect(complaint(page)).to_contain_text("no picture that can be read: ")
+    expect(complaint(page)).to_contain_text("not a readable picture: ")
     assert complaint(page).locator("b, img").count() == 0
     expect(page.get_by_label("Remove Image")).to_have_count(0)
     ask(page, "where")
@@ -305,7 +305,7 @@ def test_the_page_has_room_on_a_phone(browser, address):
 
 def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(browser, root, seeing, pictures, tmp_path):
     stage_1 = load_run(root / "runs/pretrain")
-    wanted = "".join(answer(stage_1, seeing.store.gather([1])[0], ""))
+    wanted = "".join(stream_answer(stage_1, seeing.store.gather([1])[0], ""))
     arguments = ["--run", "runs/pretrain", "--port", free_port()]
     uploads = tmp_path / "uploads"
     # What a killed server left behind.

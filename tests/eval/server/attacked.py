@@ -22,10 +22,10 @@ COMMAND = f"""
 import json
 from pathlib import Path
 from eval import serve
-from eval.server import page_pictures
+from eval.server import pictures
 from tests.eval.server.attacked import gradio_routes
 
-page_pictures.MAX_UPLOADS = {MAX_UPLOADS}
+pictures.MAX_UPLOADS = {MAX_UPLOADS}
 make_app = serve.make_app
 
 def make_and_note(page):
@@ -101,7 +101,7 @@ class Client:
 
     def begin(self, path, **more):
         """Choose a picture by its path."""
-        return self.call("begin", [{"path": path, **more}])
+        return self.call("choose_picture", [{"path": path, **more}])
 
     def reply(self, question):
         """Ask, and return the messages as text."""

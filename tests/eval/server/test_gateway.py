@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from eval.server.page_pictures import MAX_UPLOAD_BYTES
+from eval.server.pictures import MAX_UPLOAD_BYTES
 from tests.eval.seeing import make_seeing_world
 from tests.eval.server.attacked import MAX_UPLOADS, Client, served_page
 from tests.pipeline.conftest import draw_jpeg
@@ -195,7 +195,7 @@ def test_a_conversation_is_its_visitors_alone(served, client):
         answer = thief.send("GET", "/gradio_api/queue/data", params=query)
         assert answer.status_code == 404
         assert "Choose a picture first" in thief.reply("what")
-    client.call("forget", [None])
+    client.call("clear", [None])
     assert '"success": true' in client.reply("where")
 
 
@@ -266,7 +266,7 @@ REPLY = ["where", None, 0, 5]
 
 def test_a_function_that_the_page_does_not_have_is_not_found(served, client):
     example = served.functions["load_example"]
-    for index in (-1, 999, 2**70, None, "0", "begin", 1.0, True, [], {}, example):
+    for index in (-1, 999, 2**70, None, "0", "reply", 1.0, True, [], {}, example):
         assert client.join("reply", REPLY, fn_index=index).status_code == 404
     call = {"data": REPLY, "session_hash": "x", "fn_index": served.functions["reply"]}
     assert client.send("POST", "/gradio_api/run/predict", json=call).status_code == 404
@@ -275,13 +275,13 @@ def test_a_function_that_the_page_does_not_have_is_not_found(served, client):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        *(("begin", [value]) for value in ("x", 1, [], {}, {"path": 1}, {"path": None})),
-        *(("begin", [{"path": path}]) for path in ("x" * 5000, "\ud800", ["x"])),
+        *(("choose_picture", [value]) for value in ("x", 1, [], {}, {"path": 1}, {"path": None})),
+        *(("choose_picture", [{"path": path}]) for path in ("x" * 5000, "\ud800", ["x"])),
         *(("reply", [value, None, 0, 5]) for value in (1, {}, [], "\ud800", "x" * 2001)),
         *(("reply", ["x", None, value, 5]) for value in (-1, 3, "0", None, True, [0], 10**400)),
         *(("reply", ["x", None, 0, value]) for value in (0, -1, 10**9, "5", None, [])),
         ("reply", []), ("reply", ["x"]), ("reply", [*REPLY, 1]), ("reply", {}), ("reply", None),
-        ("reply", "four"), ("forget", []),
+        ("reply", "four"), ("clear", []),
     ],
 )  # fmt: skip
 def test_a_call_that_the_page_cannot_make_is_refused(client, name, values):
@@ -313,7 +313,7 @@ def test_what_is_no_call_is_refused(client, body):
 def test_what_a_call_holds_beside_its_values_changes_nothing(client):
     client.begin(client.upload(draw_jpeg(1)))
     plain = client.call("reply", REPLY)
-    client.call("forget", [None])
+    client.call("clear", [None])
     odd = client.call(
         "reply", REPLY, trigger_id=999, event_id="x", event_data={"x": 1}, batched=True,
         simple_format=True, oauth_token="x", request={"x": 1}, batch_trigger_ids=[1],

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from eval.server import message_stream
-from eval.server.message_stream import MessageStream
+from eval.server import sessions
+from eval.server.sessions import MessageStream
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 CLOSE = b'data: {"msg":"close_stream"}\n\n'
@@ -13,7 +13,7 @@ CLOSE = b'data: {"msg":"close_stream"}\n\n'
 
 @pytest.fixture(autouse=True)
 def _soon_quiet(monkeypatch):
-    monkeypatch.setattr(message_stream, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(sessions, "QUIET_SECONDS", 0.1)
 
 
 def streamed(bodies, looks):

@@ -1,8 +1,7 @@
-"""Holds the pictures that the served page may open: uploads of its visitors, and the examples.
+"""Holds the pictures that the served page may open: its visitors' uploads, and the examples.
 
-A picture is asked for by its path, which is looked up among the paths that were handed out and is
-opened only if it is one of them. So no spelling of another path leads to a file of the machine,
-and nothing in the answer depends on which files there are.
+The page names a picture by a path, and the path is opened only if the server handed it out. So no
+other path leads to a file of the machine, and the answer does not tell which files exist.
 """
 
 import secrets
@@ -15,26 +14,26 @@ from pathlib import Path
 from workspace.errors import StageError
 
 MAX_UPLOAD_BYTES = 10 * 2**20
-"""Of one picture."""
+"""Of one upload."""
 MAX_UPLOADS = 200
 MAX_UPLOADS_BYTES = 2**28
 """Of all uploads together."""
 MAX_UPLOAD_AGE = 3600.0
-"""Seconds; the features of the picture stay with its conversation."""
+"""Seconds. A conversation keeps the features of its picture."""
 MAX_NAME = 100
-"""Characters of a file name that an error repeats."""
+"""Characters of a file name that an error text may repeat."""
 
 
 class UnknownPictureError(StageError):
-    """A picture that the page does not hold, or holds for another visitor."""
+    """The page holds no such picture for this visitor."""
 
     def __init__(self) -> None:
-        super().__init__("This picture is not on the page, or no longer. Upload it again.")
+        super().__init__("The server does not have this picture any more. Upload it again.")
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A file that was handed out, under the name that the visitor knows it by."""
+    """A file, and the name that a visitor knows it by."""
 
     path: Path
     name: str
@@ -42,7 +41,7 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class Upload(PictureFile):
-    """A picture of a visitor."""
+    """A picture that a visitor uploaded."""
 
     visitor: str
     num_bytes: int
@@ -50,10 +49,10 @@ class Upload(PictureFile):
 
 
 class PagePictures:
-    """The pictures of one server, to be used by several threads."""
+    """The pictures of one server. Several threads may use it."""
 
     def __init__(self, folder: Path) -> None:
-        """Create the folder in which the uploads lie."""
+        """Create the folder for uploads."""
         folder.mkdir(mode=0o700)
         self._folder = folder
         self._examples: dict[str, PictureFile] = {}
@@ -61,22 +60,22 @@ class PagePictures:
         self._lock = threading.Lock()
 
     def add_examples(self, paths: Iterable[Path]) -> None:
-        """Let every visitor open these files."""
+        """Allow every visitor to open these files."""
         self._examples |= {str(path): PictureFile(path, path.name) for path in paths}
 
     def add_upload(self, name: str, data: bytes, visitor: str) -> str:
-        """Store a picture for a visitor, and remove the oldest uploads that exceed the bounds.
+        """Store a picture, and remove the oldest uploads while there are too many.
 
         Args:
-            name: Of the file, as the visitor's machine calls it.
-            data: Its bytes, at most `MAX_UPLOAD_BYTES`.
-            visitor: Who alone may open it.
+            name: The file's name or path on the visitor's machine.
+            data: The file's bytes, at most `MAX_UPLOAD_BYTES`.
+            visitor: Id of the only visitor who may open the picture.
 
         Returns:
-            The path by which it is asked for; nobody can guess it.
+            The picture's path, which nobody can guess.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         path = self._folder / secrets.token_hex(16)
         upload = Upload(path, _base_name(name), visitor, len(data), time.monotonic())
@@ -92,10 +91,10 @@ class PagePictures:
         return str(path)
 
     def read(self, path: str, visitor: str) -> tuple[str, bytes]:
-        """Return the name and the bytes of a picture; it is not removed meanwhile.
+        """Return the name and the bytes of a picture.
 
         Raises:
-            UnknownPictureError: The path was not handed out to this visitor, or is no longer.
+            UnknownPictureError: The path was never handed out to this visitor, or was removed.
             StageError: The system cannot read the file.
         """
         with self._lock:
@@ -110,9 +109,7 @@ class PagePictures:
                 raise StageError(f"{file.name}: cannot be read: {error.strerror}.") from None
 
     def remove_old(self, now: float) -> None:
-        """Remove the uploads that are older than `MAX_UPLOAD_AGE` at a time of the monotonic
-        clock.
-        """
+        """Remove uploads older than `MAX_UPLOAD_AGE`; `now` is a time of the monotonic clock."""
         with self._lock:
             for path, upload in list(self._uploads.items()):
                 if now - upload.time > MAX_UPLOAD_AGE:
@@ -127,6 +124,6 @@ class PagePictures:
 
 
 def _base_name(name: str) -> str:
-    """Return the last part of a path of whatever system, as printable text."""
+    """Return the last part of a POSIX or Windows path, as printable text."""
     base = name.replace("\\", "/").rpartition("/")[2]
     return "".join(filter(str.isprintable, base))[:MAX_NAME] or "picture"
