@@ -157,7 +157,7 @@ def test_the_filter_shows_what_matches_and_no_more(open_page, width):
     page.get_by_label("Kind").select_option("")
     page.get_by_label("Split").select_option("holdout")
     assert_shown(page, lambda group, e: e.split == "holdout")
-    page.get_by_label("Choice").select_option("Worst")
+    page.get_by_label("Group").select_option("Worst")
     assert_shown(page, lambda group, e: e.split == "holdout" and group == "Worst")
     page.get_by_role("button", name="Reset").click()
     page.get_by_label("Question type").select_option(HOSTILE)
@@ -230,7 +230,7 @@ def test_hostile_words_are_shown_as_they_are_and_run_nothing(open_page):
     page.get_by_label("Kind").select_option("answer")
     card = page.locator(".example:visible").first
     texts = card.locator(".text").evaluate_all("all => all.map(e => e.textContent)")
-    assert sum(text == HOSTILE for text in texts) == 4, "question, two targets, blind"
+    assert sum(text == HOSTILE for text in texts) == 4, "question, two targets, wrong image"
     assert any(text.startswith(f"{HOSTILE} unique") for text in texts)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img[src=x]").count() == 0
