@@ -20,7 +20,7 @@ from transformers import (
 
 from cache.errors import SettingsError, SpecMismatchError
 from eval import export as module
-from eval.export import appearing, export, main
+from eval.export import atomic_folder, export, main
 from eval.trained import load_run
 from pipeline.encoding.encoder import load_encoder, patch_tokens
 from pipeline.images.decode import decode_rgb
@@ -323,7 +323,7 @@ def no_language_model(monkeypatch):
 @pytest.mark.usefixtures("no_language_model")
 def test_another_projector_is_refused_before_the_language_model_is_loaded(made, kind):
     made.write(kind=kind)
-    with pytest.raises(StageError, match=f"projector is '{kind}'.*projector.kind to mlp"):
+    with pytest.raises(StageError, match=f"projector of kind '{kind}'.*projector.kind to mlp"):
         made.export()
     assert not made.out.exists()
 
@@ -344,7 +344,7 @@ def test_what_is_there_is_never_written_over(made, there):
     kept = out if there == "file" else out / "kept"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    with pytest.raises(SettingsError, match="is there already"):
+    with pytest.raises(SettingsError, match="exists already"):
         made.export()
     assert kept.read_text() == "mine"
 
@@ -383,9 +383,9 @@ def test_an_export_touches_nothing_beside_its_folder(tmp_path):
     mine = tmp_path / ".exp.partial"
     mine.mkdir()
     (mine / "precious").write_text("kept")
-    with appearing(tmp_path / "exp") as folder:
+    with atomic_folder(tmp_path / "exp") as folder:
         (folder / "a").write_text("x")
-    with pytest.raises(OSError, match="full"), appearing(tmp_path / "other"):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "other"):
         raise OSError("full")
     assert (mine / "precious").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".exp.partial", "exp"]

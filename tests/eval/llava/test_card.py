@@ -72,7 +72,7 @@ def header(text):
     return YAML(typ="safe").load(yaml)
 
 
-def test_scores_stand_beside_the_blind_control_with_intervals(run):
+def test_scores_stand_beside_the_wrong_image_control_with_intervals(run):
     text = card(run())
     assert "| captions | CIDEr | 0.900 (0.800 to 1.000) | 0.100 (0.000 to 0.200) |" in text
     assert "| answers | exact_match | 0.750 | 0.250 |" in text
@@ -173,5 +173,5 @@ def test_it_says_where_the_model_comes_from(run):
     assert "- trained: 2026-03-01T08:00:00Z\n" in text
     for known in ("c0ffee", spec().fingerprint, "sha256 abc", "torch 9.9", "quantize: nf4"):
         assert known in text
-    assert "LoRA was trained beside NF4 weights" in text
+    assert "LoRA was trained on top of NF4 weights" in text
     assert 'question = "What is \\"this\\"?"' in text

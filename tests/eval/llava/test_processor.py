@@ -132,7 +132,7 @@ def test_a_conversation_has_the_tokens_of_training(processor, tokenizer, turns, 
 
 
 def test_a_role_that_training_never_had_is_refused(processor):
-    with pytest.raises(Exception, match="wanted messages of user and assistant, found system"):
+    with pytest.raises(Exception, match="role user or assistant, found system"):
         processor.apply_chat_template([{"role": "system", "content": "be brief"}])
 
 
@@ -146,5 +146,5 @@ def test_the_processor_stays_the_same_when_saved(processor, tmp_path):
 def test_the_image_token_takes_the_first_row_without_a_token(tokenizer):
     used = len(tokenizer)
     assert image_token_id(tokenizer, PhiConfig(vocab_size=used + 1)) == used
-    with pytest.raises(StageError, match=f"uses all {used} rows.*rows to spare"):
+    with pytest.raises(StageError, match=f"uses all {used} rows.*unused rows"):
         image_token_id(tokenizer, PhiConfig(vocab_size=used))
