@@ -93,7 +93,7 @@ def test_without_a_question_a_run_that_answers_is_asked_for_a_caption(run, runs)
     assert run("--run", FINETUNE, "--image-id", 2, question="  ") == (0, f"{wanted}\n", "")
 
 
-def test_stage_1_captions_straight_behind_the_patches(run, runs):
+def test_stage_1_captions_right_after_the_patches(run, runs):
     wanted = generated(runs["pretrain"], 2, "", LIMITS["caption_tokens"])
     assert run("--run", PRETRAIN, "--image-id", 2) == (0, f"{wanted}\n", "")
 
@@ -107,7 +107,7 @@ def test_a_picture_file_gives_the_answer_of_its_cached_features(run, tmp_path):
         assert by_file[0] == 0
 
 
-def test_the_features_of_a_file_are_the_cached_ones_to_rounding(runs, seeing):
+def test_the_features_of_a_file_equal_the_cached_ones_up_to_rounding(runs, seeing):
     encoder = RunEncoder(runs["finetune"])
     for image_id in TRAIN:
         found = encoder.encode(draw_jpeg(image_id), "picture")
@@ -138,7 +138,7 @@ def test_earlier_turns_are_read(runs, seeing):
     assert "".join(pieces) != "".join(stream_answer(trained, patches, "where"))
 
 
-def test_a_temperature_draws_by_the_seed(run, runs):
+def test_sampling_is_decided_by_the_seed(run, runs):
     def drawn(*arguments):
         code, text, errors = run("--run", FINETUNE, "--image-id", 1, *arguments, question="where")
         assert (code, errors) == (0, "")
@@ -153,7 +153,7 @@ def test_a_temperature_draws_by_the_seed(run, runs):
     assert drawn("--temperature", 0.001) == drawn()
 
 
-def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
+def test_the_answer_is_printed_piece_by_piece(runs, seeing, monkeypatch):
     patches = seeing.store.gather([1])[0]
     pieces = list(stream_answer(runs["finetune"], patches, "where", max_tokens=40))
     assert len(pieces) > 1
@@ -211,7 +211,7 @@ def test_the_error_names_both_towers(runs, seeing, tmp_path):
     assert str(copy) in str(caught.value)
 
 
-def test_where_the_features_were_made_does_not_matter(seeing, tmp_path):
+def test_the_device_of_the_features_does_not_matter(seeing, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
     (copy / "params.yaml").write_text(seeing.params(encoder={"device": "cuda:7"}).text)
@@ -266,14 +266,14 @@ def test_a_file_too_large_to_be_a_picture_is_not_read(run, tmp_path):
     assert errors == f"error: {path}: has more than {2**28} bytes, wanted a picture.\n"
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_folders_and_missing_files_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.jpg", Path(os.devnull)):
         with pytest.raises(SettingsError, match=rf"^{path}: no such file"):
             read_picture(path)
 
 
 @pytest.mark.parametrize("image_id", [0, 99, -1, 2**63, 10**30])
-def test_an_image_that_is_not_there_is_named(runs, run, image_id):
+def test_a_missing_image_is_named(runs, run, image_id):
     with pytest.raises(MissingImageError, match=f"data/features: holds no image {image_id}"):
         cached_features(runs["finetune"], image_id)
 
@@ -301,7 +301,7 @@ def test_the_longest_question_that_fits_is_answered(runs, seeing):
         stream_answer(trained, patches, question + "\x00")
 
 
-def test_a_question_that_is_no_text_is_refused(run):
+def test_a_question_of_invalid_bytes_is_refused(run):
     code, text, errors = run("--run", FINETUNE, "--image-id", 1, question="wo\udcffis")
     assert (code, text, errors) == (
         2,
@@ -351,8 +351,8 @@ finally:
 """
 
 
-def test_of_a_cached_image_no_vision_tower_is_imported_and_a_reader_may_have_enough():
-    """Whoever reads closes the pipe before the first word: no complaint, and no failure."""
+def test_a_cached_image_imports_no_vision_tower_and_a_closed_pipe_is_no_error():
+    """The reader closes the pipe before the first word."""
     reader, writer = os.pipe()
     with subprocess.Popen(
         [sys.executable, "-c", WATCHED.replace("READER", str(reader)), "--run", str(FINETUNE),

@@ -1,4 +1,4 @@
-"""The page in a browser, served by a process of its own."""
+"""The served page in a browser; the server has its own process."""
 
 import os
 import re
@@ -23,7 +23,7 @@ from tests.pipeline.conftest import draw_jpeg
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 TOLERATED = ["Method not implemented."]
-"""What Gradio's own scripts warn of."""
+"""Warnings of Gradio's own scripts."""
 LISTENING = "0A"
 """State of a socket in the kernel's tables."""
 
@@ -59,7 +59,7 @@ def free_port():
 
 @contextmanager
 def serving(root, *arguments, uploads):
-    """Serve as the command does, with a proxy that nobody may ask; yield process and address."""
+    """Run the command behind a proxy that does not exist; yield process and address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.serve", *map(str, arguments)],
         cwd=root,
@@ -92,7 +92,7 @@ def address(root, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The page; at the end, it has asked this server alone and complained of nothing."""
+    """The page; it may request only this server, and may not log an error."""
     with visited(browser, address) as visit:
         visit.page.set_default_timeout(SECONDS * 1000)
         yield visit.page
@@ -127,7 +127,7 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def wanted(trained, seeing):
-    """What the run says of an image in a conversation, greedily."""
+    """The run's greedy answers to some questions about an image."""
 
     def wanted(image_id, *questions):
         turns = []
@@ -165,7 +165,7 @@ def test_a_new_picture_begins_a_new_conversation(page, pictures, wanted):
     expect(said(page, "bot")).to_have_text(wanted(2, "how many"))
 
 
-def test_what_was_said_can_be_forgotten(page, pictures, wanted):
+def test_a_conversation_can_be_cleared(page, pictures, wanted):
     choose(page, pictures[1])
     ask(page, "where")
     expect(said(page, "bot")).to_have_text(wanted(1, "where"))
@@ -223,7 +223,7 @@ def complaint(page):
 
 
 @pytest.mark.parametrize("size", [19, 300], ids=["text", "cut short"])
-def test_what_is_no_picture_is_refused_and_ends_the_conversation(page, pictures, tmp_path, size):
+def test_an_unreadable_picture_is_refused_and_ends_the_conversation(page, pictures, tmp_path, size):
     choose(page, pictures[1])
     ask(page, "where")
     expect(said(page, "bot")).to_have_count(1)
@@ -262,7 +262,7 @@ def test_files_of_this_machine_are_not_handed_out(page, address, root):
         assert page.request.get(f"{address}gradio_api/file={path}").status == 403
 
 
-def test_there_are_no_documents_of_an_interface_for_programs(page, address):
+def test_the_api_documentation_is_empty(page, address):
     assert page.request.get(f"{address}gradio_api/info").json() == {
         "named_endpoints": {},
         "unnamed_endpoints": {},

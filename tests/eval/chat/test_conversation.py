@@ -1,4 +1,4 @@
-"""What stands behind the page: the handlers, called without a browser."""
+"""The page's event handlers, called without a browser."""
 
 import threading
 from itertools import pairwise
@@ -51,7 +51,7 @@ def conversation(handlers, pictures):
     return handlers.choose_picture({"path": path}, MINE)[1]
 
 
-def test_a_reply_grows_and_is_the_answer(handlers, seeing, conversation):
+def test_a_reply_grows_into_the_answer(handlers, seeing, conversation):
     seen = list(handlers.reply("where", conversation, 0, LIMITS["answer_tokens"]))
     texts = [messages[-1]["content"] for messages, _, _ in seen]
     pieces = stream_answer(
@@ -64,7 +64,7 @@ def test_a_reply_grows_and_is_the_answer(handlers, seeing, conversation):
     assert [after.turns for _, _, after in seen] == [()] * (len(seen) - 1) + [(("where", text),)]
 
 
-def test_a_temperature_draws_anew_each_time(handlers, conversation):
+def test_sampled_replies_differ(handlers, conversation):
     drawn = [list(handlers.reply("where", conversation, 2.0, 30))[-1][0] for _ in range(4)]
     assert len({str(messages) for messages in drawn}) > 1
 
@@ -73,7 +73,7 @@ def streaming_threads():
     return [t for t in threading.enumerate() if t.name.startswith("stream")]
 
 
-def test_a_reply_that_is_left_ends_the_thread_of_its_generation(handlers, conversation):
+def test_closing_a_reply_ends_its_generation_thread(handlers, conversation):
     replies = handlers.reply("where", conversation, 0, 200)
     for _ in range(3):
         next(replies)
@@ -82,7 +82,7 @@ def test_a_reply_that_is_left_ends_the_thread_of_its_generation(handlers, conver
     assert not streaming_threads()
 
 
-def test_closing_ends_the_answer_that_is_being_made(trained, conversation):
+def test_closing_the_handlers_ends_the_current_answer(trained, conversation):
     closing = ChatHandlers(trained, None, None)
     replies = closing.reply("where", conversation, 0, 200)
     for _ in range(3):
@@ -94,7 +94,7 @@ def test_closing_ends_the_answer_that_is_being_made(trained, conversation):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    """What the page shows its visitor as warnings."""
+    """Warnings that the page shows."""
     shown = []
     monkeypatch.setattr("eval.chat.conversation.gr.Warning", lambda text, **_: shown.append(text))
     return shown
@@ -111,9 +111,7 @@ def test_another_visitors_picture_is_like_a_missing_one(handlers, pictures, warn
     assert handlers.choose_picture({"path": theirs}, MINE)[1] is not None
 
 
-def test_a_visitors_own_picture_says_what_is_wrong_with_it_but_not_where_it_lies(
-    handlers, pictures, warnings
-):
+def test_the_error_of_an_upload_names_the_file_without_its_path(handlers, pictures, warnings):
     path = pictures.add_upload("C:\\photos\\mine.jpg", draw_jpeg(1)[:300], "me")
     assert handlers.choose_picture({"path": path}, MINE) == (None, None, [])
     assert warnings[0].startswith("mine.jpg: not a readable picture: ")

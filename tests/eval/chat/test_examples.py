@@ -1,4 +1,4 @@
-"""The pictures that the page offers to begin with."""
+"""The example pictures of the served page."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def _in_folder(seeing, monkeypatch):
     monkeypatch.chdir(seeing.workspace.root)
 
 
-def test_examples_are_the_files_themselves_spread_over_the_set(seeing, tmp_path):
+def test_examples_are_copies_of_files_spread_over_the_set(seeing, tmp_path):
     found = validation_pictures(seeing.params(), tmp_path, 3)
     names = [path.name for path in found]
     assert len(set(names)) == 3

@@ -1,4 +1,4 @@
-"""The exported processor gives the pixels and the token ids that the run was made with."""
+"""The exported processor gives the pixels and token ids of extraction and training."""
 
 import io
 
@@ -42,7 +42,7 @@ def png(image, **options):
 
 
 def pixels_of(data, **changes):
-    """What the tower was given in extraction: float32 [C, S, S]."""
+    """The tower's input in extraction: float32 [C, S, S]."""
     settings = spec(**changes)
     pixels = decode_rgb(data, settings.image_size, settings.resize, settings.interpolation)
     x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

@@ -10,7 +10,7 @@ SEEN = (0.9, 0.8, 1.0)
 WINS = "Beats all three controls."
 
 
-def test_intervals_that_lie_apart_on_the_right_side_beat_a_control():
+def test_a_better_score_with_a_separate_interval_beats_a_control():
     verdict = judge(section("CIDEr", SEEN, **LOW), "CIDEr")
     assert (verdict.state, verdict.text) == ("good", WINS)
 
@@ -51,7 +51,7 @@ def test_a_lower_loss_is_better(loss, state):
 
 
 @pytest.mark.parametrize("missing", [None, (0.1, None, None), (0.1, 0.0, math.nan)])
-def test_without_an_interval_nothing_is_claimed(missing):
+def test_a_missing_interval_leaves_the_verdict_open(missing):
     controls = {name: measured for name, measured in LOW.items() if name != "noise"}
     if missing is not None:
         controls["noise"] = missing
@@ -97,7 +97,7 @@ def test_the_headline_names_the_scores_that_do_not():
     assert verdict.text == ("1 of 4 main scores do NOT beat every control (Answers: Token F1).")
 
 
-def test_the_headline_does_not_praise_what_cannot_be_judged():
+def test_a_missing_interval_leaves_the_headline_open():
     verdict = headline(score_cards(scores(answers={"token_f1": 0.9, "blind": {"token_f1": 0.1}})))
     assert verdict.state == "open"
     assert verdict.text.startswith("1 of 4 main scores cannot be compared")
@@ -163,5 +163,5 @@ def test_a_control_that_was_not_asked_has_no_bar():
 
 
 @pytest.mark.parametrize("value", [0.0, None, math.nan])
-def test_a_score_of_nothing_is_a_bar_of_no_length(value):
+def test_a_missing_score_has_a_bar_of_no_length(value):
     assert [bar.width for bar in bars_of({"CIDEr": value}, "CIDEr")] == [0]

@@ -19,7 +19,7 @@ def chart_of(examples):
 
 
 def height_of(chart, column):
-    """Texts that a column stands for, read off the axis."""
+    """Number of texts of a column, read off the axis."""
     bottom, top = chart.y_ticks[0], chart.y_ticks[-1]
     share = (bottom.at - column.cut_top) / (bottom.at - top.at)
     return share * int(top.label.replace(",", ""))
@@ -51,7 +51,7 @@ def test_a_column_stands_over_its_number_of_tokens():
         assert middle == pytest.approx(ticks["2"] + (tokens - 2) * apart, abs=2)
 
 
-def test_texts_that_were_cut_are_told_from_those_that_ended():
+def test_finished_texts_and_cut_ones_are_separate_parts_of_a_column():
     chart = chart_of(texts([4, 4, 4]) + texts([4], stopped=False))
     (column,) = chart.bins
     assert (BOTTOM - column.stopped_top) / (BOTTOM - column.cut_top) == pytest.approx(

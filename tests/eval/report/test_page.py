@@ -84,7 +84,7 @@ def test_links_within_the_page_have_a_place(full_html):
 @pytest.mark.parametrize(
     "field", ["question", "prediction", "blind_prediction", "targets", "question_type"]
 )
-def test_hostile_words_stay_words(field):
+def test_hostile_texts_are_escaped(field):
     value = (HOSTILE, HOSTILE) if field == "targets" else HOSTILE
     page = render(examples=[example(1, 0.5, kind="answer", **{field: value})])
     assert " ".join(HOSTILE.split()) in page.texts
@@ -92,7 +92,7 @@ def test_hostile_words_stay_words(field):
     assert len(page.named("script")) == 1
 
 
-def test_hostile_names_of_subsets_types_stages_and_facts_stay_words():
+def test_hostile_names_are_escaped():
     part = section("accuracy", SEEN, **LOW)
     page = render(
         scores={"pope": {HOSTILE: part}, "answers": {"token_f1": 0.1, "by_type": {HOSTILE: part}}},
@@ -180,7 +180,7 @@ DATES = {
 
 
 @pytest.mark.parametrize("known", [(), ("evaluate",), ("evaluate", "finetune"), tuple(DATES)])
-def test_the_page_says_when_as_far_as_that_is_known(known):
+def test_known_dates_are_shown(known):
     page = render(dates={stage: DATES[stage] for stage in known})
     written = [DATES[stage] for stage in known]
     assert [a["datetime"] for a in page.named("time")] == written
@@ -200,7 +200,7 @@ def test_a_warning_stands_before_every_score_and_verdict(full_html):
     assert "verdict bad headline" not in full_html
 
 
-def test_pictures_that_are_not_here_are_named_as_such():
+def test_missing_pictures_have_a_placeholder():
     missing = "The picture is not on this machine."
     assert missing in render(examples=[example(1, 0.5)]).texts
     page = render(examples=[example(1, 0.5)], thumbnails={1: THUMBNAIL, 2: THUMBNAIL})

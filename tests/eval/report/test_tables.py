@@ -40,7 +40,7 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
     assert rows["Short targets"] == [("7",), ("\u2013",), ("\u2013",), ("\u2013",)]
 
 
-def test_types_are_ordered_by_how_often_they_are_asked_and_stand_beside_blind():
+def test_types_are_ordered_by_frequency_and_show_the_wrong_image_score():
     types = {
         "rare": section("token_f1", SEEN, blind=(0.3, 0.2, 0.4), count=2),
         "often": section("exact_match", SEEN, blind=(0.1, 0.0, 0.2), count=9) | {"short_count": 7},
@@ -96,7 +96,7 @@ def counts(contaminated, left_out):
     return {"images": 300, "contaminated": contaminated, "left_out": left_out}
 
 
-def test_contamination_is_counted_a_kind():
+def test_contamination_is_counted_by_kind():
     scores = {"contamination": {"captions": counts(4, 4), "answers": counts(0, 0)}}
     table = contamination_table(scores)
     assert [(row.name, row.cells) for row in table.rows] == [
@@ -106,7 +106,7 @@ def test_contamination_is_counted_a_kind():
     assert still_scored(scores) == 0
 
 
-def test_pictures_that_were_scored_though_training_has_them_are_said_aloud():
+def test_scored_pictures_of_the_training_data_are_warned_of():
     scores = {"contamination": {"captions": counts(4, 1), "pope": counts(2, 2)}}
     assert still_scored(scores) == 3
     text = "3 scored pictures are also in the training data."

@@ -1,4 +1,4 @@
-"""The served page as a stranger sees it, who talks HTTP to it and no browser."""
+"""The answers of the served page to raw HTTP requests."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from eval.server.pictures import MAX_UPLOAD_BYTES
 from tests.eval.seeing import make_seeing_world
-from tests.eval.server.attacked import MAX_UPLOADS, Client, served_page
+from tests.eval.server.served_page import MAX_UPLOADS, Client, served_page
 from tests.pipeline.conftest import draw_jpeg
 
 EVIL = "http://evil.example"
@@ -21,7 +21,7 @@ ANSWERED = {
     ("POST", "/gradio_api/upload"), ("GET", "/gradio_api/queue/data"), ("GET", "/static/x"),
     ("GET", "/assets/x"),
 }  # fmt: skip
-"""What of Gradio's addresses the page needs."""
+"""Gradio's routes that the page needs."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def client(served):
 
 @pytest.fixture(autouse=True)
 def _quiet(served):
-    """Whatever a client sends, the terminal of the server stays empty."""
+    """No request makes the server write to its terminal."""
     before = served.errors.read_text()
     yield
     assert served.errors.read_text() == before
@@ -70,7 +70,7 @@ def test_every_address_refuses_other_hosts_and_web_pages(served, client, headers
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
-def test_a_web_page_is_not_asked_before_either(client):
+def test_preflight_requests_of_other_pages_are_refused(client):
     asks = {"Origin": EVIL, "Access-Control-Request-Method": "POST"}
     answer = client.send("OPTIONS", "/gradio_api/upload", headers=asks)
     assert answer.status_code == 403
@@ -93,7 +93,7 @@ def test_a_request_without_a_host_is_refused(served):
 # What there is to ask for
 
 
-def test_what_the_page_does_not_need_is_not_there(served, client):
+def test_routes_that_the_page_does_not_need_are_not_found(served, client):
     absent = set(served.routes) - ANSWERED
     assert ANSWERED - {("HEAD", "/gradio_api/file=x")} <= set(served.routes)
     assert len(absent) > 50
@@ -127,7 +127,7 @@ def test_odd_addresses_fail_quietly(client, path):
 
 
 def spellings(served, theirs, folder):
-    """Paths that lead to some file of the machine, or to none, other than one's own uploads."""
+    """Paths of files that the client did not upload, in many spellings, and paths of no file."""
     secret = folder / "secret.jpg"
     secret.write_bytes(draw_jpeg(1))
     link = served.uploads / "link.jpg"
@@ -142,7 +142,7 @@ def spellings(served, theirs, folder):
     ]  # fmt: skip
 
 
-def test_a_path_that_was_not_handed_out_is_answered_always_the_same(served, client, tmp_path):
+def test_all_foreign_paths_get_the_same_answer(served, client, tmp_path):
     theirs = Client(served).upload(draw_jpeg(1))
     answers = {}
     for path in spellings(served, theirs, tmp_path):
@@ -154,7 +154,7 @@ def test_a_path_that_was_not_handed_out_is_answered_always_the_same(served, clie
     assert "Choose a picture first" in client.reply("where"), "nothing was begun"
 
 
-def test_a_path_that_was_not_handed_out_is_not_handed_out(served, client, tmp_path):
+def test_foreign_paths_are_never_read(served, client, tmp_path):
     theirs = Client(served).upload(draw_jpeg(1))
     answers = set()
     for path in spellings(served, theirs, tmp_path):
@@ -163,7 +163,7 @@ def test_a_path_that_was_not_handed_out_is_not_handed_out(served, client, tmp_pa
     assert answers == {(403, b"not allowed")}
 
 
-def test_ones_own_uploads_and_the_examples_are_looked_at(served, client):
+def test_own_uploads_and_examples_are_encoded(served, client):
     own = client.upload(draw_jpeg(1))
     for path in (own, served.example):
         client.begin(path)
@@ -184,7 +184,7 @@ def test_an_upload_is_never_a_document(client, name):
 # Visitors
 
 
-def test_a_conversation_is_its_visitors_alone(served, client):
+def test_a_conversation_belongs_to_one_visitor(served, client):
     client.begin(client.upload(draw_jpeg(1)))
     assert '"success": true' in client.reply("where")
     without_cookie, other_cookie = Client(served), Client(served)
@@ -204,7 +204,7 @@ def test_a_conversation_is_its_visitors_alone(served, client):
 PART = b"--x\r\nContent-Disposition: %s\r\n\r\ntext\r\n--x--"
 
 
-def test_uploads_are_bounded_in_number_and_leave(served, client):
+def test_the_number_of_uploads_is_bounded(served, client):
     paths = [client.upload(b"%d" % number) for number in range(MAX_UPLOADS + 5)]
     stored = {str(path) for path in served.uploads.iterdir() if not path.is_symlink()}
     assert stored == set(paths[5:])
@@ -212,7 +212,7 @@ def test_uploads_are_bounded_in_number_and_leave(served, client):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_refused_whatever_it_announces(served, client, chunked):
+def test_a_body_that_is_too_large_is_refused_with_any_headers(served, client, chunked):
     before = set(served.uploads.iterdir())
     for path, size in (("upload", MAX_UPLOAD_BYTES + 2**17), ("queue/join", 2**17)):
         body = b"x" * size
@@ -289,7 +289,7 @@ def test_a_call_that_the_page_cannot_make_is_refused(client, name, values):
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
-def test_numbers_that_are_none_are_refused(served, client, text):
+def test_nan_and_infinity_are_refused(served, client, text):
     index = served.functions["reply"]
     body = f'{{"data": ["x", null, {text}, 5], "fn_index": {index}, "session_hash": "x"}}'
     assert client.send("POST", "/gradio_api/queue/join", data=body).status_code == 400
@@ -304,13 +304,13 @@ def test_numbers_that_are_none_are_refused(served, client, text):
           for value in (b"1", b"null", b'""', b'"a-b"', b'"a\\u0000"', b'"../x"', b'["x"]')),
     ],
 )  # fmt: skip
-def test_what_is_no_call_is_refused(client, body):
+def test_malformed_calls_are_refused(client, body):
     for path in ("queue/join", "run/predict"):
         answer = client.send("POST", f"/gradio_api/{path}", data=body)
         assert answer.status_code in (400, 404)
 
 
-def test_what_a_call_holds_beside_its_values_changes_nothing(client):
+def test_additional_fields_of_a_call_change_nothing(client):
     client.begin(client.upload(draw_jpeg(1)))
     plain = client.call("reply", REPLY)
     client.call("clear", [None])
@@ -321,10 +321,10 @@ def test_what_a_call_holds_beside_its_values_changes_nothing(client):
     assert odd == plain
 
 
-def test_a_conversation_that_a_client_sends_is_not_believed(client):
+def test_a_conversation_sent_by_a_client_is_ignored(client):
     invented = {"patches_PD": [[0.0]], "turns": [["a", "b"]]}
     assert "Choose a picture first" in json.dumps(client.call("reply", ["x", invented, 0, 5]))
 
 
-def test_calls_of_a_session_that_called_nothing_are_not_found(client):
+def test_a_session_without_calls_has_no_messages(client):
     assert client.send("GET", "/gradio_api/queue/data?session_hash=never").status_code == 404

@@ -1,4 +1,4 @@
-"""What the page may open: uploads and examples, under the paths that were handed out."""
+"""The pictures that the page may open: uploads and examples."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ def stored(tmp_path):
     return {path.read_bytes() for path in (tmp_path / "uploads").iterdir()}
 
 
-def test_an_upload_is_read_under_its_name_by_its_visitor_alone(pictures):
+def test_only_its_visitor_reads_an_upload(pictures):
     path = pictures.add_upload("/home/me/C:\\photos\\a\x00b.jpg", b"data", "me")
     assert pictures.read(path, "me") == ("ab.jpg", b"data")
     with pytest.raises(UnknownPictureError):

@@ -70,7 +70,7 @@ def test_other_web_pages_may_link_to_the_page_and_nothing_else(site):
     assert allowed(sources, host=PAGE, sec_fetch_site="same-origin")
 
 
-def test_the_public_link_is_a_name_only_where_there_is_such_a_link():
+def test_the_host_of_a_public_link_is_allowed_only_with_the_link():
     link = {"host": "abc.gradio.live", "origin": "https://abc.gradio.live"}
     assert allowed(AllowedSources(7860, "abc.gradio.live"), **link)
     assert allowed(AllowedSources(7860, "abc.gradio.live"), host=PAGE)
@@ -78,5 +78,5 @@ def test_the_public_link_is_a_name_only_where_there_is_such_a_link():
     assert not allowed(AllowedSources(7860, "xyz.gradio.live"), **link)
 
 
-def test_at_the_standard_port_no_browser_names_it():
+def test_origins_without_a_port_are_allowed_at_port_80():
     assert allowed(AllowedSources(80), host="localhost", origin="http://localhost")

@@ -1,4 +1,4 @@
-"""A call that is made soon after the last answer is answered in the stream of that answer."""
+"""The message stream of a session stays open for calls made soon after an answer."""
 
 import asyncio
 
@@ -35,7 +35,7 @@ def streamed(bodies, looks):
     return sent
 
 
-def test_a_stream_of_which_no_call_is_left_is_passed_on_as_it_is():
+def test_a_stream_without_further_calls_is_unchanged():
     sent = streamed([b"one"], [])
     assert sent[0] == START
     assert [message["body"] for message in sent[1:]] == [b"one", CLOSE, b""]
