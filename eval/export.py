@@ -67,7 +67,8 @@ def export(run: Path, out: Path) -> None:
     Raises:
         PatchcacheError: `out` is not empty, the run cannot be loaded, or LLaVA cannot represent it.
     """
-    check_new_or_empty(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SettingsError(f"{out}: exists already. Wanted a new or empty folder.")
     opened = open_run(run)
     parts = load_parts(opened)
     opened.check_features(parts.spec, "the vision tower")
@@ -82,16 +83,6 @@ def export(run: Path, out: Path) -> None:
         processor.save_pretrained(folder)
         write_text(folder / "README.md", model_card(trained, parts.spec, settings))
     print(f"export: {out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
-
-
-def check_new_or_empty(out: Path) -> None:
-    """Check that writing a folder overwrites nothing.
-
-    Raises:
-        SettingsError: The path is a file, or a folder that is not empty.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SettingsError(f"{out}: exists already. Wanted a new or empty folder.")
 
 
 def load_parts(run: FinishedRun) -> LlavaParts:
@@ -119,8 +110,18 @@ def build_model(
 ) -> LlavaPhiForConditionalGeneration:
     """Build the LLaVA model of a run, on the CPU."""
     dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
+    config = LlavaConfig(
+        vision_config=parts.vision,
+        text_config=parts.text,
+        image_token_index=parts.image_token_id,
+        image_seq_length=parts.spec.patches,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=parts.spec.layer,
+        vision_in_float32=parts.spec.precision == "fp32",
+    )
     with torch.device("meta"):
-        model = LlavaPhiForConditionalGeneration(llava_config(parts))
+        model = LlavaPhiForConditionalGeneration(config)
     model.load_state_dict(dict(_weights(trained, parts, dtype)), assign=True)
     eos = trained.tokenizer.eos_token_id
     unused = set(range(len(trained.tokenizer), parts.text.vocab_size))
@@ -132,20 +133,6 @@ def build_model(
         suppress_tokens=sorted(unused | {parts.image_token_id}),
     )
     return model
-
-
-def llava_config(parts: LlavaParts) -> LlavaConfig:
-    """Return the config of the exported model."""
-    return LlavaConfig(
-        vision_config=parts.vision,
-        text_config=parts.text,
-        image_token_index=parts.image_token_id,
-        image_seq_length=parts.spec.patches,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=parts.spec.layer,
-        vision_in_float32=parts.spec.precision == "fp32",
-    )
 
 
 def _weights(
@@ -168,7 +155,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    folder.chmod(0o777 & ~_umask())
+    # mkdtemp gives mode 700; os.umask can only be read by setting it.
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
     try:
         yield folder
         for path in folder.iterdir():
@@ -177,12 +167,6 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sync(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def main() -> None:

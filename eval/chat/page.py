@@ -21,10 +21,10 @@ def build_page(handlers: ChatHandlers, examples: Sequence[Path]) -> gr.Blocks:
         handlers: Answer the page's events.
         examples: Picture files to choose from.
     """
-    answers, folder = handlers.trained.answers, handlers.trained.folder
-    task = f"and ask `{folder}` about it" if answers else f"and `{folder}` writes a caption"
+    answers, model = handlers.trained.answers, f"the model in `{handlers.trained.folder}`"
+    task = f"and ask {model} about it" if answers else f"and {model} writes a caption"
     with gr.Blocks(title="patchcache", analytics_enabled=False) as page:
-        gr.Markdown(f"# patchcache\nChoose a picture {task}.")
+        gr.Markdown(f"# patchcache\nChoose a picture, {task}.")
         conversation = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):

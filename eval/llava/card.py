@@ -38,19 +38,20 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
         Markdown with a YAML header.
     """
     values = trained.params.values
-    shown = {name: without_folders(values[name]) for name in SHOWN_SECTIONS if name in values}
+    source = str(shown_setting(values, "data", "source") or "unknown")
+    shown = {name: _without_folders(values[name]) for name in SHOWN_SECTIONS if name in values}
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     return environment.get_template("model_card.md.j2").render(
-        header=_yaml(_header(values)).rstrip(),
+        header=_yaml(_header(values, source)).rstrip(),
         answers=trained.answers,
         encoder=shown["encoder"],
         llm=shown["llm"],
-        datasets=DATASETS.get(_source(values), ()),
-        source=_source(values),
+        datasets=DATASETS.get(source, ()),
+        source=source,
         spec=spec,
         question=settings.caption_question,
         rows=read_score_rows(trained),
@@ -60,7 +61,7 @@ def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
     )
 
 
-def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with existing paths of this machine cut to their last part."""
     return {
         name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
@@ -92,14 +93,13 @@ def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
     with reading_foreign_file(refuse, report):
         if scores.get("weights_sha256", {}).get(stage) != weights:
             return []
-        return list(score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
+        return list(_score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
 
 
-def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows that `read_score_rows` returns."""
     sections = {name: scores.get(name) for name in ("captions", "answers")}
-    pope = scores.get("pope")
-    sections |= {f"POPE {name}": part for name, part in (pope or {}).items()}
+    sections |= {f"POPE {name}": part for name, part in (scores.get("pope") or {}).items()}
     for title, section in sections.items():
         if not isinstance(section, Mapping) or not section.get("count", 1):
             continue
@@ -119,7 +119,7 @@ def _written(section: Mapping[str, Any], key: str) -> str:
     return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _header(values: Mapping[str, Any]) -> dict[str, Any]:
+def _header(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     header: dict[str, Any] = {
         "license": "other",
         "license_name": "those-of-its-parts",
@@ -130,14 +130,10 @@ def _header(values: Mapping[str, Any]) -> dict[str, Any]:
     base = values["llm"]["model"]
     if not Path(base).exists():
         header["base_model"] = base
-    if _source(values) == "coco":
+    if source == "coco":
         header["datasets"] = ["liuhaotian/LLaVA-Instruct-150K"]
         header["language"] = ["en"]
     return header
-
-
-def _source(values: Mapping[str, Any]) -> str:
-    return str(shown_setting(values, "data", "source") or "unknown")
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

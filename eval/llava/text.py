@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PhiConfig, PreTrainedModel
 
 from train.model.language_model import DTYPES
@@ -50,25 +50,16 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
         dtype: dtype of the yielded tensors; LoRA is added in float32.
     """
     for name, parameter in model.named_parameters():
-        module_name, _, kind = name.rpartition(".")
         if ".lora_" in name:
             continue
-        tensor = _dequantized(model.get_submodule(module_name), kind, parameter.data)
+        module_name, _, kind = name.rpartition(".")
+        module, tensor = model.get_submodule(module_name), parameter.data
+        if isinstance(module, Linear4bit) and kind == "weight":
+            tensor = dequantize_4bit(tensor, module.weight.quant_state)
         if module_name.endswith(".base_layer"):
             module_name = module_name.removesuffix(".base_layer")
             layer = model.get_submodule(module_name)
-            tensor = _merged(layer, tensor) if kind == "weight" else tensor
+            assert isinstance(layer, LoraLayer)
+            if kind == "weight":
+                tensor = tensor.float() + layer.get_delta_weight(ADAPTER).float()
         yield f"{module_name}.{kind}", tensor.to("cpu", dtype)
-
-
-def _dequantized(module: nn.Module, kind: str, tensor: Tensor) -> Tensor:
-    if isinstance(module, Linear4bit) and kind == "weight":
-        plain: Tensor = dequantize_4bit(tensor, module.weight.quant_state)
-        return plain
-    return tensor
-
-
-def _merged(layer: nn.Module, weight: Tensor) -> Tensor:
-    assert isinstance(layer, LoraLayer)
-    delta: Tensor = layer.get_delta_weight(ADAPTER)
-    return weight.float() + delta.float()

@@ -48,20 +48,18 @@ def clip_vision_config(visual: nn.Module, model: str) -> CLIPVisionConfig:
         StageError: The tower has parts that transformers' CLIP does not have.
     """
     if not isinstance(visual, VisionTransformer):
-        raise _cannot_hold(model, f"its class is {type(visual).__module__}.{type(visual).__name__}")
+        raise _unsupported(model, f"its class is {type(visual).__module__}.{type(visual).__name__}")
     blocks = list(visual.transformer.resblocks)
     norms = [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
     activations = {_activation(block, model) for block in blocks}
     epsilons = {norm.eps for norm in norms}
     (height, width), (patch_height, patch_width) = visual.image_size, visual.patch_size
     if not isinstance(visual.ln_pre, nn.LayerNorm) or visual.attn_pool is not None:
-        raise _cannot_hold(model, "it has no norm before its blocks, or an attention pool")
+        raise _unsupported(model, "it has no norm before its blocks, or an attention pool")
     if any(type(norm) not in (LayerNorm, LayerNormFp32) for norm in norms) or len(epsilons) > 1:
-        raise _cannot_hold(model, "its norms differ")
+        raise _unsupported(model, "its norms differ")
     if len(activations) > 1 or height != width or patch_height != patch_width:
-        raise _cannot_hold(
-            model, "its activations differ, or its patches or pictures are not square"
-        )
+        raise _unsupported(model, "its activations differ, or patches or pictures are not square")
     return CLIPVisionConfig(
         hidden_size=visual.conv1.out_channels,
         intermediate_size=blocks[0].mlp.c_fc.out_features,
@@ -82,15 +80,13 @@ def _activation(block: Any, model: str) -> str:
         StageError: transformers' CLIP does not have this block or activation.
     """
     if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
-        raise _cannot_hold(
-            model, "its blocks have layer scale, or are of another class than CLIP's"
-        )
+        raise _unsupported(model, "its blocks have layer scale, or are of another class")
     gelu = block.mlp.gelu
     if isinstance(gelu, QuickGELU):
         return "quick_gelu"
     if isinstance(gelu, nn.GELU):
         return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[gelu.approximate]
-    raise _cannot_hold(model, f"its activation is {type(gelu).__name__}")
+    raise _unsupported(model, f"its activation is {type(gelu).__name__}")
 
 
 def clip_vision_weights(visual: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +108,7 @@ def clip_vision_weights(visual: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield prefix + NAMES[old] + rest.removeprefix(old), tensor
 
 
-def _cannot_hold(model: str, why: str) -> StageError:
+def _unsupported(model: str, why: str) -> StageError:
     return StageError(
         f"{model}: cannot be exported as transformers' CLIP: {why}. Train with features of one of "
         f"open_clip's own ViTs, like ViT-B-32-quickgelu."

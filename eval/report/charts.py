@@ -64,14 +64,41 @@ class Axis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossChart:
+class Chart:
+    """The axes of a chart, and its content in words."""
+
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossChart(Chart):
     """Two lines over optimizer steps."""
 
     train: list[Point]
     validation: list[Point]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    summary: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bin:
+    """A column of two stacked parts: the texts within a range of lengths."""
+
+    left: float
+    width: float
+    stopped_top: float
+    """Upper end of the lower part, the finished texts."""
+    cut_top: float
+    """Upper end of the upper part, the texts that were cut off."""
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthChart(Chart):
+    """A histogram of the lengths of texts in tokens."""
+
+    title: str
+    bins: list[Bin]
 
 
 def loss_chart(rows: Rows) -> LossChart | None:
@@ -115,34 +142,13 @@ def _loss_summary(name: str, points: list[Point]) -> str:
     return f"{name} loss: {first:.3f} at first, {last:.3f} at step {step:,.0f}. "
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bin:
-    """A column of two stacked parts: the texts within a range of lengths."""
-
-    left: float
-    width: float
-    stopped_top: float
-    """Upper end of the lower part, the finished texts."""
-    cut_top: float
-    """Upper end of the upper part, the texts that were cut off."""
-    words: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthChart:
-    """A histogram of the lengths of texts in tokens."""
-
-    title: str
-    bins: list[Bin]
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    summary: str
-
-
 def length_charts(examples: Sequence[Example]) -> list[LengthChart]:
     """Lay out the lengths of the texts, a chart for each kind that has any."""
-    by_kind = {kind: [e for e in examples if e.kind == kind] for kind in KINDS}
-    return [_length_chart(KINDS[kind], texts) for kind, texts in by_kind.items() if texts]
+    return [
+        _length_chart(title, texts)
+        for kind, title in KINDS.items()
+        if (texts := [e for e in examples if e.kind == kind])
+    ]
 
 
 def _length_chart(title: str, texts: Sequence[Example]) -> LengthChart:

@@ -6,7 +6,7 @@ by their hashes, and nothing else.
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,8 @@ def render_report(
         for name in ("style.css", "script.js")
     )
     cards = score_cards(scores)
+    sections = {name: section_of(scores, name) for name in ("captions", "answers")}
+    sections["yes/no questions"] = pope_sections(scores)
     galleries = choose_examples(examples)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -104,7 +106,7 @@ def render_report(
         warning=warning,
         headline=headline(cards),
         cards=cards,
-        unscored=_unscored(scores),
+        unscored=[name for name, section in sections.items() if not section],
         kinds=KINDS,
         galleries=galleries,
         options=filter_options(galleries),
@@ -137,15 +139,6 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _unscored(scores: Section) -> list[str]:
-    sections = {
-        "captions": section_of(scores, "captions"),
-        "answers": section_of(scores, "answers"),
-        "yes/no questions": pope_sections(scores),
-    }
-    return [name for name, section in sections.items() if not section]
-
-
 def _sentence(settings: Mapping[str, Any]) -> str:
     llm, encoder, source = (
         shown_setting(settings, section, key)
@@ -160,26 +153,16 @@ def _sentence(settings: Mapping[str, Any]) -> str:
 
 def _facts(values: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """Lay nested facts out as groups of dotted keys and texts; loose facts go into group run."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+    loose = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    nested = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    return {key: list(_flat(group)) for key, group in ({"run": loose} | nested).items() if group}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            groups[key] = _flat(value)
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
         else:
-            groups.setdefault("run", []).append((key, _text(value)))
-    return groups
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    facts: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            facts += _flat(value, f"{prefix}{key}.")
-        else:
-            facts.append((f"{prefix}{key}", _text(value)))
-    return facts
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "not known" if value is None else str(value)
+            yield f"{prefix}{key}", "not known" if value is None else str(value)

@@ -93,10 +93,11 @@ def still_scored(scores: Section) -> int:
 def _score_table(title: str, section: Section) -> Table:
     views = views_of(section)
     rows = []
-    for key in [key for key in METRICS if any(key in values for values in views.values())]:
-        found = measured_views(section, key).values()
-        cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
-        rows.append(Row(name=METRICS[key].label, meaning=METRICS[key].meaning, cells=cells))
+    for key, metric in METRICS.items():
+        if any(key in values for values in views.values()):
+            found = measured_views(section, key).values()
+            cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
+            rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
     return Table(title=title, first="Metric", columns=[VIEWS[v].column for v in views], rows=rows)
 
 

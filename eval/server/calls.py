@@ -62,7 +62,9 @@ def _clean(component: gr.blocks.Block, value: Any) -> Any:
         # Gradio takes the state that the server holds.
         return None
     if isinstance(component, gr.Image):
-        return _clean_picture(value)
+        # Only the path is kept: Gradio would open files that other fields name.
+        path = value.get("path") if isinstance(value, dict) else None
+        return None if value is None else {"path": _clean_text(path, MAX_PATH)}
     if isinstance(component, gr.Textbox):
         return None if value is None else _clean_text(value, component.max_length)
     if isinstance(component, gr.Slider):
@@ -70,15 +72,6 @@ def _clean(component: gr.blocks.Block, value: Any) -> Any:
     if isinstance(component, gr.Dataset):
         return int(_clean_number(value, 0, len(component.samples) - 1))
     raise ValueError(f"{type(component).__name__} sends nothing")
-
-
-def _clean_picture(value: Any) -> dict[str, str] | None:
-    """Keep the path only: Gradio would open files that other fields name."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError("not a file")
-    return {"path": _clean_text(value.get("path"), MAX_PATH)}
 
 
 def _clean_text(value: Any, max_length: int) -> str:

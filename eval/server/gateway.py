@@ -5,9 +5,11 @@ Calls, sessions and headers are reduced to what the page's own script would send
 """
 
 import asyncio
+import hashlib
 import json
 import mimetypes
 import re
+import secrets
 import sys
 
 import gradio as gr
@@ -20,13 +22,7 @@ from cache.files.foreign import describe
 from eval.server.calls import UnknownFunctionError, clean_call
 from eval.server.pictures import MAX_UPLOAD_BYTES, PagePictures
 from eval.server.request import AllowedSources, BodyReader, Refusal, read_form_file, replay
-from eval.server.sessions import (
-    SESSION_HASH,
-    MessageStream,
-    new_secret,
-    session_of,
-    visitor_of_secret,
-)
+from eval.server.sessions import SESSION_HASH, MessageStream, session_of
 from workspace.errors import StageError
 
 API = "/gradio_api"
@@ -63,7 +59,13 @@ class Gateway:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        tracked_send = _TrackedSend(send)
+        is_started = False
+
+        async def tracked_send(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
         try:
             response = await self._respond(Request(scope, receive))
             await response(scope, receive, tracked_send)
@@ -76,7 +78,7 @@ class Gateway:
             # A client must not fill the terminal with Gradio's tracebacks.
             target = f"{scope['method']} {scope['path']}"[:200]
             print(f"serve: {target!a}: {describe(error)}", file=sys.stderr, flush=True)
-            if not tracked_send.is_started:
+            if not is_started:
                 await PlainTextResponse("error", 500)(scope, receive, send)
 
     async def _respond(self, request: Request) -> ASGIApp:
@@ -84,17 +86,16 @@ class Gateway:
         self._sources.check(request.headers, opens_page=(method, path) == ("GET", "/"))
         if method in ("GET", "HEAD"):
             return self._respond_to_get(request, path)
-        if (method, path) == ("POST", f"{API}/upload"):
+        if method == "POST" and path == f"{API}/upload":
             return await self._upload(request)
-        if (method, path) == ("POST", f"{API}/queue/join"):
-            return await self._call(request, queued=True)
-        if (method, path) == ("POST", f"{API}/run/predict"):
-            return await self._call(request, queued=False)
+        if method == "POST" and path in (f"{API}/queue/join", f"{API}/run/predict"):
+            return await self._call(request, queued=path.endswith("join"))
         raise _not_found()
 
     def _respond_to_get(self, request: Request, path: str) -> ASGIApp:
         if path == "/":
-            return self._open_page(request)
+            # Forwarded without the query, where Gradio would look for a saved state.
+            return self._forward(request, sets_cookie=self._cookie not in request.cookies)
         if path in FIXED or STATIC.fullmatch(path):
             return self._forward(request)
         if path.startswith(f"{API}/file="):
@@ -108,23 +109,6 @@ class Gateway:
             # The page asks for progress while an upload runs; no progress is reported.
             return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         raise _not_found()
-
-    def _open_page(self, request: Request) -> ASGIApp:
-        """Forward without the query, where Gradio would look for a saved state."""
-        page = self._forward(request)
-        if self._cookie in request.cookies:
-            return page
-        cookie = f"{self._cookie}={new_secret()}; HttpOnly; SameSite=Lax; Path=/"
-
-        async def with_cookie(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_with_cookie(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message).append("set-cookie", cookie)
-                await send(message)
-
-            await page(scope, receive, send_with_cookie)
-
-        return with_cookie
 
     def _messages(self, request: Request) -> ASGIApp:
         session = self._session(request, request.query_params.get("session_hash", ""))
@@ -174,7 +158,8 @@ class Gateway:
         return self._forward(request, body=json.dumps(call).encode())
 
     def _visitor(self, request: Request) -> str:
-        return visitor_of_secret(request.cookies.get(self._cookie, ""))
+        secret = request.cookies.get(self._cookie, "")
+        return hashlib.sha256(secret.encode()).hexdigest()[:32]
 
     def _session(self, request: Request, session_hash: str) -> str:
         if not SESSION_HASH.fullmatch(session_hash):
@@ -182,7 +167,13 @@ class Gateway:
         return session_of(self._visitor(request), session_hash)
 
     def _forward(
-        self, request: Request, *, path: str | None = None, query: str = "", body: bytes = b""
+        self,
+        request: Request,
+        *,
+        path: str | None = None,
+        query: str = "",
+        body: bytes = b"",
+        sets_cookie: bool = False,
     ) -> ASGIApp:
         """Return Gradio's answer to a request of which it sees only the necessary parts."""
         path = path or request.scope["path"]
@@ -195,7 +186,15 @@ class Gateway:
         reduced = {"path": path, "raw_path": path.encode(), "query_string": query.encode()}
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._app({**scope, **reduced, "headers": headers}, replay(body, receive), send)
+            async def send_with_cookie(message: Message) -> None:
+                if sets_cookie and message["type"] == "http.response.start":
+                    cookie = f"{self._cookie}={secrets.token_urlsafe(32)}"
+                    attributes = "HttpOnly; SameSite=Lax; Path=/"
+                    MutableHeaders(scope=message).append("set-cookie", f"{cookie}; {attributes}")
+                await send(message)
+
+            inner_scope = {**scope, **reduced, "headers": headers}
+            await self._app(inner_scope, replay(body, receive), send_with_cookie)
 
         return forward
 
@@ -203,15 +202,3 @@ class Gateway:
 def _not_found() -> Refusal:
     """Return the same refusal for what does not exist and for what belongs to others."""
     return Refusal(404, "not found")
-
-
-class _TrackedSend:
-    """An ASGI `send` that remembers whether an answer was started."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.is_started = False
-
-    async def __call__(self, message: Message) -> None:
-        self.is_started = True
-        await self._send(message)

@@ -32,17 +32,10 @@ class UnknownPictureError(StageError):
 
 
 @dataclass(frozen=True)
-class PictureFile:
-    """A file, and the name that a visitor knows it by."""
-
-    path: Path
-    name: str
-
-
-@dataclass(frozen=True)
-class Upload(PictureFile):
+class Upload:
     """A picture that a visitor uploaded."""
 
+    name: str
     visitor: str
     num_bytes: int
     time: float
@@ -55,13 +48,13 @@ class PagePictures:
         """Create the folder for uploads."""
         folder.mkdir(mode=0o700)
         self._folder = folder
-        self._examples: dict[str, PictureFile] = {}
+        self._examples: dict[str, str] = {}
         self._uploads: dict[str, Upload] = {}
         self._lock = threading.Lock()
 
     def add_examples(self, paths: Iterable[Path]) -> None:
         """Allow every visitor to open these files."""
-        self._examples |= {str(path): PictureFile(path, path.name) for path in paths}
+        self._examples |= {str(path): path.name for path in paths}
 
     def add_upload(self, name: str, data: bytes, visitor: str) -> str:
         """Store a picture, and remove the oldest uploads while there are too many.
@@ -78,7 +71,7 @@ class PagePictures:
             OSError: The file cannot be written.
         """
         path = self._folder / secrets.token_hex(16)
-        upload = Upload(path, _base_name(name), visitor, len(data), time.monotonic())
+        upload = Upload(_base_name(name), visitor, len(data), time.monotonic())
         with self._lock:
             try:
                 path.write_bytes(data)
@@ -86,7 +79,7 @@ class PagePictures:
                 path.unlink(missing_ok=True)
                 raise
             self._uploads[str(path)] = upload
-            while self._exceeds_bounds():
+            while len(self._uploads) > MAX_UPLOADS or self._num_bytes() > MAX_UPLOADS_BYTES:
                 self._remove(next(iter(self._uploads)))
         return str(path)
 
@@ -98,15 +91,19 @@ class PagePictures:
             StageError: The system cannot read the file.
         """
         with self._lock:
-            file = self._examples.get(path) or self._uploads.get(path)
-            if file is None or (isinstance(file, Upload) and file.visitor != visitor):
+            upload = self._uploads.get(path)
+            if upload is not None and upload.visitor == visitor:
+                name = upload.name
+            elif path in self._examples:
+                name = self._examples[path]
+            else:
                 raise UnknownPictureError
             try:
-                return file.name, file.path.read_bytes()
+                return name, Path(path).read_bytes()
             except FileNotFoundError:
                 raise UnknownPictureError from None
             except OSError as error:
-                raise StageError(f"{file.name}: cannot be read: {error.strerror}.") from None
+                raise StageError(f"{name}: cannot be read: {error.strerror}.") from None
 
     def remove_old(self, now: float) -> None:
         """Remove uploads older than `MAX_UPLOAD_AGE`; `now` is a time of the monotonic clock."""
@@ -115,12 +112,12 @@ class PagePictures:
                 if now - upload.time > MAX_UPLOAD_AGE:
                     self._remove(path)
 
-    def _exceeds_bounds(self) -> bool:
-        num_bytes = sum(upload.num_bytes for upload in self._uploads.values())
-        return len(self._uploads) > MAX_UPLOADS or num_bytes > MAX_UPLOADS_BYTES
+    def _num_bytes(self) -> int:
+        return sum(upload.num_bytes for upload in self._uploads.values())
 
     def _remove(self, path: str) -> None:
-        self._uploads.pop(path).path.unlink(missing_ok=True)
+        del self._uploads[path]
+        Path(path).unlink(missing_ok=True)
 
 
 def _base_name(name: str) -> str:

@@ -1,14 +1,13 @@
 """Gives each visitor sessions of their own, and keeps a session's message stream open long enough.
 
 Gradio identifies a session by a hash that the browser chose, and accepts the hash from anybody. So
-each browser also gets a random secret as a cookie, and Gradio sees a session name made of both.
+each browser also gets a random secret as a cookie; the secret's hash is the visitor's id, and
+Gradio sees a session name made of both.
 Clients without cookies share their sessions.
 """
 
 import asyncio
-import hashlib
 import re
-import secrets
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,16 +18,6 @@ CLOSE = b'"close_stream"'
 """Part of the last message of a stream."""
 QUIET_SECONDS = 1.0
 POLL_SECONDS = 0.02
-
-
-def new_secret() -> str:
-    """Return a secret for the cookie of a new visitor."""
-    return secrets.token_urlsafe(32)
-
-
-def visitor_of_secret(secret: str) -> str:
-    """Return the visitor id of a cookie's secret; the secret is empty without a cookie."""
-    return hashlib.sha256(secret.encode()).hexdigest()[:32]
 
 
 def session_of(visitor: str, session_hash: str) -> str:
