@@ -28,7 +28,7 @@ from workspace.errors import StageError
 API = "/gradio_api"
 STATIC = re.compile(r"/(assets|static)(/[\w@-][\w@.-]{0,99}){1,6}", re.ASCII)
 FIXED = {"/theme.css", "/favicon.ico", "/config", f"{API}/info", f"{API}/app_id"}
-"""Paths with the same answer for every visitor. The page polls app_id for a restarted server."""
+"""Paths with the same answer for every visitor. The page polls app_id to detect a restart."""
 FORWARDED_HEADERS = (b"host", b"accept", b"accept-encoding")
 """Gradio sees no other header, such as X-Forwarded-Host or Range."""
 MAX_CALL_BYTES = 2**16

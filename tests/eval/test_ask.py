@@ -16,7 +16,7 @@ from eval.ask import main
 from eval.chat.answering import TOP_P, cached_features, stream_answer
 from eval.chat.encoder import RunEncoder, read_picture
 from eval.trained import load_run
-from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
+from tests.eval.picture_world import LIMITS, TRAIN, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
@@ -28,18 +28,18 @@ FINETUNE, PRETRAIN = Path("runs/finetune"), Path("runs/pretrain")
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(autouse=True)
-def _in_folder(seeing, monkeypatch):
-    monkeypatch.chdir(seeing.workspace.root)
+def _in_folder(picture_world, monkeypatch):
+    monkeypatch.chdir(picture_world.workspace.root)
 
 
 @pytest.fixture(scope="module")
-def runs(seeing):
-    folder = seeing.workspace.root / "runs"
+def runs(picture_world):
+    folder = picture_world.workspace.root / "runs"
     return {stage: load_run(folder / stage) for stage in ("finetune", "pretrain")}
 
 
@@ -107,13 +107,13 @@ def test_a_picture_file_gives_the_answer_of_its_cached_features(run, tmp_path):
         assert by_file[0] == 0
 
 
-def test_the_features_of_a_file_equal_the_cached_ones_up_to_rounding(runs, seeing):
+def test_the_features_of_a_file_equal_the_cached_ones_up_to_rounding(runs, picture_world):
     encoder = RunEncoder(runs["finetune"])
     for image_id in TRAIN:
         found = encoder.encode(draw_jpeg(image_id), "picture")
         assert found.dtype == np.float16
         np.testing.assert_allclose(
-            found.astype(float), seeing.store.gather([image_id])[0], rtol=2e-3, atol=2e-3
+            found.astype(float), picture_world.store.gather([image_id])[0], rtol=2e-3, atol=2e-3
         )
 
 
@@ -122,8 +122,8 @@ def test_the_tower_is_loaded_once(runs):
     assert encoder.load() is encoder.load()
 
 
-def test_earlier_turns_are_read(runs, seeing):
-    patches = seeing.store.gather([1])[0]
+def test_earlier_turns_are_read(runs, picture_world):
+    patches = picture_world.store.gather([1])[0]
     turns = [("how many", "the dog")]
     trained = runs["finetune"]
     end = trained.tokenizer.eos_token
@@ -153,8 +153,8 @@ def test_sampling_is_decided_by_the_seed(run, runs):
     assert drawn("--temperature", 0.001) == drawn()
 
 
-def test_the_answer_is_printed_piece_by_piece(runs, seeing, monkeypatch):
-    patches = seeing.store.gather([1])[0]
+def test_the_answer_is_printed_piece_by_piece(runs, picture_world, monkeypatch):
+    patches = picture_world.store.gather([1])[0]
     pieces = list(stream_answer(runs["finetune"], patches, "where", max_tokens=40))
     assert len(pieces) > 1
     printed = []
@@ -188,35 +188,35 @@ def test_a_question_to_stage_1_is_refused(run):
         ({"pretrained": "nowhere.safetensors"}, 2),
     ],
 )
-def test_another_tower_than_the_runs_is_refused(run, seeing, tmp_path, changes, code):
+def test_another_tower_than_the_runs_is_refused(run, picture_world, tmp_path, changes, code):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder=changes).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder=changes).text)
+    picture_world.params()
     picture = Path("data/raw/train/1.jpg")
     found, text, errors = run("--run", copy, "--image", picture, question="where")
     assert (found, text, errors.count("\n")) == (code, "", 1)
 
 
-def test_the_error_names_both_towers(runs, seeing, tmp_path):
+def test_the_error_names_both_towers(runs, picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"layer": -1}).text)
+    picture_world.params()
     with pytest.raises(SpecMismatchError) as caught:
         RunEncoder(load_run(copy)).load()
-    wanted = seeing.store.fingerprint[:12]
+    wanted = picture_world.store.fingerprint[:12]
     assert wanted in str(caught.value)
     assert "fingerprint" in str(caught.value)
     assert str(copy) in str(caught.value)
 
 
-def test_the_device_of_the_features_does_not_matter(seeing, tmp_path):
+def test_the_device_of_the_features_does_not_matter(picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"device": "cuda:7"}).text)
-    seeing.params()
-    assert RunEncoder(load_run(copy)).load().spec.fingerprint == seeing.store.fingerprint
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"device": "cuda:7"}).text)
+    picture_world.params()
+    assert RunEncoder(load_run(copy)).load().spec.fingerprint == picture_world.store.fingerprint
 
 
 def test_features_of_another_store_are_refused(runs, workspace):
@@ -286,8 +286,8 @@ def test_a_question_too_long_for_the_model_is_refused(run, runs):
     assert f"the language model reads {most}" in errors
 
 
-def test_the_longest_question_that_fits_is_answered(runs, seeing):
-    trained, patches = runs["finetune"], seeing.store.gather([1])[0]
+def test_the_longest_question_that_fits_is_answered(runs, picture_world):
+    trained, patches = runs["finetune"], picture_world.store.gather([1])[0]
     most = trained.model.language_model.config.max_position_embeddings
     question = "\x00" * 300
     while True:

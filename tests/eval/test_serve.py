@@ -17,7 +17,7 @@ from cache.files.scratch import LOCK, PREFIX
 from eval.chat.answering import stream_answer
 from eval.trained import load_run
 from tests.browser import visited
-from tests.eval.seeing import LIMITS, VAL, make_seeing_world
+from tests.eval.picture_world import LIMITS, VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 
 ROOT = Path(__file__).parents[2]
@@ -29,13 +29,13 @@ LISTENING = "0A"
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(scope="module")
-def root(seeing):
-    return seeing.workspace.root
+def root(picture_world):
+    return picture_world.workspace.root
 
 
 expect.set_options(timeout=SECONDS * 1000)
@@ -126,14 +126,14 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def wanted(trained, seeing):
+def wanted(trained, picture_world):
     """The run's greedy answers to some questions about an image."""
 
     def wanted(image_id, *questions):
         turns = []
         for question in questions:
             pieces = stream_answer(
-                trained, seeing.store.gather([image_id])[0], question, turns=turns,
+                trained, picture_world.store.gather([image_id])[0], question, turns=turns,
                 max_tokens=LIMITS["answer_tokens"],
             )  # fmt: skip
             turns.append((question, "".join(pieces)))
@@ -303,9 +303,11 @@ def test_the_page_has_room_on_a_phone(browser, address):
 # How it ends, and other runs
 
 
-def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(browser, root, seeing, pictures, tmp_path):
+def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(
+    browser, root, picture_world, pictures, tmp_path
+):
     stage_1 = load_run(root / "runs/pretrain")
-    wanted = "".join(stream_answer(stage_1, seeing.store.gather([1])[0], ""))
+    wanted = "".join(stream_answer(stage_1, picture_world.store.gather([1])[0], ""))
     arguments = ["--run", "runs/pretrain", "--port", free_port()]
     uploads = tmp_path / "uploads"
     # What a killed server left behind.
@@ -340,11 +342,11 @@ def test_a_taken_port_is_an_error_in_one_line(root):
     assert re.fullmatch(rf"error: cannot serve at 127\.0\.0\.1:{port}: .* --port\.", errors)
 
 
-def test_another_tower_than_the_runs_is_refused_at_the_start(root, seeing, tmp_path):
+def test_another_tower_than_the_runs_is_refused_at_the_start(root, picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", root / "runs/finetune", copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"layer": -1}).text)
+    picture_world.params()
     code, errors = failing(root, "--run", copy)
     assert code == 1
     assert "gives features of fingerprint" in errors

@@ -12,23 +12,23 @@ from eval.chat.encoder import RunEncoder
 from eval.server.pictures import PagePictures
 from eval.server.sessions import session_of
 from eval.trained import load_run
-from tests.eval.seeing import LIMITS, make_seeing_world
+from tests.eval.picture_world import LIMITS, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(autouse=True)
-def _in_folder(seeing, monkeypatch):
-    monkeypatch.chdir(seeing.workspace.root)
+def _in_folder(picture_world, monkeypatch):
+    monkeypatch.chdir(picture_world.workspace.root)
 
 
 @pytest.fixture(scope="module")
-def trained(seeing):
-    return load_run(seeing.workspace.root / "runs/finetune")
+def trained(picture_world):
+    return load_run(picture_world.workspace.root / "runs/finetune")
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,14 @@ def conversation(handlers, pictures):
     return handlers.choose_picture({"path": path}, MINE)[1]
 
 
-def test_a_reply_grows_into_the_answer(handlers, seeing, conversation):
+def test_a_reply_grows_into_the_answer(handlers, picture_world, conversation):
     seen = list(handlers.reply("where", conversation, 0, LIMITS["answer_tokens"]))
     texts = [messages[-1]["content"] for messages, _, _ in seen]
     pieces = stream_answer(
-        handlers.trained, seeing.store.gather([1])[0], "where", max_tokens=LIMITS["answer_tokens"]
+        handlers.trained,
+        picture_world.store.gather([1])[0],
+        "where",
+        max_tokens=LIMITS["answer_tokens"],
     )
     text = "".join(pieces)
     assert len(set(texts)) > 3

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 
 from eval.server.pictures import MAX_UPLOAD_BYTES
-from tests.eval.seeing import make_seeing_world
+from tests.eval.picture_world import make_picture_world
 from tests.eval.server.served_page import MAX_UPLOADS, Client, served_page
 from tests.pipeline.conftest import draw_jpeg
 
@@ -26,7 +26,7 @@ ANSWERED = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, phi_dir):
-    root = make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir).workspace.root
+    root = make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir).workspace.root
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
