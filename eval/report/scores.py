@@ -81,7 +81,7 @@ class Label:
 
 VIEWS = {
     SEEN: Label("Model", "Model", "model"),
-    BLIND: Label("Blind", "Blind", "blind control"),
+    BLIND: Label("Wrong image", "Wrong image", "wrong-image control"),
     "noise": Label("Noise", "Noise", "noise control"),
     "untrained": Label("Untrained", "Untrained projector", "untrained projector"),
 }
