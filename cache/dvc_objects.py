@@ -13,8 +13,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from workspace.errors import StageError
-
+from .errors import CacheError
 from .files.atomic import CHUNK_BYTES, naming
 from .files.foreign import reading_foreign_file
 
@@ -80,11 +79,11 @@ def _stored_as(objects: Path, names: Collection[str]) -> set[str]:
 def _entries(listing: Path) -> list[tuple[str, str]]:
     """Return name and md5 of each file of a folder that DVC has stored."""
     try:
-        with reading_foreign_file(StageError, listing):
+        with reading_foreign_file(CacheError, listing):
             entries = json.loads(listing.read_bytes())
             return [(e["relpath"].rpartition("/")[2], str(e["md5"])) for e in entries]
-    except StageError:
-        # Nobody could bring a file back by what is no listing.
+    except CacheError:
+        # DVC cannot restore a file from a damaged listing either.
         return []
 
 
