@@ -23,13 +23,13 @@ from .errors import (
     SpecMismatchError,
     UnreachableStoreError,
 )
-from .files.atomic import naming, sha256_of
+from .files.atomic import path_in_errors, sha256_of
 from .files.foreign import one_line
 from .plan import shard_key
 from .remote.location import Location
 from .shard import Shard, hash_rows, open_shard
-from .spec import MAX_JSON_BYTES, SPEC, Spec
-from .store_index import INDEX, PROBE, StoreTable, check_own_hash
+from .spec import MAX_JSON_BYTES, SPEC_FILE, Spec
+from .store_index import INDEX_FILE, PROBE_FILE, StoreIndex, check_own_hash
 
 BLOCK_BYTES = 1 << 20
 """What is read at a time: small enough for a core's cache, so that memory is read once."""
@@ -80,9 +80,9 @@ def audit(
     """
     checked = "spec.json"
     try:
-        with location.naming_files():
+        with location.url_in_errors():
             spec = _check_spec(location)
-            checked = INDEX
+            checked = INDEX_FILE
             table = _check_index(location, spec)
     except (PatchcacheError, OSError) as error:
         # Without them nothing can be said about the shards.
@@ -97,7 +97,7 @@ def audit(
     def check(number: int) -> PatchcacheError | OSError | None:
         file = table.shards[number]
         try:
-            with location.naming_files():
+            with location.url_in_errors():
                 if not (partial and location.size(file.name) is None):
                     _check_shard(location, spec, table, number, tell if deep else None)
         except (PatchcacheError, OSError) as error:
@@ -130,9 +130,9 @@ def _report(problems: Problems) -> VerifyReport:
 
 
 def _check_spec(location: Location) -> Spec:
-    path = location.path(SPEC, MAX_JSON_BYTES)
+    path = location.path(SPEC_FILE, MAX_JSON_BYTES)
     spec = Spec.read(path)
-    with naming(path):
+    with path_in_errors(path):
         data = path.read_bytes()
     if data != spec.to_json():
         raise SpecMismatchError(
@@ -141,28 +141,28 @@ def _check_spec(location: Location) -> Spec:
     return spec
 
 
-def _check_index(location: Location, spec: Spec) -> StoreTable:
-    path = location.path(INDEX)
+def _check_index(location: Location, spec: Spec) -> StoreIndex:
+    path = location.path(INDEX_FILE)
     check_own_hash(path)
-    return StoreTable.read(path, spec)
+    return StoreIndex.read(path, spec)
 
 
-def _check_probe(location: Location, table: StoreTable) -> Problems:
+def _check_probe(location: Location, table: StoreIndex) -> Problems:
     if table.probe_sha256 is None:
         return []
     try:
-        path = location.path(PROBE, sha256=table.probe_sha256)
+        path = location.path(PROBE_FILE, sha256=table.probe_sha256)
         if sha256_of(path) != table.probe_sha256:
-            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX}. {REMEDY}")
+            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX_FILE}. {REMEDY}")
         return []
     except (PatchcacheError, OSError) as error:
-        return [(PROBE, error)]
+        return [(PROBE_FILE, error)]
 
 
 def _check_shard(
     location: Location,
     spec: Spec,
-    table: StoreTable,
+    table: StoreIndex,
     number: int,
     progress: Callable[[int], object] | None,
 ) -> None:
@@ -192,7 +192,7 @@ def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -
     buffer = np.empty(max(1, BLOCK_BYTES // row_bytes) * row_bytes, np.uint8)
     bad = np.zeros(len(shard.image_ids), bool)
     done = 0
-    with naming(shard.path), shard.path.open("rb") as file:
+    with path_in_errors(shard.path), shard.path.open("rb") as file:
         for block in _blocks(file, buffer, shard.offset):
             digest.update(block.data)
         for block in _blocks(file, buffer, len(bad) * row_bytes):

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .errors import CacheError
-from .files.atomic import CHUNK_BYTES, naming
+from .files.atomic import CHUNK_BYTES, path_in_errors
 from .files.foreign import reading_foreign_file
 
 MD5 = re.compile(r"[0-9a-f]{32}")
@@ -89,7 +89,7 @@ def _entries(listing: Path) -> list[tuple[str, str]]:
 
 def _md5_of(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    with naming(path), path.open("rb") as file:
+    with path_in_errors(path), path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -15,7 +15,7 @@ UNKNOWN = -1
 """Row of an image that is not there."""
 
 
-class RowLookup:
+class IdLookup:
     """From image ids to rows."""
 
     def __init__(self, image_ids: NDArray[np.int64], rows: NDArray[np.int64]) -> None:

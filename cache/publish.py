@@ -13,7 +13,7 @@ from .files.atomic import link_or_copy, sha256_of, write_bytes
 from .plan import PlannedShard
 from .shard import open_shard
 from .spec import Spec
-from .store_index import INDEX, PROBE, ShardFile, StoreTable
+from .store_index import INDEX_FILE, PROBE_FILE, ShardFile, StoreIndex
 
 
 def publish(
@@ -38,12 +38,12 @@ def publish(
     for shard in plan:
         link_or_copy(finished / shard.name, root / shard.name)
     if probe:
-        link_or_copy(probe, root / PROBE)
+        link_or_copy(probe, root / PROBE_FILE)
     table = _describe(root, plan, spec, hashes, sha256_of(probe) if probe else None)
     write_bytes(root / "spec.json", spec.to_json())
-    table.write(root / INDEX)
-    names = {shard.name for shard in plan} | ({PROBE} if probe else set())
-    for path in [*root.glob("*.h5"), *root.glob(PROBE), *root.glob(".*.partial")]:
+    table.write(root / INDEX_FILE)
+    names = {shard.name for shard in plan} | ({PROBE_FILE} if probe else set())
+    for path in [*root.glob("*.h5"), *root.glob(PROBE_FILE), *root.glob(".*.partial")]:
         if path.name not in names:
             path.unlink()
 
@@ -54,14 +54,14 @@ def _describe(
     spec: Spec,
     hashes: Mapping[str, str],
     probe_sha256: str | None,
-) -> StoreTable:
+) -> StoreIndex:
     """Read the published shards back and make the index of them."""
     shards = [open_shard(root / planned.name, spec) for planned in plan]
     files = [ShardFile(s.path.name, s.path.stat().st_size, hashes[s.path.name]) for s in shards]
     by_name = sorted(files, key=lambda file: file.name)
     numbers = {file.name: number for number, file in enumerate(by_name)}
     sizes = [len(shard.image_ids) for shard in shards]
-    return StoreTable(
+    return StoreIndex(
         fingerprint=spec.fingerprint,
         shards=tuple(by_name),
         image_ids=np.concatenate([shard.image_ids for shard in shards]),

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from .audit import NAMED_IDS, VerifyReport, audit
 from .errors import MissingImageError
-from .id_lookup import UNKNOWN, RowLookup
-from .mapping import RowSpace
+from .id_lookup import UNKNOWN, IdLookup
+from .mapping import FeatureMapping
 from .remote.location import Location
 from .shard import open_shard
-from .spec import MAX_JSON_BYTES, SPEC, Spec
-from .store_index import INDEX, ShardFile, StoreTable
+from .spec import MAX_JSON_BYTES, SPEC_FILE, Spec
+from .store_index import INDEX_FILE, ShardFile, StoreIndex
 
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -50,8 +50,8 @@ class FeatureStore:
         self.root = str(root)
         self._partial = partial
         self._location = Location(root)
-        with self._location.naming_files():
-            self.spec = Spec.read(self._location.path(SPEC, MAX_JSON_BYTES))
+        with self._location.url_in_errors():
+            self.spec = Spec.read(self._location.path(SPEC_FILE, MAX_JSON_BYTES))
             table = self._read_table()
         self._shards = table.shards
         is_here = np.array([not partial or self._has(file.name) for file in table.shards], bool)
@@ -64,7 +64,7 @@ class FeatureStore:
         if not self._location.is_remote:
             for number in np.flatnonzero(is_here).tolist():
                 self._check(number, table)
-        self._space = RowSpace(
+        self._space = FeatureMapping(
             self._sizes,
             self.spec.patches,
             self.spec.width,
@@ -75,7 +75,7 @@ class FeatureStore:
         image_ids = table.image_ids[kept]
         # It is large, and done with.
         del table
-        self._lookup = RowLookup(image_ids, rows[kept])
+        self._lookup = IdLookup(image_ids, rows[kept])
         self._lookup.image_ids.flags.writeable = False
         self._is_attached = np.zeros(len(self._shards), dtype=bool)
         self._all_attached = False
@@ -197,7 +197,7 @@ class FeatureStore:
         return audit(self._location, deep=deep, partial=self._partial)
 
     def _rows_of(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.integer]:
-        """Return where each image lies in `RowSpace.rows`."""
+        """Return where each image lies in `FeatureMapping.rows`."""
         ids = _checked_ids(image_ids)
         rows = self._lookup.rows_of(ids)
         if rows.min(initial=0) == UNKNOWN:
@@ -251,18 +251,18 @@ class FeatureStore:
         )
         self._is_attached[number] = True
 
-    def _check(self, number: int, table: StoreTable) -> int:
+    def _check(self, number: int, table: StoreIndex) -> int:
         """Hold a shard against the index; return, and remember, where its features start."""
         file = self._shards[number]
         self._location.check_size(file)
-        with self._location.naming_files():
+        with self._location.url_in_errors():
             shard = open_shard(self._location.shard_path(file), self.spec)
             table.check_shard(number, shard)
         self._offsets[number] = shard.offset
         return shard.offset
 
-    def _read_table(self) -> StoreTable:
-        return StoreTable.read(self._location.path(INDEX), self.spec, self._check_file)
+    def _read_table(self) -> StoreIndex:
+        return StoreIndex.read(self._location.path(INDEX_FILE), self.spec, self._check_file)
 
     def _check_file(self, file: ShardFile) -> None:
         """Hold a shard's file against the index, before any row of the index is believed."""

@@ -19,14 +19,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
-from .files.atomic import naming, write_bytes
+from .files.atomic import path_in_errors, write_bytes
 from .files.parquet import open_parquet, values_of
 from .shard import Shard
 from .spec import Spec
 
-INDEX = "index.parquet"
+INDEX_FILE = "index.parquet"
 
-PROBE = "probe.safetensors"
+PROBE_FILE = "probe.safetensors"
 """Features of known pictures, with which an encoder is compared before it adds to a store."""
 
 SCHEMA = pa.schema(
@@ -75,7 +75,7 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
-class StoreTable:
+class StoreIndex:
     """The rows of a store in order of image id; all arrays have length N."""
 
     fingerprint: str
@@ -151,7 +151,7 @@ class StoreTable:
     @classmethod
     def read(
         cls, path: Path, spec: Spec, check_file: Callable[[ShardFile], None] = lambda file: None
-    ) -> "StoreTable":
+    ) -> "StoreIndex":
         """Read and check a table.
 
         Args:
@@ -192,7 +192,7 @@ def check_own_hash(path: Path, where: str | None = None) -> None:
     Raises:
         CorruptShardError: They are not those that were written.
     """
-    with naming(path), path.open("rb") as file:
+    with path_in_errors(path), path.open("rb") as file:
         place = _place_in(file)
         if place is None:
             # Written elsewhere: the format does not ask for it.
@@ -313,7 +313,7 @@ def _read_columns(
     return columns
 
 
-def _check_rows(table: StoreTable, path: Path) -> None:
+def _check_rows(table: StoreIndex, path: Path) -> None:
     """Refuse an image that two rows claim, and rows of a shard that are not 0, 1, 2, ..."""
     steps = np.diff(table.image_ids)
     if np.any(steps <= 0):

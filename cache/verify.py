@@ -16,7 +16,7 @@ from .dvc_objects import drop_damaged_objects
 from .errors import CorruptShardError, SettingsError
 from .remote.location import Location
 from .spec import MAX_JSON_BYTES, Spec
-from .store_index import INDEX, StoreTable
+from .store_index import INDEX_FILE, StoreIndex
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:
@@ -47,8 +47,8 @@ def verify(root: str, deep: bool, repair: bool) -> None:
         dropped = drop(Path(root), report) if repair else []
         counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(dropped)}"
         raise CorruptShardError(f"{counts}{_what_to_do(location, report, repair)}")
-    table = StoreTable.read(
-        location.path(INDEX), Spec.read(location.path("spec.json", MAX_JSON_BYTES))
+    table = StoreIndex.read(
+        location.path(INDEX_FILE), Spec.read(location.path("spec.json", MAX_JSON_BYTES))
     )
     what = "all bytes are those that were written" if deep else "sizes and structure are right"
     print(f"{root}: {len(table.image_ids)} images in {len(table.shards)} shards, {what}")

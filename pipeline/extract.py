@@ -34,7 +34,7 @@ from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, IMAGES, REPORTS, SHARDS
 from workspace.settings import Params
 from workspace.stage import run_stage
@@ -58,7 +58,7 @@ def extract(params: Params) -> None:
     tower = Tower(params.section("encoder", EncoderSettings))
     source = read_source()
     tally = Tally()
-    with exclusive(SHARDS):
+    with folder_lock(SHARDS):
         plan, hashes = make_shards(source, data, tower, settings, tally)
         publish(FEATURES, plan, SHARDS, tower.spec, hashes, probe_file(tower.spec))
     write_report(plan, tower.spec, tally, settings)

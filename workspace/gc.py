@@ -13,8 +13,8 @@ from cache.cli.command import command_parser, run_guarded
 from cache.cli.sizes import human_size
 from cache.remote.location import Location
 from cache.spec import MAX_JSON_BYTES, Spec
-from cache.store_index import INDEX, StoreTable
-from workspace.locks import exclusive
+from cache.store_index import INDEX_FILE, StoreIndex
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 
 
@@ -31,7 +31,7 @@ def collect(stores: Sequence[str], delete: bool) -> None:
     if not SHARDS.is_dir():
         print(f"{SHARDS}: no such folder, so there is nothing to free")
         return
-    with exclusive(SHARDS):
+    with folder_lock(SHARDS):
         # Read under the lock: no extraction may publish in between.
         needed = set().union(*(needed_names(store) for store in stores)) | {".lock"}
         unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
@@ -54,7 +54,7 @@ def needed_names(store: str) -> set[str]:
     """Return the names, without suffix, of what a store needs of the work directory."""
     location = Location(store)
     spec = Spec.read(location.path("spec.json", MAX_JSON_BYTES))
-    table = StoreTable.read(location.path(INDEX), spec)
+    table = StoreIndex.read(location.path(INDEX_FILE), spec)
     return {Path(file.name).stem for file in table.shards} | {f"probe-{spec.fingerprint[:16]}"}
 
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
 
+
 def explain(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:

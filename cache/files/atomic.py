@@ -19,7 +19,7 @@ CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Add a path to the system errors of a block that name none: a full disk, a failing one.
 
     Python names the file when it cannot be opened, not when reading or writing fails.
@@ -62,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
     # A kill may have left it; a link there would be written through.
     temporary.unlink(missing_ok=True)
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield temporary
             sync(temporary)
         os.replace(temporary, path)
@@ -90,7 +90,7 @@ def sync(path: Path) -> None:
     """Ask the system to bring a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with path_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -143,7 +143,7 @@ def sha256_of_pieces(pieces: Iterable[bytes | memoryview]) -> str:
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
-    with naming(path), path.open("rb") as file:
+    with path_in_errors(path), path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
-from cache.files.atomic import check_ordinary, naming
+from cache.files.atomic import check_ordinary, path_in_errors
 from pipeline.images.names import ImageNameError, check_file_name
 from workspace.errors import StageError
 
@@ -71,7 +71,7 @@ def read_text(path: Path, key: str, remedy: str = NAME_ANOTHER) -> str:
     """
     check_ordinary(path, lambda why: StageError(f"{key}: {path}: {why}. {remedy}"))
     try:
-        with naming(path):
+        with path_in_errors(path):
             return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise StageError(

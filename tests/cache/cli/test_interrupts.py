@@ -37,9 +37,7 @@ def test_one_signal_or_many_leave_by_the_front_door(name):
 
 
 def test_an_interruption_that_a_library_drops_is_made_again_and_clean_up_is_left_in_peace():
-    before = (
-        "import contextlib, time; import cache.cli.interrupts as i; i.REPEAT_SECONDS = 0.1"
-    )
+    before = "import contextlib, time; import cache.cli.interrupts as i; i.REPEAT_SECONDS = 0.1"
     body = """
     with contextlib.suppress(BaseException):
         os.kill(os.getpid(), signal.SIGTERM)
