@@ -24,21 +24,18 @@ from .errors import (
     UnreachableStoreError,
 )
 from .files.atomic import path_in_errors, sha256_of
-from .files.foreign import one_line
 from .plan import shard_key
 from .remote.location import Location
 from .shard import Shard, hash_rows, open_shard
 from .spec import MAX_JSON_BYTES, SPEC_FILE, Spec
 from .store_index import INDEX_FILE, PROBE_FILE, StoreIndex, check_own_hash
+from .texts import first_few, one_line
 
 BLOCK_BYTES = 1 << 20
 """What is read at a time: small enough for a core's cache, so that memory is read once."""
 
 MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
 """Of a float16's bits: all but the sign, and the smallest magnitude that is not finite."""
-
-NAMED_IDS = 5
-"""How many ids an error names."""
 
 
 @dataclass(frozen=True)
@@ -205,10 +202,10 @@ def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -
         while rest := file.read(BLOCK_BYTES):
             digest.update(rest)
     if bad.any():
-        ids = ", ".join(map(str, shard.image_ids[bad][:NAMED_IDS]))
         raise CorruptShardError(
             f"{shard.path}: {int(bad.sum())} rows have another hash than when they were "
-            f"written, or values that are not finite: images {ids}. {REMEDY}"
+            f"written, or values that are not finite: images "
+            f"{first_few(shard.image_ids[bad])}. {REMEDY}"
         )
     if digest.hexdigest() != sha256:
         raise CorruptShardError(

@@ -6,11 +6,8 @@ python -m cache.inspect data/features
 import dataclasses
 
 from .cli.command import command_parser, run_guarded
-from .cli.sizes import human_size
 from .store import FeatureStore
-
-NAMED_SHARDS = 3
-"""How many shards that are not there it names."""
+from .texts import first_few, human_size
 
 
 def inspect(root: str) -> None:
@@ -27,11 +24,8 @@ def inspect(root: str) -> None:
     here = store.num_shards - len(store.missing_shards)
     print(f"{root}: {len(store)} images in {here} shards, {human_size(store.num_bytes)}")
     if store.missing_shards:
-        names = ", ".join(store.missing_shards[:NAMED_SHARDS])
-        more = ", ..." * (len(store.missing_shards) > NAMED_SHARDS)
-        print(
-            f"not here     {len(store.missing_shards)} of {store.num_shards} shards: {names}{more}"
-        )
+        names = first_few(store.missing_shards, 3)
+        print(f"not here     {len(store.missing_shards)} of {store.num_shards} shards: {names}")
     if len(store):
         print(f"image ids    {image_ids[0]} to {image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")

@@ -15,7 +15,8 @@ from typing import Any
 
 from .errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
 from .files.atomic import canonical_json, path_in_errors
-from .files.foreign import one_line, reading_foreign_file
+from .files.foreign import reading_foreign_file
+from .texts import one_line
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .audit import NAMED_IDS, VerifyReport, audit
+from .audit import VerifyReport, audit
 from .errors import MissingImageError
 from .id_lookup import UNKNOWN, IdLookup
 from .mapping import FeatureMapping
@@ -24,6 +24,7 @@ from .remote.location import Location
 from .shard import open_shard
 from .spec import MAX_JSON_BYTES, SPEC_FILE, Spec
 from .store_index import INDEX_FILE, ShardFile, StoreIndex
+from .texts import first_few
 
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -205,8 +206,6 @@ class FeatureStore:
         return rows
 
     def _missing_text(self, ids: NDArray[np.int64], num_asked: int) -> str:
-        unknown = np.unique(ids)
-        names = ", ".join(map(str, unknown[:NAMED_IDS])) + ", ..." * (len(unknown) > NAMED_IDS)
         remedy = "Index and extract them first."
         if self.missing_shards:
             table = self._read_table()
@@ -215,7 +214,7 @@ class FeatureStore:
             remedy = f"Get the shards that are not here: {lacking}." if lacking else remedy
         return (
             f"{self.root}: {len(ids)} of {num_asked} images asked for are not among its "
-            f"{len(self)}{self._range()}: {names}. {remedy}"
+            f"{len(self)}{self._range()}: {first_few(np.unique(ids))}. {remedy}"
         )
 
     def _range(self) -> str:

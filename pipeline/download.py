@@ -18,9 +18,9 @@ import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from cache.cli.sizes import human_size
 from cache.files.atomic import CHUNK_BYTES, path_in_errors, sha256_of, write_json
 from cache.files.foreign import reading_foreign_file
+from cache.texts import human_size
 from pipeline.settings import Download
 from workspace.errors import StageError
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.cli.sizes import human_size
 from cache.files.atomic import sha256_of_pieces, write_json
 from cache.files.parquet import read_columns, values_of
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.spec import Spec
+from cache.texts import human_size
 from pipeline.encoding.lazy_encoder import Tower
 from pipeline.encoding.stats import Tally
 from pipeline.encoding.work_folder import (

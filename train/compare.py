@@ -20,7 +20,8 @@ from typing import Any
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from cache.files.atomic import check_ordinary, path_in_errors
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 from workspace.settings import parse_yaml
 

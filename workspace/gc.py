@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cache.cli.command import command_parser, run_guarded
-from cache.cli.sizes import human_size
 from cache.remote.location import Location
 from cache.spec import MAX_JSON_BYTES, Spec
 from cache.store_index import INDEX_FILE, StoreIndex
+from cache.texts import human_size
 from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 

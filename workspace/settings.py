@@ -18,7 +18,8 @@ from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEv
 
 from cache.errors import SettingsError
 from cache.files.atomic import check_ordinary, path_in_errors
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 
 SECTIONS = (
     "seed",

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from cache.files.atomic import path_in_errors, replacing
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 from workspace.paths import FEATURES
 

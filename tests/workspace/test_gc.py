@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cache.cli.sizes import human_size
 from cache.errors import PatchcacheError
 from cache.files.atomic import sha256_of
+from cache.texts import human_size
 from workspace import gc as module
 from workspace.errors import StageError
 from workspace.gc import collect
