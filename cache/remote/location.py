@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
-from ..spec import SPEC_FILE, Spec
+from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
 from ..store_index import INDEX_FILE, ShardFile, check_own_hash
 from .copies import RemoteFolder
 
@@ -102,6 +102,10 @@ class Location:
             if found is not None and self._remote:
                 return self._copy(self._remote, name, found, sha256)
         raise self._missing(name)
+
+    def read_spec(self) -> Spec:
+        """Read the spec; the errors are those of `path` and of `Spec.from_json`."""
+        return Spec.read(self.path(SPEC_FILE, MAX_JSON_BYTES))
 
     def shard_path(self, shard: ShardFile) -> Path:
         """Return where a shard's file can be read; the errors are those of `path`."""

@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_is_a_problem_but_not_bad(store, monkeypatch)
     def refuse(path, spec):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("cache.audit.open_shard", refuse)
+    monkeypatch.setattr("cache.layout.open_shard", refuse)
     report = check(store.root)
     assert len(report.problems) == len(store.names)
     assert report.bad_files == []
@@ -238,7 +238,7 @@ def test_repair_deletes_nothing_that_could_not_be_read(store, monkeypatch, capsy
             raise OSError(5, "Input/output error", str(path))
         return open_shard(path, spec)
 
-    monkeypatch.setattr("cache.audit.open_shard", open_but_one)
+    monkeypatch.setattr("cache.layout.open_shard", open_but_one)
     with pytest.raises(CorruptShardError) as caught:
         verify(str(store.root), deep=True, repair=True)
     assert "files deleted: 1, not readable: 1, the first: [Errno 5] Input/output" in str(

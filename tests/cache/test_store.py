@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache import store as module
+from cache import layout
 from cache.audit import audit
 from cache.errors import (
     CorruptShardError,
@@ -204,7 +204,7 @@ def test_one_image_maps_one_shard(store, mapped):
 
 def test_hdf5_is_asked_on_opening_and_never_again(store, monkeypatch):
     opened = FeatureStore(store.root)
-    monkeypatch.setattr(module, "open_shard", None)
+    monkeypatch.setattr(layout, "open_shard", None)
     assert np.array_equal(opened.gather(store.image_ids), store.features)
 
 
