@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import shutil
 import threading
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -21,6 +22,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.inspect import inspect
 from cache.remote import network
+from cache.remote.copies import BoundedFile
 from cache.remote.location import Location
 from cache.spec import Spec
 from cache.store import FeatureStore
@@ -376,3 +378,21 @@ def test_a_file_system_may_write_into_a_file_or_open_its_path(store, opens_paths
     report = audit(Location("memory://both"), deep=True)
     assert sorted(report.bad_files) == sorted(store.names)
     files.rm("/both", recursive=True)
+
+
+@pytest.mark.parametrize("buffered", [0, 50, 100])
+def test_more_bytes_than_there_may_be_are_refused(tmp_path, buffered):
+    with BoundedFile(tmp_path / "file", 100) as target:
+        target.write(b"x" * buffered)
+        target.write(b"x" * (100 - buffered))
+        with pytest.raises(CorruptShardError, match="more than 100 bytes came"):
+            target.write(b"x")
+    assert (tmp_path / "file").stat().st_size == 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_names_the_file():
+    target = BoundedFile(Path("/dev/full"), 1 << 30)
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
+        target.write(b"x" * (1 << 20))
+    target.close()
