@@ -39,7 +39,7 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Bytes that a container may use, or "max"."""
 
 
-class RowSpace:
+class FeatureMapping:
     """Addresses for the rows of some shards; a shard's rows can be read once it is attached."""
 
     def __init__(self, num_rows: Sequence[int], patches: int, width: int, offset: int = 0) -> None:

@@ -12,7 +12,6 @@ import functools
 import math
 import os
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from .errors import (
     UnsafeShardError,
 )
 from .files.atomic import write_bytes
-from .files.foreign import one_line, reading_foreign_file
+from .files.foreign import reading_foreign_file
 from .files.object_headers import find_tree
 from .files.sparse import SparseFile
 from .spec import MAX_JSON_BYTES, Spec, check_same_spec
+from .texts import first_few, one_line
 
 ALIGNMENT = 4096
 """File offset of the features is a multiple of this many bytes: a page of memory."""
@@ -46,9 +46,6 @@ DATASETS = {
     b"row_xxh3": (h5py.h5t.STD_U64LE, 1),
 }
 """Type and number of dimensions of each dataset."""
-
-MAX_NAMED = 8
-"""How many names of a root an error names."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +160,8 @@ def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
     if file.get_create_plist().get_userblock():
         raise _unsafe(path, "it starts with a user block")
     if root.get_num_objs() != len(DATASETS) or set(root) != DATASETS.keys():
-        names = sorted(name.decode(errors="replace") for name in islice(root, MAX_NAMED))
-        raise _unsafe(path, f"its root holds {one_line(names)}, wanted {sorted(DATASETS)}")
+        names = one_line(first_few(name.decode(errors="replace") for name in root))
+        raise _unsafe(path, f"its root holds {names}, wanted {sorted(DATASETS)}")
     _check_attributes(root, path, spec)
     num_bytes = path.stat().st_size
     features, image_id, row_xxh3 = (

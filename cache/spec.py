@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
-from .files.atomic import canonical_json, naming
-from .files.foreign import one_line, reading_foreign_file
+from .files.atomic import canonical_json, path_in_errors
+from .files.foreign import reading_foreign_file
+from .texts import one_line
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
 
 
-SPEC = "spec.json"
+SPEC_FILE = "spec.json"
 
 MAX_JSON_BYTES = 1 << 16
 """A spec's JSON has about 700 bytes; no more than this is ever read."""
@@ -73,7 +74,7 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> "Spec":
         """Read a store's spec.json; the errors are those of `from_json`."""
-        with naming(path), path.open("rb") as file:
+        with path_in_errors(path), path.open("rb") as file:
             return cls.from_json(file.read(MAX_JSON_BYTES), str(path))
 
     @classmethod

@@ -9,8 +9,9 @@ from typing import Any
 import pyarrow as pa
 
 from cache.errors import SettingsError
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
+from cache.texts import one_line
 from train.compare import REVISION_METRICS, WORKSPACE, flatten, read_revision
 from workspace.errors import StageError
 from workspace.paths import REPORTS

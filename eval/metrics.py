@@ -16,12 +16,12 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from cache.texts import first_few
 from eval.scoring.ptb_tokenizer import tokenize_caption
 
 SHORT_WORDS = 5
 """Most words, without articles, of a target that an answer is to match exactly."""
 
-_NAMED_IDS = 5
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -205,12 +205,7 @@ def _check_images(references: dict[int, list[str]], candidates: dict[int, str]) 
 
 
 def _some(image_ids: Collection[int]) -> str:
-    if not image_ids:
-        return "none"
-    shown = ", ".join(map(str, sorted(image_ids)[:_NAMED_IDS]))
-    return (
-        f"{shown} and {len(image_ids) - _NAMED_IDS} more" if len(image_ids) > _NAMED_IDS else shown
-    )
+    return first_few(sorted(image_ids)) or "none"
 
 
 def _check_labels(labels: Sequence[str], answers: Sequence[str]) -> None:
@@ -223,6 +218,4 @@ def _check_labels(labels: Sequence[str], answers: Sequence[str]) -> None:
         raise ValueError("no questions to score: labels and answers are empty.")
     others = sorted(set(labels) - {"yes", "no"})
     if others:
-        raise ValueError(
-            f"a label is 'yes' or 'no', found {', '.join(map(repr, others[:_NAMED_IDS]))}."
-        )
+        raise ValueError(f"a label is 'yes' or 'no', found {first_few(map(repr, others))}.")

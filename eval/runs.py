@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from cache import FeatureStore
 from cache.files.atomic import canonical_json, check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
-from cache.store_index import INDEX
+from cache.store_index import INDEX_FILE
 from eval.scoring.conditions import Asked
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
@@ -54,7 +54,7 @@ def load_models(
     width, device = language_model.config.hidden_size, language_model.device
     decides = {
         "language_model": language_model_fingerprint(language_model, tokenizer),
-        "features": sha256_of(FEATURES / INDEX),
+        "features": sha256_of(FEATURES / INDEX_FILE),
         "seed": seed,
     }
     projectors = {

@@ -18,9 +18,9 @@ import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from cache.cli.sizes import human_size
-from cache.files.atomic import CHUNK_BYTES, naming, sha256_of, write_json
+from cache.files.atomic import CHUNK_BYTES, path_in_errors, sha256_of, write_json
 from cache.files.foreign import reading_foreign_file
+from cache.texts import human_size
 from pipeline.settings import Download
 from workspace.errors import StageError
 
@@ -178,7 +178,7 @@ def _receive(
     headers = _range_headers(item, partial)
     with session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _accept(response, item, partial)
-        with naming(partial.path), partial.path.open("ab") as file:
+        with path_in_errors(partial.path), partial.path.open("ab") as file:
             bar.n = file.tell()
             # Not iter_content, which throws away the part of a chunk that came before a break.
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):

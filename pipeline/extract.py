@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cache.cli.sizes import human_size
 from cache.files.atomic import sha256_of_pieces, write_json
 from cache.files.parquet import read_columns, values_of
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
 from cache.spec import Spec
+from cache.texts import human_size
 from pipeline.encoding.lazy_encoder import Tower
 from pipeline.encoding.stats import Tally
 from pipeline.encoding.work_folder import (
@@ -34,7 +34,7 @@ from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, IMAGES, REPORTS, SHARDS
 from workspace.settings import Params
 from workspace.stage import run_stage
@@ -58,7 +58,7 @@ def extract(params: Params) -> None:
     tower = Tower(params.section("encoder", EncoderSettings))
     source = read_source()
     tally = Tally()
-    with exclusive(SHARDS):
+    with folder_lock(SHARDS):
         plan, hashes = make_shards(source, data, tower, settings, tally)
         publish(FEATURES, plan, SHARDS, tower.spec, hashes, probe_file(tower.spec))
     write_report(plan, tower.spec, tally, settings)

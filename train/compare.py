@@ -19,8 +19,9 @@ from typing import Any
 
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
-from cache.files.atomic import check_ordinary, naming
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.atomic import check_ordinary, path_in_errors
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 from workspace.settings import parse_yaml
 
@@ -145,7 +146,7 @@ def _read_all(name: str, read: Callable[[str], bytes], paths: Mapping[str, str])
         try:
             # Of a folder; a revision's files are not on the disk.
             check_ordinary(Path(name) / path, functools.partial(_damaged, name, path))
-            with naming(Path(name) / path):
+            with path_in_errors(Path(name) / path):
                 content = read(path)
         except FileNotFoundError:
             continue

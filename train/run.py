@@ -23,12 +23,19 @@ import torch
 from accelerate import PartialState
 
 from cache import FeatureStore
-from cache.files.atomic import canonical_json, naming, sha256_of, sync, write_json, write_text
+from cache.files.atomic import (
+    canonical_json,
+    path_in_errors,
+    sha256_of,
+    sync,
+    write_json,
+    write_text,
+)
 from cache.files.foreign import reading_foreign_file
-from cache.store_index import INDEX
+from cache.store_index import INDEX_FILE
 from workspace.clock import utc_now
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, WORK
 from workspace.settings import Params
 
@@ -96,7 +103,7 @@ class RunDirectory:
         path = self._folder / "tracking_id"
         if not path.exists():
             write_text(path, secrets.token_hex(4))
-        with naming(path):
+        with path_in_errors(path):
             return path.read_text()
 
     def continue_after(self, step: int, steps: int) -> None:
@@ -151,7 +158,7 @@ def alone(stage: str) -> Iterator[None]:
     Raises:
         StageError: Another command is at it.
     """
-    guard = exclusive(UNFINISHED / stage) if PartialState().is_main_process else None
+    guard = folder_lock(UNFINISHED / stage) if PartialState().is_main_process else None
     with guard or contextlib.nullcontext():
         yield
 
@@ -197,7 +204,7 @@ def identity(
     return {
         **dict(_flattened(chosen)),
         "features": store.fingerprint,
-        "features_sha256": sha256_of(FEATURES / INDEX),
+        "features_sha256": sha256_of(FEATURES / INDEX_FILE),
         **{f"{name}_sha256": digest for name, digest in index_hashes().items()},
         **others,
     }

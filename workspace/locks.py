@@ -14,7 +14,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Create the folder if needed and hold an exclusive lock on it.
 
     On a file system without locks the user is warned, and the work goes on.

@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from cache.errors import SettingsError
-from cache.files.atomic import check_ordinary, naming
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.atomic import check_ordinary, path_in_errors
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 
 SECTIONS = (
     "seed",
@@ -110,7 +111,7 @@ class Params:
 def _read_bytes(path: Path) -> bytes:
     check_ordinary(path, lambda why: SettingsError(f"{path}: {why}."))
     try:
-        with naming(path), path.open("rb") as file:
+        with path_in_errors(path), path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(

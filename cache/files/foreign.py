@@ -8,15 +8,15 @@ the system, like a full disk, reaches Python through the same exceptions and is 
 
 import contextlib
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 from ..errors import PatchcacheError
-
-MAX_DETAIL = 300
-"""Characters of a library's own words that an error of ours repeats."""
+from ..texts import one_line
 
 SELF_EXPLAINING = (OSError, ValueError, RuntimeError)
 """Exceptions whose text says what is wrong; the text of others, like KeyError, is only a name."""
@@ -107,7 +107,15 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def one_line(text: object) -> str:
-    """Return a text with its white space reduced to single spaces, cut to `MAX_DETAIL`."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= MAX_DETAIL else f"{line[:MAX_DETAIL]}..."
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; NaN and Infinity, which only Python accepts, are refused.
+
+    Raises:
+        ValueError: Not JSON.
+        RecursionError: Nested too deeply.
+    """
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number in JSON")

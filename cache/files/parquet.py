@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import PatchcacheError
-from .foreign import one_line, reading_foreign_file
+from ..texts import one_line
+from .foreign import reading_foreign_file
 from .thrift import read_struct
 
 MAX_FOOTER_BYTES = 1 << 24

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
-from ..spec import SPEC, Spec
-from ..store_index import INDEX, ShardFile, check_own_hash
+from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
+from ..store_index import INDEX_FILE, ShardFile, check_own_hash
 from .copies import RemoteFolder
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
@@ -103,6 +103,10 @@ class Location:
                 return self._copy(self._remote, name, found, sha256)
         raise self._missing(name)
 
+    def read_spec(self) -> Spec:
+        """Read the spec; the errors are those of `path` and of `Spec.from_json`."""
+        return Spec.read(self.path(SPEC_FILE, MAX_JSON_BYTES))
+
     def shard_path(self, shard: ShardFile) -> Path:
         """Return where a shard's file can be read; the errors are those of `path`."""
         return self.path(shard.name, shard.num_bytes, shard.sha256)
@@ -117,12 +121,12 @@ class Location:
                 )
             if sha256 is not None and found_sha256 != sha256:
                 raise CorruptShardError(
-                    f"{where}: its sha256 is {found_sha256}, {INDEX} has {sha256}. It was damaged "
-                    f"or changed. {self.remedy}"
+                    f"{where}: its sha256 is {found_sha256}, {INDEX_FILE} has {sha256}. It was "
+                    f"damaged or changed. {self.remedy}"
                 )
-            if name == SPEC:
+            if name == SPEC_FILE:
                 Spec.from_json(copy.read_bytes(), where)
-            if name == INDEX:
+            if name == INDEX_FILE:
                 check_own_hash(copy, where)
 
         return remote.copy(name, num_bytes, check)
@@ -138,7 +142,7 @@ class Location:
         )
 
     @contextlib.contextmanager
-    def naming_files(self) -> Iterator[None]:
+    def url_in_errors(self) -> Iterator[None]:
         """Let errors that name the copy of a file name the file of the server instead, and say what
         can be done there.
         """

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from cache.errors import SettingsError
 from cache.files.atomic import canonical_json, check_ordinary
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
 from cache.spec import FORMAT, Spec
+from cache.texts import one_line
 from pipeline.encoding.hub import reaching_hub, without_logging
 from pipeline.images.decode import Interpolation, Resize
 from pipeline.settings import RANDOM, EncoderSettings

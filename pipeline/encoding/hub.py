@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session
 
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 
 REACH_SECONDS = 10.0

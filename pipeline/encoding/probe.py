@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
-from cache.files.atomic import canonical_json, naming
+from cache.files.atomic import canonical_json, path_in_errors
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from pipeline.encoding.encoder import Encoder
@@ -141,7 +141,7 @@ def read_probe(path: Path, spec: Spec) -> Probe:
     shape = (len(NAMES), spec.patches, spec.width)
     num_bytes = math.prod(shape) * 2
     # By hand, as the safetensors format says: its own reader takes headers of 100 MB.
-    with naming(path), path.open("rb") as file:
+    with path_in_errors(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(min(length, MAX_HEADER_BYTES))
         # One more than wanted, to see whether there are more. Python sets aside what it is asked

@@ -9,8 +9,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from cache.files.atomic import naming, replacing
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.atomic import path_in_errors, replacing
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 from workspace.paths import FEATURES
 
@@ -31,7 +32,7 @@ def recover(names: Collection[str], folder: Path) -> list[str]:
         The names of those that were fetched.
     """
     lock = Path("dvc.lock")
-    with naming(lock):
+    with path_in_errors(lock):
         if not lock.is_file() or str(FEATURES) not in lock.read_text():
             return []
     # Importing DVC takes a second or two.

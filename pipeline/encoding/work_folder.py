@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.errors import PatchcacheError
-from cache.files.atomic import naming, sha256_of, write_bytes, write_text
+from cache.files.atomic import path_in_errors, sha256_of, write_bytes, write_text
 from cache.plan import PlannedShard
 from cache.spec import Spec
-from cache.store_index import INDEX, PROBE, StoreTable
+from cache.store_index import INDEX_FILE, PROBE_FILE, StoreIndex
 from pipeline.encoding.recover import recover
 from workspace.paths import SHARDS, WORK
 
@@ -52,7 +52,7 @@ def checked_hash(path: Path) -> str | None:
     if not path.exists() or not hash_file(path).exists():
         return None
     digest = sha256_of(path)
-    with naming(hash_file(path)):
+    with path_in_errors(hash_file(path)):
         # As bytes: what is damaged need not be text.
         stated = hash_file(path).read_bytes()
     if digest.encode() == stated:
@@ -72,16 +72,16 @@ def checked_hashes(plan: list[PlannedShard]) -> dict[str, str]:
 def recover_finished(names: Collection[str], spec: Spec) -> None:
     """Take over shards, and the probe, of the store that DVC has, if it is of this encoder."""
     # A run that was killed leaves whole shards here, and an index that may be of another store.
-    for name in (INDEX, PROBE):
+    for name in (INDEX_FILE, PROBE_FILE):
         (PULLED / name).unlink(missing_ok=True)
-    recover({*names, INDEX, PROBE}, PULLED)
+    recover({*names, INDEX_FILE, PROBE_FILE}, PULLED)
     # Without an index, or with one of another encoder, nothing can be said about the shards.
     with contextlib.suppress(PatchcacheError):
-        _take_over(names, StoreTable.read(PULLED / INDEX, spec), spec)
+        _take_over(names, StoreIndex.read(PULLED / INDEX_FILE, spec), spec)
     shutil.rmtree(PULLED, ignore_errors=True)
 
 
-def _take_over(names: Collection[str], table: StoreTable, spec: Spec) -> None:
+def _take_over(names: Collection[str], table: StoreIndex, spec: Spec) -> None:
     """Finish what was pulled and is what an index says.
 
     Nothing of a store with another probe than the one here: its encoder was not quite this one.
@@ -89,8 +89,8 @@ def _take_over(names: Collection[str], table: StoreTable, spec: Spec) -> None:
     kept = checked_hash(probe_file(spec))
     if kept is not None and kept != table.probe_sha256:
         return
-    places = {name: SHARDS / name for name in names} | {PROBE: probe_file(spec)}
-    hashes = {file.name: file.sha256 for file in table.shards} | {PROBE: table.probe_sha256}
+    places = {name: SHARDS / name for name in names} | {PROBE_FILE: probe_file(spec)}
+    hashes = {file.name: file.sha256 for file in table.shards} | {PROBE_FILE: table.probe_sha256}
     for name, place in places.items():
         pulled = PULLED / name
         digest = hashes.get(name)

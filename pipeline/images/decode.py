@@ -13,6 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cache.texts import one_line
+
 Resize = Literal["shortest", "squash"]
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -190,4 +192,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         # Pillow's own text holds the address of the buffer, which differs in each run.
         return f"none of the formats {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

@@ -4,14 +4,14 @@ Owns what is common to all annotation files. A file that cannot be used is an er
 cannot be used is a `Rejection`.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
-from cache.files.atomic import check_ordinary, naming
+from cache.files.atomic import check_ordinary, path_in_errors
+from cache.files.foreign import parse_json
 from pipeline.images.names import ImageNameError, check_file_name
 from workspace.errors import StageError
 
@@ -71,7 +71,7 @@ def read_text(path: Path, key: str, remedy: str = NAME_ANOTHER) -> str:
     """
     check_ordinary(path, lambda why: StageError(f"{key}: {path}: {why}. {remedy}"))
     try:
-        with naming(path):
+        with path_in_errors(path):
             return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise StageError(
@@ -91,15 +91,11 @@ def json_value(text: str) -> Any:
         RecordError: It stands for none.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return parse_json(text)
     except RecursionError:
         raise RecordError("not usable JSON: nested too deeply") from None
     except ValueError as error:
         raise RecordError(f"not usable JSON in UTF-8: {error}") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
 
 
 def refuse(path: Path, key: str, reason: str, remedy: str = NAME_ANOTHER) -> NoReturn:

@@ -20,7 +20,7 @@ from cache import FeatureStore
 from cache.errors import IncompleteStoreError
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
-from cache.store_index import PROBE, StoreTable
+from cache.store_index import PROBE_FILE, StoreIndex
 from pipeline import extract as module
 from pipeline.encoding import encoder as encoder_module
 from pipeline.encoding import lazy_encoder as tower_module
@@ -32,7 +32,7 @@ from pipeline.images import decode as decode_module
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -177,7 +177,7 @@ def test_the_files_are_those_of_the_plan(workspace):
     assert len(plan) > 4
     wanted = {shard.name for shard in plan} | {"spec.json", "index.parquet", "probe.safetensors"}
     assert set(workspace.store_bytes()) == wanted
-    table = StoreTable.read(
+    table = StoreIndex.read(
         workspace.features / "index.parquet", FeatureStore(workspace.features).spec
     )
     assert np.array_equal(table.source_xxh3, np.concatenate([s.source_xxh3 for s in plan]))
@@ -411,7 +411,7 @@ def stop(*args):
 
 
 def test_a_first_publishing_cut_off_is_no_store(workspace, wanted, monkeypatch):
-    monkeypatch.setattr(StoreTable, "write", stop)
+    monkeypatch.setattr(StoreIndex, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     with pytest.raises(IncompleteStoreError):
@@ -426,7 +426,7 @@ def test_a_later_publishing_cut_off_leaves_the_store_of_before(workspace, monkey
     before = FeatureStore(workspace.features).gather(sorted(workspace.images))
     image_id = sorted(workspace.images)[7]
     workspace.images[image_id] = jpeg(1)
-    monkeypatch.setattr(StoreTable, "write", stop)
+    monkeypatch.setattr(StoreIndex, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     store = FeatureStore(workspace.features)
@@ -569,8 +569,8 @@ def test_a_published_shard_that_was_damaged_in_place_is_mended(workspace, wanted
 def test_the_probe_is_published_and_named_in_the_index(workspace):
     workspace.run()
     store = FeatureStore(workspace.features)
-    path = workspace.features / PROBE
-    table = StoreTable.read(workspace.features / "index.parquet", store.spec)
+    path = workspace.features / PROBE_FILE
+    table = StoreIndex.read(workspace.features / "index.parquet", store.spec)
     assert table.probe_sha256 == sha256_of(path)
     [kept] = workspace.finished.glob("probe-*.safetensors")
     assert kept.samefile(path)
@@ -622,7 +622,7 @@ def test_a_damaged_probe_is_made_again(workspace, wanted, damage):
     damage(probe)
     assert workspace.run()["shards_encoded"] == 0
     assert workspace.store_bytes() == wanted
-    assert probe.read_bytes() == wanted[PROBE]
+    assert probe.read_bytes() == wanted[PROBE_FILE]
 
 
 # Shards that DVC has
@@ -854,7 +854,7 @@ def test_on_another_file_system_the_whole_store_needs_space(workspace, monkeypat
 
 def test_a_second_extraction_at_the_same_time_is_refused(workspace, wanted):
     workspace.run()
-    with exclusive(workspace.finished):
+    with folder_lock(workspace.finished):
         done = python(workspace, "-m", "pipeline.extract")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

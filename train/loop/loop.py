@@ -17,11 +17,12 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from cache.files.foreign import reading_foreign_file
+from cache.texts import first_few
 from train.loop.checkpoint import Checkpoints
 from train.loop.history import History
 from train.loop.interrupt import StopRequest
 from train.loop.setup import Task
-from train.loop.step import NAMED_IMAGES, StepData, optimizer_step
+from train.loop.step import StepData, optimizer_step
 from train.loop.tracking import Tracker
 from train.loop.validation import samples, validation_loss
 from train.model.preflight import check_first_logits
@@ -134,10 +135,9 @@ class _Training:
                 seed=(task.seed, step),
             )
         except FloatingPointError as error:
-            names = ", ".join(map(str, data.image_ids[:NAMED_IMAGES]))
-            more = ", ..." * (len(data.image_ids) > NAMED_IMAGES)
+            names = first_few(data.image_ids)
             raise StageError(
-                f"step {step}: {error}. Images of the step ({len(data.image_ids)}): {names}{more}. "
+                f"step {step}: {error}. Images of the step ({len(data.image_ids)}): {names}. "
                 f"{self._last_checkpoint()} Lower the learning rate, or check the features with "
                 f"`python -m cache.verify {task.store.root}`."
             ) from None

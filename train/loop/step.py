@@ -24,9 +24,6 @@ from train.data.prompts import tokenize
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
-NAMED_IMAGES = 8
-"""How many image ids an error names."""
-
 
 @dataclass(frozen=True)
 class ForwardPass:

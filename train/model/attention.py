@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cache.texts import one_line
 from train.data.packing import PackedBatch
 
 NAME = "packed"
@@ -109,7 +110,7 @@ def _flex_works(model: PreTrainedModel) -> bool:
         out = _compiled()(query, query, query, block_mask=causal)
         torch.autograd.grad(out.sum(), query)
     except (RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         print(f"FlexAttention does not work here, SDPA is used: {reason}", file=sys.stderr)
         return False
     return True

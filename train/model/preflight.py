@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cache.texts import first_few
 from train.loop.step import StepData
 from train.model.captioner import CaptionModel
 from train.model.language_model import DTYPES, LORA_TARGETS
@@ -22,9 +23,6 @@ from train.settings import LlmSettings
 from workspace.errors import StageError
 
 VERSIONS = "Install the libraries of requirements.lock"
-
-NAMED = 3
-"""How many layers an error names."""
 
 
 def check_model(
@@ -111,9 +109,9 @@ def _check_layers(model: PreTrainedModel, llm: LlmSettings, lora: bool) -> None:
 
 def _check_names(what: str, wanted: Iterable[str], found: Iterable[str]) -> None:
     wanted, found = set(wanted), set(found)
-    names = sorted(wanted ^ found)
-    differing = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
-    _check(not names, what, len(wanted), f"{len(found)}, which differ in {differing}")
+    differing = sorted(wanted ^ found)
+    names = first_few(differing, 3)
+    _check(not differing, what, len(wanted), f"{len(found)}, which differ in {names}")
 
 
 def _check(holds: bool, what: str, wanted: object, found: object, advice: str = VERSIONS) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cache.errors import PatchcacheError
-from cache.files.atomic import naming
+from cache.files.atomic import path_in_errors
 from cache.files.foreign import reading_foreign_file
 
 MAX_HEADER_BYTES = 25_000_000
@@ -49,7 +49,7 @@ def read_header(
     """
     if not path.is_file():
         raise refuse("no such file")
-    with naming(path), path.open("rb") as start:
+    with path_in_errors(path), path.open("rb") as start:
         length = int.from_bytes(start.read(8), "little")
     if length > max_bytes:
         raise refuse(f"wanted a header of at most {max_bytes} bytes, found one of {length}")

@@ -12,7 +12,7 @@ from cache.plan import plan_shards
 from cache.publish import publish
 from cache.shard import shard_bytes
 from cache.spec import FORMAT, Spec
-from cache.store_index import INDEX, PROBE
+from cache.store_index import INDEX_FILE, PROBE_FILE
 from pipeline.encoding import work_folder as module
 from pipeline.encoding.work_folder import (
     PULLED,
@@ -212,7 +212,7 @@ def test_shards_and_the_probe_come_back_as_they_were_published(stored):
     probe = probe_file(SPEC)
     assert finished_names() == wanted | {probe.name}
     assert all((SHARDS / name).read_bytes() == stored.files[name] for name in wanted)
-    assert probe.read_bytes() == stored.files[PROBE]
+    assert probe.read_bytes() == stored.files[PROBE_FILE]
     assert not PULLED.exists()
 
 
@@ -220,7 +220,7 @@ def test_a_shard_is_taken_only_if_it_is_the_one_of_the_index(stored):
     damaged, swapped, other, good = sorted(stored.names)[:4]
     stored.files[damaged] = stored.files[damaged][:-1] + b"x"
     stored.files[swapped] = stored.files[other]
-    stored.files[PROBE] += b"x"
+    stored.files[PROBE_FILE] += b"x"
     foreign = "0123456789abcdef.h5"
     stored.files[foreign] = b"not in the index"
     recover_finished({damaged, swapped, good, foreign}, SPEC)
@@ -232,7 +232,7 @@ def test_a_shard_is_taken_only_if_it_is_the_one_of_the_index(stored):
 @pytest.mark.parametrize("spec", [SPEC, OTHER], ids=["no index", "another encoder"])
 def test_without_an_index_of_this_encoder_nothing_is_taken(stored, spec):
     if spec == SPEC:
-        del stored.files[INDEX]
+        del stored.files[INDEX_FILE]
     recover_finished(stored.names, spec)
     assert files() == {}
     assert not PULLED.exists()
@@ -240,14 +240,14 @@ def test_without_an_index_of_this_encoder_nothing_is_taken(stored, spec):
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"x"])
 def test_with_a_damaged_index_nothing_is_taken(stored, damage):
-    stored.files[INDEX] = damage(stored.files[INDEX])
+    stored.files[INDEX_FILE] = damage(stored.files[INDEX_FILE])
     recover_finished(stored.names, SPEC)
     assert files() == {}
     assert not PULLED.exists()
 
 
 def test_a_store_without_a_probe_gives_its_shards(stored):
-    del stored.files[PROBE]
+    del stored.files[PROBE_FILE]
     recover_finished(stored.names, SPEC)
     assert finished_names() == stored.names
 
@@ -264,15 +264,15 @@ def test_a_recovery_that_was_killed_goes_on_where_it_was(stored, monkeypatch):
     first, second = sorted(stored.names)[:2]
 
     def killed(names, folder):
-        stored.recover({first, INDEX, PROBE}, folder)
+        stored.recover({first, INDEX_FILE, PROBE_FILE}, folder)
         (folder / f".{second}.partial").write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "recover", killed)
     with pytest.raises(KeyboardInterrupt):
         recover_finished({first, second}, SPEC)
-    (PULLED / INDEX).write_bytes(b"of another store")
-    (PULLED / PROBE).write_bytes(b"of another store")
+    (PULLED / INDEX_FILE).write_bytes(b"of another store")
+    (PULLED / PROBE_FILE).write_bytes(b"of another store")
     monkeypatch.setattr(module, "recover", stored.recover)
     recover_finished({first, second}, SPEC)
     assert finished_names() == {first, second, probe_file(SPEC).name}
@@ -283,7 +283,7 @@ def test_a_recovery_that_was_killed_goes_on_where_it_was(stored, monkeypatch):
 @pytest.mark.parametrize("is_same", [True, False])
 def test_a_probe_that_is_here_must_be_that_of_the_store_that_dvc_has(stored, is_same):
     probe = probe_file(SPEC)
-    data = stored.files[PROBE] if is_same else b"of other libraries"
+    data = stored.files[PROBE_FILE] if is_same else b"of other libraries"
     finish_bytes(probe, data)
     recover_finished(stored.names, SPEC)
     assert finished_names() == (stored.names if is_same else set()) | {probe.name}
