@@ -9,7 +9,7 @@ from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
 from train.data.examples import read_conversation_examples, with_features
 from train.loop.loop import train
-from train.loop.setup import Task
+from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
@@ -66,7 +66,7 @@ def finetune(params: Params) -> None:
     adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
     held_out = read_conversation_examples("holdout")
-    task = Task(
+    setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,
         store=store,
@@ -77,14 +77,14 @@ def finetune(params: Params) -> None:
         seed=seed,
         settings=settings,
     )
-    check_model(task.model, tokenizer, llm, lora=True)
+    check_model(setup.model, tokenizer, llm, lora=True)
     with alone("finetune"):
         made_from = provenance(
             store, device, language_model=beside, start_projector_sha256=start_sha256
         )
         run = RunDirectory("finetune", params, decides, made_from)
         with Tracker(tracking, run, params.values) as tracker:
-            metrics = train(task, saving, run, tracker)
+            metrics = train(setup, saving, run, tracker)
         if run.is_main:
             projector.save(run.files / "projector.safetensors")
             with writing_foreign_file(run.files / "adapter"):

@@ -5,7 +5,7 @@ import torch
 from cache import FeatureStore
 from train.data.examples import held_out_images, read_caption_examples, with_features
 from train.loop.loop import train
-from train.loop.setup import Task
+from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
@@ -45,7 +45,7 @@ def pretrain(params: Params) -> None:
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
-    task = Task(
+    setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,
         store=store,
@@ -61,7 +61,7 @@ def pretrain(params: Params) -> None:
         seed=seed,
         settings=settings,
     )
-    check_model(task.model, tokenizer, llm, lora=False)
+    check_model(setup.model, tokenizer, llm, lora=False)
     decides = identity(
         params,
         ("llm", "projector", "pretrain"),
@@ -72,7 +72,7 @@ def pretrain(params: Params) -> None:
         made_from = provenance(store, device, language_model=beside)
         run = RunDirectory("pretrain", params, decides, made_from)
         with Tracker(tracking, run, params.values) as tracker:
-            metrics = train(task, saving, run, tracker)
+            metrics = train(setup, saving, run, tracker)
         if run.is_main:
             projector.save(run.files / "projector.safetensors")
             run.publish(metrics, REPORT)

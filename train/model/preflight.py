@@ -69,8 +69,8 @@ def check_first_logits(model: CaptionModel, data: StepData) -> None:
     model.eval()
     wrong = 0
     with torch.inference_mode():
-        for one in data.passes[:1]:
-            hidden_SH = model.hidden(one.patches_NPD, one.batch.to(model.device))
+        for batch in data.batches[:1]:
+            hidden_SH = model.hidden(batch.to(model.device))
             for start in range(0, len(hidden_SH), CHUNK):
                 logits_CV = model.language_model.lm_head(hidden_SH[start : start + CHUNK])
                 wrong += int((~logits_CV.isfinite()).sum())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from train.data.examples import Example
-from train.data.prompts import caption_text
+from train.data.prompts import caption_turns
 from train.loop.step import build_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import LORA_TARGETS
@@ -175,7 +175,7 @@ def test_dropout_of_the_frozen_model_while_training_is_refused(check, monkeypatc
 @pytest.fixture
 def first_step(tokenizer, store):
     return build_step(
-        [Example(100, (caption_text("a red cat"), caption_text("the dog")))],
+        [Example(100, (caption_turns("a red cat"), caption_turns("the dog")))],
         tokenizer,
         store,
         pass_tokens=99,
@@ -190,7 +190,7 @@ def test_logits_that_are_not_finite_are_refused_and_counted(make_model, first_st
     check_first_logits(model, first_step)
     assert not any(module.training for module in model.modules())
     model.language_model.lm_head.bias.data[7] = torch.inf
-    number = sum(len(one.batch.slots) for one in first_step.passes)
+    number = sum(len(batch.slots) for batch in first_step.batches)
     text = f"that are not finite: wanted 0, found {number}"
     with refused(f"logits of the first forward pass {text}"):
         check_first_logits(model, first_step)
@@ -205,8 +205,8 @@ def test_the_checks_leave_no_trace_in_what_is_learned(make_model, tokenizer, phi
         if checked:
             check_model(model, tokenizer, settings, lora=True)
             check_first_logits(model, first_step)
-        (one,) = first_step.passes
-        model.train()(one.patches_NPD, one.batch).backward()
+        (batch,) = first_step.batches
+        model.train()(batch).backward()
         return [p.grad for p in model.parameters() if p.requires_grad]
 
     assert all(map(torch.equal, gradients(True), gradients(False)))
