@@ -11,8 +11,8 @@ from train.data.examples import Example
 from train.data.prompts import caption_turns, conversation_turns
 from train.loop.checkpoint import Checkpoints
 from train.loop.history import peak_memory_gib
+from train.loop.loop import NAMED_IMAGES
 from train.loop.loop import train as run_loop
-from train.loop.step import NAMED_IMAGES
 from train.settings import CheckpointSettings
 from workspace.errors import StageError
 
