@@ -52,7 +52,7 @@ def finetune(params: Params) -> None:
     if changed := changed_tables(stage_1):
         print(
             f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
-            f"may have learned from images that are held out now",
+            f"may have been trained on images that are held out now",
             file=sys.stderr,
         )
     language_model = load_language_model(llm, device)

@@ -167,7 +167,7 @@ def _explain_fresh_start(stage: str, folder: Path, identity: Mapping[str, Any]) 
         # Only this message needs the file.
         other = {}
     why = "; ".join(
-        f"{name} {other.get(name, 'not there')} there, {identity.get(name, 'not there')} here"
+        f"{name} {other.get(name, 'none')} there, {identity.get(name, 'none')} here"
         for name in sorted(other.keys() | identity.keys())
         if other.get(name) != identity.get(name)
     )
