@@ -14,7 +14,7 @@ from eval.random_tower import random_tower_warning
 from eval.report.scores import BLIND, is_over_nothing
 from eval.settings import EvaluateSettings, shown_setting
 from eval.trained import Trained
-from train.model.model_files import read_json
+from train.json_files import read_json
 from train.run import weights_of
 from workspace.errors import StageError
 from workspace.paths import REPORTS

@@ -15,7 +15,7 @@ from eval.scoring.conditions import Asked, View, views
 from train.data.examples import Example
 from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
-from train.loop.step import ForwardPass, build_step
+from train.loop.step import build_step
 from train.model.captioner import CaptionModel
 from train.model.loss import CHUNK
 from workspace.errors import StageError
@@ -57,7 +57,7 @@ def answer_losses(
     Raises:
         StageError: No other image, no answer within `max_text_tokens`, or a loss that is no number.
     """
-    kept = [e for e in examples if _num_learned(e, asked, max_text_tokens)]
+    kept = [e for e in examples if _num_target_tokens(e, asked, max_text_tokens)]
     if not kept:
         raise StageError(
             f"evaluate.max_text_tokens: {max_text_tokens} cuts off every answer of "
@@ -88,24 +88,23 @@ def _losses(asked: Asked, view: View, examples: Sequence[Example], max_text_toke
             max_text_tokens=max_text_tokens,
             device=view.model.device,
         )
-        for one in step.passes:
-            of_image |= _losses_by_image(view.model, one)
+        for batch in step.batches:
+            of_image |= _losses_by_image(view.model, batch.to(view.model.device))
     sums, counts = zip(*(of_image[i] for i in view.image_ids), strict=True)
     return Losses([example.image_id for example in examples], list(sums), list(counts))
 
 
-def _num_learned(example: Example, asked: Asked, max_text_tokens: int) -> int:
-    branches = tokenize(example.texts, asked.tokenizer, max_text_tokens)
-    return sum(branch.num_learned for branch in branches)
+def _num_target_tokens(example: Example, asked: Asked, max_text_tokens: int) -> int:
+    texts = tokenize(example.texts, asked.tokenizer, max_text_tokens)
+    return sum(text.num_target_tokens for text in texts)
 
 
 @torch.inference_mode()
-def _losses_by_image(model: CaptionModel, one: ForwardPass) -> dict[int, tuple[float, int]]:
+def _losses_by_image(model: CaptionModel, batch: PackedBatch) -> dict[int, tuple[float, int]]:
     """Return the summed loss of each image of a forward pass, and its number of tokens."""
     model.eval()
-    batch = one.batch.to(model.device)
     images_S = _images_of_targets(batch)
-    losses_S = _token_losses(model, one.patches_NPD, batch).double()
+    losses_S = _token_losses(model, batch).double()
     sums = losses_S.new_zeros(len(batch.image_ids)).index_add_(0, images_S, losses_S)
     counts = torch.bincount(images_S, minlength=len(batch.image_ids))
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
@@ -114,15 +113,17 @@ def _losses_by_image(model: CaptionModel, one: ForwardPass) -> dict[int, tuple[f
 
 def _images_of_targets(batch: PackedBatch) -> Tensor:
     """Return which of the batch's images each supervised token belongs to: int64 [S]."""
-    num_images_R = batch.images.amax(1) + 1
+    num_images_R = batch.image_numbers.amax(1) + 1
     before_R = num_images_R.cumsum(0) - num_images_R
-    images_RT = torch.where(batch.images == PADDING, 0, batch.images + before_R[:, None])
+    images_RT = torch.where(
+        batch.image_numbers == PADDING, 0, batch.image_numbers + before_R[:, None]
+    )
     return images_RT.flatten()[batch.slots].repeat_interleave(batch.counts)
 
 
-def _token_losses(model: CaptionModel, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+def _token_losses(model: CaptionModel, batch: PackedBatch) -> Tensor:
     """Return the cross entropy of each supervised token: [S], float32 or float64."""
-    hidden_UH = model.hidden(patches_NPD, batch)
+    hidden_UH = model.hidden(batch)
     ends = [0, *batch.counts.cumsum(0).tolist()]
     losses = []
     for start in range(0, len(hidden_UH), CHUNK):
