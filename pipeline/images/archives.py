@@ -1,7 +1,7 @@
-"""Where image files lie: below a folder, or in a zip that is read in place.
+"""The image files below a folder, or in a zip that is read in place.
 
-Owns what can be read at all. A file's full name is its path below the folder or in the zip, with
-`/` between folders; which full name a text means is for `pipeline.images.names`.
+Decides what can be read at all. A file's full name is its path below the folder or in the zip, with
+`/` between folders; which full name a text means is decided in `pipeline.images.names`.
 """
 
 import contextlib
@@ -19,32 +19,32 @@ from pipeline.images.zip_file import open_zip
 from workspace.errors import StageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
-"""A larger file is refused before it is read: a zip member can claim any size."""
+"""Limit of an image file, checked before it is read: a zip member can claim any size."""
 
 REMEDY = "Replace it, or name another there; the sources demo and coco make it in the fetch stage."
 
-_ERRORS_OF_NAMES = {
+_FILE_ERRNOS = {
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.EACCES,
-    # Of a damaged zip, which says that a member stands before its beginning.
+    # A damaged zip can place a member before the start of the file.
     errno.EINVAL,
 }
-"""What the system says of one file; its other errors are about the disk or the machine."""
+"""System errors that concern one file; all others concern the disk or the machine."""
 
 
 class ImageNameError(PatchcacheError, ValueError):
-    """A file name that points out of the image root, or at nothing that can be read there."""
+    """A file name that leaves the image root, or names nothing there that can be read."""
 
 
 class ImageFolder:
     """The image files below a folder, which may itself be a link."""
 
     def __init__(self, path: Path, *, key: str, follow_links: bool) -> None:
-        """Check that the folder holds something.
+        """Check that the folder is not empty.
 
         Args:
             path: The folder.
@@ -52,7 +52,7 @@ class ImageFolder:
             follow_links: Whether links may lead out of the folder.
 
         Raises:
-            StageError: An empty folder, or one that cannot be listed.
+            StageError: The folder is empty or cannot be listed.
         """
         with _reading(lambda reason: StageError(f"{key}: {path}: {reason}."), f"{key}: {path}"):
             if not any(path.iterdir()):
@@ -64,7 +64,7 @@ class ImageFolder:
         self._names: dict[str, list[str]] | None = None
 
     def has(self, full_name: str) -> bool:
-        """Whether there is a file of this name, be it reached through a link that leads out."""
+        """Whether a file of this name exists, even one that a link outside the folder leads to."""
         path = self._root / full_name
         try:
             with _reading(ImageNameError, str(path)):
@@ -97,11 +97,11 @@ class ImageFolder:
             with _reading(ImageNameError, str(path)), os.scandir(path) as entries:
                 return [(entry.name, _is_folder(entry)) for entry in entries]
         except ImageNameError:
-            # A folder that may not be listed, like a disk's lost+found.
+            # No permission to list the folder, as with a disk's lost+found.
             return []
 
     def _must_enter(self, folder: str, seen: set[Path]) -> bool:
-        """Whether the files of a folder have no other name yet; `seen` ends circles of links."""
+        """Whether a folder's files were not listed yet; `seen` breaks cycles of links."""
         path = self._root / folder
         real = Path(os.path.realpath(path))
         if path.is_symlink() and (real.is_relative_to(self._root) or not self._follow_links):
@@ -110,14 +110,14 @@ class ImageFolder:
         seen.add(real)
         return is_new
 
-    def place(self, full_name: str) -> str:
-        """Return the path that a file has without links: two names of one file have one place.
+    def real_path(self, full_name: str) -> str:
+        """Return a file's path with all links resolved, the same for every name of the file.
 
         Raises:
             ImageNameError: A link leads out of the folder, which the settings do not allow.
         """
         folder, _, base_name = full_name.rpartition("/")
-        # A look at each file instead of at each folder above it.
+        # Cached by folder: otherwise every file costs a system call per folder above it.
         if folder not in self._real_folders:
             self._real_folders[folder] = Path(os.path.realpath(self._root / folder))
         path = self._real_folders[folder] / base_name
@@ -134,14 +134,14 @@ class ImageFolder:
         """Return the bytes of a file.
 
         Raises:
-            ImageNameError: It leads out of the folder, cannot be read, or is too large.
-            StageError: The system failed.
+            ImageNameError: The file is outside the folder, cannot be read, or is too large.
+            StageError: The disk or the machine failed.
         """
-        path = Path(self.place(full_name))
+        path = Path(self.real_path(full_name))
         where = f"{full_name!r} in {self.path}"
         with _reading(lambda reason: ImageNameError(f"{where}: {reason}"), where):
             status = path.stat()
-            # A pipe would keep the reader waiting for ever.
+            # Reading a pipe would block for ever.
             if not stat.S_ISREG(status.st_mode):
                 raise ImageNameError(f"{where} is no ordinary file")
             _check_size(full_name, status.st_size)
@@ -152,7 +152,7 @@ class ImageFolder:
 
 
 class ImageZip:
-    """The image files in a zip; it is opened anew in each process, whose file position it is."""
+    """The image files in a zip, opened anew in each process because a file has one position."""
 
     def __init__(self, path: Path, *, key: str) -> None:
         """Open the zip.
@@ -162,10 +162,10 @@ class ImageZip:
             key: The settings key that named it, for the error text.
 
         Raises:
-            StageError: Not a readable zip, or an empty one.
+            StageError: The zip cannot be read, or is empty.
         """
         self.path = path
-        self._real_path = os.path.realpath(path)
+        self._zip_path = os.path.realpath(path)
         self._key = key
         self._owner = 0
         self._open()
@@ -196,7 +196,7 @@ class ImageZip:
         self._members[full_name].append(member)
 
     def has(self, full_name: str) -> bool:
-        """Whether there is a file of this name."""
+        """Whether a file of this name exists."""
         self._open()
         return full_name in self._members
 
@@ -205,16 +205,16 @@ class ImageZip:
         self._open()
         return sorted(self._names.get(base_name, ()))
 
-    def place(self, full_name: str) -> str:
-        """Return what no other file has: the zip's path without links, and the full name."""
-        return f"{self._real_path}/{full_name}"
+    def real_path(self, full_name: str) -> str:
+        """Return the zip's path with all links resolved, followed by the full name."""
+        return f"{self._zip_path}/{full_name}"
 
     def read(self, full_name: str) -> bytes:
         """Return the bytes of a file.
 
         Raises:
-            ImageNameError: It is a link or damaged, too large, or two entries differ.
-            StageError: The system failed.
+            ImageNameError: The file is a link, damaged, or too large, or two entries differ.
+            StageError: The disk or the machine failed.
         """
         self._open()
         first, *others = self._members[full_name]
@@ -239,13 +239,13 @@ class ImageZip:
 
 
 def plain_name(path: str) -> str:
-    """Return a relative path as unpacking would write it: without empty, `.` and `..` parts."""
+    """Return a relative path as `unzip` would write it: without empty, `.` and `..` parts."""
     parts = path.split("/")
     return "/".join([part for part in parts if part not in ("", ".", "..")])
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link in a circle is no folder; entry.is_dir() would raise.
+    # entry.is_dir() raises for a cycle of links.
     return Path(entry).is_dir() if entry.is_symlink() else entry.is_dir()
 
 
@@ -256,12 +256,12 @@ def _check_size(name: str, num_bytes: int) -> None:
 
 @contextlib.contextmanager
 def _reading(refuse: Callable[[str], PatchcacheError], where: str) -> Iterator[None]:
-    """Tell a file that cannot be read from a disk that fails."""
+    """Distinguish a file that cannot be read from a disk that fails."""
     try:
         with reading_foreign_file(refuse):
             yield
     except OSError as error:
-        if error.errno in _ERRORS_OF_NAMES:
+        if error.errno in _FILE_ERRNOS:
             raise refuse(str(error.strerror)) from None
         raise StageError(
             f"{where} cannot be read: {error.strerror}. Nothing is known about the file; mend "

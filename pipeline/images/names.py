@@ -1,8 +1,8 @@
 """Finds the image file that a name in the annotations means.
 
-A name means the file of exactly that full name. Only where there is none, it means the only file of
-that base name in whatever folder: COCO's zips hold `train2017/000000000009.jpg` where annotations
-say `000000000009.jpg`, and other files do it the other way round.
+A name means the file of exactly that full name or, if none exists, the only file of that base name
+in any folder: COCO's zips hold `train2017/000000000009.jpg` where its annotations say
+`000000000009.jpg`, and other data sets do the opposite.
 """
 
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ class ImageArchive:
     """The images of one split: a folder, or a zip that is read in place."""
 
     def __init__(self, path: str | Path, *, key: str, follow_links: bool = False) -> None:
-        """Check that the images are there.
+        """Open the images.
 
         Args:
-            path: Folder or `.zip`.
+            path: The folder or `.zip`.
             key: The settings key that named it, for the error text.
             follow_links: Whether links in a folder may lead out of it.
 
         Raises:
-            StageError: Nothing there, an empty folder, or not a readable zip.
+            StageError: The path does not exist, is empty, or is no readable zip.
         """
         self.path = Path(path)
         check_ordinary(self.path, lambda why: StageError(f"{key}: {path}: {why}. {REMEDY}"))
@@ -58,23 +58,23 @@ class ImageArchive:
         """Return the full names of all files with the base name of `file_name`."""
         return self._files.names(plain_name(file_name).rpartition("/")[2])
 
-    def place(self, full_name: str) -> str:
-        """Return a text that names a file and no other one, whatever led to it.
+    def real_path(self, full_name: str) -> str:
+        """Return a file's path with all links resolved, the same for every name of the file.
 
         Raises:
             ImageNameError: A link leads out of the folder, which the settings do not allow.
         """
-        return self._files.place(full_name)
+        return self._files.real_path(full_name)
 
     def find(self, file_name: str) -> str:
         """Return the full name of the file that a name means here.
 
         Args:
-            file_name: As annotations spell it, relative to the image root.
+            file_name: The name in the annotations, relative to the image root.
 
         Raises:
-            ImageNameError: The name leaves the image root, means no file, or several.
-            StageError: The system failed.
+            ImageNameError: The name leaves the image root, or means no file or different ones.
+            StageError: The disk or the machine failed.
         """
         check_file_name(file_name)
         if self.has(file_name):
@@ -91,22 +91,18 @@ class ImageArchive:
 
     def _is_same(self, full_name: str, other: str) -> bool:
         try:
-            if self.place(full_name) == self.place(other):
+            if self.real_path(full_name) == self.real_path(other):
                 return True
             return self._files.read(full_name) == self._files.read(other)
         except ImageNameError:
             return False
 
     def read(self, file_name: str) -> bytes:
-        """Return the bytes of the image file that a name means.
-
-        Args:
-            file_name: As annotations spell it, relative to the image root.
+        """Return the bytes of the image file that a name means; see `find`.
 
         Raises:
-            ImageNameError: The name leaves the image root, means no file, or several, or the file
-                cannot be read or is too large.
-            StageError: The system failed.
+            ImageNameError: As `find` raises it, or the file cannot be read or is too large.
+            StageError: The disk or the machine failed.
         """
         return self._files.read(self.find(file_name))
 
@@ -115,11 +111,11 @@ def check_file_name(file_name: str) -> None:
     """Refuse a name that is not a plain relative path below the image root.
 
     Raises:
-        ImageNameError: Empty, absolute, with `..`, or with characters that no name here has.
+        ImageNameError: The name is empty, absolute, or holds `..`, a backslash or a zero byte.
     """
     if not file_name:
         raise ImageNameError("file name is empty")
-    # Not by pathlib, which takes longer than all else for COCO's 118,287 names in a zip.
+    # Without pathlib, which would take most of the time to open COCO's zip of 118,287 names.
     if file_name.startswith("/") or ".." in file_name.split("/"):
         raise ImageNameError(f"file name {file_name!r} leaves the image root")
     if "\\" in file_name or "\0" in file_name:

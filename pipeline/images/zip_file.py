@@ -1,6 +1,6 @@
-"""Opens a zip so that a disk that fails is not taken for a damaged zip.
+"""Opens a zip so that a failing disk is not taken for a damaged zip.
 
-`zipfile` catches the OSErrors of reading and raises BadZipFile in their place.
+`zipfile` catches the OSErrors of reading and raises BadZipFile instead.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from cache.errors import PatchcacheError
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip for reading; what it raises on a damaged one is `zipfile`'s.
+    """Open a zip for reading; a damaged one raises the errors of `zipfile`.
 
     Raises:
-        OSError: It cannot be opened.
-        PatchcacheError: Now or later, the system cannot read it.
+        OSError: The file cannot be opened.
+        PatchcacheError: The system cannot read the file, now or later.
     """
     return _Zip(io.BufferedReader(_Reader(path)))
 
 
 class _Zip(zipfile.ZipFile):
-    """A zip that closes its file, which `zipfile` leaves to whoever opened it."""
+    """A zip that closes its file, which `zipfile` does only for files that it opened."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -41,20 +41,20 @@ class _Zip(zipfile.ZipFile):
 
 
 class _Reader(io.FileIO):
-    """A file whose read errors are no OSErrors, by whatever method it is read."""
+    """A file whose read errors are PatchcacheErrors, whichever method reads it."""
 
     def readinto(self, buffer: Any) -> int | None:
         """Read into a buffer, as `io.FileIO` does."""
-        with self._failing_plainly():
+        with self._converting_errors():
             return super().readinto(buffer)
 
     def readall(self) -> bytes:
         """Read to the end, as `io.FileIO` does."""
-        with self._failing_plainly():
+        with self._converting_errors():
             return super().readall()
 
     @contextlib.contextmanager
-    def _failing_plainly(self) -> Iterator[None]:
+    def _converting_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -63,5 +63,5 @@ class _Reader(io.FileIO):
             ) from None
 
     def __del__(self) -> None:
-        """Close the file with the last zip that reads it, as `zipfile` does with its own."""
+        """Close the file together with its last zip, as `zipfile` does with its own files."""
         self.close()
