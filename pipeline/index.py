@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
-from pipeline.images.names import ImageArchive
+from pipeline.images.archives import ImageArchive
 from pipeline.indexing.annotations import read_captions, read_conversations
 from pipeline.indexing.collect import collect_captions, collect_conversations
 from pipeline.indexing.image_collection import ImageCollection

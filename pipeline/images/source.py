@@ -9,7 +9,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from cache.files.parquet import read_columns, values_of
-from pipeline.images.names import ImageArchive, ImageNameError
+from pipeline.images.archives import ImageArchive
+from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.paths import IMAGES

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from pipeline.images.names import ImageArchive
+from pipeline.images.archives import ImageArchive
 from pipeline.indexing.annotations import ConversationRecord, ImageRecord
 from pipeline.indexing.image_lookup import Content, ImageFile, ImageInfo, ImageLookup, Split
 from pipeline.indexing.records import RecordError, Rejection, image_id_in

@@ -12,9 +12,9 @@ from typing import Literal
 
 import xxhash
 
-from pipeline.images.archives import plain_name
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
-from pipeline.images.names import ImageArchive, ImageNameError, check_file_name
+from pipeline.images.names import ImageNameError, check_file_name, plain_name
 from pipeline.indexing.records import RecordError
 
 Split = Literal["train", "val"]

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
 
 from cache.files.atomic import check_ordinary, naming
-from pipeline.images.archives import REMEDY
 from pipeline.images.names import ImageNameError, check_file_name
+from pipeline.images.zip_file import REMEDY
 from workspace.errors import StageError
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]

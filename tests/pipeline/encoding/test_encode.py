@@ -15,8 +15,8 @@ from pipeline.encoding import encode as module
 from pipeline.encoding.encode import Job, ShardEncoder
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.stats import ExtractionStats
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import decode_rgb
-from pipeline.images.names import ImageArchive
 from pipeline.images.source import ImageSource
 from workspace.errors import StageError
 
