@@ -33,7 +33,8 @@ class LazyEncoder:
     def __init__(self, settings: EncoderSettings) -> None:
         """Look up the cached spec of these settings."""
         self.settings = settings
-        self._cached_spec = cached_spec(settings)
+        self._cache_path = cache_path(settings)
+        self._cached_spec = read_cached_spec(self._cache_path)
 
     @property
     def spec(self) -> Spec:
@@ -56,7 +57,8 @@ class LazyEncoder:
         from pipeline.encoding.encoder import load_encoder
 
         encoder = load_encoder(self.settings)
-        cache_spec(self.settings, encoder.spec)
+        if self._cache_path:
+            write_bytes(self._cache_path, encoder.spec.to_json())
         if self._cached_spec not in (None, encoder.spec):
             # A tag whose weights were replaced: the shards were planned with the cached spec.
             raise StageError(
@@ -67,27 +69,22 @@ class LazyEncoder:
         return encoder
 
 
-def cached_spec(settings: EncoderSettings) -> Spec | None:
-    """Return the spec that these settings gave before; None if anything may have changed it."""
-    path = _cache_path(settings)
+def read_cached_spec(path: Path | None) -> Spec | None:
+    """Return the spec at `cache_path`; None if there is none, or a damaged one."""
     if path is None or not path.is_file():
         return None
     try:
         return Spec.read(path)
     except PatchcacheError:
-        # Damaged; written again when the encoder is loaded.
         return None
 
 
-def cache_spec(settings: EncoderSettings, spec: Spec) -> None:
-    """Write the spec that these settings gave to the cache."""
-    path = _cache_path(settings)
-    if path is not None:
-        write_bytes(path, spec.to_json())
+def cache_path(settings: EncoderSettings) -> Path | None:
+    """Return where the spec of these settings is cached.
 
-
-def _cache_path(settings: EncoderSettings) -> Path | None:
-    """Return where a spec is cached; None for weights on the hub, which their owner can replace."""
+    Anything that may change the spec changes the path. None for weights on the hub, which their
+    owner can replace.
+    """
     files = [name for name in (settings.model, settings.pretrained) if Path(name).is_file()]
     if "/" in settings.pretrained and settings.pretrained not in files:
         return None

@@ -55,15 +55,12 @@ class ImageArchive:
         """Return a file's path with all links resolved, the same for every name of the file.
 
         Raises:
-            ImageNameError: A link leads out of the folder, which the settings do not allow.
+            ImageNameError: The settings do not allow a link out of the folder.
         """
         return self._files.real_path(full_name)
 
     def find(self, file_name: str) -> str:
-        """Return the full name of the file that a name means here.
-
-        Args:
-            file_name: The name in the annotations, relative to the image root.
+        """Return the full name of the file that a name in the annotations means.
 
         Raises:
             ImageNameError: The name leaves the image root, or means no file or different ones.

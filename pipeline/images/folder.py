@@ -14,12 +14,7 @@ class ImageFolder:
     """The image files below a folder, which may itself be a link."""
 
     def __init__(self, path: Path, *, key: str, follow_links: bool) -> None:
-        """Check that the folder is not empty.
-
-        Args:
-            path: The folder.
-            key: The settings key that named it, for the error text.
-            follow_links: Whether links may lead out of the folder.
+        """Open the folder; errors name the settings key.
 
         Raises:
             StageError: The folder is empty or cannot be listed.

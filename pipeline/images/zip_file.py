@@ -79,11 +79,7 @@ class ImageZip:
     """The image files in a zip, opened anew in each process because a file has one position."""
 
     def __init__(self, path: Path, *, key: str) -> None:
-        """Open the zip.
-
-        Args:
-            path: The file.
-            key: The settings key that named it, for the error text.
+        """Open the zip; errors name the settings key.
 
         Raises:
             StageError: The zip cannot be read, or is empty.
@@ -99,25 +95,24 @@ class ImageZip:
     def _open(self) -> None:
         if self._owner == os.getpid():
             return
-        with reading_image(self._unreadable, f"{self._key}: {self.path}"):
+
+        def refuse(reason: str) -> StageError:
+            return StageError(
+                f"{self._key}: {self.path} is neither a folder nor a readable zip ({reason}). "
+                f"{REMEDY}"
+            )
+
+        with reading_image(refuse, f"{self._key}: {self.path}"):
             self._zip = open_zip(self.path)
         self._owner = os.getpid()
         self._members: dict[str, list[zipfile.ZipInfo]] = defaultdict(list)
         self._names: dict[str, list[str]] = defaultdict(list)
         for member in self._zip.infolist():
             if not member.is_dir():
-                self._add(member)
-
-    def _unreadable(self, reason: str) -> StageError:
-        return StageError(
-            f"{self._key}: {self.path} is neither a folder nor a readable zip ({reason}). {REMEDY}"
-        )
-
-    def _add(self, member: zipfile.ZipInfo) -> None:
-        full_name = plain_name(member.filename)
-        if full_name not in self._members:
-            self._names[full_name.rpartition("/")[2]].append(full_name)
-        self._members[full_name].append(member)
+                full_name = plain_name(member.filename)
+                if full_name not in self._members:
+                    self._names[full_name.rpartition("/")[2]].append(full_name)
+                self._members[full_name].append(member)
 
     def has(self, full_name: str) -> bool:
         """Whether a file of this name exists."""
@@ -156,7 +151,6 @@ class ImageZip:
             return self._zip.read(member)
 
     def __getstate__(self) -> dict[str, object]:
-        state = self.__dict__.copy()
-        for name in ("_zip", "_members", "_names"):
-            del state[name]
-        return state | {"_owner": 0}
+        opened = ("_zip", "_members", "_names")
+        kept = {name: value for name, value in self.__dict__.items() if name not in opened}
+        return kept | {"_owner": 0}

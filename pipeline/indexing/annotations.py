@@ -81,11 +81,7 @@ class InstructFile:
 
 
 def read_captions(path: Path, *, key: str) -> CaptionsFile:
-    """Read a file in the layout of COCO's `captions_train2017.json`.
-
-    Args:
-        path: The file.
-        key: The settings key that named it, for the error text.
+    """Read a file in the layout of COCO's `captions_train2017.json`; errors name the settings key.
 
     Raises:
         StageError: The file does not exist, is not JSON, has another layout, or lists no image.
@@ -103,11 +99,7 @@ def read_captions(path: Path, *, key: str) -> CaptionsFile:
 
 
 def read_conversations(path: Path, *, key: str) -> InstructFile:
-    """Read a file in the layout of `llava_instruct_150k.json`.
-
-    Args:
-        path: The file.
-        key: The settings key that named it, for the error text.
+    """Read a file in the layout of `llava_instruct_150k.json`; errors name the settings key.
 
     Raises:
         StageError: The file does not exist, is not JSON, or has another layout.

@@ -9,7 +9,7 @@ since a number alone can be the id of any picture.
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -131,7 +131,9 @@ def collect_questions(
     rejected += mismatches.values()
     val = [i for i, image in images.items() if image.split == "val" and i not in mismatches]
     rows = make_questions(files.instances, val, seed)
-    ids = _ids_by_name(images.values())
+    ids: dict[str, list[int]] = defaultdict(list)
+    for image in images.values():
+        ids[_coco_name(image.file_name)].append(image.image_id)
     for question in files.official:
         try:
             rows.append(_with_image_id(question, ids, problems))
@@ -150,13 +152,6 @@ def _name_mismatches(
         if image and image.split == "val" and _coco_name(name) != _coco_name(image.file_name):
             reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
             yield image_id, Rejection("objects", f"{files.names[0]}: image {image_id}", reason)
-
-
-def _ids_by_name(images: Iterable[ImageRow]) -> dict[str, list[int]]:
-    ids: dict[str, list[int]] = defaultdict(list)
-    for image in images:
-        ids[_coco_name(image.file_name)].append(image.image_id)
-    return ids
 
 
 def _coco_name(file_name: str) -> str:

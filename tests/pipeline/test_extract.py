@@ -75,7 +75,7 @@ for _ in range(10):
             extract(Params.read(Path("params.yaml")))
         finally:
             os._exit(1)
-    time.sleep(random.uniform(0.1, 1))
+    time.sleep(random.uniform(0.2, 2))
     os.kill(child, signal.SIGSTOP)
     finished = len(list(Path(".work/shards").glob("[!.]*.h5")))
     # The decoding process too.
@@ -375,12 +375,12 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(make_workspace, 
 def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
     real, calls = Encoder.submit, itertools.count()
 
-    def start(self, pixels):
+    def submit(self, pixels):
         if next(calls) == 7:
             raise KeyboardInterrupt
         return real(self, pixels)
 
-    monkeypatch.setattr(Encoder, "start", start)
+    monkeypatch.setattr(Encoder, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     monkeypatch.undo()
@@ -605,7 +605,7 @@ def test_an_encoder_that_changed_adds_nothing(workspace, jpeg, monkeypatch, chan
     change(monkeypatch)
     started = []
     real = Encoder.submit
-    monkeypatch.setattr(Encoder, "start", lambda self, x: started.append(len(x)) or real(self, x))
+    monkeypatch.setattr(Encoder, "submit", lambda self, x: started.append(len(x)) or real(self, x))
     with pytest.raises(StageError, match=r"probe: the encoder gives \d of 8 images other features"):
         workspace.run()
     assert (workspace.store_bytes(), states(workspace.finished), workspace.report()) == before

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.files.atomic import write_bytes
 from pipeline.encoding import encoder as encoder_module
 from pipeline.encoding import lazy_encoder as module
 from pipeline.encoding.encoder import load_encoder
-from pipeline.encoding.lazy_encoder import SPECS, LazyEncoder, cache_spec, cached_spec
+from pipeline.encoding.lazy_encoder import SPECS, LazyEncoder, cache_path, read_cached_spec
 from pipeline.encoding.versions import LIBRARIES
 from pipeline.settings import EncoderSettings
 from workspace import code_hash
@@ -51,6 +52,15 @@ def code(folder, monkeypatch):
         shutil.copytree(code_hash.ROOT / package, folder / "code" / package, ignore=ignored)
     monkeypatch.setattr(code_hash, "ROOT", folder / "code")
     return folder / "code"
+
+
+def cached_spec(settings):
+    return read_cached_spec(cache_path(settings))
+
+
+def cache_spec(settings, spec):
+    if path := cache_path(settings):
+        write_bytes(path, spec.to_json())
 
 
 def cached_files():
