@@ -45,14 +45,14 @@ def inventory(scene: Scene, rng: random.Random) -> str:
 def facts(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     """Return nouns, each with all its facts, or with "none" if the scene lacks it."""
     absent = [noun for noun in NOUNS if noun not in {kind.noun for kind in scene.kinds}]
-    told = [(noun, "none") for noun in rng.sample(absent, 3)]
+    lines = [(noun, "none") for noun in rng.sample(absent, 3)]
     for kind in scene.kinds:
         words = [kind.colour, kind.size, NUMBERS[kind.count]]
         if kind.count == 1:
             words += [ROW_WORDS[kind.places[0].row], COLUMN_WORDS[kind.places[0].column]]
-        told.append((kind.noun, " ".join(words)))
-    rng.shuffle(told)
-    return told
+        lines.append((kind.noun, " ".join(words)))
+    rng.shuffle(lines)
+    return lines
 
 
 def raster(scene: Scene, rng: random.Random, share: float, seen_only: bool) -> Cells:
@@ -73,8 +73,8 @@ def raster(scene: Scene, rng: random.Random, share: float, seen_only: bool) -> C
                 words += [ROW_WORDS[row], COLUMN_WORDS[column]]
                 words += [NUMBERS[kind.count] for kind in scene.kinds if kind.noun in words]
             rng.shuffle(words)
-            told = [word for word in words if rng.random() < share]
-            cells.append(told or words[:1])
+            chosen = [word for word in words if rng.random() < share]
+            cells.append(chosen or words[:1])
     return cells
 
 

@@ -165,9 +165,9 @@ class Writer:
         Continuing after a noun takes one look-up of its cell. An answer takes the same look-up but
         uses its result some words later, so that facts are a step towards answers.
         """
-        for noun, told in facts(scene, rng):
+        for noun, fact in facts(scene, rng):
             document.add(self.ids(f" {noun}:"), _CONTEXT_WEIGHT)
-            document.add(self.ids(f" {told}\n"), 1.0)
+            document.add(self.ids(f" {fact}\n"), 1.0)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text."""

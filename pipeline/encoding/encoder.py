@@ -129,7 +129,7 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
             without patch tokens or without such a layer.
         StageError: A checkpoint that cannot be read.
     """
-    name, config = _architecture(settings.model)
+    name, config, spec_name = _architecture(settings.model)
     _check_activation(name, config, settings)
     model = _load_model(name, settings.pretrained)
     visual: nn.Module = model.eval().visual  # type: ignore[assignment]
@@ -137,7 +137,7 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
     features_BPD = _try_layer(visual, preprocess["size"], settings)
     spec = Spec(
         format=FORMAT,
-        model=_spec_name(settings.model, config),
+        model=spec_name,
         weights_sha256=weights_sha256(visual),
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
         layer=settings.layer,
@@ -185,8 +185,11 @@ def weights_sha256(visual: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _architecture(model: str) -> tuple[str, dict[str, Any]]:
-    """Return open_clip's name of an architecture, and its config; registers one from a file."""
+def _architecture(model: str) -> tuple[str, dict[str, Any], str]:
+    """Return open_clip's name of an architecture, its config, and its name in the spec.
+
+    A config from a file is registered with open_clip; the spec names it with its hash.
+    """
     if not model.endswith(".json"):
         config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
         if config is None:
@@ -194,7 +197,7 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
                 f"encoder.model: open_clip {open_clip.__version__} has no {model!r}. Wanted one "
                 f"of open_clip.list_models(), or the path of an open_clip config JSON."
             )
-        return model, config
+        return model, config, model
 
     def refuse(detail: str) -> SettingsError:
         return SettingsError(f"encoder.model: cannot read {model}: {detail}")
@@ -207,14 +210,8 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
         raise SettingsError(f"encoder.model: {model} is no open_clip config: it lacks {wanted}.")
     with reading_foreign_file(refuse, Path(model)):
         open_clip.add_model_config(model)
-    return Path(model).stem, config
-
-
-def _spec_name(model: str, config: dict[str, Any]) -> str:
-    """Return the architecture's name for the spec; a config from a file is named with its hash."""
-    if not model.endswith(".json"):
-        return model
-    return f"{Path(model).stem}-{hashlib.sha256(canonical_json(config)).hexdigest()[:8]}"
+    name, digest = Path(model).stem, hashlib.sha256(canonical_json(config)).hexdigest()
+    return name, config, f"{name}-{digest[:8]}"
 
 
 def _check_activation(name: str, config: dict[str, Any], settings: EncoderSettings) -> None:

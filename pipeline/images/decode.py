@@ -110,16 +110,12 @@ def _without_texts(data: bytes) -> bytes:
         end = position + 12 + length
         if end > len(data):
             break
-        if kind in _PNG_TEXTS and not _is_orientation(data, position + 8):
+        keyword = data[position + 8 : position + 9 + _MAX_KEYWORD_BYTES].partition(b"\0")[0]
+        if kind in _PNG_TEXTS and keyword not in _PNG_ORIENTATIONS:
             pieces.append(data[start:position])
             start = end
         position = end
     return b"".join([*pieces, data[start:]]) if pieces else data
-
-
-def _is_orientation(data: bytes, start: int) -> bool:
-    keyword = data[start : start + _MAX_KEYWORD_BYTES + 1].partition(b"\0")[0]
-    return keyword in _PNG_ORIENTATIONS
 
 
 def _check_area(width: int, height: int) -> None:

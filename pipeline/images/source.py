@@ -15,13 +15,9 @@ from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.paths import IMAGES
 
+TEXT = pa.string()
 COLUMNS = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("split", pa.string()),
-        ("file_name", pa.string()),
-        ("source_xxh3", pa.uint64()),
-    ]
+    {"image_id": pa.int64(), "split": TEXT, "file_name": TEXT, "source_xxh3": pa.uint64()}
 )
 """The columns of the table of images that are read here."""
 

@@ -113,13 +113,13 @@ def choose_holdout(image_ids: Iterable[int], share: float, seed: int) -> set[int
 
     Unlike with a shuffle, an additional image hardly changes the choice.
     """
-    ranked = sorted(image_ids, key=lambda image_id: (_rank(seed, image_id), image_id))
+
+    def rank(image_id: int) -> tuple[int, int]:
+        return xxhash.xxh3_64_intdigest(struct.pack("<Qq", seed % 2**64, image_id)), image_id
+
     # The decimal number of the settings: 0.07 * 100 is 7.000000000000001 in floats.
+    ranked = sorted(image_ids, key=rank)
     return set(ranked[: math.ceil(Fraction(str(share)) * len(ranked))])
-
-
-def _rank(seed: int, image_id: int) -> int:
-    return xxhash.xxh3_64_intdigest(struct.pack("<Qq", seed % 2**64, image_id))
 
 
 def unique_ids(names: list[str]) -> Iterator[str]:

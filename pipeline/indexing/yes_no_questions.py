@@ -114,11 +114,9 @@ def read_instances(path: Path) -> Instances:
     instances = Instances(num_entries=len(categories) + len(annotations))
     for entry in images or ():
         instances.add_image(entry)
-    for entries, add, name in (
-        (categories, instances.add_category, "categories"),
-        (annotations, instances.add_object, "annotations"),
-    ):
-        parse_all(entries, add, "objects", f"{path.name}: {name}", instances.rejected)
+    rejected, where = instances.rejected, f"{path.name}: "
+    parse_all(categories, instances.add_category, "objects", f"{where}categories", rejected)
+    parse_all(annotations, instances.add_object, "objects", f"{where}annotations", rejected)
     return instances
 
 
@@ -142,8 +140,10 @@ def make_questions(
         category that no image shows.
     """
     absent_objects = AbsentObjects(instances, seed)
+    known = (instances.shown.keys() & set(image_ids)) - instances.unclear
+    chosen = sorted(known, key=lambda image_id: _rank(seed, image_id))[:MAX_IMAGES]
     rows = []
-    for image_id in _choose_images(instances, image_ids, seed):
+    for image_id in sorted(chosen):
         present = sorted(instances.shown[image_id], key=lambda noun: _rank(seed, image_id, noun))
         for subset, absent in absent_objects.by_subset(image_id).items():
             pairs = list(zip(present, absent, strict=False))[:MAX_OBJECTS]
@@ -182,11 +182,6 @@ class AbsentObjects:
                 key=lambda noun: -sum(self._num_images_of_both[noun, other] for other in shown),
             ),
         }
-
-
-def _choose_images(instances: Instances, image_ids: Collection[int], seed: int) -> list[int]:
-    known = (instances.shown.keys() & set(image_ids)) - instances.unclear
-    return sorted(sorted(known, key=lambda image_id: _rank(seed, image_id))[:MAX_IMAGES])
 
 
 def _rank(*parts: object) -> int:
