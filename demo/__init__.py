@@ -1,4 +1,4 @@
-"""The built-in default: a small drawn world, and two tiny checkpoints that know it."""
+"""The built-in default: a small drawn world, and two tiny checkpoints trained on it."""
 
 import sys
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import pyarrow.compute as pc
 
 from eval.report.thumbnails import read_image_columns
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
-from pipeline.images.names import ImageArchive, ImageNameError
+from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params

@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import xxhash
 
 from cache.files.parquet import read_columns
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, decode_upright
-from pipeline.images.names import ImageArchive, ImageNameError
+from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.paths import IMAGES

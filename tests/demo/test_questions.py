@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from demo.captions import MANNERS
+from demo.captions import STYLES
 from demo.questions import ASKERS, CAPTION_REQUEST, ask
 from demo.scenes import COLOURS, NOUNS, scene_at
 from demo.words import COLUMNS, NUMBERS, ROWS, plural
@@ -96,7 +96,7 @@ def test_every_kind_of_question_is_asked():
     assert len(asked) >= len(ASKERS)
 
 
-@pytest.mark.parametrize("manner", MANNERS)
+@pytest.mark.parametrize("manner", STYLES)
 def test_a_caption_names_only_what_is_there(manner):
     for index, scene in enumerate(SCENES):
         words = re.findall(r"\w+", manner(scene, random.Random(index)).lower())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline.extract import extract
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from tests.conftest import PATCHES, WIDTH, Workspace, sign_weights
 from tests.eval.conftest import World
 from tests.pipeline.conftest import draw_jpeg

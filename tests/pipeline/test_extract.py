@@ -23,14 +23,14 @@ from cache.plan import plan_shards
 from cache.store_index import PROBE_FILE, StoreIndex
 from pipeline import extract as module
 from pipeline.encoding import encoder as encoder_module
-from pipeline.encoding import lazy_encoder as tower_module
 from pipeline.encoding import probe as probe_module
 from pipeline.encoding import work_folder as finished_module
 from pipeline.encoding.encoder import Encoder, load_encoder
-from pipeline.encoding.probe import read_probe, take_probe
+from pipeline.encoding.probe import encode_probe_images, read_probe
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
+from workspace import code_hash
 from workspace.errors import StageError
 from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
@@ -45,8 +45,8 @@ from pathlib import Path
 from workspace.settings import Params
 from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
-real = Encoder.start
-Encoder.start = lambda self, x: (time.sleep(0.2), real(self, x))[1]
+real = Encoder.submit
+Encoder.submit = lambda self, x: (time.sleep(0.2), real(self, x))[1]
 extract(Params.read(Path("params.yaml")))
 """
 
@@ -62,7 +62,7 @@ from pipeline.extract import extract
 def slow(function):
     return lambda *args: (time.sleep(0.07), function(*args))[1]
 
-Encoder.start = slow(Encoder.start)
+Encoder.submit = slow(Encoder.submit)
 publish.link_or_copy = slow(publish.link_or_copy)
 random.seed(int(sys.argv[1]))
 for _ in range(10):
@@ -75,7 +75,7 @@ for _ in range(10):
             extract(Params.read(Path("params.yaml")))
         finally:
             os._exit(1)
-    time.sleep(random.uniform(0.1, 1))
+    time.sleep(random.uniform(0.2, 2))
     os.kill(child, signal.SIGSTOP)
     finished = len(list(Path(".work/shards").glob("[!.]*.h5")))
     # The decoding process too.
@@ -278,14 +278,14 @@ def test_a_change_of_the_code_that_changes_no_feature_is_taken(
     workspace.run()
     encoder = copy_code(tmp_path / "code")
     encoder.write_text(encoder.read_text() + "\nANOTHER = 1\n")
-    monkeypatch.setattr(tower_module, "__file__", str(encoder.with_name("lazy_encoder.py")))
+    monkeypatch.setattr(code_hash, "ROOT", tmp_path / "code")
     checked = []
     real = probe_module.check_probe
     monkeypatch.setattr(probe_module, "check_probe", lambda *a: checked.append(real(*a)))
     for _ in range(2):
         assert workspace.run()["shards_encoded"] == 0
         assert workspace.store_bytes() == wanted
-    # Once: then the tower is remembered again.
+    # Once: then its spec is cached again.
     assert len(checked) == 1
 
 
@@ -373,14 +373,14 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(make_workspace, 
 
 
 def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
-    real, calls = Encoder.start, itertools.count()
+    real, calls = Encoder.submit, itertools.count()
 
-    def start(self, pixels):
+    def submit(self, pixels):
         if next(calls) == 7:
             raise KeyboardInterrupt
         return real(self, pixels)
 
-    monkeypatch.setattr(Encoder, "start", start)
+    monkeypatch.setattr(Encoder, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     monkeypatch.undo()
@@ -578,7 +578,7 @@ def test_the_probe_is_published_and_named_in_the_index(workspace):
     encoder = load_encoder(
         EncoderSettings(**workspace.encoder | {"model": str(workspace.root / "tiny-vit.json")})
     )
-    assert np.array_equal(found, take_probe(encoder))
+    assert np.array_equal(found, encode_probe_images(encoder))
 
 
 def other_pixels(monkeypatch):
@@ -604,8 +604,8 @@ def test_an_encoder_that_changed_adds_nothing(workspace, jpeg, monkeypatch, chan
     workspace.images[7] = jpeg(7)
     change(monkeypatch)
     started = []
-    real = Encoder.start
-    monkeypatch.setattr(Encoder, "start", lambda self, x: started.append(len(x)) or real(self, x))
+    real = Encoder.submit
+    monkeypatch.setattr(Encoder, "submit", lambda self, x: started.append(len(x)) or real(self, x))
     with pytest.raises(StageError, match=r"probe: the encoder gives \d of 8 images other features"):
         workspace.run()
     assert (workspace.store_bytes(), states(workspace.finished), workspace.report()) == before

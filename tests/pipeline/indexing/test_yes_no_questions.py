@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from pipeline.indexing.yes_no_questions import (
-    MOST_IMAGES,
-    MOST_OBJECTS,
+    MAX_IMAGES,
+    MAX_OBJECTS,
     Instances,
     make_questions,
     read_instances,
@@ -152,7 +152,7 @@ def test_an_image_is_asked_for_up_to_three_objects_and_as_many_that_it_lacks():
     yes, no = asked(rows, "yes"), asked(rows, "no")
     for subset in SUBSETS:
         for image_id, shown in instances.shown.items():
-            wanted = min(len(shown), MOST_OBJECTS)
+            wanted = min(len(shown), MAX_OBJECTS)
             for questions in (yes[subset], no[subset]):
                 nouns = [noun for asked_id, noun in questions if asked_id == image_id]
                 assert len(nouns) == len(set(nouns)) == wanted
@@ -221,13 +221,13 @@ def test_only_the_given_images_are_asked_about_but_all_count():
 
 
 def test_at_most_five_hundred_images_are_asked_about_and_the_seed_decides_which():
-    instances = world(num_images=MOST_IMAGES + 100)
+    instances = world(num_images=MAX_IMAGES + 100)
     image_ids = list(instances.shown)
 
     def chosen(ids, seed):
         return {row.image_id for row in make_questions(instances, ids, seed)}
 
-    assert len(chosen(image_ids, 0)) == MOST_IMAGES == 500
+    assert len(chosen(image_ids, 0)) == MAX_IMAGES == 500
     assert chosen(image_ids, 0) == chosen(image_ids[::-1], 0) != chosen(image_ids, 1)
     # One image less makes room for one other.
     gone = min(chosen(image_ids, 0))

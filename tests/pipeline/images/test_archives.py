@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.images import archives as module
-from pipeline.images.names import ImageArchive, ImageNameError, check_file_name
+from pipeline.images import names as module
+from pipeline.images.archives import ImageArchive
+from pipeline.images.names import ImageNameError, check_file_name
 from workspace.errors import StageError
 
 FILES = {f"{number:012d}.jpg": bytes([number]) * 100 for number in range(5)}
