@@ -27,7 +27,7 @@ from .errors import (
     SpecMismatchError,
     UnsafeShardError,
 )
-from .files.atomic import write_bytes
+from .files.atomic import check_ordinary, write_bytes
 from .files.foreign import reading_foreign_file
 from .files.object_headers import find_tree
 from .files.sparse import SparseFile
@@ -137,9 +137,7 @@ def open_shard(path: Path, spec: Spec) -> Shard:
     def refuse(detail: str) -> CorruptShardError:
         return CorruptShardError(f"{path}: HDF5 cannot read it ({detail}). {REMEDY}")
 
-    if not path.is_file():
-        # Opening a pipe would block.
-        raise refuse("no such file")
+    check_ordinary(path, refuse)
     with reading_foreign_file(refuse, path):
         if tree := find_tree(path):
             raise _unsafe(path, tree)

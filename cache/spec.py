@@ -31,6 +31,9 @@ MAX_FLOAT = sys.float_info.max
 MAX_ROW_VALUES = 1 << 30
 """Most values of one image: far more than any encoder gives, and few enough for 64-bit sums."""
 
+COUNTS = ("image_size", "batch_size", "patches", "width")
+"""Fields that are at least 1."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
@@ -128,27 +131,20 @@ class Spec:
 
 def _check_types(values: dict[str, Any], where: str) -> None:
     """Refuse values that no spec holds: a forged file can have a matching fingerprint."""
-    wrong = [
-        field.name
-        for field in dataclasses.fields(Spec)
-        if field.name not in ("mean", "std") and type(values[field.name]) is not field.type
-    ]
-    wrong += [
-        name
-        for name in ("mean", "std")
-        if not isinstance(values[name], list)
-        or not all(type(v) in (int, float) and abs(v) <= MAX_FLOAT for v in values[name])
-    ]
-    wrong += [
-        name
-        for name in ("image_size", "batch_size", "patches", "width")
-        if name not in wrong and values[name] < 1
-    ]
+    wrong = [f.name for f in dataclasses.fields(Spec) if not _is_valid(f, values[f.name])]
     if not wrong and values["patches"] * values["width"] > MAX_ROW_VALUES:
         wrong = ["patches", "width"]
     if wrong:
         details = "; ".join(f"{name} is {values[name]!r}" for name in wrong)
         raise IncompleteStoreError(f"{where}: no spec has that: {one_line(details)}. {REMEDY}")
+
+
+def _is_valid(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.name in ("mean", "std"):
+        return isinstance(value, list) and all(
+            type(number) in (int, float) and abs(number) <= MAX_FLOAT for number in value
+        )
+    return type(value) is field.type and not (field.name in COUNTS and value < 1)
 
 
 def check_same_spec(found: Spec, wanted: Spec, where: str) -> None:

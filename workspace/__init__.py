@@ -1,3 +1,3 @@
-"""What every stage stands on: settings, paths, errors, and the frame of a stage."""
+"""Shared by all stages: settings, paths, locks, errors, and the frame of a stage."""
 
-import cache.cli.startup  # noqa: F401 - says what is missing, if anything is
+import cache.cli.startup  # noqa: F401 - explains a missing package

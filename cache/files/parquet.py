@@ -7,7 +7,6 @@ and a file that would unpack to more memory than a real table of its size is ref
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import PatchcacheError
 from ..texts import one_line
+from .atomic import check_ordinary
 from .foreign import reading_foreign_file
 from .thrift import read_struct
 
@@ -88,12 +88,7 @@ def open_parquet(
         OSError: The system could not read the file.
     """
     with reading_foreign_file(refuse, path):
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                # Opening a pipe would block.
-                raise refuse("is no file")
-        except (FileNotFoundError, NotADirectoryError):
-            raise refuse("no such file") from None
+        check_ordinary(path, refuse)
         with path.open("rb") as pages:
             _check_footer_size(pages, refuse)
             options = {
