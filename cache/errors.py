@@ -65,9 +65,6 @@ class UnsafeShardError(CacheError, ValueError):
 class IncompleteStoreError(CacheError, FileNotFoundError):
     """A folder that lacks a part of a store."""
 
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
 
 class UnreachableStoreError(CacheError, ConnectionError):
     """A store whose server cannot be reached, refuses access, or does not deliver."""

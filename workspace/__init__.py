@@ -1,4 +1,4 @@
-"""What every stage stands on: settings, paths, errors, and the frame of a stage."""
+"""Shared by all stages: settings, paths, locks, errors, and the frame of a stage."""
 
 import sys
 

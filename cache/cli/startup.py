@@ -10,7 +10,7 @@ import sys
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
+from .interrupts import INTERRUPTED, INTERRUPTED_MESSAGE, handle_interrupts, ignore_interrupts
 
 
 def explain(
@@ -36,7 +36,7 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
     """
     ignore_interrupts()
     with contextlib.suppress(OSError):
-        os.write(2, f"error: {AGAIN}\n".encode())
+        os.write(2, f"error: {INTERRUPTED_MESSAGE}\n".encode())
     os._exit(INTERRUPTED)
 
 
@@ -50,4 +50,4 @@ if sys.argv[:1] == ["-m"]:
     sys.excepthook = explain
     # Read by OpenMP when torch loads it.
     os.environ |= OPENMP | os.environ
-    heed_interrupts(leave)
+    handle_interrupts(leave)

@@ -23,36 +23,36 @@ def random_rows(count, patches, width):
 @pytest.mark.parametrize(("patches", "width"), [(1, 1), (4, 6), (3, 7), (49, 768), (16, 128)])
 def test_rows_of_files_of_any_length_stand_where_the_starts_say(tmp_path, patches, width):
     counts = [1, 300, 0, 7, 64]
-    space = FeatureMapping(counts, patches, width)
+    mapping = FeatureMapping(counts, patches, width)
     shards = [random_rows(count, patches, width) for count in counts]
     for number in (3, 0, 4, 2, 1):
         path = tmp_path / str(number)
         where = write_rows(path, shards[number], PAGE * (number + 1))
-        space.attach(number, path, **where)
-    for start, rows in zip(space.starts, shards, strict=True):
-        assert np.array_equal(space.rows[start : start + len(rows)], rows)
-    assert space.rows.shape[1:] == (patches, width)
+        mapping.attach(number, path, **where)
+    for start, rows in zip(mapping.starts, shards, strict=True):
+        assert np.array_equal(mapping.rows[start : start + len(rows)], rows)
+    assert mapping.rows.shape[1:] == (patches, width)
 
 
-def test_no_shards_take_a_row_space_too():
+def test_a_mapping_of_no_shards_has_rows_too():
     assert FeatureMapping([], 4, 6).rows.shape[1:] == (4, 6)
 
 
 def test_rows_cannot_be_written(tmp_path):
-    space = FeatureMapping([2], 4, 6)
-    space.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE))
+    mapping = FeatureMapping([2], 4, 6)
+    mapping.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE))
     with pytest.raises(ValueError, match="read-only"):
-        space.rows[0] = 0
+        mapping.rows[0] = 0
 
 
 def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
-    with pytest.raises(OSError, match=r"bytes of addresses, .* cannot be reserved.*ulimit -v"):
+    with pytest.raises(OSError, match=r"bytes of addresses .*cannot be reserved.*ulimit -v"):
         FeatureMapping([2**30] * 1000, 49, 768)
 
 
 def test_a_reserved_terabyte_takes_no_memory():
-    space = FeatureMapping([2**40 // (49 * 768 * 2)], 49, 768)
-    assert not space.rows[-1].any()
+    mapping = FeatureMapping([2**40 // (49 * 768 * 2)], 49, 768)
+    assert not mapping.rows[-1].any()
 
 
 @pytest.mark.parametrize("size", [0, PAGE, 2 * PAGE, 3 * PAGE])
@@ -78,8 +78,8 @@ def test_a_store_that_fits_half_of_the_memory_is_read_in_huge_pages(
     advised = []
     monkeypatch.setattr(FeatureMapping, "_advise", lambda self, *advice: advised.append(advice))
     where = write_rows(tmp_path / "a", random_rows(300, 4, 6), PAGE)
-    space = FeatureMapping([300], 4, 6)
-    space.attach(0, tmp_path / "a", **where)
+    mapping = FeatureMapping([300], 4, 6)
+    mapping.attach(0, tmp_path / "a", **where)
     assert advised == [(0, 300, mmap.MADV_HUGEPAGE)] * is_huge
 
 
@@ -89,9 +89,9 @@ def test_a_system_without_huge_pages_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(FeatureMapping, "_advise", refuse)
     rows = random_rows(300, 4, 6)
-    space = FeatureMapping([300], 4, 6)
-    space.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
-    assert np.array_equal(space.rows[:300], rows)
+    mapping = FeatureMapping([300], 4, 6)
+    mapping.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
+    assert np.array_equal(mapping.rows[:300], rows)
 
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):

@@ -460,7 +460,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(store, number, make):
     path = store.root / ["spec.json", "index.parquet", store.names[0]][number]
     path.unlink()
     make(path)
-    with pytest.raises(IncompleteStoreError, match=f"{path.name}: is no file"):
+    with pytest.raises(IncompleteStoreError, match=f"{path.name}: not an ordinary file"):
         FeatureStore(store.root)
     assert audit(Location(store.root), deep=True).bad_files == [path.name]
 
