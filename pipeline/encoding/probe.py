@@ -144,7 +144,7 @@ def read_probe(path: Path, spec: Spec) -> Probe:
         reading_foreign_file(lambda why: refuse(f"it is no probe ({why})"), path),
         safe_open(path, "np") as file,
     ):
-        metadata = _parse_metadata(file.metadata())
+        metadata = _parse_metadata(file.metadata() or {})
         if metadata["fingerprint"] != spec.fingerprint:
             raise SpecMismatchError(
                 f"{path}: fingerprint is {metadata['fingerprint']}, wanted {spec.fingerprint}. "

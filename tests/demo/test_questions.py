@@ -97,7 +97,7 @@ def test_every_kind_of_question_is_asked():
 
 
 @pytest.mark.parametrize("manner", STYLES)
-def test_a_caption_names_only_what_is_there(manner):
+def test_a_caption_names_only_things_of_the_scene(manner):
     for index, scene in enumerate(SCENES):
         words = re.findall(r"\w+", manner(scene, random.Random(index)).lower())
         nouns = {SINGULAR[word] for word in words if word in SINGULAR}

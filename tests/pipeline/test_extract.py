@@ -243,7 +243,7 @@ def copy_code(folder):
     return folder / "pipeline/encoding/encoder.py"
 
 
-def test_with_all_shards_there_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
+def test_with_all_shards_finished_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
     """Not after a change of comments in the encoder's code either."""
     workspace.run()
     for split in ("train", "val"):
@@ -421,7 +421,7 @@ def test_a_first_publishing_cut_off_is_no_store(workspace, wanted, monkeypatch):
     assert workspace.store_bytes() == wanted
 
 
-def test_a_later_publishing_cut_off_leaves_the_store_of_before(workspace, monkeypatch, jpeg):
+def test_an_interrupted_publication_leaves_the_former_store(workspace, monkeypatch, jpeg):
     workspace.run()
     before = FeatureStore(workspace.features).gather(sorted(workspace.images))
     image_id = sorted(workspace.images)[7]
@@ -461,7 +461,7 @@ def test_a_reader_of_the_old_store_goes_on(workspace, jpeg):
     assert changed == [7]
 
 
-def test_a_reader_that_had_not_mapped_a_dropped_shard_says_so(workspace, jpeg):
+def test_a_reader_that_had_not_mapped_a_dropped_shard_raises_an_error(workspace, jpeg):
     workspace.run()
     image_ids = sorted(workspace.images)
     reader = FeatureStore(workspace.features)
@@ -486,7 +486,7 @@ def change_one(images, kind, jpeg):
 
 
 @pytest.mark.parametrize("kind", ["changed", "added", "removed"])
-def test_one_image_costs_its_own_shards(make_workspace, workspace, kind, jpeg):
+def test_an_image_costs_only_its_own_shards(make_workspace, workspace, kind, jpeg):
     workspace.run()
     before, kept = plan_of(workspace), states(workspace.finished)
     workspace.images = change_one(workspace.images, kind, jpeg)
@@ -651,7 +651,7 @@ def test_of_a_store_that_dvc_has_nothing_is_encoded(stored, wanted):
     assert stored.store_bytes() == wanted
 
 
-def test_beside_the_shards_that_dvc_has_only_the_new_one_is_encoded(stored, make_workspace, jpeg):
+def test_only_shards_that_dvc_lacks_are_encoded(stored, make_workspace, jpeg):
     stored.run()
     before = keys(plan_of(stored))
     for name in ("data/features", ".work"):
@@ -667,7 +667,7 @@ def test_beside_the_shards_that_dvc_has_only_the_new_one_is_encoded(stored, make
     assert stored.store_bytes() == scratch.store_bytes()
 
 
-def test_an_encoder_that_changed_adds_nothing_to_what_dvc_has(stored, jpeg, monkeypatch):
+def test_a_changed_encoder_adds_nothing_to_the_shards_of_dvc(stored, jpeg, monkeypatch):
     stored.images = change_one(stored.images, "added", jpeg)
     other_kernels(monkeypatch)
     with pytest.raises(StageError, match=r"probe: the encoder gives 8 of 8 images other features"):
@@ -686,7 +686,7 @@ def break_some(workspace, positions):
 
 
 @pytest.mark.parametrize("positions", [[0], [11], [29], [3, 4, 5, 6, 20]])
-def test_the_store_is_the_one_without_the_images_that_failed(make_workspace, positions):
+def test_failed_images_leave_the_store_of_the_others(make_workspace, positions):
     workspace = make_workspace(extract={"max_failure_rate": 0.2})
     broken = break_some(workspace, positions)
     report = workspace.run()
@@ -741,7 +741,7 @@ def test_no_image_that_decodes_is_an_error(make_workspace):
 # What the stage refuses
 
 
-def test_without_an_index_it_says_what_to_run(workspace):
+def test_without_an_index_the_error_names_the_stage_to_run(workspace):
     workspace.write()
     path = workspace.root / "data/index/images.parquet"
     whole = path.read_bytes()
@@ -786,14 +786,14 @@ def test_an_index_of_no_images_is_refused(workspace):
         workspace.run(write=False)
 
 
-def test_without_images_it_says_which_setting(workspace):
+def test_without_images_the_error_names_the_setting(workspace):
     workspace.write()
     shutil.rmtree(workspace.root / "val")
     with pytest.raises(StageError, match=r"data\.val\.images: val does not exist"):
         workspace.run(write=False)
 
 
-def test_a_disk_too_small_is_said_before_the_work(workspace, monkeypatch):
+def test_a_disk_too_small_is_refused_before_the_work(workspace, monkeypatch):
     usage = shutil.disk_usage(workspace.root.parent)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
@@ -811,7 +811,7 @@ def reach(*args):
     raise Reached
 
 
-def test_what_there_is_to_do_is_said_before_the_first_image(workspace, monkeypatch, capsys):
+def test_the_amount_of_work_is_printed_before_the_first_image(workspace, monkeypatch, capsys):
     said = []
     monkeypatch.setattr(
         module, "encode", lambda *args: said.append(capsys.readouterr().out) or reach()

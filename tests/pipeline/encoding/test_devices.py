@@ -183,7 +183,7 @@ def wait_until(done):
         time.sleep(0.02)
 
 
-def test_an_error_of_another_process_arrives_as_it_is(job, monkeypatch):
+def test_an_error_of_another_process_arrives_unchanged(job, monkeypatch):
     job, encoder = job
     leave_to_the_other(monkeypatch)
     path = next(job.source.archives["train"].path.iterdir())
@@ -196,7 +196,7 @@ def test_an_error_of_another_process_arrives_as_it_is(job, monkeypatch):
     )
 
 
-def test_a_process_that_is_killed_is_one_line(job, monkeypatch):
+def test_a_killed_process_gives_one_line(job, monkeypatch):
     job, encoder = job
 
     def encode(*args):
@@ -275,7 +275,7 @@ def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeyp
     assert names(job.folder) == {job.shards[0].name}
 
 
-def test_a_process_ends_when_the_one_that_started_it_is_killed(job, monkeypatch):
+def test_a_process_ends_when_its_parent_is_killed(job, monkeypatch):
     """Else it would write into the work directory beside the run that goes on."""
     job, encoder = job
     receiver, sender = os.pipe()
@@ -320,7 +320,7 @@ def test_auto_is_every_gpu_or_the_cpu(monkeypatch):
     assert resolve_devices("auto") == [torch.device("cpu")]
 
 
-def test_a_list_names_one_device_a_process():
+def test_a_list_names_one_device_per_process():
     assert resolve_devices("cpu") == [torch.device("cpu")]
     assert resolve_devices("cpu, cpu,cpu") == [torch.device("cpu")] * 3
 

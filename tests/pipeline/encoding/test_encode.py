@@ -182,7 +182,7 @@ def test_a_file_that_went_since_the_index_stops_the_run(run, plan, source, worke
         run(plan, workers, max_failures=10)
 
 
-def test_a_decoding_process_that_dies_is_one_line(run, plan, monkeypatch):
+def test_a_dead_decoding_process_gives_one_line(run, plan, monkeypatch):
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -234,9 +234,7 @@ def test_only_the_shards_taken_are_encoded_and_no_more_are_asked_for(run, plan, 
     assert set(stats.encoded_shards) == {plan[3].name, plan[0].name} == names(tmp_path / "shards")
 
 
-def test_a_batch_is_given_to_the_device_before_the_one_before_is_waited_for(
-    run, plan, encoder, monkeypatch
-):
+def test_the_next_batch_is_submitted_before_the_result_of_the_last(run, plan, encoder, monkeypatch):
     calls = []
     submit, result = encoder.submit, encoder.result
     monkeypatch.setattr(encoder, "submit", lambda x: calls.append("submit") or submit(x))

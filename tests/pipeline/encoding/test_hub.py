@@ -31,7 +31,7 @@ def session(monkeypatch):
     "error",
     [OSError("no\nnetwork"), OSError(101, "no network"), RuntimeError("no network"), KeyError(1)],
 )
-def test_a_hub_out_of_reach_is_found_by_one_request_and_not_asked_again(session, error):
+def test_an_unreachable_hub_is_asked_only_once(session, error):
     session.error = error
     with offline_if_hub_unreachable() as failure:
         assert failure
@@ -53,7 +53,7 @@ def test_an_interrupt_is_no_failure_of_the_hub(session):
         hub_failure()
 
 
-def test_whoever_asks_for_the_local_cache_alone_gets_it(monkeypatch):
+def test_offline_mode_uses_the_local_cache_alone(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with offline_if_hub_unreachable() as failure:
         assert "HF_HUB_OFFLINE" in failure

@@ -219,7 +219,7 @@ def test_a_checkpoint_in_a_folder_is_no_hub_id(settings, spec):
     ],
     ids=["empty", "cut", "no text", "edited", "another format", "deep"],
 )
-def test_a_damaged_spec_is_made_anew(usual, damage):
+def test_a_damaged_spec_is_replaced(usual, damage):
     spec = LazyEncoder(usual).spec
     [path] = cached_files()
     whole = path.read_bytes()

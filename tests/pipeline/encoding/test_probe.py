@@ -155,7 +155,7 @@ def test_an_image_that_cannot_be_decoded_any_more_is_named(spec, monkeypatch):
 # The file
 
 
-def test_what_is_written_is_read(written, spec, features):
+def test_a_probe_is_read_as_it_was_written(written, spec, features):
     kept = read_probe(written, spec)
     assert kept.features.dtype == np.float16
     assert kept.features.tobytes() == features.tobytes()
@@ -308,7 +308,7 @@ def test_a_probe_that_no_writer_makes_is_refused(tmp_path, spec, features):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_kept_features_that_are_not_finite_are_refused(tmp_path, spec, features, value):
+def test_stored_features_that_are_not_finite_are_refused(tmp_path, spec, features, value):
     changed = features.copy()
     changed[3, 1, 5] = value
     path = tmp_path / "probe.safetensors"

@@ -55,7 +55,7 @@ def files(folder=SHARDS):
 # Finishing
 
 
-def test_what_was_finished_is_there_under_its_hash():
+def test_a_finished_file_has_its_hash():
     path = SHARDS / "x.h5"
     digest = finish_bytes(path)
     assert files() == {"x.h5": b"content", "x.sha256": digest.encode()}
@@ -70,7 +70,7 @@ def test_a_file_that_holds_other_bytes_than_were_meant_is_never_finished(capsys)
     assert "again" in capsys.readouterr().out
 
 
-def test_what_was_never_finished_is_not_there():
+def test_a_partial_file_is_not_finished():
     (SHARDS / ".x.h5.partial").write_bytes(b"content")
     assert verified_hash(SHARDS / "x.h5") is None
 
@@ -114,7 +114,7 @@ def test_a_file_without_its_hash_is_not_finished():
 
 
 @pytest.mark.parametrize("data", [b"", b"conten", b"content ", b"Content"])
-def test_a_damaged_file_is_said_and_not_counted(data, capsys):
+def test_a_damaged_file_is_printed_and_not_counted(data, capsys):
     path = SHARDS / "x.h5"
     finish_bytes(path)
     path.write_bytes(data)
@@ -126,7 +126,7 @@ def test_a_damaged_file_is_said_and_not_counted(data, capsys):
 @pytest.mark.parametrize(
     "data", [b"", b"\xff" * 64, b"0" * 64, b"0"], ids=["empty", "no text", "another", "short"]
 )
-def test_a_damaged_hash_is_said_and_not_counted(data, capsys):
+def test_a_damaged_hash_is_printed_and_not_counted(data, capsys):
     path = SHARDS / "x.h5"
     finish_bytes(path)
     hash_path(path).write_bytes(data)
@@ -216,7 +216,7 @@ def test_shards_and_the_probe_come_back_as_they_were_published(stored):
     assert not PULLED.exists()
 
 
-def test_a_shard_is_taken_only_if_it_is_the_one_of_the_index(stored):
+def test_a_shard_is_accepted_only_with_the_hash_of_the_index(stored):
     damaged, swapped, other, good = sorted(stored.names)[:4]
     stored.files[damaged] = stored.files[damaged][:-1] + b"x"
     stored.files[swapped] = stored.files[other]

@@ -83,7 +83,7 @@ def test_neither_shared_memory_nor_semaphores_are_needed(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [StageError("no"), SettingsError("no"), OSError(5, "no", "a")])
-def test_what_the_work_raises_is_raised_here(workers, error):
+def test_an_error_of_the_function_is_raised_here(workers, error):
     def fail(number):
         if number == 3:
             raise error
@@ -99,7 +99,7 @@ def test_what_the_work_raises_is_raised_here(workers, error):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_process_killed_at_any_moment_is_one_line(seed):
+def test_a_process_killed_at_any_moment_gives_one_line(seed):
     """While it works, while it sends, while it waits: nobody waits for it for ever."""
     rng = np.random.default_rng(seed)
     with WorkerPool(array, 2) as pool:
@@ -115,7 +115,7 @@ def test_a_process_killed_at_any_moment_is_one_line(seed):
     assert children() == 0
 
 
-def test_a_process_that_ends_by_itself_is_one_line():
+def test_a_process_that_ends_by_itself_gives_one_line():
     with (
         WorkerPool(lambda number: os._exit(3), 1) as pool,
         pytest.raises(StageError, match=r"died \(exit code 3\)"),
