@@ -25,9 +25,10 @@ class LlmSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorSettings:
-    """Section `projector`: it maps patches to the language model's embeddings."""
+    """Section `projector`: from patches to the language model's embeddings."""
 
     kind: Literal["linear", "mlp", "resblock"]
+    """One linear layer; two with GELU, as in LLaVA-1.5; one and a pre-norm residual block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class TrackingSettings:
     """Section `tracking`: logging to wandb."""
 
     wandb: Literal["online", "offline", "disabled"]
+    """Upload at once, write to `.work/wandb/` for a later `wandb sync`, or log nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,9 @@ class CheckpointSettings:
     """Section `checkpoints`: how often a run's state is saved; no influence on its result."""
 
     every_steps: int
+    """Optimizer steps between two checkpoints; one is also saved at the end and at a signal."""
     every_minutes: float
-    """A checkpoint is saved when either is due, at the end, and at a signal."""
+    """Most minutes between two checkpoints."""
     keep: int
     """Number of recent checkpoints that are kept."""
 
@@ -60,6 +63,7 @@ class LoopSettings:
     learning_rate: float
     """Peak, after the warm-up: of the projector in stage 1, of LoRA in stage 2."""
     weight_decay: float
+    """AdamW's, of all trainable parameters."""
     warmup_share: float
     """Share of the optimizer steps in which the learning rate rises from 0."""
     clip_norm: float
@@ -79,6 +83,7 @@ class LoopSettings:
     window_shards: int
     """Shards of a window of the order `windowed`; two windows should fit in memory."""
     log_every_steps: int
+    """Optimizer steps between two rows of the history."""
     validate_every_steps: int
     """Optimizer steps between two validations; the last step is always validated."""
     validation_images: int
@@ -111,11 +116,14 @@ class PretrainSettings(LoopSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Section `finetune.lora`."""
+    """Section `finetune.lora`: the adapter of stage 2."""
 
     r: int
+    """Rank of the matrices."""
     alpha: int
+    """The product of the matrices is scaled by alpha / r."""
     dropout: float
+    """Probability with which an input of the matrices is dropped in training."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "r", "alpha")
@@ -128,6 +136,7 @@ class FinetuneSettings(LoopSettings):
     """Section `finetune`: stage 2, image and question to answer; projector and LoRA learn."""
 
     projector_learning_rate: float
+    """Peak, after the warm-up, of the projector."""
     batch_examples: int
     """Conversations of an optimizer step; the last image's conversations may exceed it."""
     lora: LoraSettings
