@@ -5,16 +5,16 @@ VENV := .venv
 INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
-# Idle OpenMP threads give up their core sooner: as fast on a quiet machine, 2.3 times faster on one
-# where something else runs too.
-export GOMP_SPINCOUNT := 10000
 
-.PHONY: demo test lint bench
+.PHONY: demo check test lint bench
 
 demo: $(INSTALLED)
 	@echo "dependencies: those of requirements.lock are in $(VENV)"
 	dvc repro
 	@echo "report: $(CURDIR)/reports/index.html"
+
+check: lint
+	pytest -m "not slow"
 
 test: lint
 	pytest
@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 
 # The other loaders, beside what is locked: never instead of it, whatever they declare.
 bench: $(INSTALLED)
-	pip install --quiet --quiet --disable-pip-version-check --no-deps --requirement requirements-bench.txt
+	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-bench.txt
 	python -m bench.read
 	python -m bench.order
 	python -m bench.scale
@@ -39,12 +39,11 @@ bench: $(INSTALLED)
 	python -m bench.full_size
 	python -m bench.demo
 
-# Gradio asks for an older Pillow and an older tomlkit than it needs: what it depends on is locked, too.
-$(INSTALLED): requirements.lock requirements-no-deps.txt
+# The lock is complete, so --no-deps: Gradio declares an older Pillow and tomlkit than it needs.
+$(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: wanted Python 3.11 or newer, found $(PYTHON). Set PYTHON=..."; exit 2; }
 	@echo "dependencies: installing those of requirements.lock into $(VENV)"
 	$(PYTHON) -m venv --clear $(VENV)
-	pip install --quiet --quiet --disable-pip-version-check --requirement requirements.lock
-	pip install --quiet --quiet --disable-pip-version-check --no-deps --requirement requirements-no-deps.txt
+	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
 	@touch $@

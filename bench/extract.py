@@ -88,7 +88,7 @@ def bare_loop() -> None:
     from cache.plan import plan_shards
     from pipeline.encoding.encode import PREFETCH_BATCHES, BatchDecoder
     from pipeline.encoding.encoder import load_encoder
-    from pipeline.extract import open_images, read_source
+    from pipeline.images.source import open_images, read_source
     from pipeline.settings import EncoderSettings, ExtractSettings
     from workspace.data_settings import DataSettings
     from workspace.settings import Params

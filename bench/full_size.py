@@ -38,7 +38,7 @@ from bench.command import benchmark_parser, run_benchmark
 from bench.make_phi2 import PHI2, SHARD_BYTES, write_phi
 from bench.stores import make_random_store
 from cache.files.atomic import write_json
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_tokenizer
 from train.run import pick_device

@@ -36,6 +36,7 @@ from bench.measure import at_least, interleaved, medians, print_goals, print_tab
 from bench.peers import BATCH, PEERS, Batch, Contender, forever
 from bench.stores import SPEC, make_store, random_rows
 from cache import FeatureStore
+from cache.files.foreign import describe
 from train.data.order import global_order
 from train.data.prefetch import FeatureBatches
 
@@ -124,7 +125,7 @@ def prepare(
         try:
             made = make(folder / peer, features)
         except PREPARE_ERRORS as error:
-            failed[peer] = one_line(error)
+            failed[peer] = describe(error)
             continue
         for name, contender in made.items():
             try:
@@ -134,11 +135,6 @@ def prepare(
                 failed[name] = str(error)
     pages.sync(folder)
     return found, failed
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's type and text in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 class Reader:
@@ -195,7 +191,7 @@ def answer(contender: Contender, most_batches: int, pipe: Connection) -> None:
         while pipe.recv():
             pipe.send(rate(stream))
     except PREPARE_ERRORS as error:
-        pipe.send(one_line(error))
+        pipe.send(describe(error))
 
 
 def from_start(contender: Contender, most_batches: int) -> tuple[Iterator[Batch], float]:

@@ -52,7 +52,7 @@ from bench.texts import draw_captions, draw_conversations, make_tokenizer
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
 from train.data.examples import Example
-from train.data.prefetch import Ahead
+from train.data.prefetch import Prefetcher
 from train.loop.step import StepData, build_step, optimizer_step
 from train.model.attention import NAME as OUR_ATTENTION
 from train.model.captioner import CaptionModel, use_fused_gelu
@@ -213,13 +213,13 @@ def our_steps(stage: Stage, num_steps: int) -> tuple[float, float]:
             device=stage.model.device,
         )
 
-    source = Ahead(build, range(num_steps))
+    source = Prefetcher(build, range(num_steps))
     loss = 0.0
     for step, data in enumerate(source, start=1):
         loss_sum = optimizer_step(
             stage.model, stage.optimizer, data, clip_norm=math.inf, seed=(0, step)
         )
-        loss = loss_sum / data.num_learned
+        loss = loss_sum / data.num_target_tokens
     return loss, source.wait_share
 
 
@@ -233,7 +233,7 @@ def make_contender(name: str, stage: Stage) -> Contender:
     samples = make_samples(stage.examples, stage.tokenizer)
     if name == STUDENT:
         return _student(stage, samples[:STUDENT_CAPTIONS])
-    tokens = sum(sample.text.num_learned for sample in samples)
+    tokens = sum(sample.text.num_target_tokens for sample in samples)
     step = partial(_our_step, stage) if name == OURS else _usual_step(name, stage)
     return Contender(step, len(samples), tokens)
 
@@ -270,7 +270,7 @@ def _student(stage: Stage, samples: list[Sample]) -> Contender:
         )
 
     # EOS is never a target.
-    tokens = sum(sample.text.num_learned - 1 for sample in samples)
+    tokens = sum(sample.text.num_target_tokens - 1 for sample in samples)
     return Contender(step, len(samples), tokens)
 
 

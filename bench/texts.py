@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from train.data.examples import Example
-from train.data.prompts import Segment, Text
+from train.data.prompts import Turns, caption_turns
 
 TOKENS, EOS_ID = 50_295, 50_256
 """Of Phi-2's tokenizer."""
@@ -96,7 +96,7 @@ def draw_captions(rng: np.random.Generator, num_images: int) -> list[Example]:
         Example(
             image_id,
             tuple(
-                (Segment(_words(rng, length), True),)
+                caption_turns(_words(rng, length))
                 for length in rng.choice(lengths, CAPTIONS_AN_IMAGE).tolist()
             ),
         )
@@ -118,12 +118,8 @@ def draw_conversations(rng: np.random.Generator, num_images: int) -> list[Exampl
     return examples
 
 
-def _conversation(rng: np.random.Generator, lengths: Lengths) -> Text:
-    return tuple(
-        segment
-        for question, answer in lengths
-        for segment in (Segment(_words(rng, question), False), Segment(_words(rng, answer), True))
-    )
+def _conversation(rng: np.random.Generator, lengths: Lengths) -> Turns:
+    return tuple((_words(rng, question), _words(rng, answer)) for question, answer in lengths)
 
 
 def _words(rng: np.random.Generator, length: int) -> str:

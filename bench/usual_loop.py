@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from train.data.examples import Example
-from train.data.prompts import Branch, tokenize
+from train.data.prompts import TokenizedText, tokenize
 from train.model.projector import Projector
 
 IGNORE_INDEX = -100
@@ -42,7 +42,7 @@ class Sample:
     """One sequence: an image and one of its texts."""
 
     image_id: int
-    text: Branch
+    text: TokenizedText
 
 
 def shuffled(samples: Sequence[Sample]) -> list[Sample]:
@@ -61,8 +61,8 @@ def make_samples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     texts = [text for example in examples for text in example.texts]
     image_ids = [example.image_id for example in examples for _ in example.texts]
     # No text of a benchmark is too long.
-    branches = tokenize(texts, tokenizer, max_tokens=1 << 30)
-    return [Sample(*pair) for pair in zip(image_ids, branches, strict=True)]
+    tokenized = tokenize(texts, tokenizer, max_tokens=1 << 30)
+    return [Sample(*pair) for pair in zip(image_ids, tokenized, strict=True)]
 
 
 def cached(store: FeatureStore) -> Features:
@@ -122,7 +122,7 @@ def optimizer_step(
         Mean cross entropy of the supervised tokens.
     """
     optimizer.zero_grad(set_to_none=True)
-    num_learned = sum(sample.text.num_learned for sample in samples)
+    num_target_tokens = sum(sample.text.num_target_tokens for sample in samples)
     loss_sum = 0.0
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
@@ -130,7 +130,7 @@ def optimizer_step(
         # Transformers' Trainer has the loss divided by the tokens of the whole step in this way.
         loss = language_model(
             **inputs(projector(patches_BPD), language_model, [sample.text for sample in batch]),
-            num_items_in_batch=num_learned,
+            num_items_in_batch=num_target_tokens,
             use_cache=False,
         ).loss
         loss.backward()
@@ -140,17 +140,17 @@ def optimizer_step(
 
 
 def inputs(
-    patches_BPH: Tensor, language_model: PreTrainedModel, texts: Sequence[Branch]
+    patches_BPH: Tensor, language_model: PreTrainedModel, texts: Sequence[TokenizedText]
 ) -> dict[str, Tensor]:
     """Return embeddings [B, P + T, H], mask and labels [B, P + T], padded on the right."""
     tokens = [torch.tensor(text.token_ids) for text in texts]
-    learned = [torch.tensor(text.learned) for text in texts]
+    is_target = [torch.tensor(text.is_target) for text in texts]
     ids_BT = pad_sequence(tokens, batch_first=True)
-    learned_BT = pad_sequence(learned, batch_first=True)
+    is_target_BT = pad_sequence(is_target, batch_first=True)
     mask_BT = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
     embeds_BTH = language_model.get_input_embeddings()(ids_BT)
     patch_mask_BP = mask_BT.new_ones(patches_BPH.shape[:2])
-    labels_BT = ids_BT.masked_fill(~learned_BT, IGNORE_INDEX)
+    labels_BT = ids_BT.masked_fill(~is_target_BT, IGNORE_INDEX)
     return {
         "inputs_embeds": torch.cat([patches_BPH, embeds_BTH], dim=1),
         "attention_mask": torch.cat([patch_mask_BP, mask_BT], dim=1),

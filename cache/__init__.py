@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Before all else: a command says in one line which package its environment lacks.
+# First: a command that lacks a package must say so in one line.
 from .cli import startup as startup
 from .errors import (
     CacheError,
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _LAZY = {"FeatureStore": "store", "Spec": "spec", "VerifyReport": "audit"}
-"""Names whose modules load numpy, h5py or pyarrow, imported on first use."""
+"""Names whose modules load numpy, h5py and pyarrow; imported on first use."""
 
 
 def __getattr__(name: str) -> Any:

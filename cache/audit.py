@@ -1,8 +1,8 @@
-"""Checks every file of a store: what `FeatureStore.verify` and `python -m cache.verify` find.
+"""Checks every file of a store: `FeatureStore.verify` and the command `verify`.
 
-Shallow looks at sizes, structure and the index. Deep reads each shard once, in blocks, and holds
-the bytes against the file's sha256, each row's hash, and finite numbers; shards are checked side by
-side, since hashing leaves the GIL.
+A shallow check looks at sizes, structure and the index. A deep check also reads each shard once, in
+blocks, for the sha256 of the file, the hash of each row, and numbers that are not finite. Threads
+check shards side by side, since hashing releases the GIL.
 """
 
 import hashlib
@@ -23,43 +23,40 @@ from .errors import (
     SpecMismatchError,
     UnreachableStoreError,
 )
-from .files.atomic import naming, sha256_of
-from .files.foreign import one_line
+from .files.atomic import path_in_errors, sha256_of
+from .layout import check_shard
 from .plan import shard_key
 from .remote.location import Location
-from .shard import Shard, hash_rows, open_shard
-from .spec import MAX_JSON_BYTES, SPEC, Spec
-from .store_index import INDEX, PROBE, StoreTable, check_own_hash
+from .shard import Shard, hash_rows
+from .spec import SPEC_FILE, Spec
+from .store_index import INDEX_FILE, PROBE_FILE, StoreIndex, check_own_hash
+from .texts import first_few, one_line
 
 BLOCK_BYTES = 1 << 20
-"""What is read at a time: small enough for a core's cache, so that memory is read once."""
+"""Bytes read at a time: few enough to stay in a core's cache while they are hashed twice."""
 
 MAGNITUDE, INFINITY = np.uint16(0x7FFF), 0x7C00
-"""Of a float16's bits: all but the sign, and the smallest magnitude that is not finite."""
+"""Bits of a float16: all but the sign, and the smallest magnitude that is not finite."""
 
-NAMED_IDS = 5
-"""How many ids an error names."""
+Problem = PatchcacheError | OSError
+
+Progress = Callable[[int, int], object]
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a verification found."""
+    """Result of a verification."""
 
     ok: bool
     problems: list[str] = field(default_factory=list)
     """One line each."""
     bad_files: list[str] = field(default_factory=list)
-    """Names of the files that are not as they were written, which extracting again would mend. A
-    file that could not be read or fetched, or of another version of the format, is none of them."""
+    """Names of damaged and missing files, which extracting again would mend. A file that could not
+    be read or fetched, or is of another version of the format, is not listed."""
     unreadable: list[str] = field(default_factory=list)
-    """Those of the problems that are failures of the system: nothing is known of such a file."""
-
-
-Problems = list[tuple[str, PatchcacheError | OSError]]
-"""File name, and what is wrong with it."""
-
-
-Progress = Callable[[int, int], object]
+    """The problems that are failures of the system, which say nothing about the file."""
+    num_images: int = 0
+    num_shards: int = 0
 
 
 def audit(
@@ -72,67 +69,72 @@ def audit(
     """Check a store.
 
     Args:
-        location: Where it is.
-        deep: Also read every byte of the shards.
+        location: Of the store.
+        deep: Whether to read every byte of the shards, too.
         partial: Whether shards may be missing.
-        progress: Told how many more bytes of features were checked, and of how many in all; from
-            several threads.
+        progress: Called with the number of bytes of features that were just checked, and the number
+            of bytes to check in all; from several threads.
     """
-    checked = "spec.json"
+    checked = SPEC_FILE
     try:
-        with location.naming_files():
+        with location.url_in_errors():
             spec = _check_spec(location)
-            checked = INDEX
-            table = _check_index(location, spec)
+            checked = INDEX_FILE
+            index = _check_index(location, spec)
     except (PatchcacheError, OSError) as error:
-        # Without them nothing can be said about the shards.
-        return _report([(checked, error)])
+        # The shards cannot be judged without both.
+        return _report({checked: error})
 
-    row_bytes = spec.patches * spec.width * np.dtype("<f2").itemsize
-    total = len(table.image_ids) * row_bytes
+    total = len(index.image_ids) * spec.patches * spec.width * np.dtype("<f2").itemsize
 
-    def tell(done: int) -> None:
-        progress(done, total)
-
-    def check(number: int) -> PatchcacheError | OSError | None:
-        file = table.shards[number]
+    def check(number: int) -> Problem | None:
         try:
-            with location.naming_files():
-                if not (partial and location.size(file.name) is None):
-                    _check_shard(location, spec, table, number, tell if deep else None)
+            with location.url_in_errors():
+                if partial and location.size(index.shards[number].name) is None:
+                    return None
+                shard = check_shard(location, spec, index, number)
+                _check_name(shard, spec, index, number)
+                if deep:
+                    sha256 = index.shards[number].sha256
+                    _check_bytes(shard, sha256, lambda done: progress(done, total))
         except (PatchcacheError, OSError) as error:
             return error
         return None
 
     # More threads than cores: while some hash, others wait for the disk.
     with ThreadPoolExecutor() as threads:
-        found = threads.map(check, range(len(table.shards)))
-        bad_shards = [
-            (f.name, error) for f, error in zip(table.shards, found, strict=True) if error
-        ]
-    return _report([*bad_shards, *_check_probe(location, table)])
+        found = threads.map(check, range(len(index.shards)))
+        problems = {file.name: p for file, p in zip(index.shards, found, strict=True) if p}
+    try:
+        _check_probe(location, index)
+    except (PatchcacheError, OSError) as error:
+        problems[PROBE_FILE] = error
+    return _report(problems, index)
 
 
-def _report(problems: Problems) -> VerifyReport:
-    lines = [one_line(problem) for _, problem in problems]
-    bad_files = [
+def _report(problems: dict[str, Problem], index: StoreIndex | None = None) -> VerifyReport:
+    """Sort the problems of some files, by file name."""
+    lines = {name: one_line(problem) for name, problem in problems.items()}
+    unreadable = {name for name, p in problems.items() if not isinstance(p, PatchcacheError)}
+    unknown = {
         name
-        for name, problem in problems
-        if isinstance(problem, PatchcacheError)
-        and not isinstance(problem, FormatVersionError | UnreachableStoreError)
-    ]
-    unreadable = [
-        line
-        for line, (_, problem) in zip(lines, problems, strict=True)
-        if not isinstance(problem, PatchcacheError)
-    ]
-    return VerifyReport(not problems, lines, bad_files, unreadable)
+        for name, p in problems.items()
+        if isinstance(p, FormatVersionError | UnreachableStoreError)
+    }
+    return VerifyReport(
+        ok=not problems,
+        problems=list(lines.values()),
+        bad_files=[name for name in problems if name not in unreadable | unknown],
+        unreadable=[line for name, line in lines.items() if name in unreadable],
+        num_images=len(index.image_ids) if index else 0,
+        num_shards=len(index.shards) if index else 0,
+    )
 
 
 def _check_spec(location: Location) -> Spec:
-    path = location.path(SPEC, MAX_JSON_BYTES)
-    spec = Spec.read(path)
-    with naming(path):
+    spec = location.read_spec()
+    path = location.path(SPEC_FILE)
+    with path_in_errors(path):
         data = path.read_bytes()
     if data != spec.to_json():
         raise SpecMismatchError(
@@ -141,74 +143,58 @@ def _check_spec(location: Location) -> Spec:
     return spec
 
 
-def _check_index(location: Location, spec: Spec) -> StoreTable:
-    path = location.path(INDEX)
+def _check_index(location: Location, spec: Spec) -> StoreIndex:
+    path = location.path(INDEX_FILE)
     check_own_hash(path)
-    return StoreTable.read(path, spec)
+    return StoreIndex.read(path, spec)
 
 
-def _check_probe(location: Location, table: StoreTable) -> Problems:
-    if table.probe_sha256 is None:
-        return []
-    try:
-        path = location.path(PROBE, sha256=table.probe_sha256)
-        if sha256_of(path) != table.probe_sha256:
-            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX}. {REMEDY}")
-        return []
-    except (PatchcacheError, OSError) as error:
-        return [(PROBE, error)]
+def _check_probe(location: Location, index: StoreIndex) -> None:
+    if index.probe_sha256 is not None:
+        path = location.path(PROBE_FILE, sha256=index.probe_sha256)
+        if sha256_of(path) != index.probe_sha256:
+            raise CorruptShardError(f"{path}: its sha256 is not the one in {INDEX_FILE}. {REMEDY}")
 
 
-def _check_shard(
-    location: Location,
-    spec: Spec,
-    table: StoreTable,
-    number: int,
-    progress: Callable[[int], object] | None,
-) -> None:
-    file = table.shards[number]
-    location.check_size(file)
-    shard = open_shard(location.shard_path(file), spec)
-    table.check_shard(number, shard)
-    mine = table.by_shard[number]
-    key = shard_key(spec.fingerprint, table.image_ids[mine], table.source_xxh3[mine])
-    if f"{key}.h5" != file.name:
+def _check_name(shard: Shard, spec: Spec, index: StoreIndex, number: int) -> None:
+    """Hold a shard's name, which is a hash, against the images that the index has for it."""
+    rows = index.by_shard[number]
+    key = shard_key(spec.fingerprint, index.image_ids[rows], index.source_xxh3[rows])
+    if f"{key}.h5" != index.shards[number].name:
         raise CorruptShardError(
             f"{shard.path}: the images that the index has for it make the name {key}.h5. Ids or "
             f"hashes of image files are wrong. {REMEDY}"
         )
-    if progress:
-        _check_bytes(shard, file.sha256, progress)
 
 
 def _check_bytes(shard: Shard, sha256: str, progress: Callable[[int], object]) -> None:
     """Read a shard once, from front to back.
 
     Raises:
-        CorruptShardError: Its bytes are not those that the hashes were taken of.
+        CorruptShardError: Its bytes differ from those that were hashed, or are not finite.
     """
     digest = hashlib.sha256()
     row_bytes = math.prod(shard.shape[1:]) * np.dtype("<f2").itemsize
     buffer = np.empty(max(1, BLOCK_BYTES // row_bytes) * row_bytes, np.uint8)
-    bad = np.zeros(len(shard.image_ids), bool)
+    is_bad = np.zeros(len(shard.image_ids), bool)
     done = 0
-    with naming(shard.path), shard.path.open("rb") as file:
+    with path_in_errors(shard.path), shard.path.open("rb") as file:
         for block in _blocks(file, buffer, shard.offset):
             digest.update(block.data)
-        for block in _blocks(file, buffer, len(bad) * row_bytes):
+        for block in _blocks(file, buffer, len(is_bad) * row_bytes):
             digest.update(block.data)
             rows = block.reshape(-1, row_bytes)
-            mine = slice(done, done + len(rows))
-            bad[mine] = (hash_rows(rows) != shard.row_xxh3[mine]) | ~_finite(rows)
+            place = slice(done, done + len(rows))
+            is_bad[place] = (hash_rows(rows) != shard.row_xxh3[place]) | ~_finite(rows)
             done += len(rows)
             progress(len(block))
         while rest := file.read(BLOCK_BYTES):
             digest.update(rest)
-    if bad.any():
-        ids = ", ".join(map(str, shard.image_ids[bad][:NAMED_IDS]))
+    if is_bad.any():
         raise CorruptShardError(
-            f"{shard.path}: {int(bad.sum())} rows have another hash than when they were "
-            f"written, or values that are not finite: images {ids}. {REMEDY}"
+            f"{shard.path}: {int(is_bad.sum())} rows have another hash than when they were "
+            f"written, or values that are not finite: images "
+            f"{first_few(shard.image_ids[is_bad])}. {REMEDY}"
         )
     if digest.hexdigest() != sha256:
         raise CorruptShardError(
@@ -229,6 +215,6 @@ def _blocks(
 
 
 def _finite(rows: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Tell which rows of float16 bytes hold finite numbers only: bool [rows]."""
+    """Return which rows of float16 bytes hold finite numbers only: bool [rows]."""
     is_finite: NDArray[np.bool_] = (rows.view("<u2") & MAGNITUDE).max(axis=1) < INFINITY
     return is_finite

@@ -1,8 +1,8 @@
-"""Drops damaged files of a store from the cache of DVC, which would bring the damage back.
+"""Deletes damaged files of a store from DVC's cache, from which DVC would restore the damage.
 
-A published shard and its object in DVC's cache can be one file on the disk, so that damage to one
-is damage to both. DVC trusts an object that is write-protected without reading it: it would link
-the damaged object over a shard that was encoded again, and restore one that was deleted from it.
+A published shard and its object in DVC's cache can be one file on the disk, damaged together. DVC
+trusts a write-protected object without reading it: it would link the damaged object over a shard
+that was encoded again, and restore a deleted shard from it.
 """
 
 import configparser
@@ -13,39 +13,35 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from workspace.errors import StageError
-
-from .files.atomic import CHUNK_BYTES, naming
+from .errors import CacheError
+from .files.atomic import path_in_errors
 from .files.foreign import reading_foreign_file
 
 MD5 = re.compile(r"[0-9a-f]{32}")
-"""A listing that was received could name a path instead."""
+"""A listing from another machine could hold a path instead."""
 
 
 def drop_damaged_objects(root: Path, names: Collection[str]) -> list[Path]:
-    """Delete the objects of some files whose bytes are not those that DVC stored.
-
-    A sound object stays, and so does every object of other files.
+    """Delete the damaged objects of some files.
 
     Args:
         root: The store's folder, in a DVC repository or not.
-        names: File names of shards, or of other files of a store. Objects that DVC stored under
-            such a name in any folder and at any time are looked at.
+        names: File names of shards, or of other files of a store. All objects that DVC ever stored
+            under such a name, in any folder, are checked.
 
     Returns:
-        The objects that were deleted. Those that DVC needs come back from a remote with
-        `dvc pull`, or when the stage runs.
+        The deleted objects. `dvc pull` or the stage brings back those that DVC needs.
     """
     objects = _objects_folder(root)
     if objects is None:
         return []
-    dropped = []
+    deleted = []
     for md5 in filter(MD5.fullmatch, sorted(_stored_as(objects, names))):
         path = objects / md5[:2] / md5[2:]
         if path.is_file() and _md5_of(path) != md5:
             path.unlink()
-            dropped.append(path)
-    return dropped
+            deleted.append(path)
+    return deleted
 
 
 def _objects_folder(root: Path) -> Path | None:
@@ -60,37 +56,34 @@ def _objects_folder(root: Path) -> Path | None:
 def _cache_of(settings: Path) -> Path:
     """Read `cache.dir`; a path in DVC's settings is relative to the file that has it."""
     parser = configparser.ConfigParser(interpolation=None, strict=False)
-    # Damaged settings are for DVC to complain of.
+    # DVC itself reports damaged settings.
     with contextlib.suppress(configparser.Error):
         parser.read([settings / "config", settings / "config.local"], encoding="utf-8")
     return settings / Path(parser.get("cache", "dir", fallback="cache")).expanduser()
 
 
 def _stored_as(objects: Path, names: Collection[str]) -> set[str]:
-    """Return the md5 of each of the files, in any folder that DVC has stored."""
+    """Return all md5 under which DVC has stored files of these names."""
     return {
         md5
         for listing in objects.glob("*/*.dir")
-        if _md5_of(listing) == listing.parent.name + listing.stem  # or it is damaged itself
+        if _md5_of(listing) == listing.parent.name + listing.stem  # a listing can be damaged, too
         for name, md5 in _entries(listing)
         if name in names
     }
 
 
 def _entries(listing: Path) -> list[tuple[str, str]]:
-    """Return name and md5 of each file of a folder that DVC has stored."""
+    """Return name and md5 of each file in DVC's listing of a folder."""
     try:
-        with reading_foreign_file(StageError, listing):
+        with reading_foreign_file(CacheError, listing):
             entries = json.loads(listing.read_bytes())
             return [(e["relpath"].rpartition("/")[2], str(e["md5"])) for e in entries]
-    except StageError:
-        # Nobody could bring a file back by what is no listing.
+    except CacheError:
+        # DVC cannot restore a file from a damaged listing either.
         return []
 
 
 def _md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with naming(path), path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path_in_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

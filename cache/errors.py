@@ -10,18 +10,20 @@
         |-- CorruptShardError      bytes that differ from what was written
         |-- UnsafeShardError       a shard whose structure no writer of this format makes
         |-- IncompleteStoreError   a folder that is not a whole store
-        |-- FolderInUseError       a folder that another process writes
-        `-- UnreachableStoreError  a server that does not deliver: nothing is known of its store
+        `-- UnreachableStoreError  a server that does not deliver
 
 Each text says what was checked, what was wanted, what was found, where, and what to do.
 """
 
-REMEDY = "Run `dvc pull`, or `python -m cache.verify --repair` on its folder and the extract stage."
-"""What to do about a file of a store that is not as it was written."""
+REMEDY = (
+    f"Run `dvc pull`, or `python -m {__package__}.verify --repair` on its folder and the extract "
+    f"stage."
+)
+"""What to do about a damaged or missing file of a store."""
 
 
 class PatchcacheError(Exception):
-    """Base of all errors raised on purpose; a command ends with their `exit_code`."""
+    """Base of all errors that the project raises on purpose; `exit_code` is a command's."""
 
     exit_code = 1
 
@@ -48,7 +50,7 @@ class MissingImageError(CacheError, KeyError):
     """An image id that is not in the store."""
 
     def __str__(self) -> str:
-        # KeyError prints the repr of its argument, which would quote the whole sentence.
+        # KeyError would print the repr of the text.
         return str(self.args[0]) if self.args else ""
 
 
@@ -62,13 +64,6 @@ class UnsafeShardError(CacheError, ValueError):
 
 class IncompleteStoreError(CacheError, FileNotFoundError):
     """A folder that lacks a part of a store."""
-
-    def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
-
-class FolderInUseError(CacheError, RuntimeError):
-    """A folder that another process writes at this moment."""
 
 
 class UnreachableStoreError(CacheError, ConnectionError):

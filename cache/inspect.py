@@ -1,20 +1,14 @@
-"""Command: says what is in a store, on one screen.
-
-python -m cache.inspect data/features
-"""
+"""Command: shows what is in a store, on one screen."""
 
 import dataclasses
 
 from .cli.command import command_parser, run_guarded
-from .cli.sizes import human_size
 from .store import FeatureStore
-
-NAMED_SHARDS = 3
-"""How many shards that are not there it names."""
+from .texts import first_few, human_size
 
 
 def inspect(root: str) -> None:
-    """Print spec, counts and sizes of a store, and which of its shards are not there.
+    """Print spec, counts and sizes of a store, and the names of its missing shards.
 
     Args:
         root: Folder or fsspec URL.
@@ -23,21 +17,18 @@ def inspect(root: str) -> None:
         PatchcacheError: Not a store.
     """
     store = FeatureStore(root, partial=True)
-    image_ids = store.image_ids
-    here = store.num_shards - len(store.missing_shards)
+    missing = store.missing_shards
+    here = store.num_shards - len(missing)
     print(f"{root}: {len(store)} images in {here} shards, {human_size(store.num_bytes)}")
-    if store.missing_shards:
-        names = ", ".join(store.missing_shards[:NAMED_SHARDS])
-        more = ", ..." * (len(store.missing_shards) > NAMED_SHARDS)
-        print(
-            f"not here     {len(store.missing_shards)} of {store.num_shards} shards: {names}{more}"
-        )
+    if missing:
+        names = first_few(missing, 3)
+        print(f"not here     {len(missing)} of {store.num_shards} shards: {names}")
     if len(store):
-        print(f"image ids    {image_ids[0]} to {image_ids[-1]}")
+        print(f"image ids    {store.image_ids[0]} to {store.image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")
     print(f"fingerprint  {store.fingerprint}")
     for name, value in dataclasses.asdict(store.spec).items():
-        # As Python spells it: a text of another's can hold what steers a terminal.
+        # As `repr` spells it: a text from another machine can hold codes that steer a terminal.
         print(f"  {name:<20} {value!r}")
 
 

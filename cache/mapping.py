@@ -1,9 +1,9 @@
-"""One array over the features of all shards, so that a batch is gathered by a single `numpy.take`.
+"""One array over the features of all shards, so that a single `numpy.take` gathers a batch.
 
-A range of addresses is reserved first. Each shard's features are then mapped into it, a whole
-number of rows apart, so that every row lies at a multiple of the row's size from the start; and,
-where there is room, where the file's huge pages can be mapped as such. Pages are read when they are
-first touched, and shared by all processes.
+A range of addresses is reserved first, and the features of each shard are mapped into it, a whole
+number of rows apart: every row starts at a multiple of the row's size. If addresses suffice, shards
+are also placed so that huge pages of a file can be mapped. The system reads a page when it is first
+touched, and all processes share it.
 
 Letters: P patches, D width of the vision tower.
 """
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from .errors import CorruptShardError
 
 MAP_FIXED = 0x10
-"""Put the mapping exactly there: <sys/mman.h> of Linux and macOS."""
+"""Flag that puts a mapping at a given address: <sys/mman.h> of Linux and macOS."""
 
 MAP_FAILED = ctypes.c_void_p(-1).value
 
@@ -30,35 +30,34 @@ HUGE_PAGE = 1 << 21
 """Bytes of a huge page of x86-64 and of 64-bit Arm."""
 
 MAX_RESERVED_BYTES = 1 << 45
-"""Most addresses that are reserved for huge pages: a quarter of what a process has."""
+"""Most bytes of addresses to reserve for huge pages: a quarter of what a process has."""
 
 HUGE_SHARE = 0.5
-"""Share of the memory up to which a store is read in huge pages."""
+"""A store is read in huge pages if it needs at most this share of the memory."""
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 """Bytes that a container may use, or "max"."""
 
 
-class RowSpace:
-    """Addresses for the rows of some shards; a shard's rows can be read once it is attached."""
+class FeatureMapping:
+    """An array over the rows of all shards; a shard's rows can be read once it is attached."""
 
     def __init__(self, num_rows: Sequence[int], patches: int, width: int, offset: int = 0) -> None:
-        """Reserve addresses; takes no memory.
+        """Reserve addresses, which takes no memory.
 
         Args:
             num_rows: Rows of each shard.
             patches: P.
             width: D.
-            offset: Where the features start in the files of most shards, in bytes. A page of a
-                file can be mapped as a huge one if it is as far from a multiple of its size here as
-                it is there.
+            offset: Bytes before the features in most shard files. A huge page can be mapped if its
+                address and its offset in the file are equal modulo its size.
         """
         self._row_bytes = patches * width * np.dtype("<f2").itemsize
         sizes = self._spaced(num_rows, HUGE_PAGE)
         if int(sizes.sum()) * self._row_bytes > MAX_RESERVED_BYTES:
             sizes = self._spaced(num_rows, mmap.ALLOCATIONGRANULARITY)
         self.starts: NDArray[np.int64] = np.cumsum(sizes) - sizes
-        """Row of each shard's first row in `rows`."""
+        """Position of each shard's first row in `rows`."""
         num_bytes = int(sizes.sum()) * self._row_bytes
         self._reserved = _reserve(num_bytes + HUGE_PAGE)
         address = np.frombuffer(self._reserved, np.uint8).ctypes.data
@@ -75,8 +74,8 @@ class RowSpace:
         self._libc_mmap.argtypes += [ctypes.c_longlong]
 
     def _spaced(self, num_rows: Sequence[int], page: int) -> NDArray[np.int64]:
-        """Round the rows of each shard up to a number that fills whole pages, and one row more:
-        the next mapping may begin in the page before its rows.
+        """Return the rows to reserve for each shard: they fill whole pages, and there is at least
+        one more than the shard has, since the next mapping may begin in the page before its rows.
         """
         unit = math.lcm(self._row_bytes, page) // self._row_bytes
         return np.array([(n // unit + 1) * unit for n in num_rows] or [unit], dtype=np.int64)
@@ -87,12 +86,13 @@ class RowSpace:
         Args:
             number: Of the shard.
             path: Its file.
-            num_bytes: Size that the file must have.
-            offset: Where in the file the features start, a multiple of the page size.
-            rows: How many there are.
+            num_bytes: Expected size of the file.
+            offset: Bytes before the features in the file, a multiple of 4096.
+            rows: Number of rows.
 
         Raises:
-            CorruptShardError: The file has another size by now.
+            CorruptShardError: The file has another size.
+            OSError: The system cannot map it; names the file.
         """
         if not rows:
             return
@@ -105,7 +105,7 @@ class RowSpace:
                     f"store again; published files must be replaced, never written into."
                 )
             wanted = self.rows.ctypes.data + int(self.starts[number]) * self._row_bytes
-            # Mappings begin with a page, which can be larger than the 4096 bytes of the format.
+            # A mapping begins with a page, which can be larger than the format's 4096 bytes.
             before = offset % mmap.PAGESIZE
             address = self._libc_mmap(
                 wanted - before,
@@ -121,13 +121,13 @@ class RowSpace:
             reason = os.strerror(ctypes.get_errno())
             raise OSError(ctypes.get_errno(), f"cannot be mapped: {reason}", str(path))
         if self._in_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-            # A touch of a page that is not in memory then reads 2 MB at least, which is right only
-            # if they are still there when their other rows are asked for.
+            # The first touch of a huge page reads 2 MB. That pays only if they stay in memory until
+            # their other rows are needed.
             with contextlib.suppress(OSError):
                 self._advise(number, rows, mmap.MADV_HUGEPAGE)
 
     def read_ahead(self, number: int, rows: int) -> None:
-        """Ask the system to bring the features of an attached shard into memory; does not wait."""
+        """Ask the system to read an attached shard's features into memory; does not wait."""
         self._advise(number, rows, mmap.MADV_WILLNEED)
 
     def _advise(self, number: int, rows: int, advice: int) -> None:
@@ -137,7 +137,7 @@ class RowSpace:
 
 
 def memory_bytes() -> int:
-    """Return how much memory this process can use: the machine's, or its container's."""
+    """Return the bytes of memory that this process can use: the machine's, or its container's."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):
         return min(physical, int(CGROUP_LIMIT.read_text()))
@@ -151,6 +151,6 @@ def _reserve(num_bytes: int) -> mmap.mmap:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}: {num_bytes} bytes of addresses, of which none is memory yet, "
-            f"cannot be reserved for the shards. See `ulimit -v`",
+            f"{error.strerror}: {num_bytes} bytes of addresses (not of memory) cannot be reserved "
+            f"for the shards. See `ulimit -v`",
         ) from None

@@ -1,7 +1,7 @@
-"""Which image lies in which shard, and what a shard is called: pure functions, no files.
+"""Assigns images to shards, and names shards: pure functions, no files.
 
-A cut depends on the ids beside it only, so that adding or removing an image changes the shards
-up to the next cut and no others (content-defined chunking, as in rsync and restic).
+A shard ends after an image whose hashed id says so, or when it is full. So adding or removing an
+image changes only the shards up to the next such image (content-defined chunking, as in rsync).
 """
 
 import hashlib
@@ -39,10 +39,10 @@ def plan_shards(
         image_ids: [N] in any order, without repeats.
         source_xxh3: [N] hashes of the image files, in the same order.
         fingerprint: Of the spec of the features.
-        shard_rows: Mean rows in a shard; none holds more than twice as many.
+        shard_rows: Mean rows in a shard; the largest shard has twice as many.
 
     Returns:
-        The shards in order of image id. Depends on the set of images alone.
+        The shards in order of image id. They depend on the set of images alone.
     """
     order = np.argsort(image_ids)
     image_ids, source_xxh3 = image_ids[order], source_xxh3[order]
@@ -68,7 +68,7 @@ def _cuts(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, 
 def shard_key(
     fingerprint: str, image_ids: NDArray[np.int64], source_xxh3: NDArray[np.uint64]
 ) -> str:
-    """Name a shard after what it must hold: encoder, images and their bytes."""
+    """Return the 16 hexadecimal digits of a shard: a hash of encoder, images and their bytes."""
     rows = np.empty(len(image_ids), dtype=[("image_id", "<i8"), ("source_xxh3", "<u8")])
     rows["image_id"], rows["source_xxh3"] = image_ids, source_xxh3
     return hashlib.sha256(fingerprint.encode() + rows.tobytes()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Makes a store out of finished shards: links them into a folder, writes the index last.
+"""Makes a store of finished shards: links them into a folder, and writes the index last.
 
-Published files are replaced by rename, never written into, so that what a reader has mapped stays
-as it is. A shard that it has not mapped yet may be gone.
+Published files are replaced by rename, never written into, so that the mappings of readers stay
+valid. A reader can miss a deleted shard that it has not mapped yet.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ import numpy as np
 from .files.atomic import link_or_copy, sha256_of, write_bytes
 from .plan import PlannedShard
 from .shard import open_shard
-from .spec import Spec
-from .store_index import INDEX, PROBE, ShardFile, StoreTable
+from .spec import SPEC_FILE, Spec
+from .store_index import INDEX_FILE, PROBE_FILE, ShardFile, StoreIndex
 
 
 def publish(
@@ -24,49 +24,49 @@ def publish(
     hashes: Mapping[str, str],
     probe: Path | None = None,
 ) -> None:
-    """Publish a store, and drop the files that it had before and has no more.
+    """Publish a store, and delete files of its former content.
 
     Args:
         root: The store's folder.
         plan: Its shards, in order of image id.
-        finished: The folder in which a valid file of each of them lies.
+        finished: Folder that holds a valid file of each shard.
         spec: Of the features.
-        hashes: The sha256 of each of these files, by name.
-        probe: A file with the encoder's probe, which becomes a part of the store.
+        hashes: The sha256 of each shard file, by name.
+        probe: File with the encoder's probe, which becomes a part of the store.
     """
     root.mkdir(parents=True, exist_ok=True)
     for shard in plan:
         link_or_copy(finished / shard.name, root / shard.name)
     if probe:
-        link_or_copy(probe, root / PROBE)
-    table = _describe(root, plan, spec, hashes, sha256_of(probe) if probe else None)
-    write_bytes(root / "spec.json", spec.to_json())
-    table.write(root / INDEX)
-    names = {shard.name for shard in plan} | ({PROBE} if probe else set())
-    for path in [*root.glob("*.h5"), *root.glob(PROBE), *root.glob(".*.partial")]:
+        link_or_copy(probe, root / PROBE_FILE)
+    index = _make_index(root, plan, spec, hashes, sha256_of(probe) if probe else None)
+    write_bytes(root / SPEC_FILE, spec.to_json())
+    index.write(root / INDEX_FILE)
+    names = {shard.name for shard in plan} | ({PROBE_FILE} if probe else set())
+    for path in [*root.glob("*.h5"), *root.glob(PROBE_FILE), *root.glob(".*.partial")]:
         if path.name not in names:
             path.unlink()
 
 
-def _describe(
+def _make_index(
     root: Path,
     plan: list[PlannedShard],
     spec: Spec,
     hashes: Mapping[str, str],
     probe_sha256: str | None,
-) -> StoreTable:
-    """Read the published shards back and make the index of them."""
+) -> StoreIndex:
+    """Read the published shards back and build their index."""
     shards = [open_shard(root / planned.name, spec) for planned in plan]
     files = [ShardFile(s.path.name, s.path.stat().st_size, hashes[s.path.name]) for s in shards]
     by_name = sorted(files, key=lambda file: file.name)
     numbers = {file.name: number for number, file in enumerate(by_name)}
-    sizes = [len(shard.image_ids) for shard in shards]
-    return StoreTable(
+    num_rows = [len(shard.image_ids) for shard in shards]
+    return StoreIndex(
         fingerprint=spec.fingerprint,
         shards=tuple(by_name),
         image_ids=np.concatenate([shard.image_ids for shard in shards]),
-        shard_number=np.repeat([numbers[file.name] for file in files], sizes).astype(np.int32),
-        row=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes]),
+        shard_number=np.repeat([numbers[file.name] for file in files], num_rows).astype(np.int32),
+        row=np.concatenate([np.arange(count, dtype=np.int32) for count in num_rows]),
         row_xxh3=np.concatenate([shard.row_xxh3 for shard in shards]),
         source_xxh3=np.concatenate([planned.source_xxh3 for planned in plan]),
         probe_sha256=probe_sha256,

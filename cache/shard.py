@@ -1,8 +1,8 @@
-"""One shard file: writing it, and checking it before anything in it is trusted.
+"""Writes a shard file, and checks its structure before its content is trusted.
 
 A shard is an HDF5 file whose root holds exactly `features`, `image_id` and `row_xxh3`, all
-contiguous and unfiltered, so that `features` can be memory-mapped at its file offset. HDF5 can
-make a reader follow links, external files and filters; none of that is followed here.
+contiguous and unfiltered, so that `features` can be memory-mapped at its file offset. Links,
+external files and filters of a received file are refused before HDF5 follows them.
 
 Letters: N rows, P patches, D width of the vision tower.
 """
@@ -12,7 +12,6 @@ import functools
 import math
 import os
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,18 @@ from .errors import (
     SpecMismatchError,
     UnsafeShardError,
 )
-from .files.atomic import write_bytes
-from .files.foreign import one_line, reading_foreign_file
+from .files.atomic import check_ordinary, write_bytes
+from .files.foreign import reading_foreign_file
 from .files.object_headers import find_tree
 from .files.sparse import SparseFile
 from .spec import MAX_JSON_BYTES, Spec, check_same_spec
+from .texts import first_few, one_line
 
 ALIGNMENT = 4096
-"""File offset of the features is a multiple of this many bytes: a page of memory."""
+"""The file offset of the features is a multiple of this: a page of memory, in bytes."""
 
 LIBRARY_VERSIONS = ("v110", "v110")
-"""Both bounds of the HDF5 file format, so that any library writes the same bytes."""
+"""Lower and upper bound of the file format, so that every HDF5 library writes equal bytes."""
 
 DATASETS = {
     b"features": (h5py.h5t.IEEE_F16LE, 3),
@@ -47,13 +47,10 @@ DATASETS = {
 }
 """Type and number of dimensions of each dataset."""
 
-MAX_NAMED = 8
-"""How many names of a root an error names."""
-
 
 @dataclass(frozen=True)
 class Shard:
-    """A checked shard: where its features lie, and what it says about its rows."""
+    """A checked shard: everything but its features."""
 
     path: Path
     offset: int
@@ -77,7 +74,7 @@ def write_shard(
     features_NPD: NDArray[np.float16],
     row_xxh3: NDArray[np.uint64] | None = None,
 ) -> None:
-    """Write a shard, whole or not at all; the arguments are those of `shard_bytes`."""
+    """Write a shard, whole or not at all. The arguments are those of `shard_bytes`."""
     write_bytes(path, *shard_bytes(spec, image_ids, features_NPD, row_xxh3))
 
 
@@ -87,15 +84,15 @@ def shard_bytes(
     features_NPD: NDArray[np.float16],
     row_xxh3: NDArray[np.uint64] | None = None,
 ) -> list[bytes | memoryview]:
-    """Return the bytes of a shard in pieces. Equal content gives equal bytes.
+    """Return the bytes of a shard in consecutive pieces. Equal content gives equal bytes.
 
-    The features are one of the pieces as they are, not copied: a shard can have gigabytes.
+    One of the pieces is the array of features itself, not a copy: a shard can have gigabytes.
 
     Args:
         spec: Of the features.
         image_ids: [N], ascending.
         features_NPD: float16 [N, P, D], C-contiguous.
-        row_xxh3: What `hash_rows` gives for them; asked of it when not given.
+        row_xxh3: `hash_rows(features_NPD)`; computed when not given.
     """
     features = features_NPD.astype("<f2", copy=False)
     image = SparseFile()
@@ -106,13 +103,13 @@ def shard_bytes(
         fileobj=image,
         libver=LIBRARY_VERSIONS,
         track_order=False,
-        # Of any size: a last shard of one small row is aligned too.
+        # Aligns datasets of any size, also a last shard of one small row.
         alignment_threshold=1,
         alignment_interval=ALIGNMENT,
     ) as file:
         dataset = file.create_dataset("features", features.shape, "<f2", track_times=False)
         if features.size:
-            # Any value makes HDF5 choose the place of all; they are put there below.
+            # Writing one value makes HDF5 allocate the dataset; the features follow below.
             dataset[0, 0, 0] = 0
         start = dataset.id.get_offset() or 0
         for name, values in (
@@ -131,24 +128,22 @@ def open_shard(path: Path, spec: Spec) -> Shard:
     """Check a shard's structure and read everything but its features.
 
     Raises:
-        CorruptShardError: HDF5 cannot read it, or its parts do not fit together.
+        CorruptShardError: HDF5 cannot read it, or its parts contradict each other.
         UnsafeShardError: Anything but three plain contiguous datasets.
         SpecMismatchError: Another encoder wrote it.
-        OSError: The system could not read it; it names the file.
+        OSError: The system could not read it; names the file.
     """
 
     def refuse(detail: str) -> CorruptShardError:
         return CorruptShardError(f"{path}: HDF5 cannot read it ({detail}). {REMEDY}")
 
-    if not path.is_file():
-        # A pipe would be waited for.
-        raise refuse("no such file")
+    check_ordinary(path, refuse)
     with reading_foreign_file(refuse, path):
         if tree := find_tree(path):
             raise _unsafe(path, tree)
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
         access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
-        # Readers never write, and some shared file systems refuse locks.
+        # Readers need no lock, and some shared file systems refuse locks.
         access.set_file_locking(False, True)
         file = h5py.h5f.open(os.fsencode(path), h5py.h5f.ACC_RDONLY, access)
         try:
@@ -158,13 +153,13 @@ def open_shard(path: Path, spec: Spec) -> Shard:
 
 
 def _read_checked(file: h5py.h5f.FileID, path: Path, spec: Spec) -> Shard:
-    # h5py's low level: a store of a thousand shards opens within a second.
+    # h5py's low-level interface: a store of a thousand shards opens within a second.
     root = h5py.h5g.open(file, b"/")
     if file.get_create_plist().get_userblock():
         raise _unsafe(path, "it starts with a user block")
     if root.get_num_objs() != len(DATASETS) or set(root) != DATASETS.keys():
-        names = sorted(name.decode(errors="replace") for name in islice(root, MAX_NAMED))
-        raise _unsafe(path, f"its root holds {one_line(names)}, wanted {sorted(DATASETS)}")
+        names = one_line(first_few(name.decode(errors="replace") for name in root))
+        raise _unsafe(path, f"its root holds {names}, wanted {sorted(DATASETS)}")
     _check_attributes(root, path, spec)
     num_bytes = path.stat().st_size
     features, image_id, row_xxh3 = (
@@ -195,7 +190,7 @@ def _checked_dataset(
     root: h5py.h5g.GroupID, name: bytes, path: Path, num_bytes: int
 ) -> h5py.h5d.DatasetID:
     text = name.decode()
-    # The link is looked at before it is followed: it may lead into another file.
+    # Checked before it is followed: a link can lead into another file.
     if root.links.get_info(name).type != h5py.h5l.TYPE_HARD:
         raise _unsafe(path, f"{text} is a link")
     if h5py.h5o.get_info(root, name).type != h5py.h5o.TYPE_DATASET:
@@ -218,7 +213,7 @@ def _checked_dataset(
 
 
 def _check_extent(dataset: h5py.h5d.DatasetID, name: str, path: Path, num_bytes: int) -> None:
-    """Refuse a dataset that the file does not hold as a whole."""
+    """Refuse a dataset that is not entirely in the file, or not aligned."""
     wanted = math.prod(dataset.shape) * DATASETS[name.encode()][0].get_size()
     offset = dataset.get_offset()
     if wanted and (offset is None or offset + wanted > num_bytes):
@@ -233,7 +228,7 @@ def _check_attributes(root: h5py.h5g.GroupID, path: Path, spec: Spec) -> None:
         raise _unsafe(path, f"its root has not exactly the attributes {sorted(wanted)}")
     found = {name: _read_text(root, name, path) for name in wanted}
     if found["fingerprint"] != wanted["fingerprint"]:
-        # Says which fields differ, where the shard's own spec can be read.
+        # Names the fields that differ, if the shard's own spec can be read.
         with contextlib.suppress(IncompleteStoreError):
             check_same_spec(Spec.from_json(found["spec"], f"{path}: spec"), spec, str(path))
     for name in sorted(wanted):

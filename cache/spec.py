@@ -1,7 +1,7 @@
-"""What features are: everything that decides their numbers, and the fingerprint over it.
+"""The spec of features: everything that decides their numbers, and its fingerprint.
 
-Two stores with equal fingerprints hold interchangeable features; with different ones they are
-never mixed.
+Stores with equal fingerprints hold interchangeable features; features of different fingerprints
+are never mixed.
 """
 
 import dataclasses
@@ -14,22 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from .errors import REMEDY, FormatVersionError, IncompleteStoreError, SpecMismatchError
-from .files.atomic import canonical_json, naming
-from .files.foreign import one_line, reading_foreign_file
+from .files.atomic import canonical_json, path_in_errors
+from .files.foreign import reading_foreign_file
+from .texts import one_line
 
 FORMAT = "patchcache/1"
 """Version of the shard and index layout; a reader refuses any other."""
 
-
-SPEC = "spec.json"
+SPEC_FILE = "spec.json"
 
 MAX_JSON_BYTES = 1 << 16
-"""A spec's JSON has about 700 bytes; no more than this is ever read."""
+"""Most bytes of a spec's JSON that are read; it has about 700."""
 
 MAX_FLOAT = sys.float_info.max
 
 MAX_ROW_VALUES = 1 << 30
-"""Most values of one image: far more than any tower gives, and few enough for sums in 64 bits."""
+"""Most values of one image: far more than any encoder gives, and few enough for 64-bit sums."""
+
+COUNTS = ("image_size", "batch_size", "patches", "width")
+"""Fields that are at least 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class Spec:
     """Over names, types, shapes and values of the vision tower's tensors, not over a file."""
     activation: str
     layer: int
-    """Block whose output is stored, counted from the end."""
+    """Block whose output is stored, counted from the end: -2 is the second to last."""
     tokens: str
     """"patch": class token dropped, rows of the picture from the top left."""
     normalized: bool
@@ -73,7 +76,7 @@ class Spec:
     @classmethod
     def read(cls, path: Path) -> "Spec":
         """Read a store's spec.json; the errors are those of `from_json`."""
-        with naming(path), path.open("rb") as file:
+        with path_in_errors(path), path.open("rb") as file:
             return cls.from_json(file.read(MAX_JSON_BYTES), str(path))
 
     @classmethod
@@ -86,23 +89,26 @@ class Spec:
 
         Raises:
             IncompleteStoreError: Not the JSON of a spec.
-            SpecMismatchError: Another format version, or a fingerprint that does not fit.
+            SpecMismatchError: Another format version, or a fingerprint that does not match.
         """
 
         def refuse(detail: str) -> IncompleteStoreError:
             return IncompleteStoreError(f"{where}: not the JSON of a spec ({detail}). {REMEDY}")
 
         with reading_foreign_file(refuse):
-            return cls._from_values(_parse(text), where)
+            values = json.loads(text)
+            if not isinstance(values, dict):
+                raise ValueError(f"{type(values).__name__} and no object")
+            return cls._from_values(values, where)
 
     @classmethod
     def _from_values(cls, values: dict[str, Any], where: str) -> "Spec":
         found = values.get("format")
         fingerprint = values.pop("fingerprint", None)
         if found != FORMAT:
-            # With a fingerprint that fits, it is as it was written, whatever it is.
-            is_whole = hashlib.sha256(canonical_json(values)).hexdigest() == fingerprint
-            raise (FormatVersionError if is_whole else SpecMismatchError)(
+            # A matching fingerprint means an intact file of another version, not a damaged one.
+            is_intact = hashlib.sha256(canonical_json(values)).hexdigest() == fingerprint
+            raise (FormatVersionError if is_intact else SpecMismatchError)(
                 f"{where}: format is {one_line(repr(found))}, wanted {FORMAT!r}. "
                 f"Read it with the version of patchcache that wrote it."
             )
@@ -123,36 +129,22 @@ class Spec:
         return spec
 
 
-def _parse(text: bytes) -> dict[str, Any]:
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        raise ValueError(f"{type(values).__name__} and no object")
-    return values
-
-
 def _check_types(values: dict[str, Any], where: str) -> None:
-    """Refuse values that no spec holds: a fitting fingerprint can be made for any of them."""
-    wrong = [
-        field.name
-        for field in dataclasses.fields(Spec)
-        if field.name not in ("mean", "std") and type(values[field.name]) is not field.type
-    ]
-    wrong += [
-        name
-        for name in ("mean", "std")
-        if not isinstance(values[name], list)
-        or not all(type(v) in (int, float) and abs(v) <= MAX_FLOAT for v in values[name])
-    ]
-    wrong += [
-        name
-        for name in ("image_size", "batch_size", "patches", "width")
-        if name not in wrong and values[name] < 1
-    ]
+    """Refuse values that no spec holds: a forged file can have a matching fingerprint."""
+    wrong = [f.name for f in dataclasses.fields(Spec) if not _is_valid(f, values[f.name])]
     if not wrong and values["patches"] * values["width"] > MAX_ROW_VALUES:
         wrong = ["patches", "width"]
     if wrong:
         details = "; ".join(f"{name} is {values[name]!r}" for name in wrong)
         raise IncompleteStoreError(f"{where}: no spec has that: {one_line(details)}. {REMEDY}")
+
+
+def _is_valid(field: dataclasses.Field[Any], value: Any) -> bool:
+    if field.name in ("mean", "std"):
+        return isinstance(value, list) and all(
+            type(number) in (int, float) and abs(number) <= MAX_FLOAT for number in value
+        )
+    return type(value) is field.type and not (field.name in COUNTS and value < 1)
 
 
 def check_same_spec(found: Spec, wanted: Spec, where: str) -> None:

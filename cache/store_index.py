@@ -1,17 +1,18 @@
-"""`index.parquet` of a store: one row an image, and what each shard file must be.
+"""`index.parquet` of a store: one row for each image, and size and hash of each shard file.
 
-Read with bounds on everything that later becomes a path, an offset or a size. Its bytes carry
-their own sha256, so that a flipped bit is found wherever it is.
+Everything that later becomes a path, an offset or a size is checked while it is read. The file
+carries its own sha256, so that a flipped bit is found wherever it is.
 """
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +20,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from .errors import REMEDY, CorruptShardError, IncompleteStoreError, SpecMismatchError
-from .files.atomic import naming, write_bytes
-from .files.parquet import open_parquet, values_of
+from .files.atomic import path_in_errors, write_bytes
+from .files.parquet import MAX_FOOTER_BYTES, open_parquet, values_of
 from .shard import Shard
 from .spec import Spec
 
-INDEX = "index.parquet"
+INDEX_FILE = "index.parquet"
 
-PROBE = "probe.safetensors"
+PROBE_FILE = "probe.safetensors"
 """Features of known pictures, with which an encoder is compared before it adds to a store."""
 
 SCHEMA = pa.schema(
@@ -41,14 +42,14 @@ SCHEMA = pa.schema(
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}\.h5")
 
-ARRAYS = {
+ARRAY_TYPES = {
     "image_ids": np.int64,
     "shard_number": np.int32,
     "row": np.int32,
     "row_xxh3": np.uint64,
     "source_xxh3": np.uint64,
 }
-"""Arrays of a table, and their types."""
+"""Types of the arrays of a `StoreIndex`."""
 
 READ_ROWS = 1 << 16
 """Rows of a row group, and rows that are read at a time."""
@@ -56,13 +57,16 @@ READ_ROWS = 1 << 16
 READ_BYTES = 1 << 18
 """Bytes of the file that are hashed at a time."""
 
+MIN_TAIL_BYTES = 1 << 16
+"""Bytes at the end in which the own hash is looked for, if the footer says that it is shorter."""
+
 OWN_HASH = b"file_sha256"
-"""Metadata key of the file's own hash, which is taken with `BLANK` in its place."""
+"""Metadata key of the file's own hash, which is computed with `BLANK` in its place."""
 
 BLANK = b"0" * 64
 
 FOREIGN_KEYS = frozenset({b"fingerprint", b"shards", b"probe_sha256", b"ARROW:schema", b"pandas"})
-"""Metadata keys of an index that was written elsewhere, without its own hash."""
+"""Metadata keys of an index that another program wrote, without its own hash."""
 
 
 @dataclass(frozen=True)
@@ -75,22 +79,23 @@ class ShardFile:
 
 
 @dataclass(frozen=True)
-class StoreTable:
+class StoreIndex:
     """The rows of a store in order of image id; all arrays have length N."""
 
     fingerprint: str
     shards: tuple[ShardFile, ...]
-    """In order of name; `shard_number` counts in it."""
+    """In order of name."""
     image_ids: NDArray[np.int64]
     shard_number: NDArray[np.int32]
+    """Position in `shards`."""
     row: NDArray[np.int32]
     row_xxh3: NDArray[np.uint64]
     source_xxh3: NDArray[np.uint64]
     probe_sha256: str | None = None
-    """Of the file with the encoder's probe, where the store has one."""
+    """Of the encoder's probe, if the store has one."""
 
     def write(self, path: Path) -> None:
-        """Write the table, whole or not at all. Equal tables give equal bytes."""
+        """Write the index, whole or not at all. Equal indexes give equal bytes."""
         files = {s.name: {"bytes": s.num_bytes, "sha256": s.sha256} for s in self.shards}
         names = np.array([s.name for s in self.shards], dtype=object)
         columns = [
@@ -107,9 +112,9 @@ class StoreTable:
         }
         if self.probe_sha256 is not None:
             metadata[b"probe_sha256"] = self.probe_sha256
-        # In memory, so that the file is written by calls that raise their errors.
+        # In memory first: Arrow does not report every error of a disk, `write_bytes` does.
         buffer = pa.BufferOutputStream()
-        # Without the Arrow schema, which would hold the metadata, and the hash, once more.
+        # The Arrow schema would repeat the metadata, and with it the hash.
         with pq.ParquetWriter(
             buffer, SCHEMA, store_schema=False, write_page_checksum=True
         ) as writer:
@@ -123,88 +128,93 @@ class StoreTable:
 
     @cached_property
     def by_shard(self) -> list[NDArray[np.int64]]:
-        """For each shard, the positions of its images in order of row; -1 where there is none."""
+        """For each shard, the positions of its images in order of row; -1 for a missing row."""
         stops = np.cumsum(np.bincount(self.shard_number, minlength=len(self.shards)))
         places = np.concatenate([[0], stops[:-1]])[self.shard_number]
         places += self.row
-        # Put where it belongs, not sorted: a million rows take half the time and memory.
+        # Scattered, not sorted: half the time and memory for a million rows.
         order = np.full(len(self.row), -1)
         order[np.clip(places, 0, max(0, len(order) - 1), out=places)] = np.arange(len(order))
         return np.split(order, stops[:-1])
 
     def check_shard(self, number: int, shard: Shard) -> None:
-        """Hold the rows of an opened shard against those of the index.
+        """Hold image ids and row hashes of an opened shard against the index.
 
         Raises:
-            CorruptShardError: Other images, or other hashes of their features.
+            CorruptShardError: They differ.
         """
-        mine = self.by_shard[number]
+        positions = self.by_shard[number]
         if not (
-            np.array_equal(self.image_ids[mine], shard.image_ids)
-            and np.array_equal(self.row_xxh3[mine], shard.row_xxh3)
+            np.array_equal(self.image_ids[positions], shard.image_ids)
+            and np.array_equal(self.row_xxh3[positions], shard.row_xxh3)
         ):
             raise CorruptShardError(
-                f"{shard.path}: its image ids or row hashes are not those in index.parquet. "
-                f"{REMEDY}"
+                f"{shard.path}: its image ids or row hashes are not those in {INDEX_FILE}. {REMEDY}"
             )
 
     @classmethod
     def read(
         cls, path: Path, spec: Spec, check_file: Callable[[ShardFile], None] = lambda file: None
-    ) -> "StoreTable":
-        """Read and check a table.
+    ) -> "StoreIndex":
+        """Read and check an index.
 
         Args:
             path: Of the file.
             spec: Of the store.
-            check_file: Refuses a shard's file of another size than the index says. It is asked
-                before any row is read, since the sizes bound how many rows can be true.
+            check_file: Refuses a shard file of another size than the index says. Called before any
+                row is read, since the sizes bound the number of rows.
 
         Raises:
-            IncompleteStoreError: Missing, unreadable, or not such a table.
-            SpecMismatchError: It is of another encoder.
+            IncompleteStoreError: Missing, unreadable, or without the columns of an index.
+            SpecMismatchError: Of another encoder.
             CorruptShardError: Its rows contradict each other, or the sizes of the shards.
         """
 
         def refuse(detail: str) -> IncompleteStoreError:
             return _bad(path, f"not a parquet file of these columns ({detail})")
 
-        # As a dictionary, each name is there once and not a million times.
+        # As a dictionary, each name is in memory once and not a million times.
         with open_parquet(path, SCHEMA, refuse, read_dictionary=["shard"]) as file:
-            fingerprint, shards, probe = _read_header(file, path, spec)
+            fingerprint, shards, probe_sha256 = _read_header(file, path, spec)
             for shard in shards:
                 check_file(shard)
-            columns = _read_columns(file, shards, path)
-        # Arrow would keep what it read with for its next use.
+            arrays = _read_arrays(file, shards, path)
+        # Arrow keeps freed memory for its next use.
         pa.default_memory_pool().release_unused()
-        table = cls(fingerprint, shards, probe_sha256=probe, **columns)
-        _check_rows(table, path)
-        return table
+        index = cls(fingerprint, shards, probe_sha256=probe_sha256, **arrays)
+        _check_rows(index, path)
+        return index
 
 
 def check_own_hash(path: Path, where: str | None = None) -> None:
     """Hold the bytes of an index against the hash that they carry.
 
+    The format does not ask for the hash: an index that another program wrote may lack it.
+
     Args:
         path: Of the file.
-        where: What the error calls it; the path when not given.
+        where: Name of the file in the error; the path when not given.
 
     Raises:
-        CorruptShardError: They are not those that were written.
+        CorruptShardError: The bytes are not those that were written.
     """
-    with naming(path), path.open("rb") as file:
-        place = _place_in(file)
-        if place is None:
-            # Written elsewhere: the format does not ask for it.
+    with path_in_errors(path), path.open("rb") as file:
+        # Read and not mapped: a failing disk under a map kills the process.
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        footer_bytes = int.from_bytes(file.read(4), "little")
+        start = max(0, size - 8 - min(max(footer_bytes, MIN_TAIL_BYTES), MAX_FOOTER_BYTES))
+        file.seek(start)
+        tail = file.read()
+        place = _place_of_hash(tail)
+        if place < 0 and tail.endswith(b"PAR1"):
             return
-        file.seek(0)
         hashed = hashlib.sha256()
-        for data in _chunks(file, place):
+        file.seek(0)
+        while data := file.read(min(READ_BYTES, start - file.tell())):
             hashed.update(data)
-        stated = file.read(len(BLANK))
-        hashed.update(BLANK)
-        for data in _chunks(file):
-            hashed.update(data)
+    stated, after = tail[place : place + len(BLANK)], tail[place + len(BLANK) :]
+    hashed.update(tail[:place] + BLANK + after)
     digest = hashed.hexdigest().encode()
     if stated != digest:
         raise CorruptShardError(
@@ -213,32 +223,8 @@ def check_own_hash(path: Path, where: str | None = None) -> None:
         )
 
 
-def _place_in(file: BinaryIO) -> int | None:
-    """Return where the own hash of an opened index starts; None if it has none.
-
-    Read and not mapped: a map of a disk that fails kills the process.
-    """
-    place, start, before = None, 0, b""
-    for data in _chunks(file):
-        # A key can lie across two chunks.
-        found = _place_of_hash(before + data)
-        if found >= 0:
-            place = start - len(before) + found
-        start += len(data)
-        before = (before + data)[1 - len(OWN_HASH) :]
-    return place
-
-
-def _chunks(file: BinaryIO, num_bytes: int | None = None) -> Iterator[bytes]:
-    """Read so many bytes, or the rest, some at a time."""
-    while data := file.read(READ_BYTES if num_bytes is None else min(READ_BYTES, num_bytes)):
-        yield data
-        if num_bytes is not None:
-            num_bytes -= len(data)
-
-
 def _place_of_hash(data: bytes) -> int:
-    """Return where the file's own hash starts; -1 if it has none."""
+    """Return where the file's own hash starts; -1 if there is none."""
     place = data.rfind(OWN_HASH)
     # Thrift writes a key, then a field header and a length below 128, then the value.
     return place if place < 0 else place + len(OWN_HASH) + 2
@@ -252,7 +238,7 @@ def _read_header(
         raise _bad(path, f"its columns are {file.schema_arrow.names}, wanted {SCHEMA.names}")
     metadata = file.metadata.metadata or {}
     if OWN_HASH not in metadata and metadata.keys() - FOREIGN_KEYS:
-        # One of them may be the key of its hash, damaged.
+        # The unknown key may be a damaged `OWN_HASH`.
         raise _bad(path, f"its metadata have the unknown keys {metadata.keys() - FOREIGN_KEYS}")
     try:
         fingerprint = metadata[b"fingerprint"].decode()
@@ -281,16 +267,16 @@ def _read_header(
     return fingerprint, shards, None if probe is None else probe.decode()
 
 
-def _read_columns(
+def _read_arrays(
     file: pq.ParquetFile, shards: tuple[ShardFile, ...], path: Path
 ) -> dict[str, NDArray[Any]]:
-    """Read all rows, some at a time, so that there is never much more than the result."""
+    """Read all rows in batches, so that memory never holds much more than the result."""
     numbers = {shard.name: number for number, shard in enumerate(shards)}
     num_rows = file.metadata.num_rows
     if num_rows < 0:
         raise _bad(path, f"its footer says that it has {num_rows} rows")
-    columns: dict[str, NDArray[Any]] = {
-        name: np.empty(num_rows, dtype) for name, dtype in ARRAYS.items()
+    arrays: dict[str, NDArray[Any]] = {
+        name: np.empty(num_rows, dtype) for name, dtype in ARRAY_TYPES.items()
     }
     start = 0
     for batch in file.iter_batches(READ_ROWS, use_threads=False):
@@ -303,32 +289,32 @@ def _read_columns(
         if not set(names) <= numbers.keys():
             raise _bad(path, "it names a shard without size and hash")
         to_number = np.array([numbers[name] for name in names], dtype=np.int32)
-        columns["shard_number"][rows] = to_number[values_of(batch["shard"].indices)]
-        columns["image_ids"][rows] = values_of(batch["image_id"])
+        arrays["shard_number"][rows] = to_number[values_of(batch["shard"].indices)]
+        arrays["image_ids"][rows] = values_of(batch["image_id"])
         for name in ("row", "row_xxh3", "source_xxh3"):
-            columns[name][rows] = values_of(batch[name])
+            arrays[name][rows] = values_of(batch[name])
         start = rows.stop
     if start < num_rows:
         raise _bad(path, f"it has {start} of the {num_rows} rows that its footer says")
-    return columns
+    return arrays
 
 
-def _check_rows(table: StoreTable, path: Path) -> None:
-    """Refuse an image that two rows claim, and rows of a shard that are not 0, 1, 2, ..."""
-    steps = np.diff(table.image_ids)
+def _check_rows(index: StoreIndex, path: Path) -> None:
+    """Refuse an image in two rows, and rows of a shard that are not 0, 1, 2, ..."""
+    steps = np.diff(index.image_ids)
     if np.any(steps <= 0):
         first = int(np.argmax(steps <= 0))
-        claims = [table.shards[n].name for n in table.shard_number[first : first + 2]]
+        names = [index.shards[n].name for n in index.shard_number[first : first + 2]]
         raise CorruptShardError(
-            f"{path}: image ids must ascend, but {table.image_ids[first + 1]} follows "
-            f"{table.image_ids[first]} (shards {claims[0]} and {claims[1]}). {REMEDY}"
+            f"{path}: image ids must ascend, but {index.image_ids[first + 1]} follows "
+            f"{index.image_ids[first]} (shards {names[0]} and {names[1]}). {REMEDY}"
         )
-    for number, positions in enumerate(table.by_shard):
+    for number, positions in enumerate(index.by_shard):
         if np.any(positions < 0) or not np.array_equal(
-            table.row[positions], np.arange(len(positions))
+            index.row[positions], np.arange(len(positions))
         ):
             raise CorruptShardError(
-                f"{path}: the {len(positions)} rows of {table.shards[number].name} are not "
+                f"{path}: the {len(positions)} rows of {index.shards[number].name} are not "
                 f"0, 1, 2, ... {REMEDY}"
             )
 

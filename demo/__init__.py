@@ -1,3 +1,10 @@
-"""The embedded default: a small drawn world and two tiny checkpoints that know it."""
+"""The built-in default: a small drawn world, and two tiny checkpoints trained on it."""
 
-import cache.cli.startup  # noqa: F401 - says what is missing, if anything is
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    # A command: no cache.py of the working directory comes before ours.
+    sys.path.insert(0, __path__[0].rpartition("/")[0])
+
+# Says in one line which package the environment lacks.
+import cache.cli.startup  # noqa: F401

@@ -1,4 +1,4 @@
-"""Captions: five people describe a picture, each in an own manner and minding other facts."""
+"""Writes captions in five styles, each of which mentions other facts."""
 
 import random
 from collections.abc import Callable
@@ -6,27 +6,27 @@ from collections.abc import Callable
 from demo.scenes import Kind, Scene
 from demo.words import SETTINGS, corner, listing, noun_of, quantity, sentence
 
-Manner = Callable[[Scene, random.Random], str]
+Style = Callable[[Scene, random.Random], str]
 
 
 def captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Return five captions of a scene, all different, in the order of `MANNERS`."""
+    """Return five different captions of a scene, in the order of `STYLES`."""
     texts: list[str] = []
-    for manner in MANNERS:
-        text = manner(scene, rng)
+    for style in STYLES:
+        text = style(scene, rng)
         while text in texts:
-            text = manner(scene, rng)
+            text = style(scene, rng)
         texts.append(text)
     return texts
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Return one caption in the manner of a person taken by chance."""
-    return rng.choice(MANNERS)(scene, rng)
+    """Return one caption in a random style."""
+    return rng.choice(STYLES)(scene, rng)
 
 
 def _plain(scene: Scene, rng: random.Random) -> str:
-    """Colours and counts, then the setting."""
+    """Counts and colours, then the setting."""
     things = listing([quantity(kind, _coloured(kind)) for kind in _shuffled(scene, rng)])
     return sentence(f"{things} {_setting(scene, rng)}")
 
@@ -49,7 +49,7 @@ def _sized(scene: Scene, rng: random.Random) -> str:
 
 
 def _placed(scene: Scene, rng: random.Random) -> str:
-    """Where the single things are."""
+    """Counts and colours, and the places of single things."""
     things = []
     for kind in _shuffled(scene, rng):
         phrase = quantity(kind, _coloured(kind))
@@ -58,7 +58,7 @@ def _placed(scene: Scene, rng: random.Random) -> str:
 
 
 def _brief(scene: Scene, rng: random.Random) -> str:
-    """Nouns and the setting; colours only now and then."""
+    """Nouns and the setting; half of the captions name colours."""
     with_colour = rng.random() < 0.5
     things = []
     for kind in _shuffled(scene, rng):
@@ -67,7 +67,7 @@ def _brief(scene: Scene, rng: random.Random) -> str:
     return sentence(f"{listing(things)} seen {_setting(scene, rng)}")
 
 
-MANNERS: tuple[Manner, ...] = (_plain, _setting_first, _sized, _placed, _brief)
+STYLES: tuple[Style, ...] = (_plain, _setting_first, _sized, _placed, _brief)
 
 
 def _shuffled(scene: Scene, rng: random.Random) -> list[Kind]:
@@ -83,5 +83,5 @@ def _setting(scene: Scene, rng: random.Random) -> str:
 
 
 def _shown_count(things: str) -> int:
-    """Return 1 for a phrase that starts with an article, which a verb then agrees with."""
+    """Return 1 for a phrase that starts with an article, so that its verb is singular."""
     return 1 if things.split()[0] in ("a", "an") else 2

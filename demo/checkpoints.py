@@ -1,8 +1,8 @@
 """Rebuilds the demo's two tiny checkpoints: `python -m demo.checkpoints [OUT]`.
 
-Writes `clip/` (an open_clip architecture and its weights) and `phi/` (a transformers model with
-its tokenizer). Takes 20 to 25 minutes on two CPU cores and needs no network. The same machine
-and library versions give the same files again.
+Writes `clip/` (an open_clip architecture and its weights) and `phi/` (a transformers model and its
+tokenizer). Takes 20 to 25 minutes on two CPU cores, without a network. The same machine and library
+versions reproduce the same files.
 """
 
 import multiprocessing
@@ -18,18 +18,18 @@ from demo.train_clip import train_clip
 from demo.train_phi import train_phi
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-"""The folder of the checkpoints that come with the project."""
+"""The folder of the project's own checkpoints."""
 
 _SEED = 0
 
 
 def write_checkpoints(out: Path) -> None:
-    """Train the tokenizer, then the CLIP and the Phi side by side, and write them to a folder.
+    """Train the tokenizer, then CLIP and Phi side by side, and write them to a folder.
 
-    The scenes they learn from are other ones than those of any rendered world.
+    No scene of the training is in a rendered world.
     """
     tokenizer = train_tokenizer(_SEED)
-    # A forked child would inherit torch's threads in an unknown state.
+    # Not fork, which would copy torch's threads in an unknown state.
     spawning = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawning, initializer=_prepare_process) as processes:
         jobs = [
@@ -41,7 +41,7 @@ def write_checkpoints(out: Path) -> None:
 
 
 def _prepare_process() -> None:
-    """Give a training one thread, so that no sum's order depends on the machine's load."""
+    """Train with one thread, so that the order of sums does not depend on the machine's load."""
     keep_freed_memory()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

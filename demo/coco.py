@@ -1,4 +1,4 @@
-"""The world in the official layouts: COCO captions and instances, LLaVA-Instruct conversations."""
+"""Writes the world in the official layouts: COCO captions and instances, LLaVA-Instruct."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -20,21 +20,21 @@ _LICENSE = {
 }
 _TURNS = (3, 4, 5)
 _CONVERSATIONS_WEIGHTS = (0.75, 0.25)
-"""How often an image has one conversation, and two."""
+"""Shares of the images with one conversation, and with two."""
 
 
 def file_name(image_id: int) -> str:
-    """Return an image's name as COCO 2017 writes it."""
+    """Return the file name of an image, as in COCO 2017."""
     return f"{image_id:012d}.jpg"
 
 
 def captions_file(scenes: dict[int, Scene], split: str, rng: random.Random) -> Record:
-    """Return the content of `captions_<split>.json`, five captions an image.
+    """Return the content of `captions_<split>.json`, with five captions per image.
 
     Args:
         scenes: Scene by image id.
         split: "train2017" or "val2017".
-        rng: Chooses the words.
+        rng: Source of all random choices.
     """
     annotations: list[Record] = []
     for image_id, scene in scenes.items():
@@ -45,7 +45,7 @@ def captions_file(scenes: dict[int, Scene], split: str, rng: random.Random) -> R
 
 
 def instances_file(scenes: dict[int, Scene], split: str) -> Record:
-    """Return the content of `instances_<split>.json`: every thing's square in pixels."""
+    """Return the content of `instances_<split>.json`: the square of every thing, in pixels."""
     annotations: list[Record] = []
     for image_id, scene in scenes.items():
         for kind in scene.kinds:
@@ -66,8 +66,9 @@ def instances_file(scenes: dict[int, Scene], split: str) -> Record:
 
 
 def instruct_file(scenes: dict[int, Scene], rng: random.Random) -> list[Record]:
-    """Return the content of `llava_instruct_150k.json`; a quarter of the images comes twice,
-    and then under the same id, as in the official file.
+    """Return the content of `llava_instruct_150k.json`.
+
+    A quarter of the images has two conversations of the same id, as in the official file.
     """
     records = [
         {
@@ -119,7 +120,7 @@ def _image(image_id: int, scene: Scene, split: str) -> Record:
 
 
 def _shape(scene: Scene, place: Place) -> Record:
-    """Return a thing's square as COCO's outline, area and box."""
+    """Return the square of a thing as COCO's outline, area and box."""
     origin_x, origin_y = square_origin(scene)
     left, top, right, bottom = _pixels(place.box, (origin_x, origin_y))
     outline = [left, top, right, top, right, bottom, left, bottom]

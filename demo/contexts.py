@@ -1,8 +1,8 @@
-"""Scenes written down in full, for the checkpoints' training: prose, inventories, rasters.
+"""Writes scenes down in full, for training the checkpoints: as prose, inventories and rasters.
 
-A raster goes over the places of the grid in reading order, as a vision tower's patches do, and
-has some words for each: what is seen there. Several words share one position when they are read as
-one; the language model meets that again in a projector's outputs.
+A raster lists the cells of the grid in reading order, like the patches of a vision tower, with a
+few words for the content of each. All words of a cell can share one position of the language
+model, which prepares it for the outputs of a projector.
 """
 
 import random
@@ -15,7 +15,7 @@ Cells = list[list[str]]
 ROW_WORDS = ("top", "middle", "bottom")
 COLUMN_WORDS = ("left", "middle", "right")
 GROUNDS = {"night sky": "night"}
-"""The word for a background where it is not its name."""
+"""Words for backgrounds whose name is not a single word."""
 
 
 def notes(scene: Scene, rng: random.Random) -> str:
@@ -43,27 +43,27 @@ def inventory(scene: Scene, rng: random.Random) -> str:
 
 
 def facts(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Return nouns, each with all that is to be told about it, or "none" where it is not there."""
+    """Return nouns, each with all its facts, or with "none" if the scene lacks it."""
     absent = [noun for noun in NOUNS if noun not in {kind.noun for kind in scene.kinds}]
-    told = [(noun, "none") for noun in rng.sample(absent, 3)]
+    lines = [(noun, "none") for noun in rng.sample(absent, 3)]
     for kind in scene.kinds:
         words = [kind.colour, kind.size, NUMBERS[kind.count]]
         if kind.count == 1:
             words += [ROW_WORDS[kind.places[0].row], COLUMN_WORDS[kind.places[0].column]]
-        told.append((kind.noun, " ".join(words)))
-    rng.shuffle(told)
-    return told
+        lines.append((kind.noun, " ".join(words)))
+    rng.shuffle(lines)
+    return lines
 
 
 def raster(scene: Scene, rng: random.Random, share: float, seen_only: bool) -> Cells:
-    """Return what is in each of the grid's places, row by row from the top left.
+    """Return the words of each cell of the grid, row by row from the top left.
 
     Args:
-        scene: What to look at.
-        rng: Chooses which facts a cell tells, and in which order.
-        share: How likely a cell tells each of its facts; it tells at least one.
-        seen_only: Tell only what can be seen in that cell alone, as a patch would; where it lies
-            and how many of its kind there are then follows from the other cells alone.
+        scene: The scene.
+        rng: Chooses the facts of each cell and their order.
+        share: Probability of each fact of a cell; a cell has at least one.
+        seen_only: Leave out facts that a patch of this cell cannot show: its position, and how
+            many things of its kind the scene has.
     """
     cells = []
     for row in range(GRID):
@@ -73,13 +73,13 @@ def raster(scene: Scene, rng: random.Random, share: float, seen_only: bool) -> C
                 words += [ROW_WORDS[row], COLUMN_WORDS[column]]
                 words += [NUMBERS[kind.count] for kind in scene.kinds if kind.noun in words]
             rng.shuffle(words)
-            told = [word for word in words if rng.random() < share]
-            cells.append(told or words[:1])
+            chosen = [word for word in words if rng.random() < share]
+            cells.append(chosen or words[:1])
     return cells
 
 
 def _words_at(scene: Scene, row: int, column: int) -> list[str]:
-    """Return the words for a cell: its thing's, or its ground's."""
+    """Return the words for a cell: those of its thing, or of the background."""
     for kind in scene.kinds:
         if (row, column) in [(place.row, place.column) for place in kind.places]:
             return [kind.noun, kind.colour, kind.size]

@@ -1,7 +1,7 @@
-"""Draws a scene: a noisy background, then each thing as a smooth, outlined, slightly turned shape.
+"""Draws a scene: a noisy background, then each thing as a smooth, outlined, slightly rotated shape.
 
-A thing is drawn at several times its size and shrunk, which is what makes its edges smooth. All
-chance comes from the scene's `texture`.
+A thing is drawn at several times its size and scaled down, which makes its edges smooth. All random
+choices come from the scene's `texture`.
 """
 
 import functools
@@ -35,20 +35,20 @@ BACKGROUND_VALUES: dict[str, Rgb] = {
     "bricks": (172, 106, 84),
 }
 OUTLINE: Rgb = (18, 18, 24)
-"""The same around all things, so that a shape looks alike in any colour."""
+"""The same for all things, so that a shape looks alike in every colour."""
 
 SHORT_SIDE = 112
-"""Pixels along a picture's shorter side."""
+"""The shorter side of a picture, in pixels."""
 
 _LONG_SIDES = (112, 120, 128)
 _TILE = 256
 _OUTLINE_WIDTH = 2
 _SHARPNESS = 4
-"""How many times larger a thing is drawn than it appears."""
+"""Factor by which a thing is drawn larger than it appears."""
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Return a scene's RGB picture: upright, wide or square, all things in the middle square."""
+    """Return the RGB picture of a scene: tall, wide or square, all things in the middle square."""
     rng = random.Random(scene.texture)
     width, height = picture_size(scene)
     picture = _background(scene.background, width, height, rng)
@@ -66,7 +66,7 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 
 def picture_size(scene: Scene) -> tuple[int, int]:
-    """Return width and height in pixels; a third of the pictures is square."""
+    """Return width and height in pixels; a third of the pictures are square."""
     rng = random.Random(scene.texture + 1)
     sides = [SHORT_SIDE, rng.choice(_LONG_SIDES)]
     rng.shuffle(sides)
@@ -74,7 +74,7 @@ def picture_size(scene: Scene) -> tuple[int, int]:
 
 
 def square_origin(scene: Scene) -> tuple[int, int]:
-    """Return the left and top pixel of the middle square, which holds all things."""
+    """Return the left and top pixel of the middle square."""
     width, height = picture_size(scene)
     return (width - SHORT_SIDE) // 2, (height - SHORT_SIDE) // 2
 
@@ -85,7 +85,7 @@ def _jitter(colour: Rgb, rng: random.Random, amount: int) -> Rgb:
 
 
 def _background(name: str, width: int, height: int, rng: random.Random) -> Image.Image:
-    """Cut a random window out of the background's tile, lit from one side."""
+    """Cut a random window out of the background's tile, and add a gradient of light."""
     tile = _tile(name)
     top, left = rng.randrange(_TILE - height), rng.randrange(_TILE - width)
     window = tile[top : top + height, left : left + width]
@@ -95,7 +95,7 @@ def _background(name: str, width: int, height: int, rng: random.Random) -> Image
 
 @functools.cache
 def _tile(name: str) -> npt.NDArray[np.float32]:
-    """Return a large patch of a background, [256, 256, 3], always the same."""
+    """Return the tile of a background, [256, 256, 3]; it is always the same."""
     noise = np.random.default_rng(list(BACKGROUND_VALUES).index(name))
     grain = noise.normal(0, 1, (_TILE, _TILE)).astype(np.float32)
     rows, columns = np.mgrid[0:_TILE, 0:_TILE].astype(np.float32)
@@ -122,7 +122,7 @@ def _smooth(grain: npt.NDArray[np.float32], reach: int) -> npt.NDArray[np.float3
 
 
 def _sprite(kind: Kind, place: Place, tint: Rgb) -> Image.Image:
-    """Draw one thing on a transparent square a little larger than its own."""
+    """Draw a thing on a transparent square slightly larger than its own."""
     side = round(place.side * SHORT_SIDE) * _SHARPNESS
     margin = (_OUTLINE_WIDTH + 1) * _SHARPNESS
     canvas = Image.new("RGBA", (side + 2 * margin,) * 2, (*OUTLINE, 0))
@@ -137,7 +137,7 @@ def _sprite(kind: Kind, place: Place, tint: Rgb) -> Image.Image:
 def _fill(
     pen: ImageDraw.ImageDraw, part: Part, side: int, margin: int, colour: Rgb, grow: int
 ) -> None:
-    """Fill a part; `grow` widens it on all sides by so many pixels of the enlarged canvas."""
+    """Fill a part, widened on all sides by `grow` pixels of the enlarged canvas."""
     points = [(margin + x * side, margin + y * side) for x, y in part.points]
     if part.round:
         (left, top), (right, bottom) = points
@@ -155,7 +155,7 @@ def _tone(part: Part, tint: Rgb) -> Rgb:
 
 
 def _shade(colour: Rgb) -> Rgb:
-    """Return a colour as it looks in the shade; black has none, so it gets lighter."""
+    """Return a darker shade of a colour; black gets lighter instead."""
     factor, lift = (0.8, 0) if sum(colour) > 150 else (1.0, 28)
     red, green, blue = (min(255, int(channel * factor) + lift) for channel in colour)
     return red, green, blue

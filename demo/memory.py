@@ -1,17 +1,17 @@
-"""Keeps freed memory in the process, which makes small CPU training several times faster."""
+"""Keeps freed memory in the process, which makes small training on a CPU several times faster."""
 
 import ctypes
 import platform
 
-# The parameters' numbers in glibc's malloc.h.
+# Numbers of the parameters in glibc's malloc.h.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc not to hand large blocks back to the system.
+    """Keep glibc from returning large blocks to the system; does nothing with another C library.
 
-    A training step frees and takes the same blocks again and again; by default each of them is
-    unmapped, mapped and cleared anew. Does nothing where the C library is another.
+    Every training step allocates the same blocks again; by default each of them is unmapped, mapped
+    and cleared.
     """
     if platform.libc_ver()[0] != "glibc":
         return

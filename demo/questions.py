@@ -1,7 +1,7 @@
-"""Questions about a scene that its picture alone can answer, with their answers.
+"""Asks questions about a scene that its picture alone can answer, with their answers.
 
-Each asker returns a question and its answer, or nothing where the scene leaves the answer open:
-a colour is asked by noun, which is unique, and a noun by colour only where that is unique too.
+Each asker returns a question and its answer, or None if the scene does not determine the answer:
+colours are asked by noun, which is unique, and nouns by colour only if the colour is unique.
 """
 
 import random
@@ -18,7 +18,7 @@ Asker = Callable[[Scene, random.Random], Turn | None]
 
 
 def ask(scene: Scene, rng: random.Random, num_turns: int) -> list[Turn]:
-    """Return distinct questions with their answers, taken by chance with `ASKERS`' weights."""
+    """Return distinct questions with their answers, drawn with the weights of `ASKERS`."""
     turns: dict[str, str] = {}
     while len(turns) < num_turns:
         asker = rng.choices(list(ASKERS), list(ASKERS.values()))[0]
@@ -35,7 +35,7 @@ def _colour(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _count(scene: Scene, rng: random.Random) -> Turn:
-    """Choose the number first, so that no number is the likely one."""
+    """Choose the number first, so that all numbers are equally likely."""
     by_count: dict[int, list[Kind]] = {}
     for kind in scene.kinds:
         by_count.setdefault(kind.count, []).append(kind)
@@ -50,7 +50,7 @@ def _total(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _presence(scene: Scene, rng: random.Random) -> Turn:
-    """Half of the nouns asked for are there."""
+    """Ask for a noun that the scene has in half of the cases."""
     shown = [kind.noun for kind in scene.kinds]
     if rng.random() < 0.5:
         noun, answer = rng.choice(shown), "yes"
@@ -60,7 +60,7 @@ def _presence(scene: Scene, rng: random.Random) -> Turn:
 
 
 def _coloured_presence(scene: Scene, rng: random.Random) -> Turn:
-    """Half of the times the noun has that colour; else it has another."""
+    """Ask for a noun in its own colour in half of the cases, else in another colour."""
     kind = rng.choice(scene.kinds)
     colour, answer = kind.colour, "yes"
     if rng.random() < 0.5:
@@ -125,7 +125,7 @@ ASKERS: dict[Asker, float] = {
     _noun: 2.5,
     _caption: 3,
 }
-"""How often each is asked, relative to the others."""
+"""Relative frequency of each asker."""
 
 
 def _singles(scene: Scene) -> list[Kind]:

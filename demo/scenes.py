@@ -1,9 +1,8 @@
-"""The world's scenes: what is in a picture, where, and in which colour.
+"""The scenes of the world: which things a picture shows, where, and in which colours.
 
 A scene is a background and one to three kinds of things; a kind is a noun in one colour and one
-size, standing in one to three cells of a 3 x 3 grid. Everything that is said about a picture
-(captions, answers) and everything that is drawn follows from its scene. Lengths and places are
-shares of the picture's shorter side, from the top left.
+size, in one to three cells of a 3 x 3 grid. The picture, the captions and the answers all follow
+from the scene. Lengths and positions are shares of the picture's shorter side, from the top left.
 """
 
 import random
@@ -14,26 +13,26 @@ NOUNS = ("ball", "box", "star", "tree", "house", "car", "boat", "flower", "fish"
 COLOURS = ("red", "yellow", "green", "blue", "purple", "pink", "white", "black")
 BACKGROUNDS = ("grass", "sand", "snow", "water", "night sky", "bricks")
 GRID = 3
-"""Rows and columns of places where a thing can stand."""
+"""Rows and columns of the cells in which things stand."""
 
 SIZES = {"small": 0.2, "large": 0.3}
-"""Mean side of a thing's square by the word for its size."""
+"""Mean side of a thing's square, by the word for its size."""
 
 _KINDS_WEIGHTS = (0.25, 0.45, 0.30)
 _COUNT_WEIGHTS = (0.55, 0.25, 0.20)
 _MOST_THINGS = 5
 _MOST_SHIFT = 0.02
-"""How far a thing stands from its cell's middle, along each axis."""
+"""Greatest distance of a thing from the middle of its cell, along each axis."""
 
 _RIM = 0.02
-"""Share of the side along each edge that stays free."""
+"""Free margin along each edge."""
 
 CELL_SIDE = (1 - 2 * _RIM) / GRID
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One thing's cell in the grid and its exact square."""
+    """The cell of a thing in the grid, and its exact square."""
 
     row: int
     column: int
@@ -54,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All things of one noun in a scene: they share a colour and a size."""
+    """All things of one noun in a scene, which share a colour and a size."""
 
     noun: str
     colour: str
@@ -63,13 +62,13 @@ class Kind:
 
     @property
     def count(self) -> int:
-        """How many of them there are."""
+        """Number of these things."""
         return len(self.places)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What one picture shows; `texture` seeds all that no sentence mentions."""
+    """The content of a picture; `texture` seeds all details that no text mentions."""
 
     background: str
     kinds: tuple[Kind, ...]
@@ -77,23 +76,23 @@ class Scene:
 
     @property
     def num_things(self) -> int:
-        """How many things there are, of all kinds."""
+        """Number of things of all kinds."""
         return sum(kind.count for kind in self.kinds)
 
 
 def scene_at(seed: int, part: str, index: int) -> Scene:
-    """Return one scene of an endless list: a pure function of its arguments.
+    """Return a scene of an endless list, as a pure function of the arguments.
 
     Args:
         seed: The world's seed.
-        part: Name of the list, such as "train2017"; lists of different names share nothing.
+        part: Name of the list, such as "train2017"; every list has other scenes.
         index: Position in the list, from 0.
     """
     return sample_scene(random.Random(f"{seed}/{part}/{index}"))
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draw a scene by chance: distinct nouns, distinct cells, colours that may repeat."""
+    """Return a random scene: distinct nouns, distinct cells, colours that may repeat."""
     counts = _sample_counts(rng)
     nouns = rng.sample(NOUNS, len(counts))
     cells = rng.sample(
@@ -120,7 +119,7 @@ def _sample_counts(rng: random.Random) -> Sequence[int]:
 def _sample_place(rng: random.Random, cell: tuple[int, int], size: str) -> Place:
     row, column = cell
     side = SIZES[size] * rng.uniform(0.92, 1.08)
-    # Far enough from the next cell's things that none covers another.
+    # Within its cell, so that no thing covers another.
     slack = min(_MOST_SHIFT, max(0.0, (CELL_SIDE - side) / 2))
     return Place(
         row=row,

@@ -1,4 +1,4 @@
-"""The ten nouns as outlines on a unit square: which parts, in which tone, back to front."""
+"""The shapes of the ten nouns on a unit square: parts with their tones, back to front."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ class Part:
 
     points: tuple[Point, ...]
     tone: str = "main"
-    """main: the thing's colour; shade: the same, darker; or a key of `FIXED_TONES`."""
+    """"main" is the thing's colour, "shade" a darker one; others are keys of `FIXED_TONES`."""
     round: bool = False
 
 
@@ -34,7 +34,7 @@ def _bar(left: float, top: float, right: float, bottom: float, tone: str = "main
 
 
 def _ring(x: float, y: float, radii: tuple[float, ...], num_points: int) -> tuple[Point, ...]:
-    """Points around a centre, the first straight up, at distances that take turns."""
+    """Return points around a centre, the first straight up, with alternating radii."""
     angles = [2 * math.pi * step / num_points for step in range(num_points)]
     return tuple(
         (

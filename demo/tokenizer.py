@@ -1,7 +1,7 @@
-"""The demo's tokenizer: byte-level BPE like Phi-2's, learnt from the world's own text.
+"""The demo's tokenizer: byte-level BPE like Phi-2's, learned from the world's own text.
 
-As with Phi-2, one token begins, ends and stands for the unknown, it is the last of the
-tokenizer, there is none for padding, and nothing is added to a text.
+As with Phi-2, the last token of the vocabulary is BOS, EOS and unknown token alike, there is no
+token for padding, and nothing is added to a text.
 """
 
 import random
@@ -34,7 +34,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(seed), trainer)
-    # Added last, so that it has the largest number: CLIP's text tower finds the end by that.
+    # Added last: CLIP's text tower takes the largest id for the end of the text.
     tokenizer.add_special_tokens([END_OF_TEXT])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -61,5 +61,5 @@ def _texts(seed: int) -> Iterator[str]:
 
 
 def prompt(question: str) -> str:
-    """Return a question as Phi-2 is asked; its answer follows after a space."""
+    """Return a question in Phi-2's format; its answer follows after a space."""
     return f"Instruct: {question}\nOutput:"

@@ -1,10 +1,10 @@
-"""Trains the tiny CLIP by contrast alone: which text belongs to which picture.
+"""Trains the tiny CLIP with its contrastive loss alone.
 
-Its pictures have nine patches, as large as the places where things stand: what one patch sees is
-mostly one thing, which a tower this small can learn in minutes.
+Its pictures have nine patches, as large as the cells in which things stand: a patch shows little
+more than one thing, which a tower of this size can learn in minutes.
 
-Letters: B pairs in a batch, T text tokens. Half of the pairs in a batch are near twins of the
-other half, so that telling them apart takes colours, counts and places, not just a mood.
+Letters: B pairs in a batch, T text tokens. Half of the pairs in a batch are near twins of the other
+half, so that telling them apart takes colours, counts and places.
 """
 
 import json
@@ -31,7 +31,7 @@ from demo.scenes import Scene, scene_at
 from demo.twins import near_twin
 
 NAME = "ViT-demo-32"
-"""Name of the architecture; open_clip knows it by its JSON file's name."""
+"""Name of the architecture, which open_clip takes from the name of its JSON file."""
 
 IMAGE_SIZE = 96
 _CONTEXT = 32
@@ -45,7 +45,7 @@ _NOTES_SHARE = 0.9
 
 
 def architecture(vocab_size: int) -> dict[str, Any]:
-    """Return the open_clip description of the model."""
+    """Return the open_clip config of the model."""
     return {
         "embed_dim": 128,
         "vision_cfg": {
@@ -67,7 +67,7 @@ def architecture(vocab_size: int) -> dict[str, Any]:
 
 
 def train_clip(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Train and write `<NAME>.json` and `<NAME>.safetensors` (float16) to a folder."""
+    """Train, and write `<NAME>.json` and `<NAME>.safetensors` (float16) to a folder."""
     out.mkdir(parents=True, exist_ok=True)
     description = out / f"{NAME}.json"
     description.write_text(json.dumps(architecture(len(tokenizer)), indent=2) + "\n")
@@ -97,7 +97,7 @@ def train_clip(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None
 
 
 def pixels_of(picture: Image.Image) -> npt.NDArray[np.uint8]:
-    """Return a picture as the tower sees it before normalisation, [3, 96, 96]."""
+    """Return a picture as the tower takes it before normalisation: uint8 [3, 96, 96]."""
     scale = IMAGE_SIZE / min(picture.size)
     width, height = (round(side * scale) for side in picture.size)
     resized = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -107,7 +107,7 @@ def pixels_of(picture: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _render(seed: int) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
-    """Return scenes, each followed by its twin, and their pixels [scenes, 3, 96, 96]."""
+    """Return scenes, each followed by its twin, and their pixels: uint8 [scenes, 3, 96, 96]."""
     scenes = []
     for index in range(_NUM_SCENES):
         scene = scene_at(seed, "clip", index)
@@ -119,7 +119,7 @@ def _render(seed: int) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
 
 
 def _batches(num_scenes: int, seed: int) -> Iterator[list[int]]:
-    """Yield rows of scenes with their twins, epoch after epoch in new orders."""
+    """Yield the rows of scenes and their twins, batch by batch, in another order each epoch."""
     rng = random.Random(f"{seed}/clip order")
     firsts: list[int] = []
     for _ in range(_STEPS):
@@ -132,7 +132,7 @@ def _batches(num_scenes: int, seed: int) -> Iterator[list[int]]:
 def _tokens(
     scenes: Sequence[Scene], tokenizer: PreTrainedTokenizerFast, rng: random.Random
 ) -> torch.Tensor:
-    """Describe scenes afresh; ids [B, T], the end token last and zeros after it."""
+    """Write new texts for scenes; return ids [B, T] with the end token last, padded with zeros."""
     texts = [(notes if rng.random() < _NOTES_SHARE else caption)(scene, rng) for scene in scenes]
     tokens_BT = torch.zeros(len(texts), _CONTEXT, dtype=torch.long)
     for row, ids in enumerate(tokenizer(texts)["input_ids"]):
@@ -142,7 +142,7 @@ def _tokens(
 
 
 def normalised(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Return pixels [B, 3, 96, 96] as the tower takes them."""
+    """Return normalised pixels, float32 [B, 3, 96, 96]."""
     mean = torch.tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
     std = torch.tensor(OPENAI_DATASET_STD).view(3, 1, 1)
     return (torch.from_numpy(pixels).float() / 255 - mean) / std
@@ -151,7 +151,7 @@ def normalised(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
 def _contrast(
     model: torch.nn.Module, images: torch.Tensor, tokens_BT: torch.Tensor
 ) -> torch.Tensor:
-    """Return CLIP's loss: each picture finds its text among all, and each text its picture."""
+    """Return CLIP's loss: the cross-entropy of picture to text and of text to picture."""
     image_features, text_features, scale = model(images, tokens_BT)
     logits_BB = scale * image_features @ text_features.T
     targets = torch.arange(len(logits_BB))
@@ -163,7 +163,7 @@ def _contrast(
 
 
 def _learning_rate_at(step: int) -> float:
-    """Return the share of the full learning rate: a linear start, then a half cosine."""
+    """Return the factor of the learning rate: a linear warm-up, then a cosine decay."""
     if step < _WARM_UP:
         return (step + 1) / _WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (step - _WARM_UP) / (_STEPS - _WARM_UP)))

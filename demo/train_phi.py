@@ -1,8 +1,8 @@
-"""Trains the tiny Phi on the world's text alone: to say what follows from what it has read.
+"""Trains the tiny Phi on the world's text alone.
 
-A document is a scene written down in one of several forms, followed directly by captions and by
-questions with their answers. No picture is involved: that patches can take the place of the
-writing is what the projector learns later.
+A document is a scene written down in one of several forms, followed by captions and by questions
+with their answers. No picture is involved: the projector learns later to put patches in the place
+of the written scene.
 
 Letters: B documents, T positions, W words at one position, H width.
 """
@@ -30,39 +30,39 @@ _WARM_UP = 100
 _WEIGHT_DECAY = 0.02
 _NUM_TURNS = 5
 _CONTEXT_WEIGHT = 0.05
-"""Weight of a context's or question's token in the loss; an answer's has 1."""
+"""Loss weight of the tokens of contexts and questions; those of answers weigh 1."""
 
 _CAPTION_WEIGHT = 0.4
-"""Weight of a caption's token: much about it is the describer's choice, which is only noise."""
+"""Loss weight of the tokens of captions, whose wording is partly random."""
 
 _NOISE = 0.02
-"""Standard deviation of what is added to every embedding, so that near it is good enough."""
+"""Standard deviation of the noise on every embedding, so that similar embeddings mean the same."""
 
 _SPARE_ROWS = 64
-"""Embedding rows beyond the tokenizer, which Phi-2 has too."""
+"""Embedding rows beyond the tokenizer's, as in Phi-2."""
 
 
 @dataclass
 class Document:
-    """A text by positions; a position holds one token, or the words of a raster's cell."""
+    """A text as positions; each holds one token, or the words of a raster's cell."""
 
     words: list[list[int]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    """How much the loss minds that this position is predicted."""
+    """Loss weight of each position's prediction."""
 
     def add(self, tokens: Sequence[int], weight: float) -> None:
-        """Append tokens, one a position."""
+        """Append tokens, one per position."""
         self.words += [[token] for token in tokens]
         self.weights += [weight] * len(tokens)
 
     def add_mixed(self, cells: Sequence[Sequence[int]]) -> None:
-        """Append cells, each one position of several tokens, which no loss minds."""
+        """Append cells, each one position of several tokens, without a loss."""
         self.words += [list(cell) for cell in cells]
         self.weights += [0.0] * len(cells)
 
 
 def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
-    """Return Phi-2's configuration in small: same layout, same odd vocabulary."""
+    """Return a small configuration with Phi-2's layout, and like its, an odd vocabulary."""
     rows = -(-(len(tokenizer) + _SPARE_ROWS) // 64) * 64
     return PhiConfig(
         vocab_size=rows,
@@ -70,10 +70,10 @@ def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
-        # Phi-2's "gelu_new" in one fused step: the same numbers, several times faster here.
+        # The same function as Phi-2's "gelu_new", fused and several times faster here.
         hidden_act="gelu_pytorch_tanh",
         max_position_embeddings=512,
-        # The root of one over the width or so: with Phi-2's 0.02, heads this narrow hardly attend.
+        # About 1 / sqrt(width): with Phi-2's 0.02, the attention of heads this narrow is flat.
         initializer_range=0.07,
         rope_parameters={
             "rope_type": "default",
@@ -91,7 +91,7 @@ def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
 
 
 def train_phi(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Train and write model (float16) and tokenizer to a folder, as `save_pretrained` does."""
+    """Train, and write model (float16) and tokenizer to a folder with `save_pretrained`."""
     torch.manual_seed(seed)
     model = PhiForCausalLM(phi_config(tokenizer))
     writer = Writer(tokenizer)
@@ -114,14 +114,14 @@ def train_phi(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
 
 
 class Writer:
-    """Writes documents; remembers the tokens of texts that come again and again."""
+    """Writes documents; caches the tokens of texts, which repeat often."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}
+        self._tokens: dict[str, list[int]] = {}
 
     def document(self, seed: int, index: int) -> Document:
-        """Return one document of an endless list: a pure function of its arguments."""
+        """Return a document of an endless list, as a pure function of the arguments."""
         rng = random.Random(f"{seed}/document/{index}")
         scene = scene_at(seed, "phi", index)
         document = Document()
@@ -133,7 +133,7 @@ class Writer:
         return document
 
     def add_context(self, document: Document, scene: Scene, rng: random.Random) -> None:
-        """Append a scene in one of the forms, most often as a raster of mixed words."""
+        """Append a scene in a random form, most often as a raster of cells."""
         form = rng.random()
         if form < 0.05:
             document.add(self.ids(notes(scene, rng)), _CONTEXT_WEIGHT)
@@ -148,32 +148,32 @@ class Writer:
             document.add_mixed([[self.ids(f" {word}")[0] for word in cell] for cell in cells])
 
     def add_captions(self, document: Document, scene: Scene, rng: random.Random) -> None:
-        """Append a caption with its end."""
+        """Append a caption and its end token."""
         end = self._tokenizer.eos_token_id
         document.add([*self.ids(caption(scene, rng)), end], _CAPTION_WEIGHT)
 
     def add_turns(self, document: Document, scene: Scene, rng: random.Random) -> None:
-        """Append questions, each with its answer and that answer's end."""
+        """Append questions, each with its answer and an end token."""
         for question, answer in ask(scene, rng, _NUM_TURNS):
             document.add(self.ids(prompt(question)), _CONTEXT_WEIGHT)
             weight = _CAPTION_WEIGHT if question == CAPTION_REQUEST else 1.0
             document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], weight)
 
     def add_facts(self, document: Document, scene: Scene, rng: random.Random) -> None:
-        """Append nouns, each with what is known of it.
+        """Append nouns, each with its facts.
 
-        To go on after a noun takes one look at where it was seen. An answer takes the same look,
-        but needs its result some words later: the one is a step on the way to the other.
+        Continuing after a noun takes one look-up of its cell. An answer takes the same look-up but
+        uses its result some words later, so that facts are a step towards answers.
         """
-        for noun, told in facts(scene, rng):
+        for noun, fact in facts(scene, rng):
             document.add(self.ids(f" {noun}:"), _CONTEXT_WEIGHT)
-            document.add(self.ids(f" {told}\n"), 1.0)
+            document.add(self.ids(f" {fact}\n"), 1.0)
 
     def ids(self, text: str) -> list[int]:
-        """Return a text's tokens."""
-        if text not in self._known:
-            self._known[text] = self._tokenizer(text)["input_ids"]
-        return self._known[text]
+        """Return the tokens of a text."""
+        if text not in self._tokens:
+            self._tokens[text] = self._tokenizer(text)["input_ids"]
+        return self._tokens[text]
 
 
 def document_loss(
@@ -182,23 +182,23 @@ def document_loss(
     """Return the weighted mean of the next-token losses over all documents."""
     words_BTW, weights_BT = _padded(documents)
     present_BTW = (words_BTW >= 0).float()
-    # A sum of words grows with the root of their number; a projector may scale as it likes.
+    # The norm of a sum grows with the root of the number of words; a projector scales freely.
     scale_BT1 = present_BTW.sum(-1, keepdim=True).clamp(min=1).rsqrt()
     embeddings_BTWH = model.get_input_embeddings()(words_BTW.clamp(min=0))
     embeds_BTH = (embeddings_BTWH * present_BTW[..., None]).sum(2) * scale_BT1
     embeds_BTH = embeds_BTH + noise * torch.randn_like(embeds_BTH)
     hidden_BTH = model.model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
-    minded_BT = weights_BT[:, 1:] > 0
-    logits = model.lm_head(hidden_BTH[:, :-1][minded_BT])
+    is_target_BT = weights_BT[:, 1:] > 0
+    logits = model.lm_head(hidden_BTH[:, :-1][is_target_BT])
     losses = torch.nn.functional.cross_entropy(
-        logits, words_BTW[:, 1:, 0][minded_BT], reduction="none"
+        logits, words_BTW[:, 1:, 0][is_target_BT], reduction="none"
     )
-    weights = weights_BT[:, 1:][minded_BT]
+    weights = weights_BT[:, 1:][is_target_BT]
     return (losses * weights).sum() / weights.sum()
 
 
 def _padded(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return words [B, T, W] with -1 where there is none, and weights [B, T]."""
+    """Return words [B, T, W], padded with -1, and weights [B, T]."""
     length = max(len(document.words) for document in documents)
     most = max(len(cell) for document in documents for cell in document.words)
     words = [
@@ -213,7 +213,7 @@ def _padded(documents: Sequence[Document]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _learning_rate_at(step: int) -> float:
-    """Return the share of the full learning rate: a linear start, then a half cosine."""
+    """Return the factor of the learning rate: a linear warm-up, then a cosine decay."""
     if step < _WARM_UP:
         return (step + 1) / _WARM_UP
     return 0.5 * (1 + math.cos(math.pi * (step - _WARM_UP) / (_STEPS - _WARM_UP)))

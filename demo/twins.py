@@ -1,4 +1,4 @@
-"""Near twins: two scenes that differ in one fact, which teaches a CLIP to look closely."""
+"""Makes near twins: scenes that differ in one fact, so that CLIP must learn the details."""
 
 import random
 from collections.abc import Callable
@@ -10,7 +10,7 @@ Change = Callable[[Scene, random.Random], Scene]
 
 
 def near_twin(scene: Scene, rng: random.Random) -> Scene:
-    """Return a scene that differs from the given one in a fact taken by chance."""
+    """Return a scene that differs from the given one in one random fact."""
     changed = scene
     while changed == scene:
         changed = rng.choice(_CHANGES)(scene, rng)
@@ -31,7 +31,7 @@ def _noun(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _count_or_place(scene: Scene, rng: random.Random) -> Scene:
-    """Take one of several things away, or let the kinds trade places."""
+    """Remove one of several things, or exchange the places of the kinds."""
     several = [kind for kind in scene.kinds if kind.count > 1]
     if several:
         chosen = rng.choice(several)
@@ -46,7 +46,7 @@ def _count_or_place(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _place(scene: Scene, rng: random.Random) -> Scene:
-    """Put one thing into another free cell."""
+    """Move a thing to a free cell."""
     taken = {(place.row, place.column) for kind in scene.kinds for place in kind.places}
     cells = [(row, column) for row in range(GRID) for column in range(GRID)]
     row, column = rng.choice([cell for cell in cells if cell not in taken])
@@ -62,7 +62,7 @@ def _place(scene: Scene, rng: random.Random) -> Scene:
 
 
 def _swap(scene: Scene, rng: random.Random) -> Scene:
-    """Let two kinds trade their colours, or change one colour where there is one kind."""
+    """Exchange the colours of two kinds, or change the colour of a single kind."""
     if len(scene.kinds) == 1:
         return _colour(scene, rng)
     first, second, *rest = rng.sample(scene.kinds, len(scene.kinds))
@@ -70,7 +70,7 @@ def _swap(scene: Scene, rng: random.Random) -> Scene:
     return replace(scene, kinds=(*pair, *rest))
 
 
-# Nouns are the hardest to see and therefore the most often changed.
+# Nouns are changed most often, because they are the hardest to see.
 _CHANGES: tuple[Change, ...] = (
     *(_noun, _noun, _noun),
     _background,

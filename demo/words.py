@@ -1,4 +1,4 @@
-"""How the world's facts are put into words: numbers, plurals, places and backgrounds."""
+"""Words for the facts of a scene: numbers, plurals, places and backgrounds."""
 
 from demo.scenes import Kind, Place
 
@@ -21,40 +21,40 @@ SETTINGS = {
     "night sky": ("in the night sky", "in a dark sky", "at night"),
     "bricks": ("in front of a brick wall", "in front of bricks", "against a wall of bricks"),
 }
-"""Ways to say where a picture was taken, by background."""
+"""Phrases for the setting of a picture, by background."""
 
 _PLURALS = {"box": "boxes", "fish": "fish"}
 
 
 def plural(noun: str) -> str:
-    """Return the word for several of a noun."""
+    """Return the plural of a noun."""
     return _PLURALS.get(noun, noun + "s")
 
 
 def noun_of(kind: Kind) -> str:
-    """Return a kind's noun in the number that fits it."""
+    """Return the noun of a kind, in singular or plural."""
     return kind.noun if kind.count == 1 else plural(kind.noun)
 
 
 def article(word: str) -> str:
-    """Return the indefinite article that goes before a word."""
+    """Return the indefinite article of a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def quantity(kind: Kind, description: str) -> str:
-    """Put the number of a kind's things, or an article, before their description."""
+    """Put the number of things, or an article, before their description."""
     if kind.count == 1:
         return f"{article(description)} {description}"
     return f"{NUMBERS[kind.count]} {description}"
 
 
 def corner(place: Place) -> str:
-    """Return where a place is, in one phrase."""
+    """Return the phrase for a place."""
     return CORNERS[place.row][place.column]
 
 
 def listing(parts: list[str]) -> str:
-    """Join phrases as a sentence does: with commas and a last "and"."""
+    """Join phrases with commas and a last "and"."""
     if len(parts) == 1:
         return parts[0]
     return ", ".join(parts[:-1]) + " and " + parts[-1]

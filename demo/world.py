@@ -1,8 +1,8 @@
 """Renders the demo's data set: `python -m demo.world DIR [--train N] [--val N] [--seed N]`.
 
-Writes what a download of COCO 2017 and LLaVA-Instruct-150K would give: two zips of JPEGs,
-captions and instances of both splits, and conversations about training images. The same
-arguments give the same bytes.
+Writes the same files as a download of COCO 2017 and LLaVA-Instruct-150K: two zips of JPEGs,
+captions and instances of both splits, and conversations about training images. The same arguments
+give the same bytes.
 """
 
 import io
@@ -30,11 +30,11 @@ def write_world(root: Path, num_train: int, num_val: int, seed: int) -> None:
     """Render the world into a folder, in the official layouts.
 
     Args:
-        root: Where `train2017.zip`, `val2017.zip`, `annotations/` and
-            `llava_instruct_150k.json` appear, each whole or not at all.
-        num_train: Images in `train2017.zip`, with ids from 1.
-        num_val: Images in `val2017.zip`, with the ids that follow.
-        seed: Another seed gives a world without a common picture.
+        root: The folder; `train2017.zip`, `val2017.zip`, `annotations/*` and
+            `llava_instruct_150k.json` appear there, each whole or not at all.
+        num_train: Number of images in `train2017.zip`, with ids from 1.
+        num_val: Number of images in `val2017.zip`, with the ids that follow.
+        seed: Every seed gives other pictures.
     """
     train = split_scenes("train2017", seed, first_id=1, num_images=num_train)
     val = split_scenes("val2017", seed, first_id=num_train + 1, num_images=num_val)
@@ -59,7 +59,7 @@ def _write_images(path: Path, split: str, scenes: dict[int, Scene]) -> None:
         for image_id, scene in progress:
             data = io.BytesIO()
             draw_scene(scene).save(data, "JPEG", quality=_JPEG_QUALITY)
-            # A member made by name alone carries the time of the write.
+            # A member with a name alone would get the current time.
             member = zipfile.ZipInfo(f"{split}/{file_name(image_id)}", _ZIP_DATE)
             archive.writestr(member, data.getvalue())
 

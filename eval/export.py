@@ -1,10 +1,10 @@
-"""Command: writes a finished run as a folder that transformers loads as LLaVA.
+"""Command: exports a finished run as a folder that transformers loads as LLaVA.
 
     python -m eval.export --run runs/finetune OUT
 
-OUT holds everything: vision tower, projector, language model with LoRA merged, processor, chat
-format, and a model card with the scores. What LLaVA cannot hold is refused before the language
-model is loaded; an OUT that holds anything is never written to.
+OUT gets the vision tower, the projector, the language model with LoRA merged, the processor with
+its chat template, and a model card with the scores. A run that LLaVA cannot represent is refused
+before the language model is loaded, and so is an OUT that is not empty.
 """
 
 import contextlib
@@ -41,15 +41,17 @@ from train.settings import LlmSettings
 from workspace.errors import StageError
 
 MAX_SHARD = "2GB"
-"""Largest file of weights; also about what writing needs of memory beside the weights."""
+"""Largest file of weights. Saving needs about as much memory on top of the weights."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What is known of an export before the language model is loaded."""
+class LlavaParts:
+    """All of an export but the language model's weights and the projector."""
 
     visual: nn.Module
+    """open_clip's vision tower."""
     spec: Spec
+    """Of the tower's features."""
     vision: CLIPVisionConfig
     text: PhiConfig
     image_token_id: int
@@ -60,14 +62,15 @@ def export(run: Path, out: Path) -> None:
 
     Args:
         run: Folder of a run of either stage.
-        out: Folder to make.
+        out: Folder to create.
 
     Raises:
-        PatchcacheError: OUT holds something, or the run cannot be loaded or not be held by LLaVA.
+        PatchcacheError: `out` is not empty, the run cannot be loaded, or LLaVA cannot represent it.
     """
-    check_free(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise SettingsError(f"{out}: exists already. Wanted a new or empty folder.")
     opened = open_run(run)
-    parts = check_parts(opened)
+    parts = load_parts(opened)
     opened.check_features(parts.spec, "the vision tower")
     trained = load_run(run, opened)
     settings = trained.params.section("evaluate", EvaluateSettings)
@@ -75,51 +78,50 @@ def export(run: Path, out: Path) -> None:
     processor = make_processor(
         trained.tokenizer, parts.spec, parts.vision.patch_size, answers=trained.answers
     )
-    with appearing(out) as folder, writing_foreign_file(out):
+    with atomic_folder(out) as folder, writing_foreign_file(out):
         model.save_pretrained(folder, max_shard_size=MAX_SHARD)
         processor.save_pretrained(folder)
         write_text(folder / "README.md", model_card(trained, parts.spec, settings))
     print(f"export: {out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
 
 
-def check_free(out: Path) -> None:
-    """Refuse to write over anything.
+def load_parts(run: FinishedRun) -> LlavaParts:
+    """Load all parts but the language model.
 
     Raises:
-        SettingsError: There is something.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise SettingsError(f"{out}: is there already. Wanted a folder that is new or empty.")
-
-
-def check_parts(run: FinishedRun) -> Parts:
-    """Load all but the language model, and refuse what LLaVA cannot hold.
-
-    Raises:
-        PatchcacheError: Something is missing, damaged, or without a place in LLaVA.
+        PatchcacheError: A part is missing, damaged, or of a kind that LLaVA does not have.
     """
     kind = read_projector(run.folder / PROJECTOR).kind
     if kind != "mlp":
         raise StageError(
-            f"{run.folder}: its projector is {kind!r}, and LLaVA's is 'mlp' (linear, GELU, "
+            f"{run.folder}: has a projector of kind {kind!r}; LLaVA has only 'mlp' (linear, GELU, "
             f"linear). Set projector.kind to mlp, train again, and export that run."
         )
     text = phi_config(run.params.section("llm", LlmSettings))
     encoder = run.params.section("encoder", EncoderSettings)
     tower = load_encoder(dataclasses.replace(encoder, device="cpu"))
-    # Not public: a change to the encoder's code makes every store be checked against its probe.
     visual = tower._visual
     vision = clip_vision_config(visual, encoder.model)
-    return Parts(visual, tower.spec, vision, text, image_token_id(run.tokenizer, text))
+    return LlavaParts(visual, tower.spec, vision, text, image_token_id(run.tokenizer, text))
 
 
 def build_model(
-    trained: LoadedRun, parts: Parts, settings: EvaluateSettings
+    trained: LoadedRun, parts: LlavaParts, settings: EvaluateSettings
 ) -> LlavaPhiForConditionalGeneration:
-    """Make LLaVA of a run, in the main memory."""
+    """Build the LLaVA model of a run, on the CPU."""
     dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
+    config = LlavaConfig(
+        vision_config=parts.vision,
+        text_config=parts.text,
+        image_token_index=parts.image_token_id,
+        image_seq_length=parts.spec.patches,
+        projector_hidden_act="gelu",
+        vision_feature_select_strategy="default",
+        vision_feature_layer=parts.spec.layer,
+        vision_in_float32=parts.spec.precision == "fp32",
+    )
     with torch.device("meta"):
-        model = LlavaPhiForConditionalGeneration(llava_config(parts))
+        model = LlavaPhiForConditionalGeneration(config)
     model.load_state_dict(dict(_weights(trained, parts, dtype)), assign=True)
     eos = trained.tokenizer.eos_token_id
     unused = set(range(len(trained.tokenizer), parts.text.vocab_size))
@@ -133,21 +135,9 @@ def build_model(
     return model
 
 
-def llava_config(parts: Parts) -> LlavaConfig:
-    """Describe the model as transformers does."""
-    return LlavaConfig(
-        vision_config=parts.vision,
-        text_config=parts.text,
-        image_token_index=parts.image_token_id,
-        image_seq_length=parts.spec.patches,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
-        vision_feature_layer=parts.spec.layer,
-        vision_in_float32=parts.spec.precision == "fp32",
-    )
-
-
-def _weights(trained: LoadedRun, parts: Parts, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _weights(
+    trained: LoadedRun, parts: LlavaParts, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in clip_vision_weights(parts.visual):
         yield f"model.vision_tower.{name}", tensor
     projector: Projector = trained.model.projector
@@ -160,13 +150,15 @@ def _weights(trained: LoadedRun, parts: Parts, dtype: torch.dtype) -> Iterator[t
 
 
 @contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """Give a folder to fill; on leaving without an error it becomes `out`, else it is removed."""
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Give a temporary folder that is renamed to `out` at the end, or removed after an error."""
     target = out.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Of a name that nothing has.
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    folder.chmod(0o777 & ~_umask())
+    # mkdtemp gives mode 700; os.umask can only be read by setting it.
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
     try:
         yield folder
         for path in folder.iterdir():
@@ -177,23 +169,17 @@ def appearing(out: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def main() -> None:
     """Read the command line and export."""
     parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     run_guarded(lambda: export(arguments.run, arguments.out))
 
 
-# What makes `save_pretrained` copy the file of these classes, and name them in the configs.
+# Makes `save_pretrained` copy the module of these classes, and name them in the configs.
 LlavaPhiForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 PatchcacheImageProcessor.register_for_auto_class("AutoImageProcessor")
 

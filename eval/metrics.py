@@ -13,13 +13,11 @@ from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from cache.texts import first_few
 from eval.bootstrap import Measure, Sums, divide, mean_of
 from eval.scoring.ptb_tokenizer import tokenize_caption
 
 BLEU_ORDERS = 4
-
-_NAMED_IDS = 5
-"""Image ids, or labels, that an error text shows."""
 
 
 def score_captions(
@@ -190,9 +188,7 @@ def _check_images(references: dict[int, list[str]], candidates: dict[int, str]) 
 
 
 def _first_ids(image_ids: Collection[int]) -> str:
-    shown = ", ".join(map(str, sorted(image_ids)[:_NAMED_IDS])) or "none"
-    more = len(image_ids) - _NAMED_IDS
-    return f"{shown} and {more} more" if more > 0 else shown
+    return first_few(sorted(image_ids)) or "none"
 
 
 def _check_labels(labels: Sequence[str], answers: Sequence[str]) -> None:
@@ -205,6 +201,4 @@ def _check_labels(labels: Sequence[str], answers: Sequence[str]) -> None:
         raise ValueError("no questions to score: labels and answers are empty.")
     others = sorted(set(labels) - {"yes", "no"})
     if others:
-        raise ValueError(
-            f"a label is 'yes' or 'no', found {', '.join(map(repr, others[:_NAMED_IDS]))}."
-        )
+        raise ValueError(f"a label is 'yes' or 'no', found {first_few(map(repr, others))}.")

@@ -9,14 +9,13 @@ official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores be
 downloads Stanford CoreNLP at first use. If a score cannot be computed, the exit code is 1.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cache.cli.command import command_parser, run_guarded
 from cache.files.atomic import check_ordinary
-from cache.files.foreign import reading_foreign_file
+from cache.files.foreign import parse_json, reading_foreign_file
 from eval.metrics import score_captions
 from eval.scoring.official import OfficialScores, check_java, score_officially
 from eval.text_table import print_table
@@ -108,11 +107,7 @@ def _read_json(path: Path) -> Any:
 
     check_ordinary(path, refuse)
     with reading_foreign_file(refuse, path):
-        return json.loads(path.read_bytes().decode("utf-8-sig"), parse_constant=_no_constant)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number in JSON")
+        return parse_json(path.read_bytes().decode("utf-8-sig"))
 
 
 def _entries(path: Path, place: str, entries: list[Any]) -> Iterator[tuple[int, str]]:

@@ -1,10 +1,10 @@
-"""Command: serves a page on which a finished run is asked about pictures, to this machine alone.
+"""Command: serves a web page for conversations with a finished run, on this machine only.
 
     python -m eval.serve --run runs/finetune [--port 7860] [--share]
 
-A conversation is about one picture, and a new picture begins a new one. A run of stage 1 only
-captions. The page fetches nothing from any network; only --share opens it to others. Ctrl-C or
-SIGTERM end the server, which then exits with 0.
+Each conversation is about one picture. A run of stage 1 only writes captions. The page loads
+nothing from the network; only --share opens it to others. Ctrl-C and SIGTERM stop the server with
+exit code 0.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from cache.cli.command import command_parser, run_guarded
 from cache.cli.interrupts import ignore_interrupts
 from cache.files.foreign import reading_foreign_file
 from cache.files.scratch import ScratchFolder
-from eval.chat.conversation import Host
-from eval.chat.encoder import Vision
+from eval.chat.conversation import ChatHandlers
+from eval.chat.encoder import RunEncoder
 from eval.chat.examples import validation_pictures
 from eval.chat.page import build_page
 from eval.runs import load_run, open_run
 from eval.server.gateway import Gateway
-from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
-from eval.server.request_source import Sources
+from eval.server.pictures import MAX_UPLOAD_BYTES, PagePictures
+from eval.server.request import AllowedSources
 from eval.server.web_server import HOST, WebServer, listen
 from workspace.errors import StageError
 
-EXAMPLES = 5
-VISITORS = 100
-"""So many conversations are remembered."""
+NUM_EXAMPLES = 5
+MAX_CONVERSATIONS = 100
+"""Gradio forgets the oldest ones beyond that."""
 MAX_WAITING = 20
-"""Calls that wait for the model."""
+"""Calls that wait for the model; further ones are refused."""
 CSS = "footer {display: none !important}"
 
 
@@ -48,17 +48,17 @@ def serve(arguments: argparse.Namespace) -> None:
     with listen(arguments.port) as listener, ScratchFolder() as folder:
         configure_gradio_offline(folder / "gradio")
         run = open_run(arguments.run)
-        vision = Vision(run)
-        # Another tower than the run's is found now, and not by the first visitor.
-        vision.load()
+        encoder = RunEncoder(run)
+        # A wrong vision tower is refused now instead of at the first picture.
+        encoder.load()
         trained = load_run(arguments.run, run)
         pictures = PagePictures(folder / "uploads")
-        host = Host(trained, vision, pictures)
-        page = build_page(host, validation_pictures(trained.params, folder, EXAMPLES))
-        # Gradio shows copies of its own.
+        handlers = ChatHandlers(trained, encoder, pictures)
+        page = build_page(handlers, validation_pictures(trained.params, folder, NUM_EXAMPLES))
+        # Gradio has copied the examples into its own folder, and shows the copies.
         pictures.add_examples(path for path in (folder / "gradio").rglob("*") if path.is_file())
         share_host = open_tunnel(arguments.port) if arguments.share else None
-        sources = Sources(arguments.port, share_host)
+        sources = AllowedSources(arguments.port, share_host)
         app = Gateway(make_app(page), page, pictures, sources, arguments.port)
         server = WebServer(app, listener)
         try:
@@ -68,27 +68,27 @@ def serve(arguments: argparse.Namespace) -> None:
                 print(f"serve: https://{share_host}/ is open to others", flush=True)
             server.wait(pictures.remove_old)
         except KeyboardInterrupt:
-            # The only way in which a server ends.
+            # Ctrl-C and SIGTERM both arrive here.
             ignore_interrupts()
         finally:
-            host.close()
+            handlers.close()
             page.close(verbose=False)
             server.stop()
 
 
 def configure_gradio_offline(folder: Path) -> None:
-    """Disable Gradio's analytics, and set the folder for the files that it copies."""
+    """Disable Gradio's analytics, and set the folder for its copies of files."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
-    # Read when it was imported, for a folder that it makes: one that another user may own.
+    # Set at Gradio's import to a folder in /tmp that another user may own.
     gradio.routes.DEFAULT_TEMP_DIR = str(folder)
 
 
 def make_app(page: gr.Blocks) -> FastAPI:
-    """Return the page as an application, without what it does not use of Gradio."""
-    # It warns of every form that a client gets wrong.
+    """Return the page as an ASGI application, with Gradio's unused features disabled."""
+    # The parser warns about every malformed form, which any client can send.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     page.queue(api_open=False, max_size=MAX_WAITING)
-    page.state_session_capacity = VISITORS
+    page.state_session_capacity = MAX_CONVERSATIONS
     app = FastAPI(openapi_url=None)
     gr.mount_gradio_app(
         app,
@@ -105,16 +105,16 @@ def make_app(page: gr.Blocks) -> FastAPI:
         mcp_server=False,
         css=CSS,
     )
-    # The page, when it is closed, ends the open connections of the application that it knows.
+    # `page.close` ends the open connections of the application in `page.app`.
     (page.app,) = (route.app for route in app.routes if isinstance(route, Mount))
     return app
 
 
 def open_tunnel(port: int) -> str:
-    """Open a public link to a port, and return the link's host.
+    """Open a public link to a port through Gradio's tunnel service; return the link's host.
 
     Raises:
-        StageError: There is no way to the service that gives such links.
+        StageError: The service cannot be reached.
     """
 
     def refuse(why: str) -> StageError:

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import pyarrow as pa
 
 from cache.errors import SettingsError
-from cache.files.atomic import check_ordinary, naming
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.atomic import check_ordinary, path_in_errors
+from cache.files.foreign import reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
+from cache.texts import one_line
 from eval.scoring.score_names import as_number
 from workspace.errors import StageError
 from workspace.paths import REPORTS, RUNS
@@ -173,7 +174,7 @@ def read_predictions(snapshot: Snapshot) -> list[PredictionRow]:
 
 def _read_in_folder(folder: str, path: str) -> bytes:
     check_ordinary(Path(folder) / path, functools.partial(_damaged, folder, path))
-    with naming(Path(folder) / path):
+    with path_in_errors(Path(folder) / path):
         return (Path(folder) / path).read_bytes()
 
 

@@ -1,9 +1,9 @@
-"""Stage code: writes, for every other stage, which code it runs and a hash of each part.
+"""Stage code: writes, for every other stage, the hash of each file of code that it runs.
 
-DVC does not follow Python imports, so every other stage depends on its file in `data/code/`. A file
-has one line for each module that the stage imports, directly or not, and for each other file that
-this code reads. A module's hash is taken of its syntax tree without docstrings: a comment changes
-no file here, and a statement changes the files of exactly those stages that import its module.
+DVC does not follow Python imports, so every other stage depends on its file in `data/code/`. Such a
+file has one line for each module that the stage imports, directly or not, and for each data file
+that this code reads. A module's hash is taken of its syntax tree without docstrings: a comment
+changes no file here, a statement changes the files of exactly the stages that import its module.
 """
 
 from cache.files.atomic import sha256_of, write_text
@@ -20,17 +20,17 @@ STAGES = {
     "finetune": ("train.finetune",),
     "evaluate": ("eval.evaluate",),
 }
-"""Modules that a stage starts. The demo's world is drawn in a process of its own."""
+"""The modules that a stage starts; the demo's world is rendered in a process of its own."""
 
 FILES = {
     "extract": ("pipeline/encoding/probe_images/*",),
     "evaluate": ("eval/report/templates/*",),
 }
-"""Patterns of the other files that the code of a stage reads."""
+"""Patterns of the data files that the code of a stage reads."""
 
 
 def code(_: Params) -> None:
-    """Write the file of every stage; one whose content is the same stays as it is."""
+    """Write the file of every stage."""
     for stage, modules in STAGES.items():
         paths = modules_of(modules)
         files = [path for pattern in FILES.get(stage, ()) for path in ROOT.glob(pattern)]

@@ -1,8 +1,8 @@
-"""Downloads one file over HTTP so that a broken connection or a kill costs nothing.
+"""Downloads a file over HTTP, so that neither a broken connection nor a kill loses received bytes.
 
-The bytes so far lie in `<name>.partial`, and beside them what the server said about the file's
-version: they are continued only while that stays the same. A file gets its own name when size and
-hash are right.
+The received bytes are in `<name>.partial`, beside what the server said about the file's version:
+the download continues only while the version stays the same. The file gets its own name once its
+size and hash are right.
 """
 
 import json
@@ -18,32 +18,32 @@ import requests
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from cache.cli.sizes import human_size
-from cache.files.atomic import CHUNK_BYTES, naming, sha256_of, write_json
+from cache.files.atomic import CHUNK_BYTES, path_in_errors, sha256_of, write_json
 from cache.files.foreign import reading_foreign_file
+from cache.texts import human_size
 from pipeline.settings import Download
 from workspace.errors import StageError
 
 MAX_FRUITLESS_ATTEMPTS = 5
-"""Attempts in a row that bring no byte, after which the download is given up."""
+"""Consecutive attempts without a single byte after which the download fails."""
 
 FIRST_PAUSE_S = 1.0
-"""Pause after the first of them; each further one is twice as long."""
+"""Pause after the first such attempt, doubled after each further one."""
 
 TIMEOUT_S = (10, 60)
-"""To connect, and between two packets."""
+"""Seconds to connect, and between two packets."""
 
 _RETRIED = (408, 416, 425, 429, 500, 502, 503, 504)
-"""Answers that another attempt can change."""
+"""Status codes that another attempt may change."""
 
 
 class _RetryError(Exception):
-    """An attempt failed in a way that another attempt may not."""
+    """A failure that another attempt may not meet."""
 
 
 @dataclass(frozen=True)
 class _Partial:
-    """The bytes received so far and the version of the file they are of."""
+    """The received bytes and the version of their file."""
 
     path: Path
 
@@ -57,10 +57,10 @@ class _Partial:
     def version(self) -> dict[str, str]:
         try:
             with reading_foreign_file(StageError, self.version_path):
-                found = dict(json.loads(self.version_path.read_text(encoding="utf-8")))
+                version = dict(json.loads(self.version_path.read_text(encoding="utf-8")))
         except StageError:
             return {}
-        return {name: value for name, value in found.items() if isinstance(value, str)}
+        return {name: value for name, value in version.items() if isinstance(value, str)}
 
     def restart(self, version: dict[str, str]) -> None:
         self.remove()
@@ -72,23 +72,23 @@ class _Partial:
 
 
 def download(item: Download, folder: Path) -> Path:
-    """Bring a file into a folder, unless it is there; continue where an earlier call stopped.
+    """Download a file into a folder unless it exists; continue a partial download.
 
     Args:
-        item: What to download.
-        folder: Where finished and partial files lie between calls.
+        item: Address, size and hash of the file.
+        folder: Holds finished and partial files between calls.
 
     Returns:
-        The finished file, of the published size and hash.
+        The path of the finished file.
 
     Raises:
-        StageError: The server has no such file or another one, or cannot be reached.
+        StageError: The server cannot be reached, or has no such file or another one.
     """
     path = local_path(item, folder)
     if path.exists() and problem(path, item) is None:
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    partial = _Partial(path.with_name(path.name + ".partial"))
+    partial = _partial(path)
     _receive_all(item, partial)
     if found := problem(partial.path, item):
         partial.remove()
@@ -102,12 +102,16 @@ def download(item: Download, folder: Path) -> Path:
 
 
 def local_path(item: Download, folder: Path) -> Path:
-    """Return where `download` puts a file: the last part of its address, in `folder`."""
+    """Return the path of a finished file: the last part of its address, in `folder`."""
     return folder / PurePosixPath(urlsplit(item.url).path).name
 
 
+def _partial(path: Path) -> _Partial:
+    return _Partial(path.with_name(path.name + ".partial"))
+
+
 def problem(path: Path, item: Download) -> str | None:
-    """Say how a file differs from what is published, or return None if it does not."""
+    """Return how a file differs from the published size or hash; None if it does not."""
     size = path.stat().st_size
     if size != item.bytes:
         return f"wanted {item.bytes} bytes, found {size}"
@@ -117,13 +121,18 @@ def problem(path: Path, item: Download) -> str | None:
 
 
 def check_free_space(items: tuple[Download, ...], folder: Path) -> None:
-    """Refuse to start what cannot be finished.
+    """Refuse downloads that do not fit on the disk of `folder`.
 
     Raises:
-        StageError: The files that are not in `folder` yet need more than its disk has free.
+        StageError: The bytes still to be received are more than the disk has free.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = sum(_missing_bytes(local_path(item, folder), item) for item in items)
+    paths = {local_path(item, folder): item for item in items}
+    missing = sum(
+        max(0, item.bytes - _partial(path).size())
+        for path, item in paths.items()
+        if not path.exists()
+    )
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise StageError(
@@ -133,15 +142,17 @@ def check_free_space(items: tuple[Download, ...], folder: Path) -> None:
         )
 
 
-def _missing_bytes(path: Path, item: Download) -> int:
-    if path.exists():
-        return 0
-    return max(0, item.bytes - _Partial(path.with_name(path.name + ".partial")).size())
-
-
 def _receive_all(item: Download, partial: _Partial) -> None:
     fruitless = 0
-    with requests.Session() as session, _bar(item, partial) as bar:
+    bar: tqdm[NoReturn] = tqdm(
+        desc=f"fetch {local_path(item, Path()).name}",
+        total=item.bytes,
+        initial=partial.size(),
+        unit="B",
+        unit_scale=True,
+        disable=None,
+    )
+    with requests.Session() as session, bar:
         while (before := partial.size()) < item.bytes:
             try:
                 _receive(session, item, partial, bar)
@@ -160,27 +171,16 @@ def _receive_all(item: Download, partial: _Partial) -> None:
             time.sleep(FIRST_PAUSE_S * 2 ** (fruitless - 1))
 
 
-def _bar(item: Download, partial: _Partial) -> "tqdm[NoReturn]":
-    return tqdm(
-        desc=f"fetch {local_path(item, Path()).name}",
-        total=item.bytes,
-        initial=partial.size(),
-        unit="B",
-        unit_scale=True,
-        disable=None,
-    )
-
-
 def _receive(
     session: requests.Session, item: Download, partial: _Partial, bar: "tqdm[NoReturn]"
 ) -> None:
-    """Make one request and append what it brings."""
+    """Send one request and append the bytes of its answer."""
     headers = _range_headers(item, partial)
     with session.get(item.url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _accept(response, item, partial)
-        with naming(partial.path), partial.path.open("ab") as file:
+        with path_in_errors(partial.path), partial.path.open("ab") as file:
             bar.n = file.tell()
-            # Not iter_content, which throws away the part of a chunk that came before a break.
+            # Not iter_content, which drops the start of a chunk when the connection breaks.
             while chunk := response.raw.read1(CHUNK_BYTES, decode_content=False):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -189,7 +189,7 @@ def _receive(
 
 
 def _range_headers(item: Download, partial: _Partial) -> dict[str, str]:
-    # Compressed on the way, the offsets would be those of other bytes.
+    # Compression would shift the offsets.
     headers = {"Accept-Encoding": "identity"}
     version, size = partial.version(), partial.size()
     if size and not version and item.sha256 is None:
@@ -197,7 +197,7 @@ def _range_headers(item: Download, partial: _Partial) -> dict[str, str]:
         partial.remove()
     elif size:
         headers["Range"] = f"bytes={size}-"
-        # A weak ETag says nothing about bytes, so a server must not honour it here.
+        # A weak ETag does not identify bytes, so a server must not accept it here.
         validator = version.get("ETag", "W/")
         if validator.startswith("W/"):
             validator = version.get("Last-Modified", "")
@@ -207,7 +207,7 @@ def _range_headers(item: Download, partial: _Partial) -> dict[str, str]:
 
 
 def _accept(response: requests.Response, item: Download, partial: _Partial) -> None:
-    """Make the partial file ready to append this answer, or refuse the answer."""
+    """Prepare the partial file for appending this answer, or refuse the answer."""
     version = {
         name: response.headers[name]
         for name in ("ETag", "Last-Modified")
@@ -218,7 +218,7 @@ def _accept(response: requests.Response, item: Download, partial: _Partial) -> N
         offered = response.headers.get("Content-Length")
     elif response.status_code == requests.codes.partial_content:
         start, offered = _content_range(response)
-        # An answer in parts may leave out headers that the whole had.
+        # A partial answer may leave out headers of the whole.
         changed = any(version.get(name, old) != old for name, old in partial.version().items())
         if changed or start != partial.size():
             partial.remove()
@@ -234,7 +234,7 @@ def _accept(response: requests.Response, item: Download, partial: _Partial) -> N
 
 
 def _content_range(response: requests.Response) -> tuple[int, str | None]:
-    """Return the first byte's position and the size of the whole, if the server knows it."""
+    """Return the position of the first byte, and the size of the whole file if it is stated."""
     found = re.fullmatch(
         r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "").strip()
     )
@@ -243,9 +243,9 @@ def _content_range(response: requests.Response) -> tuple[int, str | None]:
     return int(found[1]), None if found[2] == "*" else found[2]
 
 
-def _refuse_status(response: requests.Response, item: Download, partial: _Partial) -> None:
+def _refuse_status(response: requests.Response, item: Download, partial: _Partial) -> NoReturn:
     if response.status_code == requests.codes.requested_range_not_satisfiable:
-        # The server's file is shorter than what is here: not the same file.
+        # The server's file is shorter than the received bytes, so it is another file.
         partial.remove()
     status = f"{response.status_code} {response.reason}"
     if response.status_code in _RETRIED:

@@ -1,7 +1,7 @@
-"""Stage fetch: brings images and annotations to where section `data` says they are.
+"""Stage fetch: puts images and annotations where section `data` expects them.
 
-Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, `local`
-takes what is there. Files are made below `.work/fetch` and published whole in `data/raw`.
+Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, and `local`
+takes the files of the user. Files are made below `.work/fetch` and published whole in `data/raw`.
 """
 
 import os
@@ -31,8 +31,8 @@ def fetch(params: Params) -> None:
     """Run the stage.
 
     Raises:
-        StageError: The demo cannot be rendered, a file cannot be downloaded, or a file that
-            section `data` names is not there in the end.
+        StageError: The demo cannot be rendered, a file cannot be downloaded, or a file of section
+            `data` is missing in the end.
     """
     data = params.section("data", DataSettings)
     RAW.mkdir(parents=True, exist_ok=True)
@@ -44,14 +44,14 @@ def fetch(params: Params) -> None:
 
 
 def render_demo(work: Path) -> None:
-    """Render the demo's world in a process of its own and publish its files.
+    """Render the demo's world in a process of its own, and publish its files.
 
     Raises:
         StageError: The process failed.
     """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    # A process, not an import: the pipeline does not depend on the demo.
+    # A process instead of an import keeps the pipeline independent of the demo.
     command = [sys.executable, "-m", "demo.world", str(work)]
     checkout = str(Path(__file__).resolve().parents[1])
     search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
@@ -61,11 +61,11 @@ def render_demo(work: Path) -> None:
     try:
         code = process.wait()
     finally:
-        # Still there only after an interrupt, which is the matter of this process.
+        # Only an interrupt, which the process itself ignores, leaves it running.
         process.kill()
         process.wait()
     if code in (1, SettingsError.exit_code):
-        # Its own line stands on stderr.
+        # The process printed its own error.
         sys.exit(code)
     if code != 0:
         raise StageError(
@@ -78,10 +78,10 @@ def render_demo(work: Path) -> None:
 
 
 def fetch_files(items: tuple[Download, ...]) -> None:
-    """Download what is not there yet and publish it.
+    """Download and publish the files that are not published yet.
 
     Raises:
-        StageError: No space, no such file on the server, or not the published size or hash.
+        StageError: The disk is too small, or as `download` raises it.
     """
     missing = tuple(item for item in items if not _is_published(item))
     check_free_space(missing, FETCH_WORK)
@@ -95,51 +95,50 @@ def fetch_files(items: tuple[Download, ...]) -> None:
 
 def _is_published(item: Download) -> bool:
     path = Path(item.path)
-    # The unpacked members have no published hash, so the zip decides for them.
+    # Unpacked members have no published hash, so their zip is checked instead.
     return not item.unpack and path.is_file() and problem(path, item) is None
 
 
 def unpack(archive: Path, members: tuple[str, ...], folder: Path) -> None:
-    """Unpack some members of a zip into a folder, under their last names.
+    """Unpack members of a zip into a folder, without their own folders.
 
     Raises:
-        StageError: A member that is not there or is damaged.
+        StageError: A member is missing or damaged.
     """
     try:
         with open_zip(archive) as opened:
             for member in members:
-                with replacing(folder / PurePosixPath(member).name) as temporary:
-                    _copy_member(opened, member, temporary)
+                with (
+                    replacing(folder / PurePosixPath(member).name) as temporary,
+                    opened.open(member) as source,
+                    temporary.open("wb") as target,
+                ):
+                    shutil.copyfileobj(source, target, CHUNK_BYTES)
     except KeyError as error:
         raise StageError(f"{archive}: {error.args[0]} Correct unpack in fetch.files.") from None
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise StageError(f"{archive}: {error}. Delete it and run again.") from None
 
 
-def _copy_member(archive: zipfile.ZipFile, member: str, target: Path) -> None:
-    with archive.open(member) as source, target.open("wb") as file:
-        shutil.copyfileobj(source, file, CHUNK_BYTES)
-
-
 def check_paths(data: DataSettings) -> None:
-    """Refuse settings that name files which are not there.
+    """Refuse settings that name missing files.
 
     Raises:
-        StageError: Names the settings key and the path.
+        StageError: A file is missing; names the settings key and the path.
     """
-    named = {
+    paths = {
         "data.train.images": data.train.images,
         "data.train.captions": data.train.captions,
         "data.val.images": data.val.images,
         "data.val.captions": data.val.captions,
         "data.instruct": data.instruct,
     }
-    for key, path in named.items():
+    for key, path in paths.items():
         if not Path(path).exists():
             raise StageError(
                 f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"
             )
-    print(f"fetch: all {len(named)} files and folders of section data are there")
+    print(f"fetch: all {len(paths)} files and folders of section data are there")
 
 
 def _remedy(path: str) -> str:

@@ -1,4 +1,4 @@
-"""The settings of fetch, index and extract: sections `fetch`, `encoder`, `extract`."""
+"""The settings of the pipeline: sections `fetch`, `encoder` and `extract`."""
 
 import math
 from collections import Counter
@@ -8,26 +8,26 @@ from typing import Literal
 from workspace.data_settings import check_share
 
 RANDOM = "random"
-"""The value of `pretrained` that asks for no trained weights."""
+"""The value of `pretrained` that stands for untrained weights."""
 
 MAX_BATCH = 4096
-"""The memory of a forward pass is set aside for so many images, however few there are."""
+"""Limit of `batch_size`, which decides the memory of a forward pass."""
 
 MAX_WORKERS = 1024
-"""Each is a process."""
+"""Limit of `workers`, each of which is a process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """One file of section `fetch`, needed only by the source `coco`."""
+    """A file to download, for the source `coco`."""
 
     url: str
     path: str
-    """Where the file goes; for a zip that is unpacked, the folder of its members."""
+    """Where the file is published; for an unpacked zip, the folder of its members."""
     bytes: int
-    """Published size."""
+    """Published size in bytes."""
     sha256: str | None = None
-    """Published hash, where there is one."""
+    """Published hash, if any."""
     unpack: tuple[str, ...] = ()
     """Members of a zip to unpack into `path`, without their folders."""
 
@@ -50,22 +50,22 @@ class FetchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings:
-    """Section `encoder`: everything that decides the features."""
+    """Section `encoder`: the vision tower and how it runs."""
 
     model: str
     """An open_clip architecture, or the path of an open_clip config JSON."""
     pretrained: str
-    """An open_clip tag, a hub id, the path of a checkpoint, or `RANDOM`: weights drawn from a fixed
-    seed, to try the stages without a download. Scores of such a tower say nothing about a real
+    """An open_clip tag, a hub id, the path of a checkpoint, or "random": weights drawn from a fixed
+    seed, to try the stages without a download. Scores of such a tower say nothing about a trained
     one; report, summary and model card say so."""
     layer: int
-    """Which block's output; -1 is the last, -2 the one before, as LLaVA takes it."""
+    """The block whose output is stored; -1 is the last, -2 (as in LLaVA) the one before."""
     precision: Literal["fp32", "bf16"]
     batch_size: int
-    """Images a forward pass, at most `MAX_BATCH`. Part of the features' identity: it decides their
-    last bits."""
+    """Images per forward pass, at most 4096. Part of the features' identity, because it decides
+    their last bits."""
     device: str
-    """"auto" is every GPU, or the CPU; several, with commas, get a process each."""
+    """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
@@ -75,16 +75,16 @@ class EncoderSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractSettings:
-    """Section `extract`: how the features are made, and in which shards they lie."""
+    """Section `extract`: how the shards are made."""
 
     workers: int
-    """Decoding processes; 0 decodes in the encoding process."""
+    """Number of decoding processes; 0 decodes in the encoding process."""
     engine: Literal["local"]
-    """Who encodes the shards."""
+    """How the shards are distributed to processes."""
     shard_rows: int
-    """Mean rows in a shard; it holds at most twice as many."""
+    """Mean number of rows in a shard; the largest holds twice as many."""
     max_failure_rate: float
-    """Share of images that may fail to decode before the stage fails."""
+    """Share of images, from 0 to 1, above which images that do not decode stop the stage."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:

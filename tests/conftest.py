@@ -19,7 +19,7 @@ import pytest
 from cache import FeatureStore, Spec
 from cache.files.atomic import sha256_of, write_text
 from cache.shard import hash_rows, write_shard
-from cache.store_index import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreIndex
 from workspace.settings import Params
 
 PATCHES, WIDTH, HIDDEN, ROWS, EOS = 4, 8, 64, 512, "<|endoftext|>"
@@ -141,7 +141,7 @@ def write_store(root, image_ids=IMAGE_IDS, seed=0):
     for part, number in numbers:
         shard_number[part] = number
         row[part] = np.arange(len(all_ids[part]))
-    StoreTable(
+    StoreIndex(
         spec.fingerprint, tuple(files), all_ids, shard_number, row,
         hash_rows(features), np.arange(len(all_ids), dtype=np.uint64),
     ).write(root / "index.parquet")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stage finetune: projector and LoRA learn to answer, over a frozen language model."""
+"""Stage finetune: projector and LoRA learn to answer; the base language model is frozen."""
 
 import sys
 
@@ -9,7 +9,7 @@ from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
 from train.data.examples import read_conversation_examples, with_features
 from train.loop.loop import train
-from train.loop.setup import Task
+from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
@@ -20,10 +20,10 @@ from train.model.language_model import (
     load_tokenizer,
 )
 from train.model.model_files import read_config
-from train.model.preflight import check_model
+from train.model.preflight import check_vocabulary
 from train.model.projector import Projector, load_projector
 from train.provenance import changed_tables, provenance_of
-from train.run import RunDirectory, alone, identity, pick_device, provenance
+from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
 from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
@@ -43,20 +43,21 @@ def finetune(params: Params) -> None:
     device = pick_device()
     check_supported(llm)
     tokenizer = load_tokenizer(llm)
-    beside = language_model_identity(llm, tokenizer)
-    start = RUNS / "pretrain" / "projector.safetensors"
+    check_vocabulary(tokenizer, llm)
+    language_model_id = language_model_identity(llm, tokenizer)
+    start_path = RUNS / "pretrain" / "projector.safetensors"
     width = read_config(llm.model).hidden_size
-    projector = load_projector(start, store.spec.width, width).to(device)
-    stage_1 = provenance_of("pretrain", store, beside)
+    projector = load_projector(start_path, store.spec.width, width).to(device)
+    stage_1 = provenance_of("pretrain", store, language_model_id)
     if changed := changed_tables(stage_1):
         print(
             f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
-            f"may have learned from images that are held out now",
+            f"may have been trained on images that are held out now",
             file=sys.stderr,
         )
     language_model = load_language_model(llm, device)
-    start_sha256 = sha256_of(start)
-    decides = identity(
+    start_sha256 = sha256_of(start_path)
+    identity = run_identity(
         params,
         ("llm", "finetune"),
         store,
@@ -66,7 +67,7 @@ def finetune(params: Params) -> None:
     adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
     held_out = read_conversation_examples("holdout")
-    task = Task(
+    setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,
         store=store,
@@ -77,18 +78,17 @@ def finetune(params: Params) -> None:
         seed=seed,
         settings=settings,
     )
-    check_model(task.model, tokenizer, llm, lora=True)
-    with alone("finetune"):
-        made_from = provenance(
-            store, device, language_model=beside, start_projector_sha256=start_sha256
+    with stage_lock("finetune"):
+        origin = provenance(
+            store, device, language_model=language_model_id, start_projector_sha256=start_sha256
         )
-        run = RunDirectory("finetune", params, decides, made_from)
+        run = RunDirectory("finetune", params, identity, origin)
         with Tracker(tracking, run, params.values) as tracker:
-            metrics = train(task, saving, run, tracker)
+            metrics = train(setup, saving, run, tracker)
         if run.is_main:
             projector.save(run.files / "projector.safetensors")
             with writing_foreign_file(run.files / "adapter"):
-                # Left to itself, PEFT asks the hub whether embeddings were added.
+                # By default, PEFT asks the hub whether embeddings were added.
                 adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
             run.publish(metrics, REPORT)
 

@@ -5,14 +5,14 @@ import torch
 from cache import FeatureStore
 from train.data.examples import held_out_images, read_caption_examples, with_features
 from train.loop.loop import train
-from train.loop.setup import Task
+from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import check_supported, load_language_model, load_tokenizer
-from train.model.preflight import check_model
+from train.model.preflight import check_vocabulary
 from train.model.projector import seeded_projector
-from train.run import RunDirectory, alone, identity, pick_device, provenance
+from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import (
     CheckpointSettings,
     LlmSettings,
@@ -28,7 +28,7 @@ REPORT = REPORTS / "pretrain.json"
 
 
 def pretrain(params: Params) -> None:
-    """Train a projector on the captions of the training images and publish the run."""
+    """Train a projector on the captions of the training images, and publish the run."""
     settings = params.section("pretrain", PretrainSettings)
     llm = params.section("llm", LlmSettings)
     kind = params.section("projector", ProjectorSettings).kind
@@ -36,16 +36,17 @@ def pretrain(params: Params) -> None:
     tracking = params.section("tracking", TrackingSettings)
     seed = params.seed()
     store = FeatureStore(FEATURES)
-    # What is asked of these images later must be new to the model, their captions too.
+    # Held-out images must stay new to the model, in their captions too.
     examples = read_caption_examples("train").without(held_out_images())
     device = pick_device()
     check_supported(llm)
     tokenizer = load_tokenizer(llm)
-    beside = language_model_identity(llm, tokenizer)
+    check_vocabulary(tokenizer, llm)
+    language_model_id = language_model_identity(llm, tokenizer)
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
-    task = Task(
+    setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,
         store=store,
@@ -61,18 +62,17 @@ def pretrain(params: Params) -> None:
         seed=seed,
         settings=settings,
     )
-    check_model(task.model, tokenizer, llm, lora=False)
-    decides = identity(
+    identity = run_identity(
         params,
         ("llm", "projector", "pretrain"),
         store,
         language_model=language_model_fingerprint(language_model, tokenizer),
     )
-    with alone("pretrain"):
-        made_from = provenance(store, device, language_model=beside)
-        run = RunDirectory("pretrain", params, decides, made_from)
+    with stage_lock("pretrain"):
+        origin = provenance(store, device, language_model=language_model_id)
+        run = RunDirectory("pretrain", params, identity, origin)
         with Tracker(tracking, run, params.values) as tracker:
-            metrics = train(task, saving, run, tracker)
+            metrics = train(setup, saving, run, tracker)
         if run.is_main:
             projector.save(run.files / "projector.safetensors")
             run.publish(metrics, REPORT)

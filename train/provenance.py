@@ -1,7 +1,7 @@
-"""From what a run was made, read back: whether it belongs to the features and the model here.
+"""Checks the provenance of a run: whether it fits the current features and language model.
 
-What was learned from other features, or beside other weights, loads without complaint where the
-widths agree, and means nothing.
+Weights trained on other features, or beside another language model, load without complaint where
+the widths agree, and are worthless.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError
-from train.model.model_files import read_json
+from train.json_files import read_json
 from train.run import WEIGHTS, index_hashes, weights_of
 from workspace.errors import StageError
 from workspace.paths import RUNS
@@ -20,19 +20,19 @@ LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"
 
 PARTS = ("weights", "config", "tokenizer")
-"""Of a language model's identity; its name is none of them."""
+"""Parts of a language model's identity that must agree; its name need not."""
 
 
 def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[str, Any]:
-    """Read what a run says of its origin.
+    """Read a run's provenance and check its weights files.
 
     Args:
         path: The run's provenance.json.
-        remedy: What to do without, for the error text.
+        remedy: Advice for the error text.
 
     Raises:
-        StageError: No such file, not a JSON object that names features, or the weights beside it
-            are missing or others.
+        StageError: No such file, no JSON object with a features fingerprint, or weights files that
+            are not the run's own.
         OSError: The system could not read the file.
     """
 
@@ -47,9 +47,9 @@ def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[st
 
 
 def _check_weights(path: Path, hashes: Any, remedy: str) -> None:
-    """Refuse a run whose weights are not those that it ended with: exchanged, missing or added.
+    """Refuse a run with exchanged, missing or added weights files.
 
-    The run of an earlier version does not name them.
+    Provenance of earlier versions has no hashes.
     """
     if hashes is None:
         return
@@ -68,16 +68,16 @@ def _check_weights(path: Path, hashes: Any, remedy: str) -> None:
 def provenance_of(
     stage: str, store: FeatureStore, language_model: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the provenance of a stage's run, which belongs to the features and the model here.
+    """Return the provenance of a stage's run if it fits features and language model.
 
     Args:
         stage: Its name.
-        store: Features that are used now.
-        language_model: Identity of the language model that is used now.
+        store: The current features.
+        language_model: Identity of the current language model.
 
     Raises:
-        StageError: No provenance, or the run learned beside another language model.
-        SpecMismatchError: The run learned from other features.
+        StageError: No provenance, or the run was trained beside another language model.
+        SpecMismatchError: The run was trained on other features.
     """
     path = RUNS / stage / "provenance.json"
     values = read_provenance(path, f"Run the {stage} stage.")
@@ -85,36 +85,35 @@ def provenance_of(
     if learned_from != store.fingerprint:
         raise SpecMismatchError(
             f"{path}: the run learned from features of fingerprint {learned_from[:12]}, "
-            f"{store.root} has those of {store.fingerprint[:12]}. Run the {stage} stage again, or "
-            f"bring the features back that it learned from."
+            f"{store.root} has {store.fingerprint[:12]}. Run the {stage} stage again, or bring "
+            f"back the features that it learned from."
         )
     check_language_model(path, values, language_model)
     return values
 
 
 def changed_tables(values: Mapping[str, Any]) -> list[str]:
-    """Return the names of the tables of texts that are not those that a run learned from.
+    """Return the names of the text tables that changed since a run.
 
     Args:
-        values: The run's provenance; one without hashes of tables has none that changed.
+        values: The run's provenance; without hashes of tables, the result is empty.
     """
-    there = values.get("index_sha256")
-    here = index_hashes()
-    return [name for name in here if isinstance(there, dict) and there.get(name) != here[name]]
+    before, now = values.get("index_sha256"), index_hashes()
+    return [name for name in now if isinstance(before, dict) and before.get(name) != now[name]]
 
 
 def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[str, str]) -> None:
-    """Refuse a language model other than the one that a run learned beside.
+    """Refuse a language model other than the one beside which a run was trained.
 
-    The run of an earlier version does not name it: that is said, and believed.
+    Provenance of earlier versions does not name it: a warning, and the run is accepted.
 
     Args:
         path: Of the run's provenance.
-        values: What it holds.
-        here: Identity of the language model that is used now.
+        values: The provenance.
+        here: Identity of the current language model.
 
     Raises:
-        StageError: Names both models, and what differs.
+        StageError: Names both models and the differing parts.
     """
     there = values.get(LANGUAGE_MODEL)
     if there is None:

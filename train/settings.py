@@ -1,14 +1,14 @@
-"""The settings of training: what both stages read from `params.yaml`."""
+"""The settings of both training stages, read from `params.yaml`."""
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
 MAX_EPOCHS = 10_000
-"""The steps of a run are planned before its first one."""
+"""All steps of a run are planned, in memory, before the first one."""
 
 MAX_LORA_RANK = 1024
-"""Far above any use; the matrices of LoRA are made before anything is learned."""
+"""Far above any use; the LoRA matrices are allocated at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,32 +20,35 @@ class LlmSettings:
     quantize: Literal["nf4", "none"]
     """NF4 with double quantisation through bitsandbytes, or weights as they are."""
     dtype: Literal["bf16", "fp32"]
-    """What the language model computes in. Not fp16: Phi-2's attention overflows in it."""
+    """Computing dtype of the language model. Not fp16: Phi-2's attention overflows in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorSettings:
-    """Section `projector`: what maps patches to the language model's embeddings."""
+    """Section `projector`: from patches to the language model's embeddings."""
 
     kind: Literal["linear", "mlp", "resblock"]
+    """One linear layer; two with GELU, as in LLaVA-1.5; one and a pre-norm residual block."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingSettings:
-    """Section `tracking`."""
+    """Section `tracking`: logging to wandb."""
 
     wandb: Literal["online", "offline", "disabled"]
+    """Upload at once, write to `.work/wandb/` for a later `wandb sync`, or log nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Section `checkpoints`: how often a run's state is saved. They change nothing in a run."""
+    """Section `checkpoints`: how often a run's state is saved; no influence on its result."""
 
     every_steps: int
+    """Optimizer steps between two checkpoints; one is also saved at the end and at a signal."""
     every_minutes: float
-    """Whichever of the two comes first; there is always one at the end, and at a signal."""
+    """Most minutes between two checkpoints."""
     keep: int
-    """The last so many are kept."""
+    """Number of recent checkpoints that are kept."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "every_steps", "every_minutes", "keep")
@@ -53,38 +56,40 @@ class CheckpointSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
-    """What both stages set for the one training loop."""
+    """The settings of the training loop, in both stages."""
 
     epochs: float
     """Passes over the texts; 0.5 is half of them."""
     learning_rate: float
-    """Peak, after the warm-up; of the projector in stage 1, of LoRA in stage 2."""
+    """Peak, after the warm-up: of the projector in stage 1, of LoRA in stage 2."""
     weight_decay: float
+    """AdamW's, of all trainable parameters."""
     warmup_share: float
     """Share of the optimizer steps in which the learning rate rises from 0."""
     clip_norm: float
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down so that their norm is at most this."""
     texts_per_image: int
-    """Most texts of an image in one step; the others come later in the epoch."""
+    """Most texts of an image in one step; the others follow later in the epoch."""
     micro_batch_tokens: int
-    """Positions, patches and padding included, of one forward pass: what fits the memory."""
+    """Most positions of a forward pass, patches and padding included; limited by memory."""
     row_tokens: int
-    """Positions of a row, in which images are packed. Short rows suit SDPA, which computes all
-    pairs of a row; with FlexAttention take as many as `micro_batch_tokens`."""
+    """Most positions of a row of packed images. Short rows suit SDPA, which computes all pairs of
+    a row; with FlexAttention use the value of `micro_batch_tokens`."""
     max_text_tokens: int
-    """Longest text behind an image; of a longer one whole turns are left out from the end."""
+    """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]
-    """How an epoch is shuffled: over the whole store, or within windows of shards, for disks on
-    which random reads are slow. See `train.data.order`."""
+    """Shuffle over the whole store, or within windows of shards, for disks with slow random reads.
+    See `train.data.order`."""
     window_shards: int
-    """Shards of a window of the order `windowed`, which memory should hold twice."""
+    """Shards of a window of the order `windowed`; two windows should fit in memory."""
     log_every_steps: int
+    """Optimizer steps between two rows of the history."""
     validate_every_steps: int
-    """Optimizer steps between two validations; there is always one at the end."""
+    """Optimizer steps between two validations; the last step is always validated."""
     validation_images: int
     """Images of the validation loss."""
     samples: int
-    """Images whose text is generated at every validation."""
+    """Validation images for which a text is generated at every validation."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "learning_rate", "clip_norm", "texts_per_image", "micro_batch_tokens")
@@ -99,10 +104,10 @@ class LoopSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(LoopSettings):
-    """Section `pretrain`: stage 1, image to caption, the projector learns."""
+    """Section `pretrain`: stage 1, image to caption; the projector learns."""
 
     batch_captions: int
-    """Captions of one optimizer step; the last image's captions may exceed it."""
+    """Captions of an optimizer step; the last image's captions may exceed it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,11 +116,14 @@ class PretrainSettings(LoopSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """Section `finetune.lora`."""
+    """Section `finetune.lora`: the adapter of stage 2."""
 
     r: int
+    """Rank of the matrices."""
     alpha: int
+    """The product of the matrices is scaled by alpha / r."""
     dropout: float
+    """Probability with which an input of the matrices is dropped in training."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "r", "alpha")
@@ -125,11 +133,12 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(LoopSettings):
-    """Section `finetune`: stage 2, image and question to answer, projector and LoRA learn."""
+    """Section `finetune`: stage 2, image and question to answer; projector and LoRA learn."""
 
     projector_learning_rate: float
+    """Peak, after the warm-up, of the projector."""
     batch_examples: int
-    """Conversations of one optimizer step; the last image's conversations may exceed it."""
+    """Conversations of an optimizer step; the last image's conversations may exceed it."""
     lora: LoraSettings
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The time of day, as products of the project write it."""
+"""The time, as reports and run directories write it."""
 
 from datetime import UTC, datetime
 

@@ -1,4 +1,4 @@
-"""Which modules of this project a module imports, and a hash of what a module does."""
+"""Finds the modules of this project that a module imports, and hashes their code."""
 
 import ast
 import hashlib
@@ -11,9 +11,8 @@ PACKAGES = ("cache", "demo", "eval", "pipeline", "train", "workspace")
 
 
 def modules_of(names: tuple[str, ...]) -> set[Path]:
-    """Return the files of some modules, and of all modules of this project that those import.
-
-    Imports within functions count too.
+    """Return the files of some modules and of all modules of this project that they import, also
+    indirectly or within functions.
     """
     found: set[Path] = set()
     waiting = list(names)
@@ -26,10 +25,10 @@ def modules_of(names: tuple[str, ...]) -> set[Path]:
 
 
 def _files_of(name: str) -> Iterator[Path]:
-    """Yield the files that Python runs for an import: a module's packages and the module.
+    """Yield the files that Python runs for an import: the packages around a module, and the module.
 
     Args:
-        name: Dotted, of a module or of something in it.
+        name: Dotted name of a module, or of an object in it.
     """
     parts = name.split(".")
     if parts[0] in PACKAGES:
@@ -52,10 +51,9 @@ def _imports_of(path: Path) -> Iterator[str]:
 
 
 def code_hash(path: Path) -> str:
-    """Return the sha256 of what a module does, in hexadecimal.
+    """Return the sha256 of a module's syntax tree, in hexadecimal.
 
-    Comments, docstrings and layout do not count. The hash is the same under every version of Python
-    that can read the module.
+    Comments, docstrings and layout do not count. All versions of Python give the same hash.
     """
     return hashlib.sha256(repr(_plain(ast.parse(path.read_bytes()))).encode()).hexdigest()
 
@@ -63,7 +61,7 @@ def code_hash(path: Path) -> str:
 def _plain(node: object) -> object:
     """Return a syntax tree as nested lists, without docstrings and other strings on their own."""
     if isinstance(node, ast.AST):
-        # Fields without content differ between versions of Python.
+        # Empty fields differ between versions of Python.
         fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return [type(node).__name__, *((name, _plain(value)) for name, value in fields)]
     if isinstance(node, list):

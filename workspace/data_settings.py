@@ -1,4 +1,4 @@
-"""The settings of what is learned from: section `data`, read by the stages before and after."""
+"""Section `data` of the settings, which all stages read."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,30 +6,30 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class SplitSettings:
-    """Where the images and the captions of one split lie."""
+    """Paths of the images and captions of one split."""
 
     images: str
-    """A folder, or a zip that is read in place."""
+    """A folder, or a zip file, which is read in place."""
     captions: str
-    """Captions in the official COCO layout."""
+    """A JSON file in the layout of COCO's captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Section `data`: what is fetched and indexed."""
+    """Section `data`: the inputs of the stages fetch and index."""
 
     source: Literal["demo", "coco", "local"]
-    """Who makes the files below: the embedded world, a download, or nobody."""
+    """Origin of the files below: rendered by the demo, downloaded, or already here."""
     train: SplitSettings
     val: SplitSettings
     instruct: str
-    """Conversations in the official LLaVA-Instruct layout, about images of `train`."""
+    """A JSON file in the layout of LLaVA-Instruct, about images of `train`."""
     instruct_holdout: float
-    """Share of the images with conversations that are kept for evaluation."""
+    """Share of the images whose conversations are held out for evaluation, 0 to 1."""
     max_reject_rate: float
-    """Share of rejected records of a kind above which the index stage fails."""
+    """Share of rejected records of a kind above which the index stage fails, 0 to 1."""
     follow_links: bool = False
-    """Whether links in a folder of images may lead out of it."""
+    """Whether symbolic links in a folder of images may lead out of it."""
 
     def __post_init__(self) -> None:
         check_share("instruct_holdout", self.instruct_holdout)
@@ -37,10 +37,6 @@ class DataSettings:
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse a number that is no share.
-
-    Raises:
-        ValueError: Not from 0 to 1.
-    """
+    """Raise a ValueError unless a setting is from 0 to 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, wanted a share from 0 to 1")

@@ -1,7 +1,7 @@
-"""The error of a stage; `cache.errors` has the whole tree."""
+"""The error of a stage; `cache.errors` has the tree of all errors."""
 
 from cache.errors import PatchcacheError
 
 
 class StageError(PatchcacheError, RuntimeError):
-    """Inputs from which a stage cannot make its outputs."""
+    """A stage cannot make its outputs from its inputs."""

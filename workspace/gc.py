@@ -1,29 +1,28 @@
-"""Command: frees the shards in the work directory that no published store needs.
+"""Command: frees shards in the work directory that no published store needs.
 
     python -m workspace.gc [STORE ...] [--delete]
 
-Shows what it would free, and frees it only with --delete. Old shards are what makes it cheap to go
-back to another tower or other images; without them, they are encoded again.
+Lists what it would free, and deletes only with --delete. Old shards make it cheap to return to
+another encoder or other images; without them, the images are encoded again.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from cache.cli.command import command_parser, run_guarded
-from cache.cli.sizes import human_size
 from cache.remote.location import Location
-from cache.spec import MAX_JSON_BYTES, Spec
-from cache.store_index import INDEX, StoreTable
-from workspace.locks import exclusive
+from cache.store_index import INDEX_FILE, StoreIndex
+from cache.texts import human_size
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 
 
 def collect(stores: Sequence[str], delete: bool) -> None:
-    """Show, and free, what none of the stores needs.
+    """List, and delete, the files of the work directory that no store needs.
 
     Args:
         stores: Folders or fsspec URLs of the stores to keep, at least one.
-        delete: Whether to free it.
+        delete: Whether to delete the files.
 
     Raises:
         PatchcacheError: A store cannot be read, or an extraction is running.
@@ -31,7 +30,7 @@ def collect(stores: Sequence[str], delete: bool) -> None:
     if not SHARDS.is_dir():
         print(f"{SHARDS}: no such folder, so there is nothing to free")
         return
-    with exclusive(SHARDS):
+    with folder_lock(SHARDS):
         # Read under the lock: no extraction may publish in between.
         needed = set().union(*(needed_names(store) for store in stores)) | {".lock"}
         unneeded = [path for path in sorted(SHARDS.iterdir()) if path.stem not in needed]
@@ -51,11 +50,11 @@ def collect(stores: Sequence[str], delete: bool) -> None:
 
 
 def needed_names(store: str) -> set[str]:
-    """Return the names, without suffix, of what a store needs of the work directory."""
+    """Return the names, without suffix, of a store's files in the work directory."""
     location = Location(store)
-    spec = Spec.read(location.path("spec.json", MAX_JSON_BYTES))
-    table = StoreTable.read(location.path(INDEX), spec)
-    return {Path(file.name).stem for file in table.shards} | {f"probe-{spec.fingerprint[:16]}"}
+    spec = location.read_spec()
+    index = StoreIndex.read(location.path(INDEX_FILE), spec)
+    return {Path(file.name).stem for file in index.shards} | {f"probe-{spec.fingerprint[:16]}"}
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
         metavar="STORE",
         help=f"folders or fsspec URLs of the stores to keep (default: {FEATURES})",
     )
-    parser.add_argument("--delete", action="store_true", help="free it")
+    parser.add_argument("--delete", action="store_true", help="delete the files")
     arguments = parser.parse_args()
     run_guarded(lambda: collect(arguments.stores, arguments.delete))
 

@@ -1,4 +1,4 @@
-"""Locks that keep a folder of the workspace for one process at a time."""
+"""Locks on folders of the workspace, against two processes that write the same folder."""
 
 import contextlib
 import errno
@@ -10,14 +10,14 @@ from pathlib import Path
 from workspace.errors import StageError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-"""How file systems say that they have no locks: NFS without lockd, Lustre without flock, FUSE."""
+"""Errors of file systems without locks: NFS without lockd, Lustre without flock, FUSE."""
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Create the folder if needed and hold an exclusive lock on it.
 
-    On a file system without locks the user is warned, and the work goes on.
+    On a file system without locks a warning is printed, and the block runs.
 
     Raises:
         StageError: Another process holds the lock.
@@ -25,19 +25,19 @@ def exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            # Not flock, which forked workers would go on holding after a kill of their parent.
+            # Not flock: forked workers would hold it after their parent was killed.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise StageError(
-                f"{folder}: another process works in it. Wait until it is done, then run the same "
+                f"{folder}: another process works in it. Wait until it is done, then run this "
                 f"command again."
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
             print(
-                f"warning: {folder}: its file system has no locks ({error.strerror}), so that "
-                f"nothing keeps a second process out. See that none works in it.",
+                f"warning: {folder}: its file system has no locks ({error.strerror}). Make sure "
+                f"that no other process works in it.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -1,9 +1,9 @@
-"""The places of a workspace, relative to the working directory; written here and nowhere else."""
+"""All paths of a workspace, relative to the working directory. No other module spells them."""
 
 from pathlib import Path
 
 RAW = Path("data/raw")
-"""What the fetch stage brings."""
+"""Downloaded or rendered images and annotations: output of the fetch stage."""
 
 INDEX = Path("data/index")
 IMAGES = INDEX / "images.parquet"
@@ -16,16 +16,16 @@ FEATURES = Path("data/features")
 """The feature store."""
 
 CODE = Path("data/code")
-"""The hashes of each stage's code."""
+"""Hashes of the code of each stage."""
 
 RUNS = Path("runs")
-"""Run directories, each under the name of its stage."""
+"""Run directories, named after their stages."""
 
 REPORTS = Path("reports")
-"""Reports of all stages, each under the name of its stage, and the page."""
+"""Reports of all stages, named after them, and the HTML page."""
 
 WORK = Path(".work")
-"""Everything that must survive a kill is built here, outside every output of DVC."""
+"""Unfinished work that must survive a kill, outside of DVC's outputs."""
 
 SHARDS = WORK / "shards"
-"""Every shard ever encoded here, under its name; of any encoder and any set of images."""
+"""Every shard ever encoded in this workspace, of any encoder and any set of images."""

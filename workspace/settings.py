@@ -1,7 +1,7 @@
-"""Reads `params.yaml` into frozen dataclasses, and refuses whatever does not fit them.
+"""Reads `params.yaml` into frozen dataclasses, and refuses unknown keys and wrong types.
 
-Owns the reading and the checking; each section's dataclass lives beside the code that uses it.
-YAML 1.2 as DVC reads it, so that `5e-4` is a number here and there.
+The dataclass of each section is defined beside the code that uses it. Files are YAML 1.2, as for
+DVC, so that `5e-4` is a number.
 """
 
 import dataclasses
@@ -17,8 +17,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from cache.errors import SettingsError
-from cache.files.atomic import check_ordinary, naming
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.atomic import check_ordinary, path_in_errors
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 
 SECTIONS = (
     "seed",
@@ -37,33 +38,33 @@ SECTIONS = (
 """Top-level keys of a params file, in the order in which the stages use them."""
 
 MAX_BYTES = 1 << 16
-"""Of a params file: ten times the longest of ours. For more, the parser would need seconds."""
+"""Largest params file. The project's own have a tenth; more would take seconds to parse."""
 
 MAX_VALUES = 10_000
-"""Of a params file, aliases and merges expanded. They may be used, and can grow without bound."""
+"""Most values of a params file, with aliases expanded, which can multiply without bound."""
 
 MAX_DEPTH = 32
-"""Of the values of a params file in each other."""
+"""Most levels of nesting."""
 
 MAX_WHOLE_NUMBER = 1 << 53
-"""Whole numbers up to here are the same in YAML, JSON and every machine type that they go to."""
+"""Largest integer, exact in YAML, JSON and every number type it is converted to."""
 
 MAX_TEXT = 4096
-"""Characters of a text, which is the longest path of Linux."""
+"""Most characters of a text: the longest path of Linux."""
 
 MAX_SHOWN = 100
-"""Characters of a text, and bits of a number, that an error shows."""
+"""Most characters of a text, and bits of a number, that an error repeats."""
 
 Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
 class Params:
-    """One params file, read but not yet checked beyond its top-level keys."""
+    """A params file with checked top-level keys and unchecked sections."""
 
     path: Path
     text: str
-    """The file as it was read."""
+    """Content of the file."""
     values: dict[str, Any]
 
     @classmethod
@@ -87,7 +88,7 @@ class Params:
 
         Raises:
             SettingsError: Section or key missing, unknown key, wrong type, or a value that the
-                dataclass itself refuses. Names the key, the file and what is allowed.
+                dataclass refuses. Names the key, the file and what is allowed.
         """
         self._require(name)
         return typing.cast(Section, _build(self.values[name], cls, name, self.path))
@@ -110,7 +111,7 @@ class Params:
 def _read_bytes(path: Path) -> bytes:
     check_ordinary(path, lambda why: SettingsError(f"{path}: {why}."))
     try:
-        with naming(path), path.open("rb") as file:
+        with path_in_errors(path), path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise SettingsError(
@@ -125,14 +126,14 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML that does not grow beyond measure.
+    """Parse YAML of bounded size.
 
     Args:
-        text: All of it.
-        where: What it is called, for the error text.
+        text: The YAML.
+        where: Name of its file, for the error text.
 
     Raises:
-        SettingsError: It has too many values, or too many levels.
+        SettingsError: Too many values or levels.
     """
     if not _is_bounded(text):
         raise SettingsError(
@@ -143,13 +144,13 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _is_bounded(text: str) -> bool:
-    """Whether some YAML has few values and levels; stops where it is not, and builds nothing."""
+    """Return whether YAML is within MAX_VALUES and MAX_DEPTH, without building the values."""
     sizes: dict[str | None, float] = {}
     anchors: list[str | None] = [None]
     counts: list[float] = [0]
     for event in YAML(typ="safe", pure=True).parse(text):
         if isinstance(event, CollectionStartEvent):
-            # An alias in there would be inside itself.
+            # An alias within its own anchor would be infinite.
             sizes[event.anchor] = math.inf
             anchors.append(event.anchor)
             counts.append(1)
@@ -169,7 +170,7 @@ def _is_bounded(text: str) -> bool:
 def _check_keys(
     values: dict[str, Any], allowed: tuple[str, ...], required: tuple[str, ...], where: str
 ) -> None:
-    # YAML's keys may be anything.
+    # YAML's keys can be of any type.
     unknown = [key if isinstance(key, str) else shown(key) for key in values if key not in allowed]
     if unknown:
         raise SettingsError(
@@ -209,7 +210,7 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
 
 
 def _check_extent(value: Any, key: str, path: Path) -> None:
-    """Refuse numbers and texts with which no field can do anything."""
+    """Refuse numbers and texts that no field can use."""
     if isinstance(value, float) and not math.isfinite(value):
         raise _wrong(path, key, "a finite number", value)
     if type(value) is int and abs(value) > MAX_WHOLE_NUMBER:
@@ -219,7 +220,7 @@ def _check_extent(value: Any, key: str, path: Path) -> None:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a text can be written, and can be a path."""
+    """Return whether a text can be encoded as UTF-8 and used as a path."""
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -244,7 +245,7 @@ def _wrong(path: Path, key: str, wanted: str, found: object) -> SettingsError:
 
 
 class _Short(reprlib.Repr):
-    """Spells values as `repr` does, with parts left out where they are many or long."""
+    """A `repr` that leaves out parts of long values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,11 +253,11 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = MAX_SHOWN
 
     def repr_int(self, value: int, level: int) -> str:
-        # Python refuses to write out very large ones.
+        # Python refuses to print very large integers.
         bits = value.bit_length()
         return repr(value) if bits <= MAX_SHOWN else f"a whole number of {bits} bits"
 
 
 def shown(value: object) -> str:
-    """Return a value as an error shows it: on one line, and cut where it is long."""
+    """Return a value's `repr` on one line, shortened if it is long."""
     return one_line(_Short().repr(value))

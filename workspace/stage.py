@@ -12,8 +12,8 @@ def run_stage(stage: Callable[[Params], None], description: str) -> NoReturn:
     """Read the settings named on the command line, run a stage, exit.
 
     Args:
-        stage: The work; raises a `PatchcacheError` for what a user can mend.
-        description: First lines of the stage's module, shown by `--help`.
+        stage: The work; raises a `PatchcacheError` for a problem that a user can solve.
+        description: Docstring of the stage's module, shown by `--help`.
     """
     parser = command_parser(description)
     parser.add_argument(

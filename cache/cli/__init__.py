@@ -1,1 +1,1 @@
-"""The frame of a command: its arguments, its errors, its exit code, its interruption."""
+"""The frame of a command: arguments, errors, exit codes, interruption."""

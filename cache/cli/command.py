@@ -1,4 +1,4 @@
-"""The frame around every stage's entry point: `--params`, one-line errors, exit codes.
+"""The frame of every command: argument parser, one-line errors, exit codes.
 
 0 done, 1 the work failed, 2 the call or the settings are wrong, 130 interrupted.
 """
@@ -13,50 +13,50 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from ..errors import PatchcacheError
-from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
+from .interrupts import INTERRUPTED, INTERRUPTED_MESSAGE, handle_interrupts, ignore_interrupts
 
-NOBODY_READS = 141
-"""Exit code of a command whose reader, like `head`, has gone, as shells use it."""
+READER_GONE = 141
+"""Exit code of a command whose reader, such as `head`, has ended: 128 + SIGPIPE, as in shells."""
 
 
 def command_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a module that is a command, under the name by which it is called.
+    """Return an argument parser for the module that runs as a command.
 
     Args:
-        description: Docstring of the module, shown by `--help` as it is.
+        description: Docstring of the module, which `--help` shows verbatim.
     """
     spec = sys.modules["__main__"].__spec__
     return _Parser(
         prog=f"python -m {spec.name}" if spec else None,
-        # Letters are for readers of the code.
+        # The legend of letters is for readers of the code.
         description=description.partition("\n\nLetters:")[0] if description else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose help ends as all output of a command does: in a full disk, or unread."""
+    """A parser that handles a full disk and a missing reader as `run_guarded` does."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """End the process, after the help or an error about the command line."""
+        """End the process after the help or an error in the command line."""
         try:
             if sys.stdout:
                 sys.stdout.flush()
         except OSError as error:
-            status = _end_of(error)
+            status = _report(error)
         super().exit(status, message)
 
 
 def run_guarded(work: Callable[[], None]) -> NoReturn:
-    """Run some work and exit with the code that says how it ended, without a traceback for
-    anything that a user, a file or the machine can cause.
+    """Run a command's work and exit with its code; errors that a user, a file or the machine can
+    cause are printed as one line, without a traceback.
     """
-    heed_interrupts()
+    handle_interrupts()
     try:
         try:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, io.TextIOWrapper):
-                    # A path can hold bytes that are no text. This writes what is left to write.
+                    # A path can hold bytes that are not UTF-8.
                     stream.reconfigure(errors="backslashreplace")
             work()
             if sys.stdout:
@@ -66,25 +66,24 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     except PatchcacheError as error:
         sys.exit(_fail(str(error), error.exit_code))
     except OSError as error:
-        sys.exit(_end_of(error))
+        sys.exit(_report(error))
     except KeyboardInterrupt:
-        sys.exit(_fail(AGAIN, INTERRUPTED))
+        sys.exit(_fail(INTERRUPTED_MESSAGE, INTERRUPTED))
     sys.exit(0)
 
 
-def _end_of(error: OSError) -> int:
-    """Say what the system could not do, and return the exit code."""
+def _report(error: OSError) -> int:
+    """Print a failure of the system, such as a full disk, and return the exit code."""
     if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
-        _drop_what_is_left(sys.stdout)
-        return NOBODY_READS
-    # Full disk, no permission: the system's own words say it best.
+        _discard_output(sys.stdout)
+        return READER_GONE
     return _fail(str(error), 1)
 
 
 def _fail(message: str, exit_code: int) -> int:
-    # A name of a file can hold what would break the line, or steer a terminal.
+    # A file's name can hold line breaks, and codes that steer a terminal.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    # That nobody can read it must not change how the command ends.
+    # A closed stderr must not change the exit code.
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
@@ -92,19 +91,19 @@ def _fail(message: str, exit_code: int) -> int:
             if stream:
                 stream.flush()
         except OSError:
-            _drop_what_is_left(stream)
+            _discard_output(stream)
     return exit_code
 
 
 def _has_no_reader(stream: TextIO) -> bool:
-    """Whether a stream is a pipe that nobody reads any more."""
+    """Return whether a stream is a pipe whose reader has ended."""
     poll = select.poll()
     poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _drop_what_is_left(stream: TextIO) -> None:
-    """Send to nowhere what cannot be written: at its end, Python would try it and complain."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def _discard_output(stream: TextIO) -> None:
+    """Redirect a stream to /dev/null, so that Python's last flush does not fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -1,7 +1,7 @@
-"""How a command is interrupted, and how the processes that it starts are left out of it.
+"""Interruption of a command, by Ctrl-C or a signal.
 
 Ctrl-C, `timeout`, a batch system and `docker stop` send their signal to all processes of a command
-at once. The first process heeds it and ends the others; those never see it.
+at once. Only the first process handles it, and ends the others.
 """
 
 import contextlib
@@ -15,31 +15,31 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a command to stop."""
 
 INTERRUPTED = 130
-"""Exit code of a command stopped by Ctrl-C, SIGTERM or SIGHUP, as shells use it."""
+"""Exit code of a command stopped by Ctrl-C, SIGTERM or SIGHUP; shells use it for Ctrl-C."""
 
 REPEAT_SECONDS = 1.0
-"""After which a request to stop is made once more, as long as nobody heeds it."""
+"""Seconds after which an interruption that a library has dropped is raised again."""
 
-AGAIN = "interrupted; run the same command again"
-"""What such a command says."""
+INTERRUPTED_MESSAGE = "interrupted; run the same command again"
+"""Message of an interrupted command."""
 
 
-def heed_interrupts(heed: Callable[[int, FrameType | None], NoReturn] | None = None) -> None:
-    """Let the first signal that asks to stop raise KeyboardInterrupt, and all later ones nothing.
+def handle_interrupts(handler: Callable[[int, FrameType | None], NoReturn] | None = None) -> None:
+    """Let the first signal of INTERRUPTS raise KeyboardInterrupt, and ignore later ones.
 
-    Those that the caller ignores stay ignored, as `nohup` and a shell's background jobs want it;
-    but for SIGTERM, which nobody sends by accident.
+    Signals that the caller ignores stay ignored, for `nohup` and a shell's background jobs; except
+    SIGTERM, which is never sent by accident.
 
     Args:
-        heed: Handler that is installed in place of the one that raises KeyboardInterrupt.
+        handler: Handler to install in place of the one that raises KeyboardInterrupt.
     """
     for number in INTERRUPTS:
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, heed or _interrupt)
+            signal.signal(number, handler or _interrupt)
 
 
 def ignore_interrupts() -> None:
-    """Let no signal cut off what is left to do on the way out."""
+    """Ignore further signals, so that none cuts off the clean-up."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
@@ -47,7 +47,7 @@ def ignore_interrupts() -> None:
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Processes that begin in the block never see a signal that asks to stop."""
+    """Block INTERRUPTS in processes that are started within the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
         yield
@@ -56,7 +56,7 @@ def without_interrupts() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    # `timeout` sends its signal to the process, and then to the group.
+    # `timeout` sends its signal twice: to the process, then to the group.
     ignore_interrupts()
     signal.signal(signal.SIGALRM, _interrupt_again)
     signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
@@ -64,10 +64,10 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupt_again(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt if the last one was dropped.
+    """Raise KeyboardInterrupt again if a library has dropped it.
 
-    Libraries in C do that where they clear an error that they did not expect: pyarrow, while it
-    imports pandas. Clean-up that the first one caused is left in peace.
+    Libraries in C clear errors that they do not expect, such as pyarrow while it imports pandas.
+    Nothing is raised while the first interruption is being handled.
     """
     error = sys.exc_info()[1]
     while error is not None:

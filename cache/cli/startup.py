@@ -1,7 +1,7 @@
-"""What a command says when it ends before it has begun: without its environment, or interrupted.
+"""Messages of a command that ends during its imports: a package is missing, or a signal came.
 
-A command imports for seconds before its own frame, `cache.cli.command`, can catch anything. Every
-package of commands imports this one first, which needs nothing that must be installed.
+A command imports for seconds before `run_guarded` can catch anything. Every package of commands
+imports this module first; it needs the standard library alone.
 """
 
 import contextlib
@@ -10,44 +10,44 @@ import sys
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from .interrupts import AGAIN, INTERRUPTED, heed_interrupts, ignore_interrupts
-
-OURS = ("bench", "cache", "demo", "eval", "pipeline", "train", "workspace")
-"""Packages that no environment brings: one that is missing is a mistake of ours."""
+from .interrupts import INTERRUPTED, INTERRUPTED_MESSAGE, handle_interrupts, ignore_interrupts
 
 
 def explain(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """Say in one line why an import was not finished; all else gets Python's traceback."""
-    if isinstance(error, ModuleNotFoundError) and _is_of_the_environment(error.name):
+    """Name a package that is not installed in one line; print a traceback for any other error."""
+    # A name with a dot is a missing part of an installed package: a mistake in the code.
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
         print(
-            f"error: the Python package {error.name!r} is not installed in {sys.prefix}. Run "
-            f"`source .venv/bin/activate` in the project's folder first; `make demo` makes .venv.",
+            f"error: the Python package {error.name!r} is not installed in {sys.prefix}. Activate "
+            f"the environment that has it: `source .venv/bin/activate` in the project's folder, "
+            f"where `make demo` makes it.",
             file=sys.stderr,
         )
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
-def _is_of_the_environment(name: str | None) -> bool:
-    # A part of a package that is there is missing for another reason.
-    return bool(name) and "." not in str(name) and name not in OURS
-
-
 def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """End the process at a signal, with the line and exit code that it has later, too.
+    """End the process with the message and exit code of an interrupted command.
 
-    An exception could be caught by whatever is being imported.
+    An exception would not do: the package that is being imported could catch it.
     """
     ignore_interrupts()
     with contextlib.suppress(OSError):
-        os.write(2, f"error: {AGAIN}\n".encode())
+        os.write(2, f"error: {INTERRUPTED_MESSAGE}\n".encode())
     os._exit(INTERRUPTED)
 
 
-# Python's name for a command while it looks for its module: whoever imports the package as a
-# library keeps the hook and the signals of his own.
+OPENMP = {"GOMP_SPINCOUNT": "10000"}
+"""Environment in which idle OpenMP threads give up their core soon: as fast on a quiet machine, and
+2.3 times as fast beside other work (docs/design-notes.md)."""
+
+# `sys.argv` starts with "-m" while Python looks for a command's module. A program that imports the
+# package as a library keeps its own hook and signal handlers.
 if sys.argv[:1] == ["-m"]:
     sys.excepthook = explain
-    heed_interrupts(leave)
+    # Read by OpenMP when torch loads it.
+    os.environ |= OPENMP | os.environ
+    handle_interrupts(leave)

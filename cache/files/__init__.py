@@ -1,1 +1,1 @@
-"""Files: written whole or not at all, and read without trust where they come from others."""
+"""Files: atomic writes, and careful reading of files from other machines."""

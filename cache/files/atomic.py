@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all.
+"""Writes files whole or not at all.
 
-A file is written under a temporary name beside its place, synced and renamed; a published file
-is never opened for writing again.
+A file is written under a temporary name in its folder, synced and renamed; a published file is
+never opened for writing again.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ CHUNK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Add a path to the system errors of a block that name none: a full disk, a failing one.
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Add a path to the system errors of a block, such as a full disk, that name no path.
 
-    Python names the file when it cannot be opened, not when reading or writing fails.
+    Python names a file that it cannot open, but not one that it cannot read or write.
     """
     try:
         yield
@@ -36,11 +36,11 @@ def check_ordinary(path: Path, refuse: Callable[[str], PatchcacheError]) -> None
     """Refuse a pipe, which would be waited for, and a device, which may have no end.
 
     Args:
-        path: What is going to be read; what is not there, or a folder, is left to its reader.
+        path: Of the file to read. A missing file and a folder pass: opening them fails.
         refuse: Makes the error out of what is wrong.
 
     Raises:
-        PatchcacheError: What `refuse` returned.
+        PatchcacheError: From `refuse`.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise refuse("a pipe, a socket or a device, wanted an ordinary file")
@@ -48,21 +48,21 @@ def check_ordinary(path: Path, refuse: Callable[[str], PatchcacheError]) -> None
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on leaving without an error, sync it and rename it to `path`.
+    """Yield a temporary path to write; sync it and rename it to `path` at the end of the block.
 
-    The temporary file is removed when the block raises. A kill can leave one behind; its name
-    starts with a dot and the next write to the same path replaces it. What writes the file must
-    raise every error that it meets.
+    The temporary file is removed if the block raises. A kill can leave one behind, under a name
+    that starts with a dot; the next write to the same path replaces it. The code that writes the
+    file must raise every error that it meets.
 
     Raises:
         OSError: Names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    # A kill may have left it; a link there would be written through.
+    # A link left at this name would be written through.
     temporary.unlink(missing_ok=True)
     try:
-        with naming(path):
+        with path_in_errors(path):
             yield temporary
             sync(temporary)
         os.replace(temporary, path)
@@ -76,7 +76,7 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
 
     Args:
         path: Where it appears.
-        pieces: Its content, one behind the other.
+        pieces: Its content, in order.
 
     Raises:
         OSError: Names `path`.
@@ -87,10 +87,10 @@ def write_bytes(path: Path, *pieces: bytes | memoryview) -> None:
 
 
 def sync(path: Path) -> None:
-    """Ask the system to bring a file or a folder's entries to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with path_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -102,20 +102,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON, whole or not at all; refuses NaN, which JSON has no word for."""
+    """Write indented JSON, whole or not at all; NaN, which JSON does not have, is a ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one spelling of a JSON value: sorted keys, no spaces, newline at the end."""
+    """Return JSON with sorted keys, no spaces and a newline at the end; equal values are equal."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode() + b"\n"
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, by hard link where the file system has them.
+    """Hard-link `source` to `target`, or copy it where the file system has no hard links.
 
-    Replaces what stands there by rename, never by writing into it.
+    An existing `target` is replaced by rename, never written into.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
@@ -128,12 +128,12 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, copy)
         return
     os.replace(temporary, target)
-    # The rename of a link onto another link of the same file does nothing (rename(2)).
+    # Renaming a link onto another link of the same file does nothing (rename(2)).
     temporary.unlink(missing_ok=True)
 
 
 def sha256_of_pieces(pieces: Iterable[bytes | memoryview]) -> str:
-    """Return the sha256 of bytes, one behind the other, in hexadecimal."""
+    """Return the sha256 of consecutive pieces of bytes, in hexadecimal."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)
@@ -142,8 +142,5 @@ def sha256_of_pieces(pieces: Iterable[bytes | memoryview]) -> str:
 
 def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with naming(path), path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with path_in_errors(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,7 @@
-"""Looks at the object headers of an HDF5 file before HDF5 does.
+"""Examines the object headers of an HDF5 file before HDF5 does.
 
-HDF5 follows the trees in which old or large groups keep their links, and crashes where a tree leads
-back into itself. A shard has no tree at all: the few links and attributes of its root stand in the
-root's own header.
+Old or large groups keep their links in trees, and HDF5 crashes on a tree that leads back into
+itself. A shard has no tree: the few links and attributes of its root are in the root's header.
 """
 
 import os
@@ -18,28 +17,28 @@ UNDEFINED = b"\xff" * 8
 """An address that leads nowhere."""
 
 MAX_CHUNKS = 64
-"""Parts of an object's header; a writer makes one or two."""
+"""Most parts of an object's header; a writer makes one or two."""
 
 MAX_CHUNK_BYTES = 1 << 18
-"""An attribute has at most 64 KB."""
+"""Most bytes of such a part; an attribute has at most 64 KB."""
 
 LINK_INFO, LINK, CONTINUATION, SYMBOL_TABLE, ATTRIBUTE_INFO = 0x02, 0x06, 0x10, 0x11, 0x15
-"""Kinds of messages in a header: the HDF5 file format specification, section IV.A.2."""
+"""Message types of a header, from section IV.A.2 of the HDF5 file format specification."""
 
 TREES = {LINK_INFO: 8, ATTRIBUTE_INFO: 2}
-"""Messages that can name a tree, and bytes of the counter that may stand before its address."""
+"""Message types that can refer to a tree, and bytes of the optional counter before its address."""
 
 Message = tuple[int, bytes]
 
 
 def find_tree(path: Path) -> str | None:
-    """Look for a tree in which links or attributes of the root, or of what it links, are kept.
+    """Look for a tree that keeps links or attributes of the root, or of an object in the root.
 
     Args:
         path: Of the file.
 
     Returns:
-        What was found; None if there is no tree, or if the file does not begin as HDF5 does.
+        What is wrong; None if there is no tree, or if the file is not HDF5.
 
     Raises:
         ValueError: The headers are damaged.
@@ -59,7 +58,7 @@ def find_tree(path: Path) -> str | None:
         for kind, data in _messages(file, int.from_bytes(start[36:44], "little")):
             found = found or _tree_in(kind, data)
             if kind == LINK and not data[1] & 8 and not found:
-                # A hard link, which ends with an address.
+                # A hard link ends with an address.
                 linked = _messages(file, int.from_bytes(data[-8:], "little"))
                 found = next(filter(None, (_tree_in(*message) for message in linked)), None)
         return found
@@ -76,7 +75,7 @@ def _tree_in(kind: int, data: bytes) -> str | None:
 
 
 def _messages(file: BinaryIO, address: int) -> Iterator[Message]:
-    """Read all messages of an object's header, with kind and bytes."""
+    """Read all messages of an object's header: type and bytes."""
     _seek(file, address)
     if file.read(5) != b"OHDR\x02":
         raise ValueError(f"no object header of version 2 at byte {address}")

@@ -1,13 +1,12 @@
-"""Opens parquet files of another machine, once what they unpack to is known to be bounded.
+"""Opens parquet files of other machines without risk to memory.
 
 A page of a few bytes can unpack to gigabytes: by its compression, by a text in a dictionary that
-many rows repeat, or by the number of rows of a run. So the headers of all pages are read before a
-page is. What they promise may take so much memory as a real table of the file's size could take.
+many rows repeat, or by the length of a run. So the headers of all pages are read before any page,
+and a file that would unpack to more memory than a real table of its size is refused.
 """
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,48 +17,50 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import PatchcacheError
-from .foreign import one_line, reading_foreign_file
+from ..texts import one_line
+from .atomic import check_ordinary
+from .foreign import reading_foreign_file
 from .thrift import read_struct
 
 MAX_FOOTER_BYTES = 1 << 24
-"""The footer names row groups and pages' places, and the shards of a store: 100 bytes each."""
+"""The footer lists row groups, columns, and a store's shards: 100 bytes each."""
 
 MAX_ENTRIES = 10_000
 """Most row groups, columns, or metadata keys."""
 
 MAX_PAGES = 100_000
-"""Of all columns that are read: over a gigabyte of real pages."""
+"""Most pages of all columns that are read; real ones have over a gigabyte."""
 
 MAX_PAGE_BYTES = 1 << 26
-"""What a page unpacks to. Writers end a page at a megabyte, or after a thousand long texts."""
+"""Most bytes of an unpacked page. Writers end a page at a megabyte, or after 1000 long texts."""
 
 MIN_BUDGET = 1 << 28
-"""Bytes that any file may unpack to, however small it is."""
+"""Bytes to which a file of any size may unpack."""
 
 MAX_RATIO = 64
-"""Bytes to which a byte of a larger file may unpack: tables of images and captions reach 11, one of
+"""Unpacked bytes allowed for each byte of a larger file. Tables of images and captions reach 11,
 yes-no questions from a template 39."""
 
 VALUE_BYTES = 16
-"""What Arrow takes for a value besides its text: levels, an offset, a number."""
+"""Bytes of a value in Arrow besides its text: levels, an offset, a number."""
 
 ENTRY_BYTES = 64
-"""What an entry of a dictionary counts, since each is looked at here."""
+"""Bytes that an entry of a dictionary counts, for the time to examine it."""
 
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
 CODECS = {"SNAPPY", "GZIP", "BROTLI", "ZSTD"}
-"""Compressions that Arrow names as parquet does."""
+"""Compressions with the same name in Arrow and parquet."""
 
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 PAGE_TYPE, UNPACKED_BYTES, PACKED_BYTES, DATA_HEADER, DATA_HEADER_V2 = 1, 2, 3, 5, 8
 NUM_VALUES, ENCODING, ENCODING_V2 = 1, 2, 4
-"""Fields of a page's header: parquet.thrift of the Apache Parquet format."""
+"""Field numbers of a page's header, from parquet.thrift of the Apache Parquet format."""
 
 DICTIONARY_ENCODINGS = {2, 8}
 
 ENCODINGS = DICTIONARY_ENCODINGS | {0, 3, 4, 5, 6, 9}
-"""All but those in which a text is the start of the text before it: they grow with every row."""
+"""All but the delta encodings of texts, in which a text can grow with every row."""
 
 Refuse = Callable[[str], PatchcacheError]
 
@@ -73,26 +74,21 @@ def open_parquet(
     optional: Collection[str] = (),
     read_dictionary: Sequence[str] = (),
 ) -> Iterator[pq.ParquetFile]:
-    """Open a table for reading; whatever is wrong with it, also while it is read, is one error.
+    """Open a table for reading, and refuse damage that shows up then or in the block.
 
     Args:
         path: Of the file.
         schema: Columns that will be read; the file may have others.
-        refuse: Makes the error out of what was found wrong.
+        refuse: Makes the error from a line that says what is wrong.
         optional: Columns of `schema` that the file may lack.
         read_dictionary: Columns of text that are read as dictionaries.
 
     Raises:
-        PatchcacheError: What `refuse` returned.
+        PatchcacheError: From `refuse`.
         OSError: The system could not read the file.
     """
     with reading_foreign_file(refuse, path):
-        try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                # A pipe would be waited for.
-                raise refuse("is no file")
-        except (FileNotFoundError, NotADirectoryError):
-            raise refuse("no such file") from None
+        check_ordinary(path, refuse)
         with path.open("rb") as pages:
             _check_footer_size(pages, refuse)
             options = {
@@ -122,7 +118,7 @@ def read_columns(path: Path, schema: pa.Schema, refuse: Refuse) -> pa.Table:
 def values_of(column: pa.Array | pa.ChunkedArray) -> NDArray[Any]:
     """Return the numbers of a column without nulls.
 
-    Its own `to_numpy` imports pandas: half a second, in which Arrow drops an interruption.
+    Arrow's `to_numpy` imports pandas for half a second, and drops an interruption meanwhile.
     """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
@@ -133,8 +129,8 @@ def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
     """Refuse arrays that hold a null, at whatever depth, or text that is no UTF-8.
 
     Raises:
-        PatchcacheError: What `refuse` returned.
-        pyarrow.ArrowInvalid: An array that is not built as arrays are.
+        PatchcacheError: From `refuse`.
+        pyarrow.ArrowInvalid: An array of invalid structure.
     """
     for column in columns:
         if isinstance(column, pa.ChunkedArray):
@@ -171,7 +167,7 @@ def _listed(schema: pa.Schema) -> str:
 
 
 class _Budget:
-    """Adds up what the pages of a file can unpack to, and refuses more than a real one does."""
+    """Adds up the memory to which the pages of a file can unpack, and refuses too much."""
 
     def __init__(self, metadata: pq.FileMetaData, pages: BinaryIO, refuse: Refuse) -> None:
         self._metadata = metadata
@@ -182,7 +178,7 @@ class _Budget:
         self._num_pages = 0
 
     def check(self, names: set[str]) -> None:
-        """Look at all pages of some columns."""
+        """Add up all pages of some columns."""
         self._spend(max(0, self._metadata.num_rows) * VALUE_BYTES)
         self._num_bytes = 0
         wanted = [
@@ -197,7 +193,7 @@ class _Budget:
 
     def _check_chunk(self, chunk: Any, number: int) -> None:
         if chunk.num_values <= 0:
-            # No page of it is read, and there may be none.
+            # Arrow reads no page of it, and there may be none.
             return
         kind = self._metadata.schema.column(number)
         longest = WIDTHS.get(kind.physical_type, max(0, kind.length or 0))
@@ -215,7 +211,7 @@ class _Budget:
             start = place + header[PACKED_BYTES]
 
     def _header_at(self, start: int) -> tuple[dict[int, Any], int]:
-        """Return a page's header, and where its bytes start."""
+        """Return a page's header, and the offset of the bytes behind it."""
         self._num_pages += 1
         if self._num_pages > MAX_PAGES:
             raise self._refuse(f"it has more than {MAX_PAGES} pages")
@@ -232,7 +228,7 @@ class _Budget:
         return header, self._pages.tell()
 
     def _longest_text(self, header: dict[int, Any], place: int, compression: str) -> int:
-        """Return how many bytes the longest text of a dictionary has."""
+        """Return the number of bytes of the longest text in a dictionary."""
         size = header[UNPACKED_BYTES]
         data = self._pages.read(header[PACKED_BYTES])
         if compression in CODECS:
@@ -252,17 +248,16 @@ class _Budget:
         self._num_bytes += num_bytes
         if self._num_bytes > self._most_bytes:
             raise self._refuse(
-                f"it unpacks to more than {self._most_bytes >> 20} MiB, which no table of its "
-                f"size does"
+                f"it unpacks to more than {self._most_bytes >> 20} MiB, the limit for its size"
             )
 
 
 def _unpacked_bytes(header: dict[int, Any], longest: int, refuse: Refuse) -> int:
-    """Return the most bytes that a page takes in Arrow.
+    """Return the most bytes that a page can take in Arrow.
 
     Args:
         header: Of the page.
-        longest: Bytes of the longest value of the dictionary before it.
+        longest: Bytes of the longest value of the column's dictionary.
         refuse: Makes the error.
     """
     is_v2 = header[PAGE_TYPE] == DATA_PAGE_V2

@@ -1,9 +1,8 @@
-"""Temporary folders that are private, and removed with their owner or after its death.
+"""Private temporary folders that are deleted with their owner, or after a kill by the next one.
 
-The owner holds a lock on a file in the folder. A kill releases it, so that the next owner of a
-folder knows which ones nobody uses any more. Forked children inherit the lock, and keep the folder
-alive for as long as one of them lives. A folder without that file is somebody's own, whatever its
-name is.
+The owner holds a lock on a file in the folder, which a kill releases. Forked children inherit the
+lock, and keep the folder as long as one of them lives. A folder without the lock file is not ours,
+whatever its name.
 """
 
 import contextlib
@@ -22,16 +21,16 @@ LOCK = ".lock"
 
 
 class ScratchFolder:
-    """A temporary folder, removed with this object or at the end of its `with` block."""
+    """A temporary folder, deleted with this object or at the end of its `with` block."""
 
     def __init__(self) -> None:
-        """Create the folder, after removing those that a kill has left."""
+        """Create the folder, and delete folders whose owner was killed."""
         remove_abandoned(Path(tempfile.gettempdir()))
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        # Renamed once it is locked: a process that finds it under its name finds it locked.
+        # Renamed once it is locked: no process ever finds an unlocked file under this name.
         lock = (self.path / f"{LOCK}.new").open("wb")
         with contextlib.suppress(OSError):
-            # On a file system without locks nobody gets this one, so nothing is removed.
+            # On a file system without locks no process can lock the file, so none deletes it.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (self.path / f"{LOCK}.new").rename(self.path / LOCK)
         self._remove = weakref.finalize(self, _remove, self.path, os.getpid(), lock)
@@ -44,7 +43,7 @@ class ScratchFolder:
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Remove the folders of this user whose owner does not live any more."""
+    """Delete the folders of this user whose owner does not live any more."""
     with contextlib.suppress(OSError), os.scandir(parent) as entries:
         for entry in entries:
             if entry.name.startswith(PREFIX):
@@ -58,7 +57,7 @@ def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
         return
     descriptor = os.open(Path(entry.path) / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # Refused while somebody holds it, in whatever container.
+        # Fails while the owner lives, also in another container.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(entry.path, ignore_errors=True)
     finally:
@@ -66,8 +65,8 @@ def _remove_if_abandoned(entry: os.DirEntry[str]) -> None:
 
 
 def _remove(folder: Path, owner: int, lock: BinaryIO) -> None:
-    """Delete a folder, unless this is a forked child of the process that made it."""
+    """Delete a folder, unless this is a forked child of its owner."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
-    # Not unlocked, which would unlock it for the parent, too.
+    # Closed and not unlocked: a forked child would unlock it for the parent, too.
     lock.close()

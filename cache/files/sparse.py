@@ -1,8 +1,7 @@
-"""A file in memory that takes room only for the bytes that were written to it.
+"""A file in memory that takes room only for written bytes.
 
-HDF5 writes small data when an object is closed, and only prints an error that it meets there. So it
-never writes to a disk here: it writes to such a file, whose bytes then go to the disk in calls that
-raise their errors.
+HDF5 writes metadata when an object is closed, and only prints errors of that. So it never writes to
+a disk here: it writes to a `SparseFile`, whose bytes go to the disk in calls that raise errors.
 """
 
 import io
@@ -10,7 +9,7 @@ from typing import Any
 
 
 class SparseFile(io.RawIOBase):
-    """What `h5py.File(..., driver="fileobj")` needs of a file to write a new one."""
+    """The methods that `h5py.File(..., driver="fileobj")` calls to write a new file."""
 
     def __init__(self) -> None:
         self._position = self._size = 0
@@ -25,17 +24,17 @@ class SparseFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move to an offset from the start, from here or from the end, and return where that is."""
+        """Move to an offset from the start, the position or the end; return the new position."""
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}
         self._position = origin[whence] + offset
         return self._position
 
     def tell(self) -> int:
-        """Return the offset of the next write."""
+        """Return the position of the next write."""
         return self._position
 
     def write(self, data: Any) -> int:
-        """Write bytes over what was there."""
+        """Write bytes at the position."""
         self._writes.append((self._position, bytes(data)))
         self._position += len(data)
         self._size = max(self._size, self._position)
@@ -47,7 +46,7 @@ class SparseFile(io.RawIOBase):
         return self._size
 
     def between(self, start: int, stop: int | None = None) -> bytes:
-        """Return the bytes from one offset to another, or to the end; zeros where none were."""
+        """Return the bytes from one offset to another, or to the end; unwritten ones are 0."""
         stop = self._size if stop is None else stop
         found = bytearray(stop - start)
         for offset, data in self._writes:

@@ -1,25 +1,25 @@
-"""Reads structures in Thrift's compact protocol, in which parquet writes its headers."""
+"""Reads structures of Thrift's compact protocol, the encoding of parquet's headers."""
 
 from typing import Any, BinaryIO
 
 MAX_DEPTH = 8
-"""Of structures in structures; a page's header has three levels."""
+"""Most levels of structures in structures; a page's header has three."""
 
 MAX_FIELDS = 1000
-"""Of a structure, and of a list."""
+"""Most fields of a structure, and most entries of a list."""
 
 TRUE, FALSE, BYTE, I16, I32, I64, DOUBLE, BINARY, LIST, SET, MAP, STRUCT = range(1, 13)
 
 
 def read_struct(file: BinaryIO, depth: int = 0) -> dict[int, Any]:
-    """Read a structure: the values of its fields by number, texts and lists as None.
+    """Read a structure: its values by field number, with None for texts and lists.
 
     Args:
-        file: Stands at the structure's start, and at its end afterwards.
-        depth: Of the structure in others.
+        file: Positioned at the structure's start; afterwards at its end.
+        depth: Number of structures around it.
 
     Raises:
-        ValueError: There is no such structure.
+        ValueError: Not a valid structure.
     """
     fields: dict[int, Any] = {}
     number = 0
@@ -57,7 +57,7 @@ def _skip_list(file: BinaryIO, depth: int) -> None:
     if length > MAX_FIELDS:
         raise ValueError("a Thrift list is too long")
     for _ in range(length):
-        # A truth value takes a byte in a list.
+        # In a list, a truth value takes a byte.
         _read_value(file, BYTE if header & 15 in (TRUE, FALSE) else header & 15, depth + 1)
 
 

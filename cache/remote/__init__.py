@@ -1,1 +1,1 @@
-"""Stores of other machines: where the files are, and how they are copied here."""
+"""Stores behind URLs: places, copies, and retries over a network."""

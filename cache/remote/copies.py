@@ -1,6 +1,7 @@
-"""The files of a store behind an fsspec URL, copied here and held against what is known of them."""
+"""Copies files of a store behind an fsspec URL to this machine, and checks the copies."""
 
 import contextlib
+import io
 import os
 import threading
 from collections.abc import Callable
@@ -11,23 +12,29 @@ from urllib.parse import unquote
 
 import fsspec
 
-from ..errors import FormatVersionError, PatchcacheError, SettingsError, UnreachableStoreError
-from ..files.hashed import HashedFile
+from ..errors import (
+    CorruptShardError,
+    FormatVersionError,
+    PatchcacheError,
+    SettingsError,
+    UnreachableStoreError,
+)
+from ..files.atomic import path_in_errors, sha256_of
 from ..files.scratch import ScratchFolder
 from . import network
 from .network import attempt
 
 MAX_COPIES = 3
-"""How often a file is copied until its bytes are right: some are flipped on their way."""
+"""Most copies of a file until one is right: bits can flip on the way."""
 
 WEB = ("http://", "https://")
 
 Check = Callable[[Path, int, str], None]
-"""Holds a copy against what is known of the file, by path, number of bytes, and sha256."""
+"""Refuses a damaged copy; called with its path, number of bytes, and sha256."""
 
 
 class RemoteFolder:
-    """A folder behind a URL; the copies live as long as this does."""
+    """A folder behind a URL; the copies are deleted with this object."""
 
     def __init__(self, url: str) -> None:
         """Name the folder; nothing is read yet.
@@ -45,7 +52,7 @@ class RemoteFolder:
 
     def _files(self) -> tuple[fsspec.AbstractFileSystem, str]:
         """Return the file system of the URL and the folder in it."""
-        # One a process: those with connections refuse to work in a forked child.
+        # One for each process: file systems with connections refuse to work in a forked child.
         process = os.getpid()
         if process not in self._opened:
             try:
@@ -59,7 +66,7 @@ class RemoteFolder:
             return {}
         from aiohttp import ClientTimeout
 
-        # Not the five minutes for a whole file that aiohttp gives.
+        # In place of aiohttp's five minutes for a whole file.
         timeout = ClientTimeout(
             total=None, sock_connect=network.READ_TIMEOUT, sock_read=network.READ_TIMEOUT
         )
@@ -70,12 +77,12 @@ class RemoteFolder:
         """Sizes from one listing, where the file system lists folders with sizes."""
         filesystem, folder = self._files()
         if self.url.startswith(WEB):
-            # Its listing is a page of links.
+            # The listing of a web server is a page of links.
             return {}
         try:
             found = filesystem.ls(folder, detail=True)
         except Exception:
-            # Each file is asked for then, and says what is wrong.
+            # The request for each file will say what is wrong.
             return {}
         return {str(file["name"]).rsplit("/", 1)[-1]: file.get("size") for file in found}
 
@@ -96,29 +103,29 @@ class RemoteFolder:
         return self._sizes[name]
 
     def copy(self, name: str, most_bytes: int, check: Check) -> Path:
-        """Return a file's copy; it is made on first use, and only once it is right.
+        """Return a checked copy of a file; it is made on first use.
 
         Args:
             name: Of the file.
-            most_bytes: It may have no more.
-            check: Raises a `PatchcacheError` for a copy that is not right; another is made then.
+            most_bytes: Largest allowed size.
+            check: Raises a `PatchcacheError` for a damaged copy, which is then made again.
 
         Raises:
             FileNotFoundError: There is no such file.
             UnreachableStoreError: The server does not deliver it.
-            PatchcacheError: What `check` raised for the last copy.
+            PatchcacheError: From `check`, for the last copy.
         """
         copy = self.copies / name
-        copies_left = 0 if copy.exists() else MAX_COPIES
-        while copies_left:
-            copies_left -= 1
+        if copy.exists():
+            return copy
+        for number in range(1, MAX_COPIES + 1):
             try:
                 self._copy_once(name, copy, most_bytes, check)
                 break
             except (UnreachableStoreError, FormatVersionError):
                 raise
             except PatchcacheError:
-                if not copies_left:
+                if number == MAX_COPIES:
                     raise
         return copy
 
@@ -126,19 +133,19 @@ class RemoteFolder:
         # Each process and thread under a name of its own: workers may fetch the same file.
         partial = copy.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
 
-        def fetch(files: fsspec.AbstractFileSystem, path: str) -> tuple[int, str]:
-            with contextlib.closing(HashedFile(partial, most_bytes)) as target:
+        def fetch(files: fsspec.AbstractFileSystem, path: str) -> None:
+            with contextlib.closing(BoundedFile(partial, most_bytes)) as target:
                 files.get_file(path, target)
-                return target.finish()
 
         try:
-            check(partial, *self._attempt(name, fetch))
+            self._attempt(name, fetch)
+            check(partial, partial.stat().st_size, sha256_of(partial))
             partial.replace(copy)
         finally:
             partial.unlink(missing_ok=True)
 
     def _attempt(self, name: str, action: Callable[[fsspec.AbstractFileSystem, str], Any]) -> Any:
-        """Do something with a file; a server that was given up before gets a single attempt."""
+        """Do something with a file; a server that failed before gets a single attempt."""
         filesystem, folder = self._files()
         try:
             result = attempt(
@@ -154,10 +161,38 @@ class RemoteFolder:
         return result
 
 
+class BoundedFile(io.BufferedWriter):
+    """A new file that refuses more bytes than it may have.
+
+    Some file systems of fsspec write into a file object, others open a path: it serves as both.
+    """
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        """Create the file."""
+        super().__init__(io.FileIO(path, "wb"))
+        self._path = path
+        self._most_bytes = most_bytes
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        """Write bytes.
+
+        Raises:
+            CorruptShardError: The file would have more bytes than it may have.
+            OSError: They cannot be stored; names the file.
+        """
+        if self.tell() + len(data) > self._most_bytes:
+            raise CorruptShardError(f"more than {self._most_bytes} bytes came")
+        with path_in_errors(self._path):
+            return super().write(data)
+
+
 def _decoded(url: str) -> str:
     """Return a URL as its file system takes it: that of `file` takes no `%20` for a space."""
     if not url.startswith("file://"):
         return url
     path = url.removeprefix("file://")
-    # A folder whose name holds such signs was always found as it is spelled.
+    # An existing folder can have such signs in its name.
     return url if Path(path).exists() else f"file://{unquote(path)}"

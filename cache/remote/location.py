@@ -1,4 +1,4 @@
-"""Where a store's files are: a folder here, or an fsspec URL whose files are copied here."""
+"""The place of a store: a folder, or an fsspec URL whose files are copied to this machine."""
 
 import contextlib
 import os
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
-from ..spec import SPEC, Spec
-from ..store_index import INDEX, ShardFile, check_own_hash
+from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
+from ..store_index import INDEX_FILE, ShardFile, check_own_hash
 from .copies import RemoteFolder
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
 
 class Location:
-    """The files of one store; a URL's copies live as long as this does."""
+    """The files of one store. Copies of a URL's files are deleted with this object."""
 
     def __init__(self, root: str | Path) -> None:
         """Name the folder or URL; nothing is read yet.
@@ -27,7 +27,7 @@ class Location:
         self.root = str(root)
         self.is_remote = "://" in self.root and bool(URL.match(self.root))
         self.address = self.root if self.is_remote else str(Path(root).absolute())
-        """The URL, or the whole path, which holds when the working directory changes."""
+        """The URL, or the absolute path, which holds when the working directory changes."""
         self._remote = RemoteFolder(self.root) if self.is_remote else None
 
     def _where(self, name: str) -> str:
@@ -37,8 +37,8 @@ class Location:
         """Return a file's size in bytes; None when there is no such file.
 
         Raises:
-            IncompleteStoreError: It is no file, or its server does not say how large it is.
-            UnreachableStoreError: Its server cannot be asked.
+            IncompleteStoreError: Not an ordinary file, or the server does not tell its size.
+            UnreachableStoreError: The server cannot be asked.
         """
         try:
             found = self._remote.size(name) if self._remote else self._local_size(name)
@@ -46,22 +46,22 @@ class Location:
             return None
         if found is None:
             raise IncompleteStoreError(
-                f"{self._where(name)}: is no file, or of unknown size. Put the file of the store "
-                f"in its place, or use a copy of the store on this machine."
+                f"{self._where(name)}: not an ordinary file, or of unknown size. Put the file "
+                f"of the store in its place, or use a copy of the store on this machine."
             )
         return found
 
     def _local_size(self, name: str) -> int | None:
-        # Not through pathlib: a store can have a thousand shards.
+        # Faster than pathlib: a store can have a thousand shards.
         found = os.stat(f"{self.address}/{name}")  # noqa: PTH116
-        # A pipe would be waited for, and a device has no end.
+        # Opening a pipe would block, and a device has no end.
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def check_size(self, shard: ShardFile) -> None:
-        """Hold the size of a shard's file, if there is one, against the index.
+        """Hold the size of a shard's file, if it exists, against the index.
 
         Raises:
-            CorruptShardError: It is another one.
+            CorruptShardError: The size differs.
         """
         found = self.size(shard.name)
         if found is not None and found != shard.num_bytes:
@@ -72,23 +72,21 @@ class Location:
 
     @property
     def remedy(self) -> str:
-        """What to do about a file that is not as it was written."""
-        if self.is_remote:
-            return "Push the store there again."
-        return REMEDY
+        """What to do about a damaged file."""
+        return "Push the store there again." if self.is_remote else REMEDY
 
     def path(self, name: str, most_bytes: int | None = None, sha256: str | None = None) -> Path:
-        """Return where a file can be read; a remote one is copied, and checked, on first use.
+        """Return the path of a readable file; a remote file is copied, and checked, on first use.
 
         Args:
             name: Of the file.
-            most_bytes: A larger one is refused, and not copied.
-            sha256: What a remote file must have; spec.json and index.parquet carry their own.
+            most_bytes: A larger file is refused, and not copied.
+            sha256: Of a remote file; spec.json and index.parquet carry their own.
 
         Raises:
-            IncompleteStoreError: There is no such file, none of a known size, or a larger one.
+            IncompleteStoreError: No such file, of unknown size, or larger than `most_bytes`.
             UnreachableStoreError: The server does not deliver it.
-            CorruptShardError: The server delivers other bytes than were written, more than once.
+            CorruptShardError: Each copy has other bytes than were written.
         """
         found = self.size(name)
         if found is not None and most_bytes is not None and found > most_bytes:
@@ -103,8 +101,12 @@ class Location:
                 return self._copy(self._remote, name, found, sha256)
         raise self._missing(name)
 
+    def read_spec(self) -> Spec:
+        """Read the spec; the errors are those of `path` and of `Spec.from_json`."""
+        return Spec.read(self.path(SPEC_FILE, MAX_JSON_BYTES))
+
     def shard_path(self, shard: ShardFile) -> Path:
-        """Return where a shard's file can be read; the errors are those of `path`."""
+        """Return the path of a shard's readable file; the errors are those of `path`."""
         return self.path(shard.name, shard.num_bytes, shard.sha256)
 
     def _copy(self, remote: RemoteFolder, name: str, num_bytes: int, sha256: str | None) -> Path:
@@ -117,12 +119,12 @@ class Location:
                 )
             if sha256 is not None and found_sha256 != sha256:
                 raise CorruptShardError(
-                    f"{where}: its sha256 is {found_sha256}, {INDEX} has {sha256}. It was damaged "
-                    f"or changed. {self.remedy}"
+                    f"{where}: its sha256 is {found_sha256}, {INDEX_FILE} has {sha256}. It was "
+                    f"damaged or changed. {self.remedy}"
                 )
-            if name == SPEC:
+            if name == SPEC_FILE:
                 Spec.from_json(copy.read_bytes(), where)
-            if name == INDEX:
+            if name == INDEX_FILE:
                 check_own_hash(copy, where)
 
         return remote.copy(name, num_bytes, check)
@@ -138,10 +140,8 @@ class Location:
         )
 
     @contextlib.contextmanager
-    def naming_files(self) -> Iterator[None]:
-        """Let errors that name the copy of a file name the file of the server instead, and say what
-        can be done there.
-        """
+    def url_in_errors(self) -> Iterator[None]:
+        """Let errors about the copy of a file name the server's file and its remedy instead."""
         try:
             yield
         except PatchcacheError as error:

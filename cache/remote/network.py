@@ -1,7 +1,7 @@
-"""Contact with a server: what went wrong in one line, and again where another attempt can help.
+"""Contacts servers: retries where another attempt can help, and explains failures in one line.
 
-The file systems of fsspec raise the exceptions of their libraries: those of aiohttp, botocore,
-requests and paramiko are no OSErrors, and several hide the true cause behind FileNotFoundError.
+The file systems of fsspec raise the exceptions of their libraries. Those of aiohttp, botocore,
+requests and paramiko are not OSErrors, and several hide the true cause behind FileNotFoundError.
 """
 
 import errno
@@ -21,51 +21,51 @@ BACK_OFF = (0.5, 1.0, 2.0)
 """Seconds to wait before the second attempt, the third, ..."""
 
 READ_TIMEOUT = 60.0
-"""Seconds after which a web server that sends nothing is given up, however large the file is."""
+"""Seconds without a byte after which a request to a web server fails."""
 
 REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 
 TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
-"""Besides 500 and above, what a server may answer otherwise a moment later."""
+"""Statuses below 500 that can change with another attempt."""
 
 LOCAL_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 )
-"""Failures of this machine, not of the network."""
+"""Failures of this machine rather than of the network."""
 
 CUTS = frozenset({"ClientPayloadError", "ServerDisconnectedError", "IncompleteRead"})
-"""Exceptions of aiohttp and http.client that are no ConnectionErrors."""
+"""Exceptions of aiohttp and http.client for a lost connection; they are not ConnectionErrors."""
 
 MAX_CAUSES = 10
-"""Most causes of an exception that are looked at."""
+"""Most causes in the chain of an exception that are examined."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What went wrong with a server."""
+    """A failed request to a server."""
 
     reason: str
     remedy: str = "Check the address and the network."
     is_missing: bool = False
-    """Whether the server said that there is no such file."""
+    """Whether the server answered that there is no such file."""
     is_temporary: bool = True
     """Whether another attempt can help."""
 
 
 def attempt(action: Callable[[], Result], url: str, folder: Path, *, retry: bool = True) -> Result:
-    """Do something over a network, and again after a while where that can help.
+    """Run an action over a network, and repeat it after a pause where that can help.
 
     Args:
-        action: What to do.
+        action: Requests the file.
         url: Of the file, for the error text.
-        folder: Where files are written here: an OSError that names a file in it is raised as it is.
+        folder: Local folder of the copies: an OSError that names a file in it passes unchanged.
         retry: Whether to try more than once.
 
     Raises:
-        FileNotFoundError: The server says that there is no such file.
-        UnreachableStoreError: It cannot be reached, refuses access, or does not deliver.
+        FileNotFoundError: The server answers that there is no such file.
+        UnreachableStoreError: The server cannot be reached, refuses access, or does not deliver.
         OSError: This machine cannot store the file.
     """
     pauses = (*BACK_OFF, None) if retry else (None,)
@@ -90,7 +90,7 @@ def attempt(action: Callable[[], Result], url: str, folder: Path, *, retry: bool
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Say what an exception of any file system of fsspec means."""
+    """Explain an exception of any file system of fsspec."""
     chain = [error]
     while chain[-1].__cause__ is not None and len(chain) < MAX_CAUSES:
         chain.append(chain[-1].__cause__)
@@ -127,7 +127,7 @@ def _fault_of_cause(chain: list[BaseException]) -> Fault:
 
 
 def _refused(answer: str) -> Fault:
-    remedy = "Check the address, and the login that is used for it."
+    remedy = "Check the address and its login."
     return Fault(f"access is refused: {answer}", remedy, is_temporary=False)
 
 
@@ -136,16 +136,13 @@ def _status_of(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return _as_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-    # The `code` of aiohttp's is 400 when a connection breaks.
-    names = ["status", "status_code", "code"][: 2 if _is_of(error, "aiohttp") else 3]
+    # The `code` of aiohttp's exceptions is 400 when a connection breaks.
+    is_aiohttp = type(error).__module__.partition(".")[0] == "aiohttp"
+    names = ["status", "status_code", *["code"] * (not is_aiohttp)]
     found = (
         _as_status(getattr(holder, name, None)) for holder in (error, response) for name in names
     )
     return next((status for status in found if status is not None), None)
-
-
-def _is_of(error: BaseException, package: str) -> bool:
-    return type(error).__module__.partition(".")[0] == package
 
 
 def _as_status(value: object) -> int | None:

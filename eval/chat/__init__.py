@@ -1,1 +1,1 @@
-"""The page on which a finished run is asked about pictures."""
+"""Questions to a finished run about one picture, and the page of `eval.serve`."""

@@ -1,6 +1,6 @@
-"""What the page of `eval.serve` shows and does, apart from its looks: conversations, replies.
+"""The event handlers of the served page: choose a picture, ask, clear.
 
-Each visitor's conversation is handed in and out; nothing of it is kept here.
+Gradio keeps each visitor's conversation and hands it in and out; nothing is kept here.
 
 Letters: P patches, D width of the vision tower.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import PatchcacheError
-from eval.ask import answer, make_sampling
-from eval.chat.encoder import Vision
+from eval.chat.answering import make_sampling, stream_answer
+from eval.chat.encoder import RunEncoder
 from eval.runs import LoadedRun
-from eval.server.page_pictures import PagePictures
-from eval.server.visitors import visitor_of_session
+from eval.server.pictures import PagePictures
+from eval.server.sessions import visitor_of_session
 from eval.settings import EvaluateSettings
 
 Message = dict[str, str]
@@ -30,71 +30,68 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Conversation:
-    """A picture, and what was said about it."""
+    """A picture's features, and the questions and answers about it."""
 
     patches_PD: NDArray[np.float16]
-    """Features of the picture."""
     turns: tuple[tuple[str, str], ...] = ()
-    """Questions and answers; the question is empty where a caption was made without any."""
+    """Questions and answers; the question is empty for a caption of a run that only captions."""
 
-    def then(self, question: str, answer: str) -> "Conversation":
-        """Return the conversation with one turn more."""
+    def with_turn(self, question: str, answer: str) -> "Conversation":
+        """Return the conversation with another turn at the end."""
         return replace(self, turns=(*self.turns, (question, answer)))
 
     def messages(self) -> list[Message]:
-        """Return it as the page shows it."""
-        said = [
+        """Return the conversation in the format of `gr.Chatbot`."""
+        return [
             {"role": role, "content": text}
             for turn in self.turns
             for role, text in zip(("user", "assistant"), turn, strict=True)
+            if text
         ]
-        return [message for message in said if message["content"]]
 
 
-class Host:
-    """Answers what visitors ask, one after the other; each conversation is handed in and out."""
+class ChatHandlers:
+    """The handlers of the page's events. Gradio calls one at a time."""
 
-    def __init__(self, trained: LoadedRun, vision: Vision, pictures: PagePictures) -> None:
+    def __init__(self, trained: LoadedRun, encoder: RunEncoder, pictures: PagePictures) -> None:
         self.trained = trained
         self.settings = trained.params.section("evaluate", EvaluateSettings)
-        self._vision = vision
+        self._encoder = encoder
         self._pictures = pictures
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """End the answer that is being made."""
+        """Stop the answer that is being generated."""
         self._closed.set()
 
-    def begin(
+    def choose_picture(
         self, upload: dict[str, Any] | None, request: gr.Request
     ) -> tuple[Any, Conversation | None, list[Message]]:
-        """Begin a conversation about a picture.
+        """Start a conversation about a picture.
 
         Args:
-            upload: What the visitor says of the file; its `path` is believed only if it was handed
-                out to the visitor.
+            upload: The visitor's file; only a `path` that was handed out to the visitor is valid.
             request: Names the visitor's session.
 
         Returns:
-            What becomes of the picture, the conversation, and its messages. A picture that cannot
-            be read goes, and the page says why.
+            An update of the picture, the conversation, and its messages. A picture that cannot be
+            read is removed from the page, with a warning.
         """
         if upload is None:
             return gr.skip(), None, []
         try:
-            name, data = self._pictures.read(
-                upload["path"], visitor_of_session(request.session_hash)
-            )
-            conversation = Conversation(self._vision.look(data, name))
+            visitor = visitor_of_session(request.session_hash)
+            name, data = self._pictures.read(upload["path"], visitor)
+            conversation = Conversation(self._encoder.encode(data, name))
         except PatchcacheError as error:
-            # Not an error of Gradio's, behind which the conversation before would go on.
+            # A gr.Error would leave the earlier conversation in place.
             gr.Warning(html.escape(str(error)), duration=None)
             return None, None, []
-        # Given back, it would count as another picture.
+        # Returning the picture would trigger its change event again.
         return gr.skip(), conversation, []
 
-    def forget(self, conversation: Conversation | None) -> Conversation | None:
-        """Begin again with the same picture."""
+    def clear(self, conversation: Conversation | None) -> Conversation | None:
+        """Start again with the same picture."""
         return replace(conversation, turns=()) if conversation else None
 
     def reply(
@@ -104,17 +101,20 @@ class Host:
         temperature: float,
         max_tokens: int,
     ) -> Iterator[tuple[list[Message], str, Conversation]]:
-        """Answer while the page looks on.
+        """Answer a question, with an update of the page for each piece.
 
         Args:
-            question: None or empty for a caption; None comes from a box that is not shown.
-            conversation: So far.
-            temperature: 0 takes the likeliest token.
-            max_tokens: Most tokens of the answer.
+            question: None or empty for a caption; a hidden textbox sends None.
+            conversation: None before a picture is chosen.
+            temperature: 0 for greedy decoding.
+            max_tokens: Limit of the answer.
 
         Yields:
-            The messages, what is left in the question's box, and the conversation, which has the
-            new turn when it is finished.
+            The messages, the new text of the question box, and the conversation, which has the
+            new turn at the end only.
+
+        Raises:
+            gr.Error: No picture is chosen, or the question cannot be answered.
         """
         if conversation is None:
             raise gr.Error("Choose a picture first.", print_exception=False)
@@ -125,17 +125,17 @@ class Host:
         try:
             for piece in self._pieces(question, conversation, temperature, int(max_tokens)):
                 text += piece
-                yield conversation.then(question, text).messages(), "", conversation
+                yield conversation.with_turn(question, text).messages(), "", conversation
         except PatchcacheError as error:
             raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
-        conversation = conversation.then(question, text)
+        conversation = conversation.with_turn(question, text)
         yield conversation.messages(), "", conversation
 
     def _pieces(
         self, question: str, conversation: Conversation, temperature: float, max_tokens: int
     ) -> Iterator[str]:
         sampling = make_sampling(temperature, secrets.randbits(32)) if temperature else None
-        pieces = answer(
+        pieces = stream_answer(
             self.trained,
             conversation.patches_PD,
             question,
@@ -143,7 +143,7 @@ class Host:
             max_tokens=max_tokens,
             sampling=sampling,
         )
-        # The question is shown before the model has read it.
+        # The page shows the question before the model has read it.
         yield ""
         with closing(pieces):
             for piece in pieces:

@@ -1,6 +1,7 @@
-"""Looks at a picture as a run's features were made: the pipeline's pixels, the run's vision tower.
+"""Encodes a picture file as a run's training features were encoded.
 
-open_clip is imported with the first picture: who asks about a cached image never waits for it.
+open_clip is imported with the first picture, so a question about a cached image does not wait
+for it.
 
 Letters: S side in pixels, C channels, P patches, D width of the vision tower.
 """
@@ -24,40 +25,40 @@ if TYPE_CHECKING:
     from pipeline.encoding.encoder import Encoder
 
 
-class Vision:
-    """The vision tower that a run learned from, loaded on first use and kept."""
+class RunEncoder:
+    """The vision tower of a run, loaded on first use."""
 
     def __init__(self, run: FinishedRun) -> None:
         self._run = run
         self._encoder: Encoder | None = None
 
     def load(self) -> "Encoder":
-        """Return the tower, and load it the first time.
+        """Return the tower; the first call loads it.
 
         Raises:
-            SpecMismatchError: The settings of the run name a tower other than it learned from.
+            SpecMismatchError: The tower gives other features than the run was trained on.
             PatchcacheError: The tower cannot be loaded.
         """
         if self._encoder is None:
             from pipeline.encoding.encoder import load_encoder
 
             settings = self._run.params.section("encoder", EncoderSettings)
-            # Which device made the features decides nothing here, and may be another machine's.
+            # The features may come from another machine, so this machine's device is chosen anew.
             encoder = load_encoder(dataclasses.replace(settings, device="auto"))
             self._run.check_features(encoder.spec, f"the vision tower {settings.pretrained}")
             self._encoder = encoder
         return self._encoder
 
-    def look(self, data: bytes, name: str) -> NDArray[np.float16]:
+    def encode(self, data: bytes, name: str) -> NDArray[np.float16]:
         """Return the features of a picture: float16 [P, D].
 
         Args:
-            data: The file's bytes.
-            name: For the error text.
+            data: Bytes of the picture file.
+            name: The file's name, for error texts.
 
         Raises:
-            StageError: No picture, a damaged one, or one too large to be decoded.
-            PatchcacheError: The tower cannot be loaded, or is another one.
+            StageError: The bytes are not a picture, damaged, or too large to decode.
+            PatchcacheError: The tower cannot be loaded, or is not the run's.
         """
         encoder = self.load()
         size, resize = encoder.spec.image_size, cast(Resize, encoder.spec.resize)
@@ -65,7 +66,7 @@ class Vision:
         try:
             pixels_SSC = decode_rgb(data, size, resize, interpolation)
         except DecodeError as error:
-            raise StageError(f"{name}: no picture that can be read: {error}") from None
+            raise StageError(f"{name}: not a readable picture: {error}") from None
         patches_PD: NDArray[np.float16] = encoder.encode(torch.from_numpy(pixels_SSC)[None])[0]
         return patches_PD
 
@@ -74,8 +75,8 @@ def read_picture(path: Path) -> bytes:
     """Return the bytes of a picture file.
 
     Raises:
-        SettingsError: No such file.
-        StageError: One too large to be a picture.
+        SettingsError: There is no such file.
+        StageError: The file is too large for a picture.
     """
     if not path.is_file():
         raise SettingsError(f"{path}: no such file. Wanted a picture.")

@@ -1,27 +1,29 @@
-"""Chooses validation pictures for the page to begin with, where the picture files are at hand."""
+"""Chooses validation pictures as examples for the served page."""
 
 from pathlib import Path
 
 import pyarrow.compute as pc
 
 from eval.image_table import read_image_columns
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
-from pipeline.images.names import ImageArchive, ImageNameError
+from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
 
 
-def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
+def validation_pictures(params: Params, folder: Path, count: int) -> list[Path]:
     """Write some pictures of the validation set as files.
 
     Args:
-        params: Names where the images are.
-        folder: Where the files go.
-        most: How many; evenly spread over the set.
+        params: Settings whose `data` section says where the pictures are.
+        folder: Folder for the files.
+        count: Number of pictures, evenly spread over the set; fewer if the set is smaller.
 
     Returns:
-        The files, under the pictures' own names. None where pictures or index are not at hand.
+        The files under the pictures' own names; empty if this machine lacks the pictures or the
+        index.
     """
     data = params.section("data", DataSettings)
     try:
@@ -32,10 +34,11 @@ def validation_pictures(params: Params, folder: Path, most: int) -> list[Path]:
     except (StageError, OSError):
         return []
     names = table.filter(pc.equal(table["split"], "val"))["file_name"].to_pylist()
-    chosen = [names[n * len(names) // most] for n in range(most)] if len(names) > most else names
-    # A folder each: a/1.jpg and b/1.jpg are two pictures.
-    places = [(name, folder / str(n)) for n, name in enumerate(chosen)]
-    return [path for name, own in places if (path := _write(archive, name, own)) is not None]
+    if len(names) > count:
+        names = [names[n * len(names) // count] for n in range(count)]
+    # Each file gets its own folder: a/1.jpg and b/1.jpg are two pictures.
+    paths = [_write(archive, name, folder / str(n)) for n, name in enumerate(names)]
+    return [path for path in paths if path is not None]
 
 
 def _write(archive: ImageArchive, name: str, folder: Path) -> Path | None:

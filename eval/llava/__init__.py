@@ -1,1 +1,1 @@
-"""The parts of an exported model in the LLaVA layout of transformers."""
+"""The parts of an exported model in transformers' LLaVA format."""

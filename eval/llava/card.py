@@ -1,4 +1,4 @@
-"""The model card of an exported run: what it is, how it is used, what it scored, what made it."""
+"""Writes the model card of an exported run: description, usage, scores, limits, provenance."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -14,16 +14,16 @@ from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
 from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from train.model.model_files import read_json
+from train.json_files import read_json
 from train.run import weights_of
 from workspace.errors import StageError
 from workspace.paths import REPORTS
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
-"""What a source of data is called; other sources have no public name."""
+"""Setting `data.source` to the public names of its data sets."""
 
-SHOWN = ("encoder", "llm", "projector", "pretrain", "finetune")
-"""Sections of the settings that decided the weights."""
+SHOWN_SECTIONS = ("encoder", "llm", "projector", "pretrain", "finetune")
+"""Sections of the settings that the card shows."""
 
 
 def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> str:
@@ -31,26 +31,27 @@ def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> st
 
     Args:
         trained: The run.
-        spec: Of the features that it learned from.
-        settings: How it is asked.
+        spec: Spec of the features that the run was trained on.
+        settings: Its `caption_question` is the question of the card's example.
 
     Returns:
         Markdown with a YAML header.
     """
     values = trained.params.values
-    shown = {name: without_folders(values[name]) for name in SHOWN if name in values}
+    source = str(shown_setting(values, "data", "source") or "unknown")
+    shown = {name: _without_folders(values[name]) for name in SHOWN_SECTIONS if name in values}
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     return environment.get_template("model_card.md.j2").render(
-        header=_yaml(_header(values)).rstrip(),
+        header=_yaml(_header(values, source)).rstrip(),
         answers=trained.answers,
         encoder=shown["encoder"],
         llm=shown["llm"],
-        datasets=DATASETS.get(_source(values), ()),
-        source=_source(values),
+        datasets=DATASETS.get(source, ()),
+        source=source,
         spec=spec,
         question=settings.caption_question,
         rows=read_score_rows(trained),
@@ -60,8 +61,8 @@ def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> st
     )
 
 
-def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings in which a file or folder of this machine has its last name alone."""
+def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with existing paths of this machine cut to their last part."""
     return {
         name: Path(value).name if isinstance(value, str) and Path(value).exists() else value
         for name, value in values.items()
@@ -69,14 +70,15 @@ def without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
-    """Return the scores of a run from the report beside it; none where that is of another run.
+    """Return the scores of a run from the workspace's `reports/eval.json`.
 
     Returns:
-        For each score what was asked, the score's name, the score, and what it is blind.
+        Section, name of the score, the score, and the score with the wrong image, as texts. Empty
+        if there is no report, or if it is of other weights.
 
     Raises:
-        StageError: A report that cannot be read.
-        OSError: The system could not read it.
+        StageError: The report is damaged.
+        OSError: The system cannot read the report.
     """
     report = trained.folder.resolve().parent.parent / REPORTS / "eval.json"
     if not report.is_file():
@@ -91,14 +93,13 @@ def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
     with reading_foreign_file(refuse, report):
         if scores.get("weights_sha256", {}).get(stage) != weights:
             return []
-        return list(score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
+        return list(_score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
 
 
-def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows of some scores, as `read_score_rows` returns them."""
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows that `read_score_rows` returns."""
     sections = {name: scores.get(name) for name in ("captions", "answers")}
-    pope = scores.get("pope")
-    sections |= {f"POPE {name}": part for name, part in (pope or {}).items()}
+    sections |= {f"POPE {name}": part for name, part in (scores.get("pope") or {}).items()}
     for title, section in sections.items():
         if not isinstance(section, Mapping) or not section.get("count", 1):
             continue
@@ -109,7 +110,7 @@ def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]
 
 
 def _written(section: Mapping[str, Any], key: str) -> str:
-    """Write a score with its interval, where it has one."""
+    """Format a score, with its interval if it has one; empty without a score."""
     if not isinstance(section.get(key), int | float):
         return ""
     interval = (section.get("intervals") or {}).get(key)
@@ -118,7 +119,7 @@ def _written(section: Mapping[str, Any], key: str) -> str:
     return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _header(values: Mapping[str, Any]) -> dict[str, Any]:
+def _header(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     header: dict[str, Any] = {
         "license": "other",
         "license_name": "those-of-its-parts",
@@ -129,14 +130,10 @@ def _header(values: Mapping[str, Any]) -> dict[str, Any]:
     base = values["llm"]["model"]
     if not Path(base).exists():
         header["base_model"] = base
-    if _source(values) == "coco":
+    if source == "coco":
         header["datasets"] = ["liuhaotian/LLaVA-Instruct-150K"]
         header["language"] = ["en"]
     return header
-
-
-def _source(values: Mapping[str, Any]) -> str:
-    return str(shown_setting(values, "data", "source") or "unknown")
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

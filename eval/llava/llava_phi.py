@@ -1,8 +1,8 @@
-"""LLaVA around Phi-2, as transformers loads it from an exported folder.
+"""LLaVA with Phi-2 as its language model, as transformers loads it from an exported folder.
 
-This file is copied there, so it imports nothing of the project. It keeps what transformers' own
-classes would lose: the bias of Phi's output layer, a vision tower and a projector in the precision
-that they were trained with, and the pixels that the features were made of.
+The export copies this file, so it imports nothing of the project. transformers' own classes would
+drop the bias of Phi's output layer, load tower and projector in another precision than they were
+trained with, and crop some pictures a pixel from where the features' pictures were cropped.
 
 Letters: B images, P patches, D width of the vision tower, H width of the language model;
 C channels, I and J height and width of a picture.
@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 
 class Float32Projector(LlavaMultiModalProjector):  # type: ignore[misc]
-    """Projects in float32, whatever the vision tower computes in."""
+    """A projector that computes in float32, independent of the vision tower's dtype."""
 
     def forward(self, image_features: Tensor) -> Tensor:
         """Map [B, P, D] to [B, P, H]."""
@@ -30,7 +30,7 @@ class Float32Projector(LlavaMultiModalProjector):  # type: ignore[misc]
 class LlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):  # type: ignore[misc]
     """LLaVA with a bias in the output layer, and a projector that stays in float32.
 
-    The config's `vision_in_float32` says whether the vision tower does, too.
+    The vision tower stays in float32 too if the config has `vision_in_float32`.
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -45,19 +45,19 @@ class LlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the language model computes in."""
+        """The language model's dtype."""
         return self.lm_head.weight.dtype
 
 
 class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
-    """CLIP's image processor on Pillow, with the crop of open_clip, on upright pictures."""
+    """CLIP's Pillow image processor with open_clip's crop and upright pictures."""
 
     def convert_to_rgb(
         self,
         image: Image.Image | NDArray[np.generic],
         input_data_format: str | ChannelDimension | None = None,
     ) -> NDArray[np.generic]:
-        """Turn a picture as its EXIF says, and return it as RGB."""
+        """Rotate a picture by its EXIF orientation, and convert it to RGB."""
         if isinstance(image, Image.Image):
             image = ImageOps.exif_transpose(image)
         converted: NDArray[np.generic] = super().convert_to_rgb(image, input_data_format)
@@ -66,7 +66,7 @@ class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
     def center_crop(
         self, image: NDArray[np.generic], size: SizeDict, **_: object
     ) -> NDArray[np.generic]:
-        """Crop the middle of [C, I, J]; half a pixel is rounded to even, as torchvision does."""
+        """Crop the middle of [C, I, J]; half a pixel is rounded to even as in torchvision."""
         top, left = (
             round((side - wanted) / 2)
             for side, wanted in zip(image.shape[1:], (size.height, size.width), strict=True)
@@ -74,5 +74,5 @@ class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
         return image[:, top : top + size.height, left : left + size.width]
 
     def to_dict(self) -> dict[str, object]:
-        """Return the settings; who does not trust this file gets transformers' own class."""
+        """Return the settings; without trust in remote code transformers' own class is loaded."""
         return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}

@@ -1,4 +1,4 @@
-"""Makes the processor of an exported model: its tokenizer, its chat format, its pixels."""
+"""Builds the processor of an exported model: tokenizer, chat template, image processor."""
 
 from pathlib import Path
 
@@ -12,24 +12,24 @@ from workspace.errors import StageError
 IMAGE_TOKEN = "<image>"
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-"""Writes a conversation as `train.data.prompts.dialogue_prompt` does, pictures before all text."""
+"""Gives the text of `train.data.prompts.dialogue_prompt`, with all pictures before it."""
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase, config: PhiConfig) -> int:
-    """Return the first row of the embeddings that no token uses: the placeholder of patches.
+    """Return the token id of the patches' placeholder: the first unused row of the embeddings.
 
-    Its content never matters, and the embeddings keep their size.
+    The patches replace the row's content, and the embeddings keep their size.
 
     Raises:
-        StageError: There is none.
+        StageError: Every row has a token.
     """
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         token_id = len(tokenizer)
     if not token_id < config.vocab_size:
         raise StageError(
-            f"llm.model: its tokenizer uses all {config.vocab_size} rows of the embeddings, and "
-            f"LLaVA needs one more for {IMAGE_TOKEN}. Take a checkpoint with rows to spare."
+            f"llm.model: the tokenizer uses all {config.vocab_size} rows of the embeddings, and "
+            f"LLaVA needs one more for {IMAGE_TOKEN}. Use a checkpoint with unused rows."
         )
     return int(token_id)
 
@@ -37,18 +37,18 @@ def image_token_id(tokenizer: PreTrainedTokenizerBase, config: PhiConfig) -> int
 def make_processor(
     tokenizer: PreTrainedTokenizerBase, spec: Spec, patch_size: int, *, answers: bool
 ) -> LlavaProcessor:
-    """Make what turns pictures and messages into the inputs that the model learned from.
+    """Build the processor, which makes the model's inputs from pictures and messages.
 
     Args:
-        tokenizer: Of the language model; gets the image's token and pads on the left.
-        spec: Of the features.
+        tokenizer: The language model's; it gets the image token, and left padding.
+        spec: Spec of the features that the run was trained on.
         patch_size: Side of a patch in pixels.
-        answers: Whether the model was trained on conversations; one that only captions gets no
-            chat format, since nothing stands behind the picture.
+        answers: Whether the model was trained on conversations. A model that only captions has no
+            chat template: its prompt is the picture alone.
     """
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     tokenizer.pad_token = tokenizer.eos_token
-    # Answers grow on the right; as an attribute alone it would not be saved.
+    # For batched generation. save_pretrained writes init_kwargs, not the attribute.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return LlavaProcessor(
         image_processor=image_processor(spec),
@@ -57,13 +57,13 @@ def make_processor(
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8") if answers else None,
         image_token=IMAGE_TOKEN,
-        # The class token, which "default" takes off again.
+        # The class token, which the strategy "default" drops.
         num_additional_image_tokens=1,
     )
 
 
 def image_processor(spec: Spec) -> PatchcacheImageProcessor:
-    """Make the processor: pixels of `pipeline.images.decode`, scaled as the tower wants them."""
+    """Build an image processor that gives the normalised pixels of `pipeline.images.decode`."""
     side = {"height": spec.image_size, "width": spec.image_size}
     is_squashed = spec.resize == "squash"
     return PatchcacheImageProcessor(

@@ -1,4 +1,4 @@
-"""Turns a vision tower of open_clip into transformers' CLIP vision model, weight for weight.
+"""Converts open_clip's vision tower to transformers' CLIP vision model.
 
 Letters: D width of the tower.
 """
@@ -31,35 +31,35 @@ NAMES = {
     "mlp.c_proj.": "mlp.fc2.",
     "attn.out_proj.": "self_attn.out_proj.",
 }
-"""How transformers calls what open_clip calls otherwise; within a block without its prefix."""
+"""open_clip's names to transformers'; names within a block have no prefix."""
 
 UNUSED = "proj"
-"""Maps the class token to the text tower's space, where LLaVA never goes."""
+"""The projection of the class token, which LLaVA does not use."""
 
 
 def clip_vision_config(visual: nn.Module, model: str) -> CLIPVisionConfig:
-    """Describe a vision tower as transformers does.
+    """Return the config of the equivalent transformers model.
 
     Args:
-        visual: open_clip's.
-        model: Its name, for the error text.
+        visual: open_clip's vision tower.
+        model: The tower's name, for error texts.
 
     Raises:
-        StageError: It has parts that transformers' CLIP has not.
+        StageError: The tower has parts that transformers' CLIP does not have.
     """
     if not isinstance(visual, VisionTransformer):
-        raise _cannot_hold(model, f"it is a {type(visual).__module__}.{type(visual).__name__}")
+        raise _unsupported(model, f"its class is {type(visual).__module__}.{type(visual).__name__}")
     blocks = list(visual.transformer.resblocks)
     norms = [m for m in visual.modules() if isinstance(m, nn.LayerNorm)]
     activations = {_activation(block, model) for block in blocks}
     epsilons = {norm.eps for norm in norms}
     (height, width), (patch_height, patch_width) = visual.image_size, visual.patch_size
     if not isinstance(visual.ln_pre, nn.LayerNorm) or visual.attn_pool is not None:
-        raise _cannot_hold(model, "it has no norm before its blocks, or pools by attention")
+        raise _unsupported(model, "it has no norm before its blocks, or an attention pool")
     if any(type(norm) not in (LayerNorm, LayerNormFp32) for norm in norms) or len(epsilons) > 1:
-        raise _cannot_hold(model, "its norms are not all of one kind")
+        raise _unsupported(model, "its norms differ")
     if len(activations) > 1 or height != width or patch_height != patch_width:
-        raise _cannot_hold(model, "its blocks differ, or its patches or pictures are no squares")
+        raise _unsupported(model, "its activations differ, or patches or pictures are not square")
     return CLIPVisionConfig(
         hidden_size=visual.conv1.out_channels,
         intermediate_size=blocks[0].mlp.c_fc.out_features,
@@ -77,22 +77,22 @@ def _activation(block: Any, model: str) -> str:
     """Return transformers' name of a block's activation.
 
     Raises:
-        StageError: A block or an activation that CLIP does not have.
+        StageError: transformers' CLIP does not have this block or activation.
     """
     if type(block) is not ResidualAttentionBlock or not isinstance(block.ls_1, nn.Identity):
-        raise _cannot_hold(model, "its blocks scale their outputs, or are otherwise not CLIP's")
+        raise _unsupported(model, "its blocks have layer scale, or are of another class")
     gelu = block.mlp.gelu
     if isinstance(gelu, QuickGELU):
         return "quick_gelu"
     if isinstance(gelu, nn.GELU):
         return {"none": "gelu", "tanh": "gelu_pytorch_tanh"}[gelu.approximate]
-    raise _cannot_hold(model, f"its activation is {type(gelu).__name__}")
+    raise _unsupported(model, f"its activation is {type(gelu).__name__}")
 
 
 def clip_vision_weights(visual: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a tower that `clip_vision_config` describes, under transformers' names.
+    """Yield name and weight of each parameter of the transformers model.
 
-    Queries, keys and values lie in one matrix in open_clip, [3 D, D], and in three here.
+    open_clip has queries, keys and values in one matrix [3 D, D], transformers in three [D, D].
     """
     for name, tensor in visual.state_dict().items():
         found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
@@ -108,8 +108,8 @@ def clip_vision_weights(visual: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield prefix + NAMES[old] + rest.removeprefix(old), tensor
 
 
-def _cannot_hold(model: str, why: str) -> StageError:
+def _unsupported(model: str, why: str) -> StageError:
     return StageError(
-        f"{model}: cannot be exported: {why}; LLaVA's vision tower is transformers' CLIP. Train "
-        f"with features of one of open_clip's own ViTs, like ViT-B-32-quickgelu."
+        f"{model}: cannot be exported as transformers' CLIP: {why}. Train with features of one of "
+        f"open_clip's own ViTs, like ViT-B-32-quickgelu."
     )

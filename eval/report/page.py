@@ -1,12 +1,12 @@
 """Renders `reports/index.html`: one page that needs no network and no other file.
 
-Owns what the page holds; how it looks is in `templates/`, which escape every text.
-The page may run its own script and use its own style, known by their hashes, and nothing else.
+The templates escape every text. A content security policy allows the page's own style and script,
+by their hashes, and nothing else.
 """
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import jinja2
 from markupsafe import Markup
 
 from eval.report.cards import headline, score_cards
-from eval.report.chart_axes import HEIGHT, LEFT, RIGHT, WIDTH
+from eval.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, length_charts, loss_chart, stop_rates
 from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
-from eval.report.lengths import length_charts, stop_rates
-from eval.report.loss_chart import loss_chart
 from eval.report.scores import Section, pope_sections, section_of
 from eval.report.tables import (
-    contaminated_images,
+    SECTION_TITLES,
     contamination_table,
     pope_table,
     score_tables,
@@ -29,13 +27,16 @@ from eval.report.tables import (
 )
 from eval.settings import shown_setting
 
+MAX_CONTAMINATED = 50
+"""Contaminated images that are listed for each kind of text; the rest are counted."""
+
 _TEMPLATES = Path(__file__).with_name("templates")
 _EVENTS = {
     "evaluate": "Evaluated",
     "pretrain": "stage 1 trained",
     "finetune": "stage 2 trained",
 }
-"""What happened when a stage ended, in the order of the page."""
+"""Pipeline stage to the event at its end, in the order of the page."""
 _STAGE_TITLES = {
     "pretrain": "Stage 1: projector",
     "finetune": "Stage 2: projector and language model",
@@ -58,28 +59,44 @@ def render_report(
 
     Args:
         scores: Content of `reports/eval.json`; any section may be absent, any value None.
-        examples: All texts of the model; the galleries show those of `choose_examples`.
+        examples: All texts of the model; `choose_examples` picks those that are shown.
         thumbnails: Image id to a data URI of its picture; an image may be absent.
         file_names: Image id to the name of its file; an image may be absent.
-        histories: For each stage, the rows of its `history.csv`.
-        provenance: Whatever says where the scores come from, nested at will. The names in
-            `settings.llm.model`, `settings.encoder.model` and `settings.data.source` go into the
-            opening sentence.
+        histories: Training stage to the rows of its `history.csv`.
+        provenance: Origin of the scores, nested at will. The opening sentence names
+            `settings.llm.model`, `settings.encoder.model` and `settings.data.source`.
         contamination: Content of `reports/contamination.json`.
-        dates: Stage to when it ended, ISO 8601 in UTC; a stage may be absent.
-        warning: What is to be known before any score, or nothing.
+        dates: Pipeline stage to the time of its end, ISO 8601 in UTC; a stage may be absent.
+        warning: Text to show before all scores, or empty.
 
     Returns:
         HTML text, the same for the same arguments.
 
     Raises:
-        ValueError: A thumbnail that the page would have to fetch.
+        ValueError: A thumbnail is not a data URI, so the page would have to fetch it.
     """
-    _check_embedded(thumbnails)
-    style, script = (_own(name) for name in ("style.css", "script.js"))
+    for image_id, uri in thumbnails.items():
+        if not uri.startswith("data:image/"):
+            raise ValueError(
+                f"the thumbnail of image {image_id} must be a data URI of an image, found "
+                f"{uri[:40]!r}."
+            )
+    style, script = (
+        Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
+        for name in ("style.css", "script.js")
+    )
     cards = score_cards(scores)
-    chosen = choose_examples(examples)
-    return _template().render(
+    sections = {name: section_of(scores, name) for name in ("captions", "answers")}
+    sections["yes/no questions"] = pope_sections(scores)
+    galleries = choose_examples(examples)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
         style=style,
         script=script,
         policy=_policy(style, script),
@@ -89,10 +106,10 @@ def render_report(
         warning=warning,
         headline=headline(cards),
         cards=cards,
-        unscored=_unscored(scores),
+        unscored=[name for name, section in sections.items() if not section],
         kinds=KIND_TITLES,
-        galleries=chosen,
-        options=filter_options(chosen),
+        galleries=galleries,
+        options=filter_options(galleries),
         thumbnails=thumbnails,
         file_names=file_names,
         charts={_STAGE_TITLES.get(name, name): loss_chart(histories[name]) for name in histories},
@@ -102,25 +119,11 @@ def render_report(
         pope=pope_table(scores),
         contamination=contamination_table(scores),
         still_scored=still_scored(scores),
-        contaminated=contaminated_images(contamination),
+        contaminated={SECTION_TITLES.get(k, k): images for k, images in contamination.items()},
+        max_contaminated=MAX_CONTAMINATED,
         tables=score_tables(scores),
         provenance=_facts(provenance),
     )
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
-
-
-def _own(name: str) -> Markup:
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _policy(style: str, script: str) -> str:
@@ -136,58 +139,30 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _check_embedded(thumbnails: Mapping[int, str]) -> None:
-    for image_id, uri in thumbnails.items():
-        if not uri.startswith("data:image/"):
-            raise ValueError(
-                f"the thumbnail of image {image_id} must be a data URI of an image, found "
-                f"{uri[:40]!r}."
-            )
-
-
-def _unscored(scores: Section) -> list[str]:
-    kinds = {
-        "captions": section_of(scores, "captions"),
-        "answers": section_of(scores, "answers"),
-        "yes/no questions": pope_sections(scores),
-    }
-    return [name for name, section in kinds.items() if not section]
-
-
 def _sentence(settings: Mapping[str, Any]) -> str:
     llm, encoder, source = (
         shown_setting(settings, section, key)
         for section, key in (("llm", "model"), ("encoder", "model"), ("data", "source"))
     )
+    data = f"the {source} data" if source else "image and text pairs"
     return (
-        f"{llm or 'A language model'} learned to describe pictures and to answer questions about "
-        f"them from cached patch features of {encoder or 'a vision encoder'}, trained on "
-        f"{f'the {source} data' if source else 'image and text pairs'}."
+        f"{llm or 'A language model'} was trained on {data} to caption pictures and to answer "
+        f"questions about them, from cached patch features of {encoder or 'a vision encoder'}."
     )
 
 
 def _facts(values: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Lay nested facts out as named groups of dotted keys and texts."""
-    groups: dict[str, list[tuple[str, str]]] = {}
+    """Lay nested facts out as groups of dotted keys and texts; loose facts go into group run."""
+    loose = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+    nested = {key: value for key, value in values.items() if isinstance(value, Mapping)}
+    return {key: list(_flat(group)) for key, group in ({"run": loose} | nested).items() if group}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            groups[key] = list(_flat(value))
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{key}", ", ".join(map(str, value))
         else:
-            groups.setdefault("run", []).append((key, _text(value)))
-    return groups
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    facts: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            facts += _flat(value, f"{prefix}{key}.")
-        else:
-            facts.append((f"{prefix}{key}", _text(value)))
-    return facts
-
-
-def _text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_text, value))
-    return "not known" if value is None else str(value)
+            yield f"{prefix}{key}", "not known" if value is None else str(value)

@@ -1,11 +1,10 @@
-"""The tables of the page: all numbers, answers by type, yes/no questions, contamination.
+"""The tables of the page: all scores, answers by type of question, yes/no questions, contamination.
 
-A cell is a tuple of texts: the value, then what is written small beneath it.
+A cell is a tuple of texts: the value, then the small lines beneath it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from eval.report.scores import (
     LABELS,
@@ -20,17 +19,14 @@ from eval.report.scores import (
 )
 from eval.scoring.score_names import BLIND, SEEN
 
-LISTED = 50
-"""Images of a kind that are named as contaminated; the rest are counted."""
-
-_KINDS = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
+SECTION_TITLES = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
 
 Cell = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row: its name, what that means, its cells."""
+    """A row of a table: a name, its meaning, and the cells."""
 
     name: str
     meaning: str = ""
@@ -39,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One table; the first column has the names of the rows."""
+    """A table; its first column holds the names of the rows."""
 
     title: str
     first: str
@@ -47,109 +43,87 @@ class Table:
     rows: Sequence[Row]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contaminated:
-    """Images of one kind that lie in training too."""
-
-    title: str
-    named: Sequence[Mapping[str, Any]]
-    """The first ones as `reports/contamination.json` has them: image id, file name, reason."""
-    more: int
-
-
 def score_tables(scores: Section) -> list[Table]:
-    """Return every number, a table a kind; what was not scored is left out."""
-    return [_all_views(title, section) for title, section in titled_sections(scores).items()]
+    """Return all scores of the model and its controls, a table for each section."""
+    return [_score_table(title, section) for title, section in titled_sections(scores).items()]
 
 
 def type_table(scores: Section) -> Table | None:
-    """Return the answers by type of question, the most frequent first."""
+    """Return the scores of answers by type of question, the most frequent type first."""
     types = section_of(scores, "answers").get("by_type") or {}
     parts = {name: section_of(types, name) for name in types}
     frequent = sorted(parts, key=lambda name: (-parts[name].get("count", 0), name))
-    counts, keys = ("count", "short_count"), ("exact_match", "token_f1", "ROUGE-L")
-    rows = [
-        Row(
-            name=name,
-            cells=[
-                *(_count(parts[name], key) for key in counts),
-                *(_beside_blind(parts[name], key) for key in keys),
-            ],
-        )
-        for name in frequent
-        if parts[name]
-    ]
-    columns = ["Questions", *(METRICS[key].label for key in ("short_count", *keys))]
-    title = "Answers by type of question"
-    return Table(title=title, first="Type", columns=columns, rows=rows) if rows else None
+    return _parts_table(
+        "Answers by type of question",
+        "Type",
+        {name: parts[name] for name in frequent if parts[name]},
+        ("count", "short_count"),
+        ("exact_match", "token_f1", "ROUGE-L"),
+    )
 
 
 def pope_table(scores: Section) -> Table | None:
-    """Return the yes/no questions, a row a subset."""
+    """Return the scores of yes/no questions, a row for each subset."""
     keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
-    rows = [
-        Row(name=name, cells=[_count(part), *(_beside_blind(part, key) for key in keys)])
-        for name, part in pope_sections(scores).items()
-    ]
-    columns = ["Questions", *(METRICS[key].label for key in keys)]
-    title = "Yes or no questions"
-    return Table(title=title, first="Subset", columns=columns, rows=rows) if rows else None
+    return _parts_table("Yes/no questions", "Subset", pope_sections(scores), ("count",), keys)
 
 
 def contamination_table(scores: Section) -> Table | None:
-    """Return how many images of each kind lie in training too, and how many were left out."""
+    """Return for each kind of text how many images are also in the training data."""
     counts = scores.get("contamination") or {}
+    keys = ("images", "contaminated", "left_out")
     rows = [
         Row(
-            name=_KINDS.get(kind, kind),
-            cells=[
-                (METRICS["count"].written(of_kind.get(key)),)
-                for key in ("images", "contaminated", "left_out")
-            ],
+            name=SECTION_TITLES.get(kind, kind),
+            cells=[(METRICS["count"].written(of_kind.get(key)),) for key in keys],
         )
         for kind, of_kind in counts.items()
     ]
-    columns = ["Images", "In training too", "Left out"]
+    columns = ["Images", "Also in training", "Left out"]
     return Table(title="Contamination", first="Kind", columns=columns, rows=rows) if rows else None
 
 
 def still_scored(scores: Section) -> int:
-    """Return how many images were scored although they lie in training too."""
+    """Return how many images were scored although they are in the training data."""
     counts = (scores.get("contamination") or {}).values()
     return sum(of_kind["contaminated"] - of_kind["left_out"] for of_kind in counts)
 
 
-def contaminated_images(
-    contamination: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> list[Contaminated]:
-    """Return the images to name, kinds without any left out."""
-    return [
-        Contaminated(
-            title=_KINDS.get(kind, kind),
-            named=images[:LISTED],
-            more=max(len(images) - LISTED, 0),
-        )
-        for kind, images in contamination.items()
-        if images
-    ]
-
-
-def _all_views(title: str, section: Section) -> Table:
+def _score_table(title: str, section: Section) -> Table:
     views = by_condition(section)
     rows = []
-    for key in [key for key in METRICS if any(key in values for values in views.values())]:
-        found = measured_by_condition(section, key).values()
-        cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
-        rows.append(Row(name=METRICS[key].label, meaning=METRICS[key].meaning, cells=cells))
+    for key, metric in METRICS.items():
+        if any(key in values for values in views.values()):
+            found = measured_by_condition(section, key).values()
+            cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
+            rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
     return Table(title=title, first="Metric", columns=[LABELS[v].column for v in views], rows=rows)
 
 
-def _count(section: Section, key: str = "count") -> Cell:
-    return (METRICS[key].written(section.get(key)),)
+def _parts_table(
+    title: str,
+    first: str,
+    parts: Mapping[str, Section],
+    counts: Sequence[str],
+    keys: Sequence[str],
+) -> Table | None:
+    """Return counts and scores of some parts; the first count is the number of questions."""
+    rows = [
+        Row(
+            name=name,
+            cells=[
+                *((METRICS[key].written(part.get(key)),) for key in counts),
+                *(_beside_wrong_image(part, key) for key in keys),
+            ],
+        )
+        for name, part in parts.items()
+    ]
+    columns = ["Questions", *(METRICS[key].label for key in (*counts[1:], *keys))]
+    return Table(title=title, first=first, columns=columns, rows=rows) if rows else None
 
 
-def _beside_blind(section: Section, key: str) -> Cell:
+def _beside_wrong_image(section: Section, key: str) -> Cell:
     views = measured_by_condition(section, key)
-    seen, blind = views[SEEN], views.get(BLIND) or measured({}, key)
-    lines = (seen.written, seen.interval, f"wrong image {blind.written}")
+    model, control = views[SEEN], views.get(BLIND) or measured({}, key)
+    lines = (model.written, model.interval, f"wrong image {control.written}")
     return tuple(line for line in lines if line)

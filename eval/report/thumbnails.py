@@ -10,8 +10,9 @@ import pyarrow.compute as pc
 import xxhash
 
 from eval.image_table import read_image_columns
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, decode_upright
-from pipeline.images.names import ImageArchive, ImageNameError
+from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.files.atomic import canonical_json, sha256_of
-from cache.store_index import INDEX
+from cache.store_index import INDEX_FILE
 from eval.runs import ADAPTER, PROJECTOR, FinishedRun
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint
@@ -62,7 +62,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
     shared = {
         # Before LoRA is added, which renames the layers.
         "language_model": language_model_fingerprint(language_model, finetune.tokenizer),
-        "features": sha256_of(FEATURES / INDEX),
+        "features": sha256_of(FEATURES / INDEX_FILE),
         "seed": seed,
     }
     adapter = load_lora(language_model, finetune.folder / ADAPTER)

@@ -16,7 +16,7 @@ from eval.scoring.evaluated_models import EvaluatedModel
 from train.data.examples import Example
 from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
-from train.loop.step import ForwardPass, build_step
+from train.loop.step import build_step
 from train.model.captioner import CaptionModel
 from train.model.loss import CHUNK
 from workspace.errors import StageError
@@ -61,7 +61,7 @@ def answer_losses(
     """
     if not examples:
         return {}
-    fitting = [e for e in examples if _num_targets(e, model, max_text_tokens)]
+    fitting = [e for e in examples if _num_target_tokens(e, model, max_text_tokens)]
     if not fitting:
         raise StageError(
             f"evaluate.max_text_tokens: {max_text_tokens} cuts off every answer of "
@@ -95,26 +95,23 @@ def _losses(
             max_text_tokens=max_text_tokens,
             device=condition.model.device,
         )
-        for forward_pass in step.passes:
-            by_image |= _losses_by_image(condition.model, forward_pass)
+        for batch in step.batches:
+            by_image |= _losses_by_image(condition.model, batch.to(condition.model.device))
     sums, counts = zip(*(by_image[i] for i in condition.image_ids), strict=True)
     return Losses([example.image_id for example in examples], list(sums), list(counts))
 
 
-def _num_targets(example: Example, model: EvaluatedModel, max_text_tokens: int) -> int:
-    branches = tokenize(example.texts, model.tokenizer, max_text_tokens)
-    return sum(branch.num_learned for branch in branches)
+def _num_target_tokens(example: Example, model: EvaluatedModel, max_text_tokens: int) -> int:
+    texts = tokenize(example.texts, model.tokenizer, max_text_tokens)
+    return sum(text.num_target_tokens for text in texts)
 
 
 @torch.inference_mode()
-def _losses_by_image(
-    model: CaptionModel, forward_pass: ForwardPass
-) -> dict[int, tuple[float, int]]:
+def _losses_by_image(model: CaptionModel, batch: PackedBatch) -> dict[int, tuple[float, int]]:
     """Return each image's summed loss and number of tokens."""
     model.eval()
-    batch = forward_pass.batch.to(model.device)
     images_S = _images_of_targets(batch)
-    losses_S = _token_losses(model, forward_pass.patches_NPD, batch).double()
+    losses_S = _token_losses(model, batch).double()
     sums = losses_S.new_zeros(len(batch.image_ids)).index_add_(0, images_S, losses_S)
     counts = torch.bincount(images_S, minlength=len(batch.image_ids))
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
@@ -123,15 +120,17 @@ def _losses_by_image(
 
 def _images_of_targets(batch: PackedBatch) -> Tensor:
     """Return the image of each supervised token, as an index of the batch's images: int64 [S]."""
-    num_images_R = batch.images.amax(1) + 1
+    num_images_R = batch.image_numbers.amax(1) + 1
     before_R = num_images_R.cumsum(0) - num_images_R
-    images_RT = torch.where(batch.images == PADDING, 0, batch.images + before_R[:, None])
+    images_RT = torch.where(
+        batch.image_numbers == PADDING, 0, batch.image_numbers + before_R[:, None]
+    )
     return images_RT.flatten()[batch.slots].repeat_interleave(batch.counts)
 
 
-def _token_losses(model: CaptionModel, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+def _token_losses(model: CaptionModel, batch: PackedBatch) -> Tensor:
     """Return the cross entropy of each supervised token: [S], float32 or float64."""
-    hidden_UH = model.hidden(patches_NPD, batch)
+    hidden_UH = model.hidden(batch)
     ends = [0, *batch.counts.cumsum(0).tolist()]
     losses = []
     for start in range(0, len(hidden_UH), CHUNK):

@@ -135,7 +135,7 @@ def choose(items: Sequence[Item], most: int, seed: int) -> list[Item]:
 
 def _references(examples: Examples, settings: EvaluateSettings, seed: int) -> dict[int, list[str]]:
     return {
-        example.image_id: [text[0].text for text in example.texts]
+        example.image_id: [caption for ((_, caption),) in example.texts]
         for example in choose(examples, settings.caption_images, seed)
     }
 

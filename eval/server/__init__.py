@@ -1,1 +1,1 @@
-"""The server of that page, and what it lets through."""
+"""The web server of `eval.serve`, and its protection of Gradio's endpoints."""

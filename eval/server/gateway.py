@@ -1,14 +1,15 @@
-"""Stands in front of the served page, and lets through only what the page itself asks for.
+"""An ASGI application around Gradio's that answers only the requests that the page itself makes.
 
-Of Gradio's many addresses only those that the page needs are there. Uploads and pictures are
-answered here, without Gradio; calls, sessions and headers reach Gradio only as the page's own
-script would send them.
+All other endpoints of Gradio are refused. Uploads and pictures are answered here, without Gradio.
+Calls, sessions and headers are reduced to what the page's own script would send.
 """
 
 import asyncio
+import hashlib
 import json
 import mimetypes
 import re
+import secrets
 import sys
 
 import gradio as gr
@@ -18,58 +19,66 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cache.files.foreign import describe
-from eval.server.message_stream import MessageStream
-from eval.server.page_calls import UnknownFunctionError, clean_call
-from eval.server.page_pictures import MAX_UPLOAD_BYTES, PagePictures
-from eval.server.refusal import Refusal
-from eval.server.request_body import BodyReader, only_file, replay
-from eval.server.request_source import Sources
-from eval.server.visitors import SESSION_HASH, new_secret, session_of, visitor_of_secret
+from eval.server.calls import UnknownFunctionError, clean_call
+from eval.server.pictures import MAX_UPLOAD_BYTES, PagePictures
+from eval.server.request import AllowedSources, BodyReader, Refusal, read_form_file, replay
+from eval.server.sessions import SESSION_HASH, MessageStream, session_of
 from workspace.errors import StageError
 
 API = "/gradio_api"
 STATIC = re.compile(r"/(assets|static)(/[\w@-][\w@.-]{0,99}){1,6}", re.ASCII)
 FIXED = {"/theme.css", "/favicon.ico", "/config", f"{API}/info", f"{API}/app_id"}
-"""What is the same for every visitor; with app_id the page finds out whether it is outdated."""
+"""Paths with the same answer for every visitor. The page polls app_id to detect a restart."""
 FORWARDED_HEADERS = (b"host", b"accept", b"accept-encoding")
-"""All others, like X-Forwarded-Host and Range, change nothing here."""
+"""Gradio sees no other header, such as X-Forwarded-Host or Range."""
 MAX_CALL_BYTES = 2**16
 MAX_FORM_BYTES = MAX_UPLOAD_BYTES + 2**16
 
 
 class Gateway:
-    """An ASGI application around that of the page."""
+    """The outer application of the server."""
 
     def __init__(
-        self, app: ASGIApp, page: gr.Blocks, pictures: PagePictures, sources: Sources, port: int
+        self,
+        app: ASGIApp,
+        page: gr.Blocks,
+        pictures: PagePictures,
+        sources: AllowedSources,
+        port: int,
     ) -> None:
         self._app = app
         self._page = page
         self._pictures = pictures
         self._sources = sources
-        # Cookies are the same for all ports of a host.
+        # Browsers share cookies between the ports of a host.
         self._cookie = f"patchcache-{port}"
         self._bodies = BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or refuse it in one line."""
+        """Answer a request, or refuse it with one line of text."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        answering = _Answering(send)
+        is_started = False
+
+        async def tracked_send(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
         try:
             response = await self._respond(Request(scope, receive))
-            await response(scope, receive, answering)
+            await response(scope, receive, tracked_send)
         except (ClientDisconnect, asyncio.CancelledError):
-            # The client has gone, or the server ends.
+            # The client left, or the server stops.
             pass
         except Refusal as refusal:
             await PlainTextResponse(str(refusal), refusal.status)(scope, receive, send)
         except Exception as error:
-            # A client must not fill the terminal with tracebacks of Gradio's.
-            what = f"{scope['method']} {scope['path']}"[:200]
-            print(f"serve: {what!a}: {describe(error)}", file=sys.stderr, flush=True)
-            if not answering.started:
+            # A client must not fill the terminal with Gradio's tracebacks.
+            target = f"{scope['method']} {scope['path']}"[:200]
+            print(f"serve: {target!a}: {describe(error)}", file=sys.stderr, flush=True)
+            if not is_started:
                 await PlainTextResponse("error", 500)(scope, receive, send)
 
     async def _respond(self, request: Request) -> ASGIApp:
@@ -77,17 +86,16 @@ class Gateway:
         self._sources.check(request.headers, opens_page=(method, path) == ("GET", "/"))
         if method in ("GET", "HEAD"):
             return self._respond_to_get(request, path)
-        if (method, path) == ("POST", f"{API}/upload"):
+        if method == "POST" and path == f"{API}/upload":
             return await self._upload(request)
-        if (method, path) == ("POST", f"{API}/queue/join"):
-            return await self._call(request, queued=True)
-        if (method, path) == ("POST", f"{API}/run/predict"):
-            return await self._call(request, queued=False)
+        if method == "POST" and path in (f"{API}/queue/join", f"{API}/run/predict"):
+            return await self._call(request, queued=path.endswith("join"))
         raise _not_found()
 
     def _respond_to_get(self, request: Request, path: str) -> ASGIApp:
         if path == "/":
-            return self._open_page(request)
+            # Forwarded without the query, where Gradio would look for a saved state.
+            return self._forward(request, sets_cookie=self._cookie not in request.cookies)
         if path in FIXED or STATIC.fullmatch(path):
             return self._forward(request)
         if path.startswith(f"{API}/file="):
@@ -98,30 +106,13 @@ class Gateway:
         if path == f"{API}/queue/data":
             return self._messages(request)
         if path == f"{API}/upload_progress":
-            # An upload is short, and answered when it is done.
+            # The page asks for progress while an upload runs; no progress is reported.
             return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
         raise _not_found()
 
-    def _open_page(self, request: Request) -> ASGIApp:
-        """Forward without the query, in which Gradio would look for saved states."""
-        page = self._forward(request)
-        if self._cookie in request.cookies:
-            return page
-        cookie = f"{self._cookie}={new_secret()}; HttpOnly; SameSite=Lax; Path=/"
-
-        async def with_cookie(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_with_cookie(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    MutableHeaders(scope=message).append("set-cookie", cookie)
-                await send(message)
-
-            await page(scope, receive, send_with_cookie)
-
-        return with_cookie
-
     def _messages(self, request: Request) -> ASGIApp:
         session = self._session(request, request.query_params.get("session_hash", ""))
-        # Gradio fails for a session that called nothing.
+        # Gradio fails for a session without calls.
         if session not in self._page._queue.pending_messages_per_session:
             raise _not_found()
         messages = self._forward(request, query=f"session_hash={session}")
@@ -138,7 +129,7 @@ class Gateway:
             raise Refusal(403, "not allowed") from None
         media_type = mimetypes.guess_type(name)[0] or ""
         headers = {"x-content-type-options": "nosniff", "cache-control": "private, no-store"}
-        # A document with scripts, which could use the page as its visitor does.
+        # A browser would run the scripts of an HTML or SVG document in the visitor's session.
         if not media_type.startswith("image/") or "xml" in media_type:
             media_type = "application/octet-stream"
             headers["content-disposition"] = "attachment"
@@ -146,7 +137,7 @@ class Gateway:
 
     async def _upload(self, request: Request) -> Response:
         async with self._bodies.reading(request, MAX_FORM_BYTES) as body:
-            name, data = await only_file(body, request.scope)
+            name, data = await read_form_file(body, request.scope)
         if len(data) > MAX_UPLOAD_BYTES:
             raise Refusal(413, f"The file has more than {MAX_UPLOAD_BYTES} bytes.")
         try:
@@ -167,7 +158,8 @@ class Gateway:
         return self._forward(request, body=json.dumps(call).encode())
 
     def _visitor(self, request: Request) -> str:
-        return visitor_of_secret(request.cookies.get(self._cookie, ""))
+        secret = request.cookies.get(self._cookie, "")
+        return hashlib.sha256(secret.encode()).hexdigest()[:32]
 
     def _session(self, request: Request, session_hash: str) -> str:
         if not SESSION_HASH.fullmatch(session_hash):
@@ -175,9 +167,15 @@ class Gateway:
         return session_of(self._visitor(request), session_hash)
 
     def _forward(
-        self, request: Request, *, path: str | None = None, query: str = "", body: bytes = b""
+        self,
+        request: Request,
+        *,
+        path: str | None = None,
+        query: str = "",
+        body: bytes = b"",
+        sets_cookie: bool = False,
     ) -> ASGIApp:
-        """Return the answer of the page's own application to a request reduced to its needs."""
+        """Return Gradio's answer to a request of which it sees only the necessary parts."""
         path = path or request.scope["path"]
         headers = [pair for pair in request.scope["headers"] if pair[0] in FORWARDED_HEADERS]
         if self._sources.is_share(request.headers):
@@ -188,23 +186,19 @@ class Gateway:
         reduced = {"path": path, "raw_path": path.encode(), "query_string": query.encode()}
 
         async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-            await self._app({**scope, **reduced, "headers": headers}, replay(body, receive), send)
+            async def send_with_cookie(message: Message) -> None:
+                if sets_cookie and message["type"] == "http.response.start":
+                    cookie = f"{self._cookie}={secrets.token_urlsafe(32)}"
+                    attributes = "HttpOnly; SameSite=Lax; Path=/"
+                    MutableHeaders(scope=message).append("set-cookie", f"{cookie}; {attributes}")
+                await send(message)
+
+            inner_scope = {**scope, **reduced, "headers": headers}
+            await self._app(inner_scope, replay(body, receive), send_with_cookie)
 
         return forward
 
 
 def _not_found() -> Refusal:
-    """Return the one refusal for all that is not there, or not for this visitor."""
+    """Return the same refusal for what does not exist and for what belongs to others."""
     return Refusal(404, "not found")
-
-
-class _Answering:
-    """Sends an answer, and says whether its first part was sent."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.started = False
-
-    async def __call__(self, message: Message) -> None:
-        self.started = True
-        await self._send(message)

@@ -1,4 +1,4 @@
-"""Runs an ASGI application at a port of this machine, in a thread of its own."""
+"""Serves an ASGI application on a port of this machine, in its own thread."""
 
 import socket
 import threading
@@ -12,41 +12,41 @@ from workspace.errors import StageError
 
 HOST = "127.0.0.1"
 MAX_CONNECTIONS = 200
-"""More are answered with 503."""
+"""uvicorn answers further ones with 503."""
 CLOSING_SECONDS = 1
-"""Answers that are still being sent at the end have so long."""
+"""Grace period for answers that are still being sent when the server stops."""
 PERIOD_SECONDS = 30.0
 
 
 def listen(port: int) -> socket.socket:
-    """Take a port of this machine.
+    """Bind a socket to a port of the loopback interface.
 
     Raises:
         StageError: The port is taken.
     """
     listener = socket.socket()
     try:
-        # A port that was used a moment ago can be taken again.
+        # Otherwise a port stays unusable for a minute after a server's end.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen()
     except OSError as error:
         listener.close()
         raise StageError(
-            f"cannot serve at {HOST}:{port}: {error}. Name another one: --port."
+            f"cannot serve at {HOST}:{port}: {error}. Choose another port with --port."
         ) from None
     return listener
 
 
 class WebServer:
-    """A server at a port that is taken already."""
+    """Serves on a socket that `listen` bound."""
 
     def __init__(self, app: ASGIApp, listener: socket.socket) -> None:
         self.address = f"http://{HOST}:{listener.getsockname()[1]}/"
         config = uvicorn.Config(
             app,
             lifespan="on",
-            # Its warnings and errors are what any client can cause.
+            # Any client can cause uvicorn's warnings and errors.
             log_level="critical",
             ws="none",
             proxy_headers=False,
@@ -60,7 +60,7 @@ class WebServer:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Start, and return when requests are answered.
+        """Start the thread, and wait until the server answers requests.
 
         Raises:
             StageError: The application does not start.
@@ -72,21 +72,21 @@ class WebServer:
             time.sleep(0.01)
 
     def wait(self, periodically: Callable[[float], None]) -> None:
-        """Wait for ever, or until the waiting thread is interrupted.
+        """Block until the calling thread is interrupted.
 
         Args:
-            periodically: Is called with the monotonic clock's time now and then.
+            periodically: Called every `PERIOD_SECONDS` with the time of the monotonic clock.
 
         Raises:
             StageError: The server ended by itself.
         """
-        # Not by joining the thread: an interrupted join can take it for ended (bpo-45274).
+        # Not Thread.join: an interrupted join can mark a running thread as ended (bpo-45274).
         while not self._ended.wait(PERIOD_SECONDS):
             periodically(time.monotonic())
         raise StageError("the web server ended by itself. Start it again.")
 
     def stop(self) -> None:
-        """End the server, and wait for it."""
+        """Stop the server, and wait for its thread."""
         self._server.should_exit = True
         if self._thread.ident is not None:
             self._thread.join()

@@ -1,12 +1,14 @@
-"""Decodes images in worker processes ahead of the encoder, and writes shards behind it.
+"""Encodes shards on one device: worker processes decode ahead, a thread writes behind.
 
-The three run at the same time: worker processes decode whole batches, this thread encodes them (a
-GPU works on one batch while the one before comes back from it), one more thread hashes and writes
-the shard before. At most two shards are in memory.
+Worker processes decode whole batches, this thread encodes them (a GPU computes one batch while the
+one before is copied back), and one more thread hashes and writes the finished shard. At most two
+shards are in memory.
 
-Letters: B images of a batch, S side of the input in pixels, P patches, D width of the tower.
+Letters: N images of a shard, B images of a batch, S side of the input in pixels, P patches,
+D width of the tower.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,27 +23,48 @@ from numpy.typing import NDArray
 from cache.files.atomic import sha256_of_pieces
 from cache.plan import PlannedShard
 from cache.shard import hash_rows, shard_bytes
-from pipeline.encoding.encoder import Encoder, Started
-from pipeline.encoding.stats import Tally
-from pipeline.encoding.work_folder import finish
-from pipeline.encoding.workers import Workers
+from cache.spec import Spec
+from pipeline.encoding.encoder import Encoder, PendingBatch
+from pipeline.encoding.stats import ExtractionStats
+from pipeline.encoding.work_folder import write_with_hash
+from pipeline.encoding.workers import WorkerPool
 from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.images.source import ImageSource
+from pipeline.settings import EncoderSettings
 
 PREFETCH_BATCHES = 2
 """Decoded batches that wait for the encoder, per worker process."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Shards to encode, with everything that a process of another device needs for them."""
+
+    shards: list[PlannedShard]
+    source: ImageSource
+    settings: EncoderSettings
+    spec: Spec
+    probe: Path
+    """File of the probe that the encoder of every device must reproduce."""
+    folder: Path
+    """Each shard appears here under its own name, whole, as soon as it is finished."""
+    workers: int
+    """Decoding processes of all devices together; 0 decodes in the encoding process."""
+    max_failures: int
+    """More images than this that do not decode stop the run."""
+
+
 @dataclass(frozen=True)
 class DecodedBatch:
-    """Some images of one shard, on their way from a worker process to the encoder."""
+    """Decoded images of one shard, on their way from a worker process to the encoder."""
 
     shard_number: int
     start: int
     """Row of the first image in its shard."""
     pixels_BSSC: NDArray[np.uint8]
-    """Images that failed are left out."""
+    """Without the images that failed."""
     failures: dict[int, str]
+    """Why an image could not be decoded, by image id."""
     seconds: float
 
 
@@ -62,11 +85,11 @@ class BatchDecoder:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def batches_of(self, taken: Iterable[int]) -> Iterator[int]:
+    def batches_of(self, shard_numbers: Iterable[int]) -> Iterator[int]:
         """Yield the numbers of the batches of some shards, in order."""
-        numbers = np.array([shard_number for shard_number, _, _ in self._batches])
-        for shard_number in taken:
-            yield from np.flatnonzero(numbers == shard_number).tolist()
+        shard_of_batch = np.array([shard_number for shard_number, _, _ in self._batches])
+        for shard_number in shard_numbers:
+            yield from np.flatnonzero(shard_of_batch == shard_number).tolist()
 
     def __getitem__(self, number: int) -> DecodedBatch:
         started = time.perf_counter()
@@ -84,113 +107,105 @@ class BatchDecoder:
         return DecodedBatch(shard_number, start, stacked, failures, seconds)
 
 
-def encode_shards(
-    shards: list[PlannedShard],
-    source: ImageSource,
-    encoder: Encoder,
-    folder: Path,
-    *,
-    workers: int,
-    max_failures: int,
-    tally: Tally,
-    taken: Iterable[int] | None = None,
-    progress: Callable[[int], object] = lambda num_images: None,
-) -> None:
-    """Encode some shards into a folder.
+class ShardEncoder:
+    """Encodes shards of a job on one device."""
 
-    A shard with an image that does not decode is not written: without that image it is another
-    shard. Its images are still decoded, so that one pass finds all failures.
+    def __init__(
+        self,
+        job: Job,
+        encoder: Encoder,
+        stats: ExtractionStats,
+        progress: Callable[[int], object],
+    ) -> None:
+        """Prepare to encode.
 
-    Args:
-        shards: What to encode.
-        source: Where the images are.
-        encoder: The vision tower.
-        folder: Each shard appears in it under its own name, whole, as soon as it is done.
-        workers: Decoding processes; 0 decodes here.
-        max_failures: More failed images than this stop the run.
-        tally: Added to.
-        taken: Numbers of the shards that this process takes, all of them when not given. It is
-            asked for the next one when that is about to be decoded.
-        progress: Told how many more images are done with.
+        Args:
+            job: The job, of which `run` takes some shards or all.
+            encoder: The vision tower on the device.
+            stats: Updated while shards are encoded; its `devices` share the job's workers.
+            progress: Called with the number of images of each batch that was decoded.
+        """
+        self._job = job
+        self._encoder = encoder
+        self._stats = stats
+        self._progress = progress
+        self._decoder = BatchDecoder(job.shards, job.source, encoder)
 
-    Raises:
-        StageError: Too many failures, images that are not the indexed ones, or a worker that died.
-    """
-    shape = (encoder.spec.patches, encoder.spec.width)
-    features_NPD = np.empty((0, *shape), np.float16)
-    written: Future[None] | None = None
-    decoder = BatchDecoder(shards, source, encoder)
-    numbers = decoder.batches_of(range(len(shards)) if taken is None else taken)
-    with Workers(decoder.__getitem__, workers) as pool, ThreadPoolExecutor(1) as writer:
-        decoded = pool.results(numbers, PREFETCH_BATCHES)
-        healthy = _healthy(decoded, tally, max_failures, len(source.image_ids), progress)
-        for batch, features_BPD in _encoded(healthy, encoder, tally):
-            shard = shards[batch.shard_number]
-            if batch.start == 0:
-                features_NPD = np.empty((len(shard.image_ids), *shape), np.float16)
-            stop = batch.start + len(features_BPD)
-            features_NPD[batch.start : stop] = features_BPD
-            if stop == len(shard.image_ids):
-                if written:
-                    written.result()
-                written = writer.submit(_write, folder, shard, encoder, features_NPD, tally)
-        if written:
-            written.result()
+    def run(self, shard_numbers: Iterable[int]) -> None:
+        """Encode shards of the job and write them.
 
+        A shard with an image that does not decode is not written, because it is another shard
+        without that image. Its images are still decoded, so that one pass finds all failures.
 
-def _healthy(
-    batches: Iterator[DecodedBatch],
-    tally: Tally,
-    max_failures: int,
-    num_images: int,
-    progress: Callable[[int], object],
-) -> Iterator[DecodedBatch]:
-    """Yield the batches of shards in which no image failed so far; count the failures."""
-    broken: set[int] = set()
-    for batch in batches:
-        tally.seconds["decode"] += batch.seconds
-        tally.failures.update(batch.failures)
-        tally.check(max_failures, num_images)
-        if batch.failures:
-            broken.add(batch.shard_number)
-        if batch.shard_number not in broken:
-            yield batch
-        progress(len(batch.pixels_BSSC) + len(batch.failures))
+        Args:
+            shard_numbers: Positions in the job's shards; advanced only when the next shard is
+                about to be decoded.
 
+        Raises:
+            StageError: Too many failures, images other than the indexed ones, or a dead worker.
+        """
+        spec = self._encoder.spec
+        workers = math.ceil(self._job.workers / self._stats.devices)
+        features_NPD = np.empty((0, spec.patches, spec.width), np.float16)
+        writing: Future[None] | None = None
+        with (
+            WorkerPool(self._decoder.__getitem__, workers) as pool,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            decoded = pool.results(self._decoder.batches_of(shard_numbers), PREFETCH_BATCHES)
+            for batch, features_BPD in self._encoded(self._of_whole_shards(decoded)):
+                shard = self._job.shards[batch.shard_number]
+                num_rows = len(shard.image_ids)
+                if batch.start == 0:
+                    features_NPD = np.empty((num_rows, spec.patches, spec.width), np.float16)
+                stop = batch.start + len(features_BPD)
+                features_NPD[batch.start : stop] = features_BPD
+                if stop == num_rows:
+                    if writing:
+                        writing.result()
+                    writing = writer.submit(self._write, shard, features_NPD)
+            if writing:
+                writing.result()
 
-def _encoded(
-    batches: Iterator[DecodedBatch], encoder: Encoder, tally: Tally
-) -> Iterator[tuple[DecodedBatch, NDArray[np.float16]]]:
-    """Yield each batch with its features, after the next one was given to the device."""
-    before: tuple[DecodedBatch, Started] | None = None
-    for batch in batches:
-        with tally.timed("encode"):
-            started = encoder.start(torch.from_numpy(batch.pixels_BSSC))
-        if before:
-            yield before[0], _finished(before[1], encoder, tally)
-        before = batch, started
-    if before:
-        yield before[0], _finished(before[1], encoder, tally)
+    def _of_whole_shards(self, batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
+        """Yield the batches of shards without a failure so far; record the failures."""
+        failed_shards: set[int] = set()
+        for batch in batches:
+            self._stats.seconds["decode"] += batch.seconds
+            self._stats.failures.update(batch.failures)
+            self._stats.check_failures(self._job.max_failures, len(self._job.source.image_ids))
+            if batch.failures:
+                failed_shards.add(batch.shard_number)
+            if batch.shard_number not in failed_shards:
+                yield batch
+            self._progress(len(batch.pixels_BSSC) + len(batch.failures))
 
+    def _encoded(
+        self, batches: Iterator[DecodedBatch]
+    ) -> Iterator[tuple[DecodedBatch, NDArray[np.float16]]]:
+        """Yield each batch with its features, after submitting the next one to the device."""
+        previous: tuple[DecodedBatch, PendingBatch] | None = None
+        for batch in batches:
+            with self._stats.timed("encode"):
+                pending = self._encoder.submit(torch.from_numpy(batch.pixels_BSSC))
+            if previous:
+                yield previous[0], self._result(previous[1])
+            previous = batch, pending
+        if previous:
+            yield previous[0], self._result(previous[1])
 
-def _finished(started: Started, encoder: Encoder, tally: Tally) -> NDArray[np.float16]:
-    with tally.timed("encode"):
-        return encoder.finish(started)
+    def _result(self, pending: PendingBatch) -> NDArray[np.float16]:
+        with self._stats.timed("encode"):
+            return self._encoder.result(pending)
 
-
-def _write(
-    folder: Path,
-    shard: PlannedShard,
-    encoder: Encoder,
-    features_NPD: NDArray[np.float16],
-    tally: Tally,
-) -> None:
-    with tally.timed("hash"):
-        row_xxh3 = hash_rows(features_NPD)
-    pieces = shard_bytes(encoder.spec, shard.image_ids, features_NPD, row_xxh3)
-    with tally.timed("hash"):
-        digest = sha256_of_pieces(pieces)
-    with tally.timed("write"):
-        finish(folder / shard.name, pieces, digest)
-    tally.encoded_shards[shard.name] = digest
-    tally.images_encoded += len(shard.image_ids)
+    def _write(self, shard: PlannedShard, features_NPD: NDArray[np.float16]) -> None:
+        stats = self._stats
+        with stats.timed("hash"):
+            row_xxh3 = hash_rows(features_NPD)
+        pieces = shard_bytes(self._encoder.spec, shard.image_ids, features_NPD, row_xxh3)
+        with stats.timed("hash"):
+            digest = sha256_of_pieces(pieces)
+        with stats.timed("write"):
+            write_with_hash(self._job.folder / shard.name, pieces, digest)
+        stats.encoded_shards[shard.name] = digest
+        stats.images_encoded += len(shard.image_ids)

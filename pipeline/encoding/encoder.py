@@ -1,6 +1,6 @@
-"""The vision tower: loads it through open_clip, and turns pixels into patch embeddings.
+"""The vision tower: loads it through open_clip and turns pixels into patch embeddings.
 
-The feature is the output of one block before the final norm, class token dropped: the
+A feature is the output of one block before the final norm, without the class token: the
 `hidden_states[layer][:, 1:]` of the transformers CLIP vision model with the same weights.
 
 Letters: B images, S side of the input in pixels, P patches, D width of the tower.
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from cache.errors import SettingsError
 from cache.files.atomic import canonical_json, check_ordinary
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
 from cache.spec import FORMAT, Spec
-from pipeline.encoding.hub import reaching_hub, without_logging
+from cache.texts import one_line
+from pipeline.encoding.hub import logging_disabled, offline_if_hub_unreachable
 from pipeline.images.decode import Interpolation, Resize
 from pipeline.settings import RANDOM, EncoderSettings
 from workspace.errors import StageError
@@ -33,11 +34,23 @@ PREPROCESS_VERSION = 1
 """Raised whenever a change here or in `pipeline.images.decode` gives an image other pixels."""
 
 RANDOM_SEED = 0
-"""Seed of the weights of `pretrained: random`, so that they are the same in every process."""
+"""Seed of the weights of `pretrained: random`, so that every process draws the same ones."""
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch that the device is encoding; its tensors may be read once `copied` has passed."""
+
+    features_BPD: Tensor
+    """float16, in main memory."""
+    is_finite: Tensor
+    """bool []: whether every value fits float16."""
+    copied: torch.cuda.Event | None
+    """Recorded after the copy from a GPU; None on other devices."""
 
 
 class Encoder:
-    """A vision tower in evaluation mode, with the spec of the features that it makes."""
+    """A vision tower in evaluation mode, with the spec of its features."""
 
     def __init__(self, visual: nn.Module, spec: Spec, device: torch.device) -> None:
         self.spec = spec
@@ -48,7 +61,7 @@ class Encoder:
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 
     def encode(self, pixels_BSSC: Tensor) -> NDArray[np.float16]:
-        """Encode some images.
+        """Encode a batch of images.
 
         Args:
             pixels_BSSC: uint8 [B, S, S, 3], RGB.
@@ -59,55 +72,44 @@ class Encoder:
         Raises:
             StageError: A value does not fit float16.
         """
-        return self.finish(self.start(pixels_BSSC))
+        return self.result(self.submit(pixels_BSSC))
 
     @torch.inference_mode()
-    def start(self, pixels_BSSC: Tensor) -> "Started":
-        """Give a batch to the device, as `encode` does; does not wait for a GPU."""
+    def submit(self, pixels_BSSC: Tensor) -> PendingBatch:
+        """Queue a batch, as `encode` takes it, on the device; does not wait for a GPU."""
         if self.device.type == "cuda":
-            # Memory from which a GPU copies while it computes.
+            # Only from pinned memory does a GPU copy while it computes.
             pixels_BSSC = pixels_BSSC.pin_memory()
         x = pixels_BSSC.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
         x = ((x - self._mean) / self._std).to(self._dtype)
         features_BPD = patch_tokens(self._visual, x, self.spec.layer).to(torch.float16)
         is_finite = torch.isfinite(features_BPD).all()
         if self.device.type != "cuda":
-            return Started(features_BPD.cpu(), is_finite.cpu(), None)
+            return PendingBatch(features_BPD.cpu(), is_finite.cpu(), None)
         pinned = _to_pinned(features_BPD), _to_pinned(is_finite)
-        return Started(*pinned, torch.cuda.current_stream(self.device).record_event())
+        return PendingBatch(*pinned, torch.cuda.current_stream(self.device).record_event())
 
-    def finish(self, started: "Started") -> NDArray[np.float16]:
-        """Wait for a batch that was started, and return its features as `encode` does."""
-        if started.arrived:
-            started.arrived.synchronize()
-        if not started.is_finite:
+    def result(self, pending: PendingBatch) -> NDArray[np.float16]:
+        """Wait for a submitted batch and return its features as `encode` does."""
+        if pending.copied:
+            pending.copied.synchronize()
+        if not pending.is_finite:
             raise StageError(
                 f"encoder: block {self.spec.layer} of {self.spec.model} gives values outside "
                 f"float16 (65504), or not finite ones. Check encoder.pretrained, or take another "
                 f"encoder.layer."
             )
-        return started.features_BPD.numpy()
-
-
-@dataclass(frozen=True)
-class Started:
-    """A batch that the device works on; its tensors are right once it has arrived."""
-
-    features_BPD: Tensor
-    """float16, in the main memory."""
-    is_finite: Tensor
-    """bool []."""
-    arrived: torch.cuda.Event | None
+        return pending.features_BPD.numpy()
 
 
 def _to_pinned(tensor: Tensor) -> Tensor:
-    """Copy from a GPU without waiting."""
+    """Start a copy from a GPU to pinned memory."""
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return pinned.copy_(tensor, non_blocking=True)
 
 
 def patch_tokens(visual: nn.Module, x_BCSS: Tensor, layer: int) -> Tensor:
-    """Return the patch tokens that leave a block: [B, P, D], not normalised, no class token."""
+    """Return the patch tokens after a block: [B, P, D], not normalised, no class token."""
     output = visual.forward_intermediates(  # type: ignore[operator]
         x_BCSS,
         indices=[layer],
@@ -124,27 +126,25 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
     """Load the vision tower that the settings name.
 
     Raises:
-        SettingsError: Unknown architecture or weights, an activation other than the one the
-            weights were trained with, or a tower without patch tokens or without such a layer.
+        SettingsError: Unknown architecture or weights, weights of another activation, or a tower
+            without patch tokens or without such a layer.
         StageError: A checkpoint that cannot be read.
     """
-    name, config = _architecture(settings.model)
+    name, config, spec_name = _architecture(settings.model)
     _check_activation(name, config, settings)
-    model = _create(name, settings)
+    model = _load_model(name, settings.pretrained)
     visual: nn.Module = model.eval().visual  # type: ignore[assignment]
-    preprocess = _preprocess(model, name, settings.pretrained)
-    _check_preprocess(preprocess, settings.model)
-    image_size = _square(preprocess["size"])
-    features_BPD = _try_layer(visual, image_size, settings)
+    preprocess = _preprocess(model, name, settings)
+    features_BPD = _try_layer(visual, preprocess["size"], settings)
     spec = Spec(
         format=FORMAT,
-        model=_identity(settings.model, config),
+        model=spec_name,
         weights_sha256=weights_sha256(visual),
         activation="quick_gelu" if config.get("quick_gelu") else "gelu",
         layer=settings.layer,
         tokens="patch",
         normalized=False,
-        image_size=image_size,
+        image_size=preprocess["size"],
         resize=preprocess["resize_mode"],
         crop="center",
         interpolation=preprocess["interpolation"],
@@ -157,25 +157,28 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
         width=features_BPD.shape[2],
         preprocess_version=PREPROCESS_VERSION,
     )
-    return Encoder(visual, spec, pick_devices(settings.device)[0])
+    return Encoder(visual, spec, resolve_devices(settings.device)[0])
 
 
-def pick_devices(name: str) -> list[torch.device]:
-    """Resolve the setting `device`: "auto" is every GPU, or the CPU."""
+def resolve_devices(name: str) -> list[torch.device]:
+    """Resolve `encoder.device`: "auto" is every GPU, or the CPU where there is none.
+
+    Raises:
+        SettingsError: This machine lacks such a device.
+    """
     if name == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", n) for n in range(count)] or [torch.device("cpu")]
     try:
-        # Made there and fetched, because a device that this machine lacks, or from which nothing
-        # comes back, has a valid name too.
-        made = [torch.empty(0, device=each.strip()) for each in name.split(",")]
-        return [tensor.device for tensor in made if tensor.cpu() is not None]
+        # A valid name says nothing: only a tensor that was made on the device and copied back does.
+        tensors = [torch.empty(0, device=device.strip()) for device in name.split(",")]
+        return [tensor.device for tensor in tensors if tensor.cpu() is not None]
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SettingsError(f"encoder.device: {str(error).splitlines()[0]}") from None
 
 
 def weights_sha256(visual: nn.Module) -> str:
-    """Hash names, types, shapes and values of a tower's tensors, in order of name."""
+    """Hash names, types, shapes and values of a tower's tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(visual.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -183,8 +186,11 @@ def weights_sha256(visual: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _architecture(model: str) -> tuple[str, dict[str, Any]]:
-    """Return the name under which open_clip knows an architecture, and its config."""
+def _architecture(model: str) -> tuple[str, dict[str, Any], str]:
+    """Return open_clip's name of an architecture, its config, and its name in the spec.
+
+    A config from a file is registered with open_clip; the spec names it with its hash.
+    """
     if not model.endswith(".json"):
         config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
         if config is None:
@@ -192,7 +198,7 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
                 f"encoder.model: open_clip {open_clip.__version__} has no {model!r}. Wanted one "
                 f"of open_clip.list_models(), or the path of an open_clip config JSON."
             )
-        return model, config
+        return model, config, model
 
     def refuse(detail: str) -> SettingsError:
         return SettingsError(f"encoder.model: cannot read {model}: {detail}")
@@ -205,18 +211,12 @@ def _architecture(model: str) -> tuple[str, dict[str, Any]]:
         raise SettingsError(f"encoder.model: {model} is no open_clip config: it lacks {wanted}.")
     with reading_foreign_file(refuse, Path(model)):
         open_clip.add_model_config(model)
-    return Path(model).stem, config
-
-
-def _identity(model: str, config: dict[str, Any]) -> str:
-    """Name an architecture; one from a file gets a hash, since its name alone says little."""
-    if not model.endswith(".json"):
-        return model
-    return f"{Path(model).stem}-{hashlib.sha256(canonical_json(config)).hexdigest()[:8]}"
+    name, digest = Path(model).stem, hashlib.sha256(canonical_json(config)).hexdigest()
+    return name, config, f"{name}-{digest[:8]}"
 
 
 def _check_activation(name: str, config: dict[str, Any], settings: EncoderSettings) -> None:
-    """Refuse weights under another activation than theirs; open_clip only warns of it."""
+    """Refuse weights that were trained with another activation; open_clip only warns."""
     tag = open_clip.get_pretrained_cfg(name, settings.pretrained)
     if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
         wanted = "QuickGELU" if tag.get("quick_gelu") else "GELU"
@@ -226,37 +226,22 @@ def _check_activation(name: str, config: dict[str, Any], settings: EncoderSettin
         )
 
 
-def _create(name: str, settings: EncoderSettings) -> nn.Module:
-    pretrained = settings.pretrained
-    if pretrained == RANDOM:
-        with torch.random.fork_rng():
-            torch.manual_seed(RANDOM_SEED)
-            return _created(name, None)
+def _load_model(name: str, pretrained: str) -> nn.Module:
+    """Build an architecture that open_clip knows with the weights that a setting names."""
     tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag or Path(pretrained).is_file():
-        return _created(name, pretrained, from_hub=bool(tag.get("hf_hub")))
-    if pretrained.count("/") != 1 or Path(pretrained).suffix:
+    is_hub_id = not (tag or pretrained == RANDOM or Path(pretrained).is_file())
+    if is_hub_id and (pretrained.count("/") != 1 or Path(pretrained).suffix):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise SettingsError(
             f"encoder.pretrained: {pretrained!r} is no file and no tag of {name}. Tags: {tags}."
         )
-    return _created(name, pretrained, from_hub=True)
-
-
-def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Module:
-    """Build a tower.
-
-    Args:
-        name: The architecture, as open_clip knows it.
-        pretrained: A tag of it, a file, or the id of a repository of the hub; none for random.
-        from_hub: Whether the weights come from the hub, or from what is kept here of it.
-    """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(without_logging())
-        hub_failure = stack.enter_context(reaching_hub()) if from_hub else ""
+        stack.enter_context(logging_disabled())
+        needs_hub = is_hub_id or bool(tag.get("hf_hub"))
+        hub_failure = stack.enter_context(offline_if_hub_unreachable()) if needs_hub else ""
 
         def refuse(detail: str) -> StageError:
-            cannot = f"encoder: cannot load {pretrained or RANDOM!r} into {name}:"
+            cannot = f"encoder: cannot load {pretrained!r} into {name}:"
             if hub_failure and "Failed to download" in detail:
                 return StageError(
                     f"{cannot} the model hub cannot be reached ({hub_failure}), and its local "
@@ -264,20 +249,24 @@ def _created(name: str, pretrained: str | None, from_hub: bool = False) -> nn.Mo
                     f"cache of a machine that has one, or name a file in encoder.pretrained."
                 )
             if detail.startswith("UnpicklingError"):
-                # Its own text advises to run whatever code the file holds.
+                # torch's own text suggests running whatever code the file holds.
                 detail = "not a file of tensors alone"
             return StageError(f"{cannot} {detail}. Check encoder.model and encoder.pretrained.")
 
         stack.enter_context(reading_foreign_file(refuse))
-        is_tag = open_clip.get_pretrained_cfg(name, pretrained or "")
-        is_id = from_hub and not is_tag
-        weights = str(download_pretrained_from_hf(pretrained)) if is_id else pretrained
+        weights: str | None = pretrained
+        if pretrained == RANDOM:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(RANDOM_SEED)
+            weights = None
+        elif is_hub_id:
+            weights = str(download_pretrained_from_hf(pretrained))
         model: nn.Module = open_clip.create_model(name, weights, pretrained_text=False)
         return model
 
 
 def _try_layer(visual: nn.Module, image_size: int, settings: EncoderSettings) -> Tensor:
-    """Encode one black image to learn P and D, and that the tower has such a layer."""
+    """Encode one black image: [1, P, D]. Shows that the tower has the layer, and its P and D."""
     num_blocks = _num_blocks(visual, settings.model)
     if num_blocks < -settings.layer:
         raise SettingsError(
@@ -300,7 +289,7 @@ def _num_blocks(visual: nn.Module, model: str) -> int:
         return len(transformer.resblocks)
     trunk: Any = getattr(visual, "trunk", visual)
     embed = getattr(trunk, "patch_embed", None)
-    # timm's networks of stages lack the one or the other.
+    # timm's convolutional and staged networks lack one of these.
     if not (hasattr(trunk, "blocks") and hasattr(embed, "dynamic_feat_size")):
         raise SettingsError(
             f"encoder.model: {model} has no patch tokens: {type(trunk).__name__} is a "
@@ -310,38 +299,31 @@ def _num_blocks(visual: nn.Module, model: str) -> int:
     return len(trunk.blocks)
 
 
-def _preprocess(model: nn.Module, name: str, pretrained: str) -> dict[str, Any]:
-    """Return how images are made ready for the weights.
+def _preprocess(model: nn.Module, name: str, settings: EncoderSettings) -> dict[str, Any]:
+    """Return how the weights want their images: size, resize mode, interpolation, mean and std.
 
-    open_clip knows it of a tag and takes OpenAI's for all other weights; here those get what all
-    tags of their architecture agree on.
+    open_clip knows these for a tag and assumes OpenAI's for all other weights; here, other weights
+    get whatever all tags of their architecture agree on.
     """
     preprocess = dict(open_clip.get_model_preprocess_cfg(model))
-    if open_clip.get_pretrained_cfg(name, pretrained):
-        return preprocess
-    tags = [
-        open_clip.get_pretrained_cfg(name, tag)
-        for tag in open_clip.list_pretrained_tags_by_model(name)
-    ]
-    for key in ("mean", "std", "interpolation", "resize_mode"):
-        known = {tag[key] for tag in tags}
-        if len(known) == 1:
-            preprocess[key] = known.pop()
-    return preprocess
-
-
-def _check_preprocess(preprocess: dict[str, Any], model: str) -> None:
+    if not open_clip.get_pretrained_cfg(name, settings.pretrained):
+        tags = [
+            open_clip.get_pretrained_cfg(name, tag)
+            for tag in open_clip.list_pretrained_tags_by_model(name)
+        ]
+        for key in ("mean", "std", "interpolation", "resize_mode"):
+            values = {tag[key] for tag in tags}
+            if len(values) == 1:
+                preprocess[key] = values.pop()
     found = preprocess["resize_mode"], preprocess["interpolation"]
     known = get_args(Resize), get_args(Interpolation)
     if found[0] not in known[0] or found[1] not in known[1]:
         raise SettingsError(
-            f"encoder.model: {model} wants images resized by {found}; known are {known[0]} with "
-            f"{known[1]}."
+            f"encoder.model: {settings.model} wants images resized by {found}; known are "
+            f"{known[0]} with {known[1]}."
         )
-
-
-def _square(size: int | tuple[int, int]) -> int:
+    size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
         raise SettingsError(f"encoder.model: image size is {height} x {width}, wanted a square.")
-    return height
+    return preprocess | {"size": height}

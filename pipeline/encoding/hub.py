@@ -1,6 +1,6 @@
-"""The hub of models where it cannot be reached: said at once, with the local cache still in use.
+"""The model hub, when it cannot be reached: a failure within seconds, and the local cache in use.
 
-Its own client asks for each of several files six times, and waits half a minute in between.
+The hub's own client asks for each of several files six times, with half a minute in between.
 """
 
 import contextlib
@@ -9,18 +9,20 @@ from collections.abc import Iterator
 
 from huggingface_hub import constants, get_session
 
-from cache.files.foreign import one_line, reading_foreign_file
+from cache.files.foreign import reading_foreign_file
+from cache.texts import one_line
 from workspace.errors import StageError
 
 REACH_SECONDS = 10.0
-"""How long the hub may take to answer anything at all."""
+"""Time that the hub gets to answer anything at all."""
 
 
 @contextlib.contextmanager
-def reaching_hub() -> Iterator[str]:
-    """Give the reason why the hub cannot be reached, or an empty text.
+def offline_if_hub_unreachable() -> Iterator[str]:
+    """Let the hub's client use its local cache alone in the block if the hub cannot be reached.
 
-    Where it cannot, its client looks into the local cache alone while the block runs.
+    Yields:
+        Why the hub cannot be reached; empty if it can.
     """
     failure = hub_failure()
     before = constants.HF_HUB_OFFLINE
@@ -32,7 +34,7 @@ def reaching_hub() -> Iterator[str]:
 
 
 def hub_failure() -> str:
-    """Ask the hub for anything once, and return what came in between, or an empty text."""
+    """Send the hub one request; return why it failed, or an empty text."""
     try:
         with reading_foreign_file(StageError):
             get_session().head(constants.ENDPOINT, timeout=REACH_SECONDS)
@@ -42,8 +44,8 @@ def hub_failure() -> str:
 
 
 @contextlib.contextmanager
-def without_logging() -> Iterator[None]:
-    """Libraries log nothing in the block: what they raise says it once more."""
+def logging_disabled() -> Iterator[None]:
+    """Disable all logging in the block: the exceptions of the libraries say the same again."""
     before = logging.root.manager.disable
     logging.disable()
     try:

@@ -1,8 +1,8 @@
-"""The vision tower, loaded when something must be encoded and not before.
+"""The vision tower, loaded only when something must be encoded.
 
-What spec the settings gave is remembered in the work directory, under a key over everything that
-decides it: the settings, the files they name, the libraries, and the code but for its comments.
-So a store whose shards are all there is checked and published again without torch.
+The spec that some settings gave is cached in the work directory, under a hash of everything that
+decides it: the settings, the files they name, the libraries, and the code. So a store whose shards
+all exist is checked and published again without loading torch.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from cache.files.atomic import canonical_json, sha256_of, write_bytes
 from cache.spec import FORMAT, Spec
 from pipeline.encoding.versions import library_versions
 from pipeline.settings import EncoderSettings
-from workspace.code_hash import code_hash
+from workspace.code_hash import code_hash, modules_of
 from workspace.errors import StageError
 from workspace.paths import WORK
 
@@ -24,24 +24,22 @@ if TYPE_CHECKING:
     from pipeline.encoding.encoder import Encoder
 
 SPECS = WORK / "specs"
-"""Specs under the keys of the settings that gave them."""
-
-CODE = ("images/decode.py", "encoding/encoder.py")
-"""The modules that decide what a feature is."""
+"""Cached specs, each named by the hash of what decides it."""
 
 
-class Tower:
-    """The encoder that the settings name; knows its spec without being loaded, if it ever was."""
+class LazyEncoder:
+    """The encoder that the settings name; its spec is known without loading it, once cached."""
 
     def __init__(self, settings: EncoderSettings) -> None:
-        """Look for what is remembered of these settings."""
+        """Look up the cached spec of these settings."""
         self.settings = settings
-        self._remembered = recall(settings)
+        self._cache_path = cache_path(settings)
+        self._cached_spec = read_cached_spec(self._cache_path)
 
     @property
     def spec(self) -> Spec:
-        """Spec of the features; loads the encoder where it is not remembered."""
-        return self._remembered or self.encoder.spec
+        """Spec of the features; loads the encoder if no spec is cached."""
+        return self._cached_spec or self.encoder.spec
 
     @property
     def is_loaded(self) -> bool:
@@ -50,55 +48,51 @@ class Tower:
 
     @cached_property
     def encoder(self) -> "Encoder":
-        """The encoder; its errors are those of `pipeline.encoding.encoder.load_encoder`.
+        """The encoder; raises as `pipeline.encoding.encoder.load_encoder` does.
 
         Raises:
-            StageError: Its spec is not the one that was remembered.
+            StageError: Its spec differs from the cached one.
         """
-        # Takes seconds to import.
+        # Imports torch, which takes seconds.
         from pipeline.encoding.encoder import load_encoder
 
         encoder = load_encoder(self.settings)
-        remember(self.settings, encoder.spec)
-        if self._remembered not in (None, encoder.spec):
-            # A tag whose weights were replaced; all so far was planned with the old spec.
+        if self._cache_path:
+            write_bytes(self._cache_path, encoder.spec.to_json())
+        if self._cached_spec not in (None, encoder.spec):
+            # A tag whose weights were replaced: the shards were planned with the cached spec.
             raise StageError(
                 f"encoder: {self.settings.pretrained} of {self.settings.model} has other weights "
                 f"or another preprocessing than when features were last made. Run the same command "
-                f"again to encode the images with what it is now."
+                f"again to encode the images with the new ones."
             )
         return encoder
 
 
-def recall(settings: EncoderSettings) -> Spec | None:
-    """Return the spec that these settings gave before; None where anything may have changed it."""
-    key = _key(settings)
-    if key is None or not (SPECS / f"{key}.json").is_file():
+def read_cached_spec(path: Path | None) -> Spec | None:
+    """Return the spec at `cache_path`; None if there is none, or a damaged one."""
+    if path is None or not path.is_file():
         return None
     try:
-        return Spec.read(SPECS / f"{key}.json")
+        return Spec.read(path)
     except PatchcacheError:
-        # Damaged: it is made again.
         return None
 
 
-def remember(settings: EncoderSettings, spec: Spec) -> None:
-    """Keep the spec that these settings gave."""
-    key = _key(settings)
-    if key is not None:
-        write_bytes(SPECS / f"{key}.json", spec.to_json())
+def cache_path(settings: EncoderSettings) -> Path | None:
+    """Return where the spec of these settings is cached.
 
-
-def _key(settings: EncoderSettings) -> str | None:
-    """Hash everything that decides the spec; None for weights whose owner can replace them."""
+    Anything that may change the spec changes the path. None for weights on the hub, which their
+    owner can replace.
+    """
     files = [name for name in (settings.model, settings.pretrained) if Path(name).is_file()]
     if "/" in settings.pretrained and settings.pretrained not in files:
         return None
-    decisive = {
+    identity = {
         "settings": dataclasses.asdict(settings) | {"device": None},
         "files": {name: sha256_of(Path(name)) for name in files},
         "versions": library_versions(),
-        "code": {name: code_hash(Path(__file__).parents[1] / name) for name in CODE},
+        "code": sorted(code_hash(path) for path in modules_of(("pipeline.encoding.encoder",))),
         "format": FORMAT,
     }
-    return hashlib.sha256(canonical_json(decisive)).hexdigest()[:16]
+    return SPECS / f"{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}.json"

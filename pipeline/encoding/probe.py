@@ -1,13 +1,12 @@
-"""A probe of what the encoder does: its features of eight fixed images, kept with a store.
+"""The probe of an encoder: its features of eight fixed images, stored with its features.
 
-Libraries change how they decode, resize and multiply without changing the spec. Before new
-shards are added to old ones, the encoder must give these features again.
+A new version of a library can decode, resize or multiply differently without changing the spec.
+Before new shards are added to old ones, the encoder must reproduce its probe.
 
 Letters: B the eight images, S side of the input in pixels, P patches, D width of the tower.
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,11 +17,12 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
 from cache.errors import CorruptShardError, IncompleteStoreError, SpecMismatchError
-from cache.files.atomic import canonical_json, naming
+from cache.files.atomic import canonical_json, path_in_errors
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from pipeline.encoding.encoder import Encoder
@@ -42,33 +42,25 @@ NAMES = (
     "palette.png",
     "gray16.png",
 )
-"""Each passes through another part of the decoder; never change one, kept probes depend on it."""
+"""Each takes another path through the decoder. Never change one: stored probes depend on it."""
 
-FP32_TOLERANCE = 2e-3
-"""Largest relative L2 difference of an image's features between two runs in fp32.
+TOLERANCES = {"fp32": 2e-3, "bf16": 2e-2}
+"""Largest relative L2 difference of an image's features between two runs, by precision.
 
-Measured on the demo's tower and on random ViT-B/32 and ViT-L/14: other batches, threads and
-kernels give 5e-5, products rounded to TF32 5e-4; a change of preprocessing 8e-2 in the image that
-it hits hardest (bilinear for bicubic), GELU for QuickGELU 8e-3.
+Measured on the demo's tower and on random ViT-B/32 and ViT-L/14, in fp32 and in bf16: other batch
+sizes, threads and kernels give 5e-5 and 1.1e-2, TF32 products 5e-4 in fp32; another preprocessing
+8e-2 in the most affected image (bilinear instead of bicubic); GELU instead of QuickGELU 8e-3 and
+1.3e-2 to 2e-2. In bf16 the activation cannot be told apart; the spec names it, and
+`pipeline.encoding.encoder` checks it against the weights.
 """
-
-BF16_TOLERANCE = 2e-2
-"""The same in bf16.
-
-Measured likewise: other batches, threads and kernels give 1.1e-2 at 24 blocks and 8e-3 at 12; a
-change of preprocessing 8e-2 or more. The other activation (1.3e-2 to 2e-2) is not separable; the
-spec names it, and `pipeline.encoding.encoder` checks it against the weights.
-"""
-
-TOLERANCES = {"fp32": FP32_TOLERANCE, "bf16": BF16_TOLERANCE}
 
 MAX_HEADER_BYTES = 8192
-"""A header as `probe_bytes` makes it has some 400."""
+"""Limit of the file's header; that of `serialize_probe` has some 400 bytes."""
 
 _VERSION = re.compile("[A-Za-z0-9_.+!-]{1,40}")
-"""A library's name, or a version. Error texts quote both, so that they must be short."""
+"""A library's name or version; short and on one line, because error texts quote both."""
 
-_ANEW = (
+_REENCODE = (
     "remove .work/shards, data/features and dvc.lock, which brings them back, so that all images "
     "are encoded anew"
 )
@@ -76,19 +68,19 @@ _ANEW = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What an encoder made of the eight images, and with which libraries."""
+    """Features of the eight images, and the libraries that made them."""
 
     features: NDArray[np.float16]
     """[B, P, D], in the order of `NAMES`."""
     versions: dict[str, str]
-    """Library to version."""
+    """Version of each library, by name."""
 
 
 def probe_pixels(spec: Spec) -> Tensor:
-    """Decode the eight images as the images of a store are: uint8 [B, S, S, 3].
+    """Decode the eight images as those of a store are decoded: uint8 [B, S, S, 3].
 
     Raises:
-        StageError: An image that cannot be decoded any more.
+        StageError: An image cannot be decoded.
     """
     resize, interpolation = cast(Resize, spec.resize), cast(Interpolation, spec.interpolation)
     pixels = []
@@ -104,79 +96,97 @@ def probe_pixels(spec: Spec) -> Tensor:
     return torch.from_numpy(np.stack(pixels))
 
 
-def take_probe(encoder: Encoder) -> NDArray[np.float16]:
+def encode_probe_images(encoder: Encoder) -> NDArray[np.float16]:
     """Encode the eight images in one batch, whatever the spec's batch size: [B, P, D]."""
     return encoder.encode(probe_pixels(encoder.spec))
 
 
-def probe_bytes(features_BPD: NDArray[np.float16], spec: Spec) -> bytes:
-    """Return the bytes of a probe's file. Equal content gives equal bytes.
+def serialize_probe(features_BPD: NDArray[np.float16], spec: Spec) -> bytes:
+    """Return the bytes of a probe's file; equal content gives equal bytes.
 
     Args:
-        features_BPD: As `take_probe` returns them.
-        spec: Of the features.
+        features_BPD: As `encode_probe_images` returns them.
+        spec: Spec of the features.
     """
     features = np.ascontiguousarray(features_BPD, dtype="<f2")
-    told = {
+    metadata = {
         "fingerprint": spec.fingerprint,
         "versions": library_versions(),
         "xxh3": xxhash.xxh3_64_hexdigest(features.data),
     }
-    # One key, because safetensors writes several in an order that differs in each process.
-    return save({"features": features}, {"probe": canonical_json(told).decode()})
+    # A single key: safetensors writes several in an order that differs between processes.
+    return save({"features": features}, {"probe": canonical_json(metadata).decode()})
 
 
 def read_probe(path: Path, spec: Spec) -> Probe:
-    """Read a probe back; no more of a file is read than a probe of this spec has bytes.
+    """Read a probe; no tensor is loaded before its shape and type are checked.
 
     Raises:
-        IncompleteStoreError: There is no such file.
-        SpecMismatchError: Of another encoder.
-        CorruptShardError: Not a probe, or not the bytes that were written.
+        IncompleteStoreError: The file is missing.
+        SpecMismatchError: The probe is of another encoder.
+        CorruptShardError: The file is no probe, or its bytes are not those that were written.
     """
     if not path.is_file():
         raise IncompleteStoreError(
-            f"{path}: no such file, wanted the probe of a store. Run `dvc pull`, or {_ANEW}."
+            f"{path}: no such file, wanted the probe of a store. Run `dvc pull`, or {_REENCODE}."
         )
-    shape = (len(NAMES), spec.patches, spec.width)
-    num_bytes = math.prod(shape) * 2
-    # By hand, as the safetensors format says: its own reader takes headers of 100 MB.
-    with naming(path), path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, MAX_HEADER_BYTES))
-        # One more than wanted, to see whether there are more. Python sets aside what it is asked
-        # for, and a spec can ask for gigabytes.
-        data = file.read(min(num_bytes, path.stat().st_size) + 1)
-    told, tensors = _parse(text, path)
-    if told["fingerprint"] != spec.fingerprint:
-        raise SpecMismatchError(
-            f"{path}: fingerprint is {told['fingerprint']}, wanted {spec.fingerprint}. Use the "
-            f"probe of the same encoder and settings."
-        )
-    wanted = {"dtype": "F16", "shape": list(shape), "data_offsets": [0, num_bytes]}
-    if tensors != {"features": wanted}:
-        raise _corrupt(path, f"its tensors are not one float16 'features' of shape {shape}")
-    if len(data) != num_bytes or xxhash.xxh3_64_hexdigest(data) != told["xxh3"]:
-        raise _corrupt(path, f"its features are not the {num_bytes} bytes that were written")
-    features = np.frombuffer(data, "<f2").reshape(shape)
+
+    def refuse(reason: str) -> CorruptShardError:
+        return CorruptShardError(f"{path}: {reason}. Run `dvc pull`, or {_REENCODE}.")
+
+    with path_in_errors(path), path.open("rb") as start:
+        header_bytes = int.from_bytes(start.read(8), "little")
+    # safetensors itself parses headers of 100 MB.
+    if header_bytes > MAX_HEADER_BYTES:
+        raise refuse(f"its header has {header_bytes} bytes, wanted at most {MAX_HEADER_BYTES}")
+    shape = [len(NAMES), spec.patches, spec.width]
+    with (
+        reading_foreign_file(lambda why: refuse(f"it is no probe ({why})"), path),
+        safe_open(path, "np") as file,
+    ):
+        metadata = _parse_metadata(file.metadata() or {})
+        if metadata["fingerprint"] != spec.fingerprint:
+            raise SpecMismatchError(
+                f"{path}: fingerprint is {metadata['fingerprint']}, wanted {spec.fingerprint}. "
+                f"Use the probe of the same encoder and settings."
+            )
+        tensor = file.get_slice("features")
+        if len(file.keys()) != 1 or (tensor.get_dtype(), tensor.get_shape()) != ("F16", shape):
+            raise refuse(f"its tensors are not one float16 'features' of shape {shape}")
+        features = file.get_tensor("features")
+    if xxhash.xxh3_64_hexdigest(features.data) != metadata["xxh3"]:
+        raise refuse("its features are not those that were written")
     if not np.isfinite(features).all():
-        raise _corrupt(path, "its features are not finite")
-    return Probe(features, told["versions"])
+        raise refuse("its features are not finite")
+    return Probe(features, metadata["versions"])
 
 
-def check_probe(encoder: Encoder, kept: Probe) -> None:
-    """Refuse an encoder that does not give a kept probe again.
+def _parse_metadata(metadata: dict[str, str]) -> dict[str, Any]:
+    """Return the fields that `serialize_probe` wrote; raises anything if they are others."""
+    fields = json.loads(metadata["probe"])
+    if not (
+        metadata.keys() == {"probe"}
+        and fields.keys() == {"fingerprint", "versions", "xxh3"}
+        and re.fullmatch("[0-9a-f]{64}", fields["fingerprint"])
+        and all(map(_VERSION.fullmatch, (*fields["versions"], *fields["versions"].values())))
+    ):
+        raise ValueError("other fields in its header")
+    return cast(dict[str, Any], fields)
+
+
+def check_probe(encoder: Encoder, stored: Probe) -> None:
+    """Refuse an encoder that does not reproduce a stored probe.
 
     Args:
-        encoder: Of the same spec as the probe.
-        kept: As `read_probe` returns it.
+        encoder: An encoder of the same spec.
+        stored: The probe as `read_probe` returns it.
 
     Raises:
         StageError: Names the images that differ, by how much, and the libraries that changed.
     """
     tolerance = TOLERANCES[encoder.spec.precision]
-    differences = relative_differences(take_probe(encoder), kept.features)
-    # Not `>`: NaN differs too.
+    differences = relative_differences(encode_probe_images(encoder), stored.features)
+    # Not `>`, which is False for NaN.
     differing = [
         f"{name} by {difference:.2g}"
         for name, difference in zip(NAMES, differences.tolist(), strict=True)
@@ -186,7 +196,8 @@ def check_probe(encoder: Encoder, kept: Probe) -> None:
         raise StageError(
             f"probe: the encoder gives {len(differing)} of {len(NAMES)} images other features than "
             f"those kept with the store: {', '.join(differing)} (relative L2, wanted at most "
-            f"{tolerance:g} in {encoder.spec.precision}). {_changes(kept.versions)} Or {_ANEW}."
+            f"{tolerance:g} in {encoder.spec.precision}). {_version_changes(stored.versions)} Or "
+            f"{_REENCODE}."
         )
 
 
@@ -201,40 +212,17 @@ def relative_differences(
     return differences
 
 
-def _changes(then: dict[str, str]) -> str:
-    now = library_versions()
+def _version_changes(stored: dict[str, str]) -> str:
+    """Say in a sentence which library versions changed, and what to go back to."""
+    current = library_versions()
     changes = [
-        f"{name} {then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
-        for name in sorted(then | now)
-        if then.get(name) != now.get(name)
+        f"{name} {stored.get(name, 'absent')} then, {current.get(name, 'absent')} now"
+        for name in sorted(stored | current)
+        if stored.get(name) != current.get(name)
     ]
     if not changes:
         return (
-            "The library versions are the same: go back to the code and the device of then, and "
-            "to their settings of precision."
+            "The library versions are the same: go back to the former code, device and precision "
+            "settings."
         )
-    return f"What changed: {'; '.join(changes)}. Go back to the versions of then."
-
-
-def _parse(text: bytes, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what the metadata of a safetensors header tells, and the rest of the header."""
-
-    def refuse(detail: str) -> CorruptShardError:
-        return _corrupt(path, f"its header is not that of a probe ({detail})")
-
-    with reading_foreign_file(refuse):
-        tensors = json.loads(text)
-        metadata = tensors.pop("__metadata__")
-        told = json.loads(metadata["probe"])
-        if not (
-            metadata.keys() == {"probe"}
-            and told.keys() == {"fingerprint", "versions", "xxh3"}
-            and re.fullmatch("[0-9a-f]{64}", told["fingerprint"])
-            and all(map(_VERSION.fullmatch, (*told["versions"], *told["versions"].values())))
-        ):
-            raise refuse("other fields")
-        return told, tensors
-
-
-def _corrupt(path: Path, reason: str) -> CorruptShardError:
-    return CorruptShardError(f"{path}: {reason}. Run `dvc pull`, or {_ANEW}.")
+    return f"What changed: {'; '.join(changes)}. Go back to the former versions."

@@ -1,4 +1,4 @@
-"""What became of one extraction: counts, failures, and where the time went."""
+"""The statistics of an extraction: counts, failures, and where the time went."""
 
 import contextlib
 import math
@@ -11,24 +11,23 @@ from workspace.errors import StageError
 
 
 @dataclass
-class Tally:
-    """What became of one run: counts, failures and where the time went."""
+class ExtractionStats:
+    """Counts, failures and times of one run, or of one process in it."""
 
     failures: dict[int, str] = field(default_factory=dict)
-    """Image id to the reason why it could not be decoded."""
+    """Why an image could not be decoded, by image id."""
     encoded_shards: dict[str, str] = field(default_factory=dict)
-    """File name to sha256. One that a later failure displaced is among them, but not in the last
-    plan."""
+    """sha256 by file name; includes shards that a later failure removed from the plan."""
     images_encoded: int = 0
     elapsed: float = 0.0
-    """Seconds on the wall."""
+    """Seconds of wall time."""
     devices: int = 1
-    """How many encoded side by side."""
+    """Number of devices that encoded side by side."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """Of decode, encode, hash and write, each summed over all processes."""
+    """Seconds of decode, encode, hash and write, each summed over all processes."""
 
-    def add(self, other: "Tally") -> None:
-        """Add what another process did."""
+    def add(self, other: "ExtractionStats") -> None:
+        """Add the statistics of another process."""
         self.failures |= other.failures
         self.encoded_shards |= other.encoded_shards
         self.images_encoded += other.images_encoded
@@ -37,28 +36,28 @@ class Tally:
         self.devices = max(self.devices, other.devices)
 
     @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the time in the block."""
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the duration of the block to the seconds of a phase."""
         started = time.perf_counter()
         yield
-        self.seconds[what] += time.perf_counter() - started
+        self.seconds[phase] += time.perf_counter() - started
 
-    def shares(self, workers: int) -> dict[str, float]:
-        """Return which share of the time each kind of work was busy, from 0 to 1.
+    def busy_shares(self, workers: int) -> dict[str, float]:
+        """Return the share of the wall time that each phase was busy, from 0 to 1.
 
-        The one near 1 is what the others waited for.
+        The phase near 1 is the bottleneck.
         """
         lanes = {"decode": self.devices * max(1, math.ceil(workers / self.devices))}
         return {
-            name: seconds / (self.elapsed * lanes.get(name, self.devices))
-            for name, seconds in sorted(self.seconds.items())
+            phase: seconds / (self.elapsed * lanes.get(phase, self.devices))
+            for phase, seconds in sorted(self.seconds.items())
         }
 
-    def check(self, max_failures: int, num_images: int) -> None:
-        """Stop a run with too many failures.
+    def check_failures(self, max_failures: int, num_images: int) -> None:
+        """Stop a run in which too many images failed.
 
         Raises:
-            StageError: More images failed than may; names some of them.
+            StageError: More than `max_failures`; names the first three.
         """
         if len(self.failures) > max_failures:
             examples = [f"image {id_}: {why}" for id_, why in list(self.failures.items())[:3]]

@@ -1,7 +1,7 @@
-"""Worker processes that do some work ahead of whoever takes its results.
+"""Worker processes that compute results ahead of their consumer.
 
-Each worker has one pair of sockets to itself. There is no shared memory, which Docker gives 64 MB,
-and no lock between the workers, which one that is killed would hold for ever.
+Each worker has a socket pair of its own. Shared memory is avoided, because Docker gives 64 MB of
+it, and so are locks between workers, because a killed worker would hold one for ever.
 """
 
 import contextlib
@@ -27,100 +27,101 @@ Result = TypeVar("Result")
 
 FORK = multiprocessing.get_context("fork")
 
-LOOK_SECONDS = 0.2
-"""How often a process looks whether the one that started it still runs."""
+PARENT_POLL_SECONDS = 0.2
+"""How often a process checks that its parent is alive."""
 
-END_SECONDS = 5.0
-"""How long a killed process is waited for: one that waits for a dead disk cannot end."""
+JOIN_SECONDS = 5.0
+"""How long to wait for a killed process: one that hangs on a dead disk never ends."""
 
 
-class Workers(Generic[Result]):
-    """Some processes that all do the same work; they end with the block of a `with` statement."""
+class WorkerPool(Generic[Result]):
+    """Processes that all run one function; leaving the `with` block ends them."""
 
-    def __init__(self, work: Callable[[int], Result], num_workers: int) -> None:
+    def __init__(self, function: Callable[[int], Result], num_workers: int) -> None:
         """Start the processes.
 
         Args:
-            work: What is done with a number. Its PatchcacheError or OSError is raised
-                here too.
-            num_workers: How many processes; with 0 the work is done here.
+            function: Computes the result of a number. A PatchcacheError or an OSError that it
+                raises is raised in this process too.
+            num_workers: Number of processes; 0 runs the function in this process.
         """
-        self._work = work
-        self._workers = [_Worker(work) for _ in range(num_workers)]
+        self._function = function
+        self._workers = [_Worker(function) for _ in range(num_workers)]
         try:
             for worker in self._workers:
                 worker.start()
         except BaseException:
-            self._end()
+            self._kill_workers()
             raise
         self._idle = deque(self._workers)
-        # One thread waits for each process.
+        # Each thread waits for one process.
         self._threads = ThreadPoolExecutor(max(1, num_workers))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._end()
+        self._kill_workers()
         self._threads.shutdown(cancel_futures=True)
 
-    def results(self, numbers: Iterable[int], ahead: int) -> Iterator[Result]:
+    def results(self, numbers: Iterable[int], prefetch: int) -> Iterator[Result]:
         """Yield the result of each number, in order.
 
         Args:
-            numbers: Asked for the next one when that is about to be worked on.
-            ahead: How many results each process may be ahead of the one that is taken.
+            numbers: Advanced only when the next number is about to be handed to a worker.
+            prefetch: Results that each process may compute ahead of the consumer.
 
         Raises:
             StageError: A process died.
         """
         if not self._workers:
-            yield from map(self._work, numbers)
+            yield from map(self._function, numbers)
             return
         remaining = iter(numbers)
-        begun: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
 
-        def begin(count: int) -> None:
+        def submit(count: int) -> None:
             for number in itertools.islice(remaining, count):
-                begun.append(self._threads.submit(self._ask, number))
+                pending.append(self._threads.submit(self._call, number))
 
-        begin(ahead * len(self._workers))
-        while begun:
-            result = begun.popleft().result()
-            begin(1)
+        submit(prefetch * len(self._workers))
+        while pending:
+            result = pending.popleft().result()
+            submit(1)
             yield result
 
-    def _ask(self, number: int) -> Result:
+    def _call(self, number: int) -> Result:
         worker = self._idle.popleft()
         try:
-            return worker.ask(number)
+            return worker.call(number)
         finally:
             self._idle.append(worker)
 
-    def _end(self) -> None:
+    def _kill_workers(self) -> None:
         for worker in self._workers:
-            worker.end()
+            worker.kill()
 
 
 class _Worker(Generic[Result]):
     """One process and the sockets between it and this one."""
 
-    def __init__(self, work: Callable[[int], Result]) -> None:
-        self._work = work
+    def __init__(self, function: Callable[[int], Result]) -> None:
+        self._function = function
         self._process: ForkProcess | None = None
 
     def start(self) -> None:
-        # Made here: of the end of a process, an earlier one must not inherit a copy, with which
-        # the death of the process would not close it.
-        here, there = socket.socketpair()
-        self._pipe = here.makefile("rwb")
-        # A fork has the work without that it is sent.
-        process = FORK.Process(target=_serve, args=(self._work, here, there), daemon=True)
-        with here, there, without_interrupts():
+        # Created just before the fork: a process started earlier must not inherit the child's end,
+        # or the pipe would stay open after the child's death.
+        parent_end, child_end = socket.socketpair()
+        self._pipe = parent_end.makefile("rwb")
+        # A fork, so that the function need not be pickled.
+        arguments = (self._function, parent_end, child_end)
+        process = FORK.Process(target=_serve, args=arguments, daemon=True)
+        with parent_end, child_end, without_interrupts():
             self._process = process
             process.start()
 
-    def ask(self, number: int) -> Result:
+    def call(self, number: int) -> Result:
         try:
             pickle.dump(number, self._pipe)
             self._pipe.flush()
@@ -133,7 +134,7 @@ class _Worker(Generic[Result]):
 
     def _death(self) -> StageError:
         assert self._process
-        self._process.join(END_SECONDS)
+        self._process.join(JOIN_SECONDS)
         code = self._process.exitcode
         how = signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
         return StageError(
@@ -141,31 +142,33 @@ class _Worker(Generic[Result]):
             f"extract.workers if memory ran out, and run again."
         )
 
-    def end(self) -> None:
+    def kill(self) -> None:
         if self._process and self._process.ident:
             self._process.kill()
-            self._process.join(END_SECONDS)
+            self._process.join(JOIN_SECONDS)
 
 
-def _serve(work: Callable[[int], object], here: socket.socket, there: socket.socket) -> None:
-    """Do work until the other process has no more; what it hears then is the end of the pipe."""
-    here.close()
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    with contextlib.suppress(EOFError, ConnectionError), there.makefile("rwb") as pipe:
+def _serve(
+    function: Callable[[int], object], parent_end: socket.socket, child_end: socket.socket
+) -> None:
+    """Answer numbers with results until the parent closes the pipe."""
+    parent_end.close()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError), child_end.makefile("rwb") as pipe:
         while True:
             number = pickle.load(pipe)
             try:
-                answer = work(number)
+                answer = function(number)
             except (PatchcacheError, OSError) as error:
                 answer = error
-            # Protocol 5 writes an array without a copy of it.
+            # Protocol 5 writes an array without copying it.
             pickle.dump(answer, pipe, protocol=5)
             pipe.flush()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """End this process once its parent was killed, so that the next run has the folder alone."""
     parent = multiprocessing.parent_process()
     while parent and os.getppid() == parent.pid:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(PARENT_POLL_SECONDS)
     os._exit(1)

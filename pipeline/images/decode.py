@@ -1,17 +1,21 @@
-"""Turns the bytes of an image file into the square RGB pixels that CLIP looks at.
+"""Turns the bytes of an image file into the square RGB pixels that CLIP takes.
 
-Resizing and cropping are those of open_clip's `image_transform(is_train=False)`, bit by bit, with
-Pillow alone so that decoding processes start fast. What comes before differs on purpose: the
-image is turned as its EXIF says and is RGB before it is resized.
+Resizing and cropping equal open_clip's `image_transform(is_train=False)` bit for bit, with Pillow
+alone so that decoding processes start fast. The steps before differ on purpose: the image is
+rotated as its EXIF says, and converted to RGB before it is resized.
 """
 
+import contextlib
 import io
 import struct
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cache.texts import one_line
 
 Resize = Literal["shortest", "squash"]
 
@@ -20,36 +24,20 @@ Interpolation = Literal["bicubic", "bilinear"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-"""What is read at all. Pillow knows more; among them EPS, which it hands to Ghostscript."""
+"""Accepted formats. Pillow knows more, among them EPS, which it passes to Ghostscript."""
 
 MAX_PIXELS = 89_478_485
-"""Pixels of the largest image that is decoded or made by resizing: Pillow's limit for a warning."""
+"""Most pixels of an image, as decoded or resized: the limit at which Pillow warns."""
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-"""Chunks that pixels do not depend on, but for texts that hold the orientation."""
+"""Chunks that do not affect pixels, except for texts that hold the orientation."""
 
 _PNG_ORIENTATIONS = (b"XML:com.adobe.xmp", b"Raw profile type exif", b"exif")
-"""Keywords of the texts in which Pillow looks for the orientation."""
+"""Keywords of the texts from which Pillow reads the orientation."""
 
 _MAX_KEYWORD_BYTES = 79
-
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow's readers raise on broken files; they share no base class below Exception."""
 
 
 class DecodeError(ValueError):
@@ -57,17 +45,13 @@ class DecodeError(ValueError):
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Return width and height as the file's header states them, without decoding pixels.
+    """Return width and height from the file's header, without decoding pixels.
 
     Raises:
-        DecodeError: Not an image, or of a size that `decode_rgb` would refuse.
+        DecodeError: The bytes are no image, or its size is one that `decode_rgb` refuses.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _open(data).size
-    except _PILLOW_ERRORS as error:
-        raise DecodeError(_reason(error)) from None
+    with _pillow_errors():
+        return _open(data).size
 
 
 def decode_rgb(
@@ -76,40 +60,34 @@ def decode_rgb(
     """Decode an image file, resize and crop it.
 
     Args:
-        data: The file's bytes; of an animation, the first frame is taken.
+        data: The file's bytes; the first frame of an animation is taken.
         size: Side of the square, in pixels.
-        resize: "shortest" brings the shorter side to `size` and crops the middle; "squash" brings
+        resize: "shortest" scales the shorter side to `size` and crops the middle; "squash" scales
             both sides to `size`.
-        interpolation: How pixels are resized.
+        interpolation: Filter of the resizing.
 
     Returns:
         uint8 [size, size, 3].
 
     Raises:
-        DecodeError: Not an image, cut short, or too large; the text is one line.
+        DecodeError: The bytes are no image, cut short, or too large; the text is one line.
     """
     image = decode_upright(data)
-    try:
+    with _pillow_errors():
         return np.array(_to_square(image, size, resize, _FILTERS[interpolation]))
-    except _PILLOW_ERRORS as error:
-        raise DecodeError(_reason(error)) from None
 
 
 def decode_upright(data: bytes) -> Image.Image:
-    """Decode an image file: turned as its EXIF says, in 8-bit RGB, at its own size.
+    """Decode an image file to 8-bit RGB at its own size, rotated as its EXIF says.
 
     Raises:
-        DecodeError: Not an image, cut short, or too large; the text is one line.
+        DecodeError: The bytes are no image, cut short, or too large; the text is one line.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Opened once and loaded once: a second load of a truncated file gives half a picture.
-            image = _open(data)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except _PILLOW_ERRORS as error:
-        raise DecodeError(_reason(error)) from None
+    with _pillow_errors():
+        # Loaded only once: a second load of a truncated file gives half a picture.
+        image = _open(data)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -119,9 +97,9 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """Return a PNG without texts and colour profile, and anything else as it is.
+    """Return a PNG without texts and colour profile; other files unchanged.
 
-    Pillow refuses a sound picture whose texts are long, and unpacks all of them.
+    Pillow decompresses all texts, and refuses an intact picture whose texts are long.
     """
     if not data.startswith(_PNG_SIGNATURE):
         return data
@@ -132,16 +110,12 @@ def _without_texts(data: bytes) -> bytes:
         end = position + 12 + length
         if end > len(data):
             break
-        if kind in _PNG_TEXTS and not _is_orientation(data, position + 8):
+        keyword = data[position + 8 : position + 9 + _MAX_KEYWORD_BYTES].partition(b"\0")[0]
+        if kind in _PNG_TEXTS and keyword not in _PNG_ORIENTATIONS:
             pieces.append(data[start:position])
             start = end
         position = end
     return b"".join([*pieces, data[start:]]) if pieces else data
-
-
-def _is_orientation(data: bytes, start: int) -> bool:
-    keyword = data[start : start + _MAX_KEYWORD_BYTES + 1].partition(b"\0")[0]
-    return keyword in _PNG_ORIENTATIONS
 
 
 def _check_area(width: int, height: int) -> None:
@@ -161,7 +135,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _gray16_to_rgb(image: Image.Image) -> Image.Image:
-    """Scale 16-bit gray to 8 bits, where Pillow's own conversion clips nearly all to white."""
+    """Scale 16-bit gray to 8 bits; Pillow's own conversion clips nearly everything to white."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise DecodeError("pixels do not fit 16 bits")
@@ -176,18 +150,26 @@ def _to_square(
     if resize == "squash":
         return image.resize((size, size), resampling)
     shorter = min(image.size)
-    # Cut off, not rounded, as torchvision's Resize does.
+    # Truncated, not rounded, as in torchvision's Resize.
     width, height = (int(size * side / shorter) for side in image.size)
-    # A long thin strip of few pixels would become gigabytes.
+    # A thin strip of few pixels would become gigabytes.
     _check_area(width, height)
     image = image.resize((width, height), resampling)
-    # Half to even, as torchvision's CenterCrop rounds.
+    # Rounds half to even, as torchvision's CenterCrop does.
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's own text holds the address of the buffer, which differs in each run.
-        return f"none of the formats {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _pillow_errors() -> Iterator[None]:
+    """Turn whatever Pillow raises into a DecodeError of one line; drop its warnings."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnidentifiedImageError:
+        # Pillow's own text holds the buffer's address, which differs between runs.
+        raise DecodeError(f"none of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:
+        # The exceptions of Pillow's readers have no other common base.
+        raise DecodeError(one_line(error) or type(error).__name__) from None

@@ -1,128 +1,88 @@
-"""Finds the image file that a name in the annotations means.
+"""Names of image files: which are allowed, and the errors of the files that they name.
 
-A name means the file of exactly that full name. Only where there is none, it means the only file of
-that base name in whatever folder: COCO's zips hold `train2017/000000000009.jpg` where annotations
-say `000000000009.jpg`, and other files do it the other way round.
+A file's full name is its path below the image folder or in the zip, with `/` between folders.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
 
-from cache.files.atomic import check_ordinary
-from pipeline.images.archives import (
-    MAX_IMAGE_BYTES,
-    REMEDY,
-    ImageFolder,
-    ImageNameError,
-    ImageZip,
-    plain_name,
-)
+from cache.errors import PatchcacheError
+from cache.files.foreign import reading_foreign_file
 from workspace.errors import StageError
 
-__all__ = ["MAX_IMAGE_BYTES", "ImageArchive", "ImageNameError", "check_file_name"]
+MAX_IMAGE_BYTES = 256 * 2**20
+"""Limit of an image file, checked before it is read: a zip member can claim any size."""
+
+_FILE_ERRNOS = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EACCES,
+    # A damaged zip can place a member before the start of the file.
+    errno.EINVAL,
+}
+"""System errors that concern one file; all others concern the disk or the machine."""
 
 
-class ImageArchive:
-    """The images of one split: a folder, or a zip that is read in place."""
+class ImageNameError(PatchcacheError, ValueError):
+    """A file name that leaves the image root, or names nothing there that can be read."""
 
-    def __init__(self, path: str | Path, *, key: str, follow_links: bool = False) -> None:
-        """Check that the images are there.
 
-        Args:
-            path: Folder or `.zip`.
-            key: The settings key that named it, for the error text.
-            follow_links: Whether links in a folder may lead out of it.
-
-        Raises:
-            StageError: Nothing there, an empty folder, or not a readable zip.
-        """
-        self.path = Path(path)
-        check_ordinary(self.path, lambda why: StageError(f"{key}: {path}: {why}. {REMEDY}"))
-        self._files: ImageFolder | ImageZip
-        if self.path.is_dir():
-            self._files = ImageFolder(self.path, key=key, follow_links=follow_links)
-        elif self.path.exists():
-            self._files = ImageZip(self.path, key=key)
-        else:
-            raise StageError(
-                f"{key}: {path} does not exist. Name a folder or a zip of images there; the "
-                f"sources demo and coco make it in the fetch stage."
-            )
-
-    def has(self, file_name: str) -> bool:
-        """Whether a file has exactly this full name."""
-        full_name = plain_name(file_name)
-        return bool(full_name) and self._files.has(full_name)
-
-    def names(self, file_name: str) -> Sequence[str]:
-        """Return the full names of all files with the base name of `file_name`."""
-        return self._files.names(plain_name(file_name).rpartition("/")[2])
-
-    def place(self, full_name: str) -> str:
-        """Return a text that names a file and no other one, whatever led to it.
-
-        Raises:
-            ImageNameError: A link leads out of the folder, which the settings do not allow.
-        """
-        return self._files.place(full_name)
-
-    def find(self, file_name: str) -> str:
-        """Return the full name of the file that a name means here.
-
-        Args:
-            file_name: As annotations spell it, relative to the image root.
-
-        Raises:
-            ImageNameError: The name leaves the image root, means no file, or several.
-            StageError: The system failed.
-        """
-        check_file_name(file_name)
-        if self.has(file_name):
-            return plain_name(file_name)
-        names = self.names(file_name)
-        if not names:
-            raise ImageNameError(f"no file {file_name!r} in {self.path}")
-        for other in names[1:]:
-            if not self._is_same(names[0], other):
-                raise ImageNameError(
-                    f"{file_name!r} may be {names[0]!r} or {other!r} in {self.path}"
-                )
-        return names[0]
-
-    def _is_same(self, full_name: str, other: str) -> bool:
-        try:
-            if self.place(full_name) == self.place(other):
-                return True
-            return self._files.read(full_name) == self._files.read(other)
-        except ImageNameError:
-            return False
-
-    def read(self, file_name: str) -> bytes:
-        """Return the bytes of the image file that a name means.
-
-        Args:
-            file_name: As annotations spell it, relative to the image root.
-
-        Raises:
-            ImageNameError: The name leaves the image root, means no file, or several, or the file
-                cannot be read or is too large.
-            StageError: The system failed.
-        """
-        return self._files.read(self.find(file_name))
+def plain_name(path: str) -> str:
+    """Return a relative path as `unzip` would write it: without empty, `.` and `..` parts."""
+    parts = path.split("/")
+    return "/".join([part for part in parts if part not in ("", ".", "..")])
 
 
 def check_file_name(file_name: str) -> None:
     """Refuse a name that is not a plain relative path below the image root.
 
     Raises:
-        ImageNameError: Empty, absolute, with `..`, or with characters that no name here has.
+        ImageNameError: The name is empty, absolute, or holds `..`, a backslash or a zero byte.
     """
     if not file_name:
         raise ImageNameError("file name is empty")
-    # Not by pathlib, which takes longer than all else for COCO's 118,287 names in a zip.
+    # Without pathlib, which would take most of the time to open COCO's zip of 118,287 names.
     if file_name.startswith("/") or ".." in file_name.split("/"):
         raise ImageNameError(f"file name {file_name!r} leaves the image root")
     if "\\" in file_name or "\0" in file_name:
         raise ImageNameError(
             f"file name {file_name!r} holds a backslash or a zero byte, wanted / between folders"
         )
+
+
+def check_size(name: str, num_bytes: int) -> None:
+    """Refuse a file that is too large.
+
+    Raises:
+        ImageNameError: More than `MAX_IMAGE_BYTES`.
+    """
+    if num_bytes > MAX_IMAGE_BYTES:
+        raise ImageNameError(f"{name!r} has more than {MAX_IMAGE_BYTES} bytes")
+
+
+@contextlib.contextmanager
+def reading_image(refuse: Callable[[str], PatchcacheError], where: str) -> Iterator[None]:
+    """Distinguish a file that cannot be read from a disk that fails.
+
+    Args:
+        refuse: Makes the error of a file that cannot be read from the reason.
+        where: The file, for the error of a disk that fails.
+
+    Raises:
+        PatchcacheError: The error that `refuse` returned.
+        StageError: The disk or the machine failed.
+    """
+    try:
+        with reading_foreign_file(refuse):
+            yield
+    except OSError as error:
+        if error.errno in _FILE_ERRNOS:
+            raise refuse(str(error.strerror)) from None
+        raise StageError(
+            f"{where} cannot be read: {error.strerror}. Nothing is known about the file; mend "
+            f"what the system complains of, and run again."
+        ) from None

@@ -1,18 +1,30 @@
-"""The indexed images: which there are, and their bytes, held against the index."""
+"""The indexed images: their ids, and their bytes, checked against the index."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.images.names import ImageArchive, ImageNameError
+from cache.files.parquet import read_columns, values_of
+from pipeline.images.archives import ImageArchive
+from pipeline.images.names import ImageNameError
+from workspace.data_settings import DataSettings
 from workspace.errors import StageError
+from workspace.paths import IMAGES
+
+TEXT = pa.string()
+COLUMNS = pa.schema(
+    {"image_id": pa.int64(), "split": TEXT, "file_name": TEXT, "source_xxh3": pa.uint64()}
+)
+"""The columns of the table of images that are read here."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """The indexed images and where their bytes are; arrays and lists have one entry an image."""
+    """The indexed images; each array and list has one entry per image."""
 
     image_ids: NDArray[np.int64]
     """Ascending."""
@@ -20,13 +32,13 @@ class ImageSource:
     file_names: list[str]
     splits: list[str]
     archives: dict[str, ImageArchive]
-    """Split to its images."""
+    """Image files by split."""
 
     def __post_init__(self) -> None:
-        """Refuse ids in which no image can be looked up.
+        """Refuse ids that a binary search cannot find.
 
         Raises:
-            StageError: They do not ascend, or some are missing.
+            StageError: The ids do not ascend, or some are missing.
         """
         if self.image_ids.dtype != np.int64 or np.any(np.diff(self.image_ids) <= 0):
             raise StageError(
@@ -38,7 +50,7 @@ class ImageSource:
         """Return the bytes of an image file.
 
         Raises:
-            StageError: The file is gone, or is not the one that was indexed.
+            StageError: The file is missing, or its bytes are not the indexed ones.
         """
         position = int(np.searchsorted(self.image_ids, image_id))
         archive, name = self.archives[self.splits[position]], self.file_names[position]
@@ -52,3 +64,43 @@ class ImageSource:
                 f"Run the index stage again."
             )
         return data
+
+
+def read_source() -> ImageSource:
+    """Read the index of the workspace; the image files are not opened.
+
+    Raises:
+        StageError: The index is missing or empty.
+    """
+    table = read_columns(
+        IMAGES,
+        COLUMNS,
+        lambda detail: StageError(f"{IMAGES}: {detail}. Run the index stage first."),
+    )
+    if not table.num_rows:
+        raise StageError(f"{IMAGES}: holds no image. Check the section data and run index.")
+    return ImageSource(
+        image_ids=values_of(table["image_id"]),
+        source_xxh3=values_of(table["source_xxh3"]),
+        file_names=table["file_name"].to_pylist(),
+        splits=table["split"].to_pylist(),
+        archives={},
+    )
+
+
+def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
+    """Return a source whose image files are opened where the settings say.
+
+    Raises:
+        StageError: A split is unknown, or its images are missing.
+    """
+    paths = {"train": data.train.images, "val": data.val.images}
+    if unknown := set(source.splits) - paths.keys():
+        raise StageError(f"{IMAGES}: unknown splits {sorted(unknown)}. Run the index stage again.")
+    archives = {
+        split: ImageArchive(
+            paths[split], key=f"data.{split}.images", follow_links=data.follow_links
+        )
+        for split in sorted(set(source.splits))
+    }
+    return dataclasses.replace(source, archives=archives)

@@ -1,30 +1,38 @@
-"""Opens a zip so that a disk that fails is not taken for a damaged zip.
+"""The image files in a zip, which is read in place.
 
-`zipfile` catches the OSErrors of reading and raises BadZipFile in their place.
+`open_zip` keeps a failing disk from being taken for a damaged zip: `zipfile` catches the OSErrors
+of reading and raises BadZipFile instead.
 """
 
 import contextlib
 import io
+import os
+import stat
 import zipfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache.errors import PatchcacheError
+from pipeline.images.names import ImageNameError, check_size, plain_name, reading_image
+from workspace.errors import StageError
+
+REMEDY = "Replace it, or name another there; the sources demo and coco make it in the fetch stage."
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip for reading; what it raises on a damaged one is `zipfile`'s.
+    """Open a zip for reading; a damaged one raises the errors of `zipfile`.
 
     Raises:
-        OSError: It cannot be opened.
-        PatchcacheError: Now or later, the system cannot read it.
+        OSError: The file cannot be opened.
+        PatchcacheError: The system cannot read the file, now or later.
     """
     return _Zip(io.BufferedReader(_Reader(path)))
 
 
 class _Zip(zipfile.ZipFile):
-    """A zip that closes its file, which `zipfile` leaves to whoever opened it."""
+    """A zip that closes its file, which `zipfile` does only for files that it opened."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -41,20 +49,20 @@ class _Zip(zipfile.ZipFile):
 
 
 class _Reader(io.FileIO):
-    """A file whose read errors are no OSErrors, by whatever method it is read."""
+    """A file whose read errors are PatchcacheErrors, whichever method reads it."""
 
     def readinto(self, buffer: Any) -> int | None:
         """Read into a buffer, as `io.FileIO` does."""
-        with self._failing_plainly():
+        with self._converting_errors():
             return super().readinto(buffer)
 
     def readall(self) -> bytes:
         """Read to the end, as `io.FileIO` does."""
-        with self._failing_plainly():
+        with self._converting_errors():
             return super().readall()
 
     @contextlib.contextmanager
-    def _failing_plainly(self) -> Iterator[None]:
+    def _converting_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -63,5 +71,86 @@ class _Reader(io.FileIO):
             ) from None
 
     def __del__(self) -> None:
-        """Close the file with the last zip that reads it, as `zipfile` does with its own."""
+        """Close the file together with its last zip, as `zipfile` does with its own files."""
         self.close()
+
+
+class ImageZip:
+    """The image files in a zip, opened anew in each process because a file has one position."""
+
+    def __init__(self, path: Path, *, key: str) -> None:
+        """Open the zip; errors name the settings key.
+
+        Raises:
+            StageError: The zip cannot be read, or is empty.
+        """
+        self.path = path
+        self._zip_path = os.path.realpath(path)
+        self._key = key
+        self._owner = 0
+        self._open()
+        if not self._members:
+            raise StageError(f"{key}: {path} is an empty zip, wanted images in it.")
+
+    def _open(self) -> None:
+        if self._owner == os.getpid():
+            return
+
+        def refuse(reason: str) -> StageError:
+            return StageError(
+                f"{self._key}: {self.path} is neither a folder nor a readable zip ({reason}). "
+                f"{REMEDY}"
+            )
+
+        with reading_image(refuse, f"{self._key}: {self.path}"):
+            self._zip = open_zip(self.path)
+        self._owner = os.getpid()
+        self._members: dict[str, list[zipfile.ZipInfo]] = defaultdict(list)
+        self._names: dict[str, list[str]] = defaultdict(list)
+        for member in self._zip.infolist():
+            if not member.is_dir():
+                full_name = plain_name(member.filename)
+                if full_name not in self._members:
+                    self._names[full_name.rpartition("/")[2]].append(full_name)
+                self._members[full_name].append(member)
+
+    def has(self, full_name: str) -> bool:
+        """Whether a file of this name exists."""
+        self._open()
+        return full_name in self._members
+
+    def names(self, base_name: str) -> Sequence[str]:
+        """Return the full names of all files with this base name, in all folders."""
+        self._open()
+        return sorted(self._names.get(base_name, ()))
+
+    def real_path(self, full_name: str) -> str:
+        """Return the zip's path with all links resolved, followed by the full name."""
+        return f"{self._zip_path}/{full_name}"
+
+    def read(self, full_name: str) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            ImageNameError: The file is a link, damaged, or too large, or two entries differ.
+            StageError: The disk or the machine failed.
+        """
+        self._open()
+        first, *others = self._members[full_name]
+        data = self._read(first)
+        if any(self._read(other) != data for other in others):
+            raise ImageNameError(f"{full_name!r} stands twice in {self.path}, with other bytes")
+        return data
+
+    def _read(self, member: zipfile.ZipInfo) -> bytes:
+        where = f"{member.filename!r} in {self.path}"
+        check_size(member.filename, member.file_size)
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ImageNameError(f"{where} is a link, and links in a zip are not followed")
+        with reading_image(lambda reason: ImageNameError(f"{where}: {reason}"), where):
+            return self._zip.read(member)
+
+    def __getstate__(self) -> dict[str, object]:
+        opened = ("_zip", "_members", "_names")
+        kept = {name: value for name, value in self.__dict__.items() if name not in opened}
+        return kept | {"_owner": 0}

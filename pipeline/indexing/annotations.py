@@ -1,7 +1,7 @@
 """Reads the annotation files: COCO captions and LLaVA-Instruct conversations.
 
-Owns the layout of these files; `pipeline.indexing.records` says how a record is read and left out.
-Whether records fit together is for `pipeline.indexing.collect`.
+Knows the layout of these files. Whether their records fit together is decided in
+`pipeline.indexing.collect`.
 """
 
 from dataclasses import dataclass
@@ -10,39 +10,38 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.indexing.records import (
+    AnnotationFile,
     RecordError,
     Rejection,
-    file_name_of,
-    id_of,
-    lists_of,
+    field_of_type,
+    file_name_field,
+    int64_field,
+    list_fields,
     parse_all,
-    read_json,
-    refuse,
-    text_of,
-    value_of,
+    str_field,
 )
 
 IMAGE_MARKER = "<image>"
-"""Where LLaVA-Instruct puts the picture: at the start or the end of the first question. In every
-prompt here the picture stands before the text, so that the marker is taken out there; anywhere else
-it is a word."""
+"""Marks the picture at the start or the end of the first question of LLaVA-Instruct. It is removed
+there, because every prompt here puts the picture before the text; elsewhere it is a plain word."""
 
 ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles in the order in which they take turns, and what they are called in the index."""
+"""Roles of LLaVA-Instruct, in the order of their turns, and their names in the index."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:
-    """An entry of `images`; `record` says where it stands."""
+    """An entry of `images`."""
 
     record: str
+    """Position of the entry, such as "captions.json: images[7]"."""
     image_id: int
     file_name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionRecord:
-    """An entry of `annotations`, its white space normalised."""
+    """An entry of `annotations`, with white space reduced to single spaces."""
 
     record: str
     caption_id: int
@@ -52,17 +51,18 @@ class CaptionRecord:
 
 @dataclass(frozen=True, slots=True)
 class ConversationRecord:
-    """An entry of the instruct file; `turns` are role and text, from user to assistant in turn."""
+    """An entry of the instruct file."""
 
     record: str
     conversation_id: str
     image_name: str
     turns: list[dict[str, str]]
+    """Role and text of each turn, user and assistant alternating."""
 
 
 @dataclass(frozen=True)
 class CaptionsFile:
-    """A captions file: what can be used, what cannot, and how many entries there are."""
+    """The records of a captions file, its rejected entries, and the numbers of all entries."""
 
     images: list[ImageRecord]
     captions: list[CaptionRecord]
@@ -73,7 +73,7 @@ class CaptionsFile:
 
 @dataclass(frozen=True)
 class InstructFile:
-    """An instruct file: what can be used, what cannot, and how many entries there are."""
+    """The records of an instruct file, its rejected entries, and the number of all entries."""
 
     conversations: list[ConversationRecord]
     rejected: list[Rejection]
@@ -81,21 +81,17 @@ class InstructFile:
 
 
 def read_captions(path: Path, *, key: str) -> CaptionsFile:
-    """Read a file in the layout of COCO's `captions_train2017.json`.
-
-    Args:
-        path: The file.
-        key: The settings key that named it, for the error text.
+    """Read a file in the layout of COCO's `captions_train2017.json`; errors name the settings key.
 
     Raises:
-        StageError: No such file, not JSON, another layout, or no image in it.
+        StageError: The file does not exist, is not JSON, has another layout, or lists no image.
     """
-    value = read_json(path, key)
-    entries, annotations = lists_of(value, "images", "annotations")
+    file = AnnotationFile(path, key)
+    entries, annotations = list_fields(file.read_json(), "images", "annotations")
     if entries is None or annotations is None:
-        refuse(path, key, "not an object with the lists 'images' and 'annotations'")
+        file.refuse("not an object with the lists 'images' and 'annotations'")
     if not entries:
-        refuse(path, key, "its list 'images' is empty")
+        file.refuse("its list 'images' is empty")
     rejected: list[Rejection] = []
     images = parse_all(entries, _image, "images", f"{path.name}: images", rejected)
     captions = parse_all(annotations, _caption, "captions", f"{path.name}: annotations", rejected)
@@ -103,63 +99,55 @@ def read_captions(path: Path, *, key: str) -> CaptionsFile:
 
 
 def read_conversations(path: Path, *, key: str) -> InstructFile:
-    """Read a file in the layout of `llava_instruct_150k.json`.
-
-    Args:
-        path: The file.
-        key: The settings key that named it, for the error text.
+    """Read a file in the layout of `llava_instruct_150k.json`; errors name the settings key.
 
     Raises:
-        StageError: No such file, not JSON, or another layout.
+        StageError: The file does not exist, is not JSON, or has another layout.
     """
-    value = read_json(path, key)
-    if not isinstance(value, list):
-        refuse(path, key, "not a list of conversations")
+    file = AnnotationFile(path, key)
+    entries = file.read_json()
+    if not isinstance(entries, list):
+        file.refuse("not a list of conversations")
     rejected: list[Rejection] = []
-    kept = parse_all(value, _conversation, "conversations", f"{path.name}: ", rejected)
-    return InstructFile(kept, rejected, len(value))
+    records = parse_all(entries, _conversation, "conversations", f"{path.name}: ", rejected)
+    return InstructFile(records, rejected, len(entries))
 
 
 def _image(record: str, entry: dict[str, Any]) -> ImageRecord:
-    return ImageRecord(record, id_of(entry, "id"), file_name_of(entry, "file_name"))
+    return ImageRecord(record, int64_field(entry, "id"), file_name_field(entry, "file_name"))
 
 
 def _caption(record: str, entry: dict[str, Any]) -> CaptionRecord:
-    caption = " ".join(text_of(entry, "caption").split())
+    caption = " ".join(str_field(entry, "caption").split())
     if not caption:
         raise RecordError("empty caption")
-    return CaptionRecord(record, id_of(entry, "id"), id_of(entry, "image_id"), caption)
+    return CaptionRecord(record, int64_field(entry, "id"), int64_field(entry, "image_id"), caption)
 
 
 def _conversation(record: str, entry: dict[str, Any]) -> ConversationRecord:
-    image_name = file_name_of(_with_one_image(entry), "image")
+    images = entry.get("image")
+    if isinstance(images, list):
+        if len(images) != 1:
+            raise RecordError(f"not about one image: key 'image' is a list of {len(images)}")
+        entry = entry | {"image": images[0]}
+    image_name = file_name_field(entry, "image")
     return ConversationRecord(
         record, _conversation_id(entry, image_name), image_name, _turns(entry)
     )
 
 
-def _with_one_image(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry in which a list of one image is that image."""
-    images = entry.get("image")
-    if not isinstance(images, list):
-        return entry
-    if len(images) != 1:
-        raise RecordError(f"not about one image: key 'image' is a list of {len(images)}")
-    return entry | {"image": images[0]}
-
-
 def _conversation_id(entry: dict[str, Any], image_name: str) -> str:
-    """Return an entry's id as a text; without one, the image's name, as in the official file."""
-    found = entry.get("id")
-    if found is None:
+    """Return an entry's id as a text; if it has none, the image's name, as in the official file."""
+    conversation_id = entry.get("id")
+    if conversation_id is None:
         return PurePosixPath(image_name).stem
-    if isinstance(found, int | float) and not isinstance(found, bool):
-        return str(found)
-    return text_of(entry, "id")
+    if isinstance(conversation_id, int | float) and not isinstance(conversation_id, bool):
+        return str(conversation_id)
+    return str_field(entry, "id")
 
 
 def _turns(entry: dict[str, Any]) -> list[dict[str, str]]:
-    messages = value_of(entry, "conversations", list)
+    messages = field_of_type(entry, "conversations", list)
     if not messages or len(messages) % 2:
         raise RecordError(f"not question and answer in turn: {len(messages)} messages")
     roles = zip(messages, cycle(ROLES), strict=False)
@@ -173,16 +161,16 @@ def _turns(entry: dict[str, Any]) -> list[dict[str, str]]:
 def _turn(message: object, wanted: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise RecordError(f"a message is not an object: {type(message).__name__}")
-    role = text_of(message, "from")
+    role = str_field(message, "from")
     if role != wanted:
         raise RecordError(f"not question and answer in turn: {role[:40]!r} instead of {wanted!r}")
-    return {"role": ROLES[role], "text": text_of(message, "value").strip()}
+    return {"role": ROLES[role], "text": str_field(message, "value").strip()}
 
 
 def _without_marker(question: str) -> str:
-    """Take out the marker at the start or at the end of a question, one at most.
+    """Remove one marker at the start or the end of a question.
 
-    One on a line of its own goes first: the other may be a word of the question.
+    A marker on a line of its own comes first, since another may be a word of the question.
     """
     for start, end in ((f"{IMAGE_MARKER}\n", f"\n{IMAGE_MARKER}"), (IMAGE_MARKER, IMAGE_MARKER)):
         if question.startswith(start):

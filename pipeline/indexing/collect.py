@@ -1,6 +1,6 @@
-"""Brings the texts of all annotation files and the images together.
+"""Joins the texts of all annotation files with the images.
 
-Decides which caption and conversation is kept, and gives the reason for each that is not.
+Decides which captions and conversations are accepted, and gives the reason for each other one.
 """
 
 import math
@@ -42,15 +42,15 @@ class ConversationRow:
 def collect_captions(
     files: dict[Split, list[CaptionRecord]], images: ImageCollection
 ) -> tuple[list[CaptionRow], list[Rejection]]:
-    """Keep the captions whose image is kept in the split of their own file.
+    """Accept the captions whose image is accepted in the split of their own file.
 
-    Caption ids are unique in a file, not over several: makers of files number from 1.
+    Caption ids are unique within a file only: every file may number its captions from 1.
 
     Args:
-        files: All usable records by split.
-        images: The listed images.
+        files: The caption records by split.
+        images: The images, with the listed ones added.
     """
-    kept: dict[tuple[Split, int], CaptionRow] = {}
+    rows: dict[tuple[Split, int], CaptionRow] = {}
     rejected = []
     for split, records in files.items():
         for record in records:
@@ -59,15 +59,15 @@ def collect_captions(
                 reason = problem
             elif image is None or image.split != split:
                 reason = f"image unknown or rejected: {record.image_id}"
-            elif (split, record.caption_id) in kept:
+            elif (split, record.caption_id) in rows:
                 reason = f"caption id repeated: {record.caption_id}"
             else:
-                kept[split, record.caption_id] = CaptionRow(
+                rows[split, record.caption_id] = CaptionRow(
                     record.caption_id, record.image_id, split, record.caption
                 )
                 continue
             rejected.append(Rejection("captions", record.record, reason))
-    return list(kept.values()), rejected
+    return list(rows.values()), rejected
 
 
 def collect_conversations(
@@ -77,53 +77,53 @@ def collect_conversations(
     holdout: float,
     seed: int,
 ) -> tuple[list[ConversationRow], list[Rejection]]:
-    """Keep the conversations about images that can be read, and split them by image.
+    """Accept the conversations about accepted images, and split them by image.
 
     Args:
-        records: All usable records of the instruct file.
-        images: The listed images; grows by those that only a conversation names.
-        holdout: Share of the images whose conversations are kept for evaluation.
-        seed: Decides which images these are.
+        records: The records of the instruct file.
+        images: The images; those that only conversations name are added.
+        holdout: Share of the images whose conversations are held out for evaluation.
+        seed: Decides which images are held out.
     """
-    images.adopt(records)
-    kept, rejected = [], []
+    images.add_unlisted(records)
+    accepted, rejected = [], []
     for record in records:
         try:
-            kept.append((record, images.id_of(record.image_name)))
+            accepted.append((record, images.id_of(record.image_name)))
         except RecordError as error:
             rejected.append(Rejection("conversations", record.record, str(error)))
-    held_out = choose_holdout({image_id for _, image_id in kept}, holdout, seed)
+    held_out = choose_holdout({image_id for _, image_id in accepted}, holdout, seed)
     # Training on an image of val would spoil the scores on val.
     held_out |= {image_id for image_id, image in images.rows.items() if image.split == "val"}
-    # Neither may one picture be trained on and held out, as two files with the same bytes.
+    # The same holds for a copy of a held-out image in another file.
     contents = {images.rows[image_id].content for image_id in held_out}
     held_out |= {image_id for image_id, image in images.rows.items() if image.content in contents}
-    names = unique_ids([record.conversation_id for record, _ in kept])
+    names = unique_ids([record.conversation_id for record, _ in accepted])
     rows = [
         ConversationRow(
             name, image_id, "holdout" if image_id in held_out else "train", record.turns
         )
-        for name, (record, image_id) in zip(names, kept, strict=True)
+        for name, (record, image_id) in zip(names, accepted, strict=True)
     ]
     return rows, rejected
 
 
 def choose_holdout(image_ids: Iterable[int], share: float, seed: int) -> set[int]:
-    """Return the images with the smallest hashes of (seed, id), the share rounded up.
+    """Return the images with the smallest hashes of (seed, id); their number is rounded up.
 
-    Adding images changes little of the choice, which a shuffle would not promise.
+    Unlike with a shuffle, an additional image hardly changes the choice.
     """
-    ranked = sorted(image_ids, key=lambda image_id: (_rank(seed, image_id), image_id))
-    # As the decimal number in the settings: 0.07 * 100 is 7.000000000000001 in floats.
+
+    def rank(image_id: int) -> tuple[int, int]:
+        return xxhash.xxh3_64_intdigest(struct.pack("<Qq", seed % 2**64, image_id)), image_id
+
+    # The decimal number of the settings: 0.07 * 100 is 7.000000000000001 in floats.
+    ranked = sorted(image_ids, key=rank)
     return set(ranked[: math.ceil(Fraction(str(share)) * len(ranked))])
 
 
-def _rank(seed: int, image_id: int) -> int:
-    return xxhash.xxh3_64_intdigest(struct.pack("<Qq", seed % 2**64, image_id))
-
-
 def unique_ids(names: list[str]) -> Iterator[str]:
-    """Yield each name, the second use of `x` as `x#2`, the third as `x#3`; none twice."""
+    """Yield each name once: the second use of `x` becomes `x#2`, the third `x#3`."""
     taken = set(names)
     uses: Counter[str] = Counter()
     for name in names:

@@ -1,25 +1,28 @@
 """Finds the image files that texts name, among the images of both splits.
 
-Reads a file once, however many names lead to it. What gets which id is for
+Reads a file once, however many names lead to it. Which file gets which id is decided in
 `pipeline.indexing.image_collection`.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import xxhash
 
-from pipeline.images.archives import plain_name
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
-from pipeline.images.names import ImageArchive, ImageNameError, check_file_name
+from pipeline.images.names import ImageNameError, check_file_name, plain_name
 from pipeline.indexing.records import RecordError
 
 Split = Literal["train", "val"]
 
 Content = tuple[int, int]
-"""Number of bytes and xxh3 of a file: what equal files have in common."""
+"""Number of bytes and xxh3 of a file, by which equal files are recognised."""
+
+UNREADABLE = "image missing or unreadable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,23 +32,23 @@ class ImageFile:
     split: Split
     root: Path
     full_name: str
-    place: str
-    """The same whatever name led to the file."""
+    real_path: str
+    """The path with all links resolved, the same for every name of the file."""
 
     def __repr__(self) -> str:
         return repr(f"{self.root}/{self.full_name}")
 
 
 @dataclass(frozen=True, slots=True)
-class ImageHeader:
-    """What is known of a file without its pixels."""
+class ImageInfo:
+    """The content of a file without its pixels."""
 
     content: Content | None
     """None if the file cannot be read."""
     size: tuple[int, int] = (0, 0)
     """Width and height in pixels."""
     problem: str = ""
-    """Why the file is no image, or empty."""
+    """Why the file is no image; empty if it is one."""
 
 
 class ImageLookup:
@@ -53,92 +56,91 @@ class ImageLookup:
 
     def __init__(self, archives: Mapping[Split, ImageArchive]) -> None:
         self._archives = archives
-        self._headers: dict[str, ImageHeader] = {}
+        self._info: dict[str, ImageInfo] = {}
         self._named: dict[str, list[ImageFile]] = {}
 
-    def listed(self, name: str, split: Split) -> ImageFile:
+    def find_listed(self, name: str, split: Split) -> ImageFile:
         """Return the file that the captions file of a split lists under a name.
 
         Raises:
-            RecordError: There is none among the images of the split, or there are several.
+            RecordError: The images of the split hold no such file, or different ones.
         """
-        try:
-            full_name = self._archives[split].find(name)
-        except ImageNameError as error:
-            raise RecordError(f"image missing or unreadable: {error}") from None
+        archive = self._archives[split]
+        with _name_errors():
+            full_name = archive.find(name)
         file = self._file(split, full_name)
-        if "/" in name and not self._archives[split].has(name):
-            # A name with a folder says where the file is, be it among the images of another split.
-            for other in self._exactly(name):
-                self.refuse_different(name, file, other)
+        if "/" in name and not archive.has(name):
+            # The name includes the folder, which may be among the images of the other split.
+            for other in self._exact(name):
+                self._check_same(name, file, other)
         return file
 
-    def named(self, name: str) -> list[ImageFile]:
-        """Return the files that a text means by a name: more than one if all are equal.
+    def find_named(self, name: str) -> list[ImageFile]:
+        """Return the files that a text means by a name; several only if their bytes are equal.
 
         Raises:
-            RecordError: There is none, or there are different ones.
+            RecordError: No file has the name, or different ones have it.
         """
         if name not in self._named:
-            self._named[name] = self._look_for(name)
+            self._named[name] = self._search(name)
         return self._named[name]
 
-    def _look_for(self, name: str) -> list[ImageFile]:
-        found = self._exactly(name) or [
+    def _search(self, name: str) -> list[ImageFile]:
+        files = self._exact(name) or [
             self._file(split, full_name)
             for split, archive in self._archives.items()
             for full_name in archive.names(name)
         ]
-        if not found:
-            places = " or ".join(str(archive.path) for archive in self._archives.values())
-            raise RecordError(f"image missing or unreadable: no file {name!r} in {places}")
-        for other in found[1:]:
-            self.refuse_different(name, found[0], other)
-        return found
+        if not files:
+            roots = " or ".join(str(archive.path) for archive in self._archives.values())
+            raise RecordError(f"{UNREADABLE}: no file {name!r} in {roots}")
+        for other in files[1:]:
+            self._check_same(name, files[0], other)
+        return files
 
-    def _exactly(self, name: str) -> list[ImageFile]:
-        # As unpacking would write it: `./a.jpg` and `a.jpg` are one file.
-        full_name = plain_name(name)
-        archives = self._archives.items()
-        return [self._file(split, full_name) for split, archive in archives if archive.has(name)]
+    def _exact(self, name: str) -> list[ImageFile]:
+        """Return the files of exactly this full name, at most one of each split."""
+        return [
+            self._file(split, plain_name(name))
+            for split, archive in self._archives.items()
+            if archive.has(name)
+        ]
 
     def _file(self, split: Split, full_name: str) -> ImageFile:
         archive = self._archives[split]
-        try:
-            return ImageFile(split, archive.path, full_name, archive.place(full_name))
-        except ImageNameError as error:
-            raise RecordError(f"image missing or unreadable: {error}") from None
+        with _name_errors():
+            return ImageFile(split, archive.path, full_name, archive.real_path(full_name))
 
-    def refuse_different(self, name: str, file: ImageFile, other: ImageFile) -> None:
-        """Refuse a name that may mean either of two files.
-
-        Raises:
-            RecordError: They differ.
-        """
-        if not self.is_same(file, other):
+    def _check_same(self, name: str, file: ImageFile, other: ImageFile) -> None:
+        """Refuse a name that two different files have."""
+        if file.real_path == other.real_path:
+            return
+        content = self.info(file).content
+        if content is None or content != self.info(other).content:
             raise RecordError(f"image name ambiguous: {name!r} may be {file!r} or {other!r}")
 
-    def is_same(self, file: ImageFile, other: ImageFile) -> bool:
-        """Whether two files are one, or have the same bytes."""
-        if file.place == other.place:
-            return True
-        content = self.header(file).content
-        return content is not None and content == self.header(other).content
+    def info(self, file: ImageFile) -> ImageInfo:
+        """Return content and size of a file, which is read at the first call."""
+        if file.real_path not in self._info:
+            self._info[file.real_path] = self._read(file)
+        return self._info[file.real_path]
 
-    def header(self, file: ImageFile) -> ImageHeader:
-        """Return what a file is, which is read at the first call."""
-        if file.place not in self._headers:
-            self._headers[file.place] = self._read(file)
-        return self._headers[file.place]
-
-    def _read(self, file: ImageFile) -> ImageHeader:
+    def _read(self, file: ImageFile) -> ImageInfo:
         try:
             check_file_name(file.full_name)
             data = self._archives[file.split].read(file.full_name)
         except ImageNameError as error:
-            return ImageHeader(None, problem=f"image missing or unreadable: {error}")
+            return ImageInfo(None, problem=f"{UNREADABLE}: {error}")
         content = (len(data), xxhash.xxh3_64_intdigest(data))
         try:
-            return ImageHeader(content, image_size(data))
+            return ImageInfo(content, image_size(data))
         except DecodeError as error:
-            return ImageHeader(content, problem=f"not an image: {error}")
+            return ImageInfo(content, problem=f"not an image: {error}")
+
+
+@contextlib.contextmanager
+def _name_errors() -> Iterator[None]:
+    try:
+        yield
+    except ImageNameError as error:
+        raise RecordError(f"{UNREADABLE}: {error}") from None

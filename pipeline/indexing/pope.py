@@ -1,15 +1,15 @@
 """Collects `pope.parquet`: questions made from an instances file, and those that POPE published.
 
-Both kinds of file are looked for beside the captions of split val; neither has to be there. POPE's
-own (Li et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so a
-question is taken whole, with its label, and nothing is known by its position. It belongs to the
-image that has its name: a number alone can be the id of any picture.
+Both kinds of files are optional and lie beside the captions of split val. POPE's own files (Li et
+al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each question
+is read with its label, and its position means nothing. It belongs to the image of the same name,
+since a number alone can be the id of any picture.
 """
 
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -17,20 +17,19 @@ from typing import Any
 
 from pipeline.indexing.image_collection import ImageRow
 from pipeline.indexing.records import (
+    AnnotationFile,
     RecordError,
     Rejection,
-    as_object,
-    file_name_of,
-    id_of,
+    file_name_field,
     image_id_in,
-    json_value,
-    read_text,
-    refuse,
-    text_of,
+    int64_field,
+    parse_record_json,
+    require_object,
+    str_field,
 )
 from pipeline.indexing.rejections import NOT_INDEXED
 from pipeline.indexing.yes_no_questions import (
-    BESIDE,
+    KEY,
     REMEDY,
     Instances,
     QuestionRow,
@@ -39,58 +38,59 @@ from pipeline.indexing.yes_no_questions import (
 )
 
 OFFICIAL = "coco_pope_"
-"""How the names of POPE's own files begin; the subset follows."""
+"""Start of the names of POPE's own files; the subset follows."""
 
 _COCO_2014 = re.compile("^COCO_(train|val|test)2014_")
-"""What COCO 2014 puts before the names that its pictures have in COCO 2017."""
+"""Prefix of the picture names of COCO 2014, which COCO 2017 dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class OfficialQuestion:
-    """A question that POPE published; `record` says where it stands."""
+    """A question that POPE published."""
 
     record: str
+    """Position of the question, such as "coco_pope_random.json: question 7"."""
     image_name: str
     row: QuestionRow
-    """With the number in the image's name as its id."""
+    """Its image id is the number in the image's name."""
 
 
 @dataclass(frozen=True)
 class QuestionFiles:
-    """What lies beside the captions of split val."""
+    """The files beside the captions of split val."""
 
     instances: Instances
     official: list[OfficialQuestion]
     rejected: list[Rejection]
-    """Entries of either kind of file that cannot be used."""
+    """Unusable entries of both kinds of files."""
     num_official: int
     """Questions in POPE's own files, usable or not."""
     names: list[str]
     why_empty: str
-    """Why no question may come of it."""
+    """Why no questions result, if none do."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The rows of `pope.parquet`: by subset, then as they were made or read."""
+    """The rows of `pope.parquet`: by subset, then in the order made or read."""
 
     rows: list[QuestionRow]
     rejected: list[Rejection]
     num_objects: int
-    """Entries of the instances file that were looked at."""
+    """Entries of the instances file that were checked."""
 
     def report(self, files: QuestionFiles) -> dict[str, Any]:
-        """Return what the stage's report says besides what was read and rejected."""
+        """Return the fields of the stage's report beyond those of other tables."""
         subsets = Counter(row.subset for row in self.rows)
-        said = {"files": files.names, "subsets": dict(sorted(subsets.items()))}
-        return said if self.rows else said | {"why_empty": files.why_empty}
+        fields = {"files": files.names, "subsets": dict(sorted(subsets.items()))}
+        return fields if self.rows else fields | {"why_empty": files.why_empty}
 
 
 def read_question_files(captions: Path) -> QuestionFiles:
-    """Read the files beside the captions of split val that are there.
+    """Read the files of both kinds beside the captions of split val.
 
     Raises:
-        StageError: A file that is there cannot be used.
+        StageError: A file cannot be used.
     """
     instances_path = captions.with_name(captions.name.replace("captions", "instances"))
     has_instances = instances_path != captions and instances_path.exists()
@@ -101,18 +101,15 @@ def read_question_files(captions: Path) -> QuestionFiles:
         official += read_official(path, rejected)
     num_bad = sum(rejection.kind == "pope" for rejection in rejected)
     names = [path.name for path in [instances_path] * has_instances + official_paths]
-    return QuestionFiles(
-        instances, official, rejected, len(official) + num_bad, names, _why_empty(captions, names)
-    )
-
-
-def _why_empty(captions: Path, names: list[str]) -> str:
     if names:
-        return "no question of these files is about an image of the index"
-    if "captions" not in captions.name:
-        return f"{captions.name} has no 'captions' in its name, so no instances file belongs to it"
-    instances = captions.name.replace("captions", "instances")
-    return f"neither {instances} nor {OFFICIAL}*.json is in {captions.parent}"
+        why_empty = "no question of these files is about an image of the index"
+    elif instances_path == captions:
+        why_empty = (
+            f"{captions.name} has no 'captions' in its name, so no instances file belongs to it"
+        )
+    else:
+        why_empty = f"neither {instances_path.name} nor {OFFICIAL}*.json is in {captions.parent}"
+    return QuestionFiles(instances, official, rejected, len(official) + num_bad, names, why_empty)
 
 
 def collect_questions(
@@ -121,55 +118,51 @@ def collect_questions(
     seed: int,
     problems: Mapping[int, str] = MappingProxyType({}),
 ) -> Questions:
-    """Make questions about the images of split val, and keep POPE's own about any image.
+    """Make questions about the images of split val, and accept POPE's own about any image.
 
     Args:
-        files: What there is to make and keep questions of.
+        files: The instances and POPE's own questions.
         images: All images of the index, by id.
         seed: Decides which images and objects are asked for.
-        problems: Ids of COCO that no text can rely on, and why.
+        problems: Why texts cannot rely on an image id, by id.
     """
     rejected = list(files.rejected)
-    others = dict(_other_pictures(files, images))
-    rejected += [Rejection("objects", *other) for other in others.values()]
-    val = [i for i, image in images.items() if image.split == "val" and i not in others]
+    mismatches = dict(_name_mismatches(files, images))
+    rejected += mismatches.values()
+    val = [i for i, image in images.items() if image.split == "val" and i not in mismatches]
     rows = make_questions(files.instances, val, seed)
-    ids = _ids_by_name(images.values())
+    ids: dict[str, list[int]] = defaultdict(list)
+    for image in images.values():
+        ids[_coco_name(image.file_name)].append(image.image_id)
     for question in files.official:
         try:
-            rows.append(_about_its_image(question, ids, problems))
+            rows.append(_with_image_id(question, ids, problems))
         except RecordError as error:
             rejected.append(Rejection("pope", question.record, str(error)))
-    num_objects = files.instances.num_entries + len(others)
+    num_objects = files.instances.num_entries + len(mismatches)
     return Questions(sorted(rows, key=lambda row: row.subset), rejected, num_objects)
 
 
-def _other_pictures(
+def _name_mismatches(
     files: QuestionFiles, images: Mapping[int, ImageRow]
-) -> Iterator[tuple[int, tuple[str, str]]]:
-    """Yield the ids under which the instances file has other pictures of val; place and reason."""
+) -> Iterator[tuple[int, Rejection]]:
+    """Yield the ids that are another picture in the instances file than in split val."""
     for image_id, name in files.instances.image_names.items():
         image = images.get(image_id)
         if image and image.split == "val" and _coco_name(name) != _coco_name(image.file_name):
             reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
-            yield image_id, (f"{files.names[0]}: image {image_id}", reason)
-
-
-def _ids_by_name(images: Iterable[ImageRow]) -> dict[str, list[int]]:
-    ids: dict[str, list[int]] = defaultdict(list)
-    for image in images:
-        ids[_coco_name(image.file_name)].append(image.image_id)
-    return ids
+            yield image_id, Rejection("objects", f"{files.names[0]}: image {image_id}", reason)
 
 
 def _coco_name(file_name: str) -> str:
-    """Return what all releases of COCO call a picture, without folder and ending."""
+    """Return a picture's name in all releases of COCO, without folder and suffix."""
     return _COCO_2014.sub("", PurePosixPath(file_name).stem)
 
 
-def _about_its_image(
+def _with_image_id(
     question: OfficialQuestion, ids: dict[str, list[int]], problems: Mapping[int, str]
 ) -> QuestionRow:
+    """Return a question's row with the id that its image has in the index."""
     if problem := problems.get(question.row.image_id):
         raise RecordError(problem)
     found = ids.get(_coco_name(question.image_name), [])
@@ -186,39 +179,40 @@ def read_official(path: Path, rejected: list[Rejection]) -> list[OfficialQuestio
 
     Args:
         path: The file; its name gives the subset.
-        rejected: Grows by the lines that cannot be used.
+        rejected: Unusable lines are added.
 
     Raises:
-        StageError: Not a text in UTF-8, or no line is a question.
+        StageError: The file is not UTF-8, or no line is a question.
     """
     subset = f"official {path.stem.removeprefix(OFFICIAL)}"
-    # Not splitlines: a text may hold other characters that end a line for it.
-    lines = [line for line in read_text(path, BESIDE, REMEDY).split("\n") if line.strip()]
-    found: dict[str, OfficialQuestion] = {}
+    file = AnnotationFile(path, KEY, REMEDY)
+    # Not splitlines, which also splits at other characters.
+    lines = [line for line in file.read_text().split("\n") if line.strip()]
+    questions: dict[str, OfficialQuestion] = {}
     bad = []
     for number, line in enumerate(lines, start=1):
         record = f"{path.name}: question {number}"
         try:
-            entry = as_object(json_value(line))
+            entry = require_object(parse_record_json(line))
             row = _official_row(subset, entry)
-            if row.question_id in found:
+            if row.question_id in questions:
                 raise RecordError(f"question id repeated: {row.question_id}")
-            found[row.question_id] = OfficialQuestion(record, entry["image"], row)
+            questions[row.question_id] = OfficialQuestion(record, entry["image"], row)
         except RecordError as error:
             bad.append(Rejection("pope", record, str(error)))
-    if not found:
+    if not questions:
         reason = bad[0].reason if bad else "the file is empty"
-        refuse(path, BESIDE, f"no line is a question of POPE: {reason}", REMEDY)
+        file.refuse(f"no line is a question of POPE: {reason}")
     rejected += bad
-    return list(found.values())
+    return list(questions.values())
 
 
 def _official_row(subset: str, entry: dict[str, Any]) -> QuestionRow:
-    image_id = image_id_in(file_name_of(entry, "image"))
-    question, label = text_of(entry, "text").strip(), text_of(entry, "label")
+    image_id = image_id_in(file_name_field(entry, "image"))
+    question, label = str_field(entry, "text").strip(), str_field(entry, "label")
     if not question:
         raise RecordError("empty question")
     if label not in ("yes", "no"):
         raise RecordError(f"label is neither yes nor no: {label[:40]!r}")
-    number = id_of(entry, "question_id")
+    number = int64_field(entry, "question_id")
     return QuestionRow(f"{subset}/{number}", image_id, subset, question, label)

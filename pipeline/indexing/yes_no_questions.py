@@ -1,9 +1,9 @@
-"""Yes-no questions made from COCO's instances, as in POPE (Li et al. 2023, arXiv 2305.10355).
+"""Makes yes-no questions from COCO's instances, as in POPE (Li et al. 2023, arXiv 2305.10355).
 
-Half of them ask for an object that is there, half for one that is not. POPE takes only images with
-more than three kinds of objects, this takes every image with at least one, so that small data has
-questions too; and what an object is often seen with is counted over all that the image shows, not
-for one object of it. A right answer is what annotators outlined, who left out a few things.
+Half of the questions ask for an object that is present, half for one that is absent. Two things
+differ from POPE: every image with at least one object is used, not only those with more than three
+kinds, so that small data sets have questions too; and co-occurrence is counted over all objects of
+the image. An answer is right if the annotators agree, who left out a few objects.
 """
 
 import contextlib
@@ -17,25 +17,24 @@ from typing import Any
 import xxhash
 
 from pipeline.indexing.records import (
+    AnnotationFile,
     RecordError,
     Rejection,
-    as_object,
-    id_of,
-    lists_of,
+    int64_field,
+    list_fields,
     parse_all,
-    read_json,
-    refuse,
-    text_of,
+    require_object,
+    str_field,
 )
 
-BESIDE = "beside data.val.captions"
-"""Where the files of questions are looked for, in the place of a settings key."""
+KEY = "beside data.val.captions"
+"""Where the files of questions are found, in place of a settings key in error texts."""
 
 REMEDY = "Replace it, or take it away."
 
-MOST_IMAGES = 500
-MOST_OBJECTS = 3
-"""Objects of an image that are asked for, and as many others, as in POPE."""
+MAX_IMAGES = 500
+MAX_OBJECTS = 3
+"""Present objects of an image that are asked for, and as many absent ones, as in POPE."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,32 +50,32 @@ class QuestionRow:
 
 @dataclass
 class Instances:
-    """What an instances file says about its pictures; grows by each entry."""
+    """The objects in the images of an instances file; grows with each entry."""
 
     nouns: dict[int, str] = field(default_factory=dict)
     """Name by category id."""
     shown: dict[int, set[str]] = field(default_factory=dict)
-    """Names of what is outlined, by image id."""
+    """Names of the outlined objects, by image id."""
     image_names: dict[int, str] = field(default_factory=dict)
-    """File name by image id; one that cannot be used is not there."""
+    """File name by image id, of the usable entries."""
     unclear: set[int] = field(default_factory=set)
-    """Images with an outline of something unknown: nothing is known to be absent there."""
+    """Images with an outline of unknown category, in which no object is known to be absent."""
     rejected: list[Rejection] = field(default_factory=list)
     num_entries: int = 0
 
     def add_image(self, entry: Any) -> None:
-        """Take in an entry of `images`, of which only the name counts."""
+        """Add the name of an entry of `images`; an unusable one is ignored."""
         with contextlib.suppress(RecordError):
-            image = as_object(entry)
-            self.image_names[id_of(image, "id")] = text_of(image, "file_name")
+            image = require_object(entry)
+            self.image_names[int64_field(image, "id")] = str_field(image, "file_name")
 
     def add_category(self, _record: str, entry: dict[str, Any]) -> None:
-        """Take in an entry of `categories`.
+        """Add an entry of `categories`.
 
         Raises:
-            RecordError: It cannot be used.
+            RecordError: The entry cannot be used.
         """
-        number, noun = id_of(entry, "id"), " ".join(text_of(entry, "name").split())
+        number, noun = int64_field(entry, "id"), " ".join(str_field(entry, "name").split())
         if not noun:
             raise RecordError("category without a name")
         if number in self.nouns:
@@ -84,14 +83,14 @@ class Instances:
         self.nouns[number] = noun
 
     def add_object(self, _record: str, entry: dict[str, Any]) -> None:
-        """Take in an entry of `annotations`.
+        """Add an entry of `annotations`.
 
         Raises:
-            RecordError: It cannot be used.
+            RecordError: The entry cannot be used.
         """
-        image_id = id_of(entry, "image_id")
+        image_id = int64_field(entry, "image_id")
         try:
-            category = id_of(entry, "category_id")
+            category = int64_field(entry, "category_id")
             if category not in self.nouns:
                 raise RecordError(f"category unknown: {category}")
         except RecordError:
@@ -104,93 +103,91 @@ def read_instances(path: Path) -> Instances:
     """Read a file in the layout of COCO's `instances_val2017.json`.
 
     Raises:
-        StageError: No such file, not JSON, or another layout.
+        StageError: The file does not exist, is not JSON, or has another layout.
     """
-    value = read_json(path, BESIDE, REMEDY)
-    images, categories, annotations = lists_of(value, "images", "categories", "annotations")
+    file = AnnotationFile(path, KEY, REMEDY)
+    images, categories, annotations = list_fields(
+        file.read_json(), "images", "categories", "annotations"
+    )
     if categories is None or annotations is None:
-        reason = "not an object with the lists 'categories' and 'annotations'"
-        refuse(path, BESIDE, reason, REMEDY)
-    found = Instances(num_entries=len(categories) + len(annotations))
+        file.refuse("not an object with the lists 'categories' and 'annotations'")
+    instances = Instances(num_entries=len(categories) + len(annotations))
     for entry in images or ():
-        found.add_image(entry)
-    for entries, take_in, name in (
-        (categories, found.add_category, "categories"),
-        (annotations, found.add_object, "annotations"),
-    ):
-        parse_all(entries, take_in, "objects", f"{path.name}: {name}", found.rejected)
-    return found
+        instances.add_image(entry)
+    rejected, where = instances.rejected, f"{path.name}: "
+    parse_all(categories, instances.add_category, "objects", f"{where}categories", rejected)
+    parse_all(annotations, instances.add_object, "objects", f"{where}annotations", rejected)
+    return instances
 
 
 def make_questions(
     instances: Instances, image_ids: Collection[int], seed: int
 ) -> list[QuestionRow]:
-    """Ask for up to three objects that are there and as many that are not, in three subsets.
+    """Ask for up to three present objects and as many absent ones, in three subsets.
 
-    `random` asks for any absent objects, `popular` for those that most images show, and
-    `adversarial` for those most often seen together with what the image shows. Objects that are
-    there are the same in all three.
+    The absent objects are any in `random`, those in most images in `popular`, and those that most
+    often occur with the image's objects in `adversarial`. The present objects are the same in all
+    three.
 
     Args:
-        instances: What is in the pictures. All of them count for what is seen how often.
-        image_ids: Those that may be asked about.
-        seed: Decides which images and objects are chosen, each by its own hash, so that another
-            image changes little.
+        instances: The objects in the images; all images count for how often objects occur.
+        image_ids: Images that may be asked about.
+        seed: Decides which images and objects are chosen, each by its own hash, so that an
+            additional image changes little.
 
     Returns:
-        The questions by subset and image, yes and no in turn. For a category that is listed but
-        never shown, the answer is always no.
+        The questions by subset and image, yes and no alternating. The answer is always no for a
+        category that no image shows.
     """
-    absent = Absent(instances, seed)
+    absent_objects = AbsentObjects(instances, seed)
+    known = (instances.shown.keys() & set(image_ids)) - instances.unclear
+    chosen = sorted(known, key=lambda image_id: _rank(seed, image_id))[:MAX_IMAGES]
     rows = []
-    for image_id in _choose_images(instances, image_ids, seed):
-        there = sorted(instances.shown[image_id], key=lambda noun: _rank(seed, image_id, noun))
-        for subset, not_there in absent.by_subset(image_id).items():
-            pairs = list(zip(there, not_there, strict=False))[:MOST_OBJECTS]
-            asked = [turn for pair in pairs for turn in zip(pair, ("yes", "no"), strict=True)]
+    for image_id in sorted(chosen):
+        present = sorted(instances.shown[image_id], key=lambda noun: _rank(seed, image_id, noun))
+        for subset, absent in absent_objects.by_subset(image_id).items():
+            pairs = list(zip(present, absent, strict=False))[:MAX_OBJECTS]
+            turns = [turn for pair in pairs for turn in zip(pair, ("yes", "no"), strict=True)]
             rows += [
-                QuestionRow(f"{subset}/{image_id}/{number}", image_id, subset, _ask(noun), label)
-                for number, (noun, label) in enumerate(asked, start=1)
+                QuestionRow(
+                    f"{subset}/{image_id}/{number}", image_id, subset, _question(noun), label
+                )
+                for number, (noun, label) in enumerate(turns, start=1)
             ]
     return rows
 
 
-class Absent:
+class AbsentObjects:
     """Ranks the objects that an image does not show."""
 
     def __init__(self, instances: Instances, seed: int) -> None:
         self._shown = instances.shown
         self._nouns = set(instances.nouns.values())
         self._seed = seed
-        self._images: Counter[str] = Counter()
-        self._images_of_both: Counter[tuple[str, str]] = Counter()
+        self._num_images: Counter[str] = Counter()
+        self._num_images_of_both: Counter[tuple[str, str]] = Counter()
         for shown in instances.shown.values():
-            self._images.update(shown)
-            self._images_of_both.update(permutations(shown, 2))
+            self._num_images.update(shown)
+            self._num_images_of_both.update(permutations(shown, 2))
 
     def by_subset(self, image_id: int) -> dict[str, list[str]]:
-        """Return them in the order of each subset; where two are equal, the more popular first."""
+        """Return the absent objects in the order of each subset; the more popular wins a tie."""
         shown = self._shown[image_id]
-        popular = sorted(self._nouns - shown, key=lambda noun: (-self._images[noun], noun))
+        popular = sorted(self._nouns - shown, key=lambda noun: (-self._num_images[noun], noun))
         return {
             "random": sorted(popular, key=lambda noun: _rank(self._seed, image_id, noun)),
             "popular": popular,
             "adversarial": sorted(
                 popular,
-                key=lambda noun: -sum(self._images_of_both[noun, other] for other in shown),
+                key=lambda noun: -sum(self._num_images_of_both[noun, other] for other in shown),
             ),
         }
-
-
-def _choose_images(instances: Instances, image_ids: Collection[int], seed: int) -> list[int]:
-    known = (instances.shown.keys() & set(image_ids)) - instances.unclear
-    return sorted(sorted(known, key=lambda image_id: _rank(seed, image_id))[:MOST_IMAGES])
 
 
 def _rank(*parts: object) -> int:
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
-def _ask(noun: str) -> str:
+def _question(noun: str) -> str:
     article = "an" if noun[0].lower() in "aeiou" else "a"
     return f"Is there {article} {noun} in the image?"

@@ -52,7 +52,7 @@ def by_hand(stage):
         embeds = torch.cat([patches, stage.model.embed_text(ids)], dim=1)
         logits = stage.model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
         all_losses = torch.nn.functional.cross_entropy(logits[3:-1], ids[0], reduction="none")
-        losses.append(all_losses[torch.tensor(sample.text.learned)].tolist())
+        losses.append(all_losses[torch.tensor(sample.text.is_target)].tolist())
     return losses
 
 
@@ -154,7 +154,7 @@ def test_labels_are_the_learned_tokens_and_nothing_else(stage):
     for row, text in enumerate(texts):
         labels = made["labels"][row]
         learned = [
-            t for t, is_learned in zip(text.token_ids, text.learned, strict=True) if is_learned
+            t for t, is_learned in zip(text.token_ids, text.is_target, strict=True) if is_learned
         ]
         assert labels[labels != usual_loop.IGNORE_INDEX].tolist() == learned
         assert made["attention_mask"][row].sum() == 4 + len(text.token_ids)

@@ -20,10 +20,8 @@ def tokenizer():
 
 
 def lengths_of(texts, tokenizer):
-    return [
-        [len(piece) for piece in tokenizer([segment.text for segment in text])["input_ids"]]
-        for text in texts
-    ]
+    parts = [[part for turn in text for part in turn if part] for text in texts]
+    return [[len(piece) for piece in tokenizer(part)["input_ids"]] for part in parts]
 
 
 def test_a_word_is_one_token_and_the_vocabulary_is_phi_2s(tokenizer):
@@ -46,9 +44,9 @@ def test_captions_have_the_lengths_of_the_table(tokenizer):
 
 def test_every_caption_is_learned_as_a_whole_and_ends_once(tokenizer):
     texts = [text for e in draw_captions(np.random.default_rng(1), 20) for text in e.texts]
-    for branch in tokenize(texts, tokenizer, 99):
-        assert all(branch.learned)
-        assert branch.token_ids.index(EOS_ID) == len(branch.token_ids) - 1
+    for text in tokenize(texts, tokenizer, 99):
+        assert all(text.is_target)
+        assert text.token_ids.index(EOS_ID) == len(text.token_ids) - 1
 
 
 def test_conversations_are_those_of_the_tables(tokenizer):
@@ -58,9 +56,9 @@ def test_conversations_are_those_of_the_tables(tokenizer):
     texts = [text for example in examples for text in example.texts]
     for text, flat in zip(texts, lengths_of(texts, tokenizer), strict=True):
         assert tuple(zip(flat[::2], flat[1::2], strict=True)) in known
-        assert [segment.learned for segment in text] == [False, True] * (len(flat) // 2)
+        assert len(text) == len(flat) // 2
     assert len(texts) / len(examples) == pytest.approx(1.96, abs=0.1)
-    several = np.mean([len(text) > 2 for text in texts])
+    several = np.mean([len(text) > 1 for text in texts])
     assert several == pytest.approx(58 / 158, abs=0.05)
 
 

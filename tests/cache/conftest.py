@@ -9,7 +9,7 @@ from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.shard import open_shard, write_shard
 from cache.spec import FORMAT, Spec
-from cache.store_index import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreIndex
 
 PATCHES, WIDTH = 4, 6
 
@@ -107,7 +107,7 @@ def write_table(root, spec, shards):
     numbers = {file.name: number for number, file in enumerate(files)}
     sizes = [len(shard.image_ids) for shard in shards]
     image_ids = np.concatenate([shard.image_ids for shard in shards])
-    StoreTable(
+    StoreIndex(
         spec.fingerprint,
         tuple(files),
         image_ids,

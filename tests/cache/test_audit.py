@@ -14,7 +14,7 @@ from cache.files.atomic import canonical_json, sha256_of
 from cache.plan import plan_shards
 from cache.remote.location import Location
 from cache.shard import open_shard, write_shard
-from cache.store_index import ShardFile, StoreTable
+from cache.store_index import ShardFile, StoreIndex
 from cache.verify import verify
 
 
@@ -36,7 +36,7 @@ def one_shard(root, spec, features):
     shard = open_shard(root / planned.name, spec)
     file = ShardFile(planned.name, shard.path.stat().st_size, sha256_of(shard.path))
     zeros = np.zeros(len(image_ids), np.int32)
-    StoreTable(
+    StoreIndex(
         spec.fingerprint,
         (file,),
         image_ids,
@@ -154,9 +154,9 @@ def test_without_spec_or_index_that_is_the_problem(store, name):
 
 def test_a_probe_that_is_not_the_one_of_the_index_is_found(store):
     path = store.root / "index.parquet"
-    table = StoreTable.read(path, store.spec)
+    table = StoreIndex.read(path, store.spec)
     digest = hashlib.sha256(b"features").hexdigest()
-    StoreTable(
+    StoreIndex(
         **{name: getattr(table, name) for name in table.__dataclass_fields__}
         | {"probe_sha256": digest}
     ).write(path)
@@ -194,7 +194,7 @@ def test_a_file_that_cannot_be_read_is_a_problem_but_not_bad(store, monkeypatch)
     def refuse(path, spec):
         raise OSError(5, "Input/output error", str(path))
 
-    monkeypatch.setattr("cache.audit.open_shard", refuse)
+    monkeypatch.setattr("cache.layout.open_shard", refuse)
     report = check(store.root)
     assert len(report.problems) == len(store.names)
     assert report.bad_files == []
@@ -238,7 +238,7 @@ def test_repair_deletes_nothing_that_could_not_be_read(store, monkeypatch, capsy
             raise OSError(5, "Input/output error", str(path))
         return open_shard(path, spec)
 
-    monkeypatch.setattr("cache.audit.open_shard", open_but_one)
+    monkeypatch.setattr("cache.layout.open_shard", open_but_one)
     with pytest.raises(CorruptShardError) as caught:
         verify(str(store.root), deep=True, repair=True)
     assert "files deleted: 1, not readable: 1, the first: [Errno 5] Input/output" in str(

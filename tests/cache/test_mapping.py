@@ -6,7 +6,7 @@ import pytest
 
 from cache import mapping as module
 from cache.errors import CorruptShardError
-from cache.mapping import RowSpace
+from cache.mapping import FeatureMapping
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -23,36 +23,36 @@ def random_rows(count, patches, width):
 @pytest.mark.parametrize(("patches", "width"), [(1, 1), (4, 6), (3, 7), (49, 768), (16, 128)])
 def test_rows_of_files_of_any_length_stand_where_the_starts_say(tmp_path, patches, width):
     counts = [1, 300, 0, 7, 64]
-    space = RowSpace(counts, patches, width)
+    mapping = FeatureMapping(counts, patches, width)
     shards = [random_rows(count, patches, width) for count in counts]
     for number in (3, 0, 4, 2, 1):
         path = tmp_path / str(number)
         where = write_rows(path, shards[number], PAGE * (number + 1))
-        space.attach(number, path, **where)
-    for start, rows in zip(space.starts, shards, strict=True):
-        assert np.array_equal(space.rows[start : start + len(rows)], rows)
-    assert space.rows.shape[1:] == (patches, width)
+        mapping.attach(number, path, **where)
+    for start, rows in zip(mapping.starts, shards, strict=True):
+        assert np.array_equal(mapping.rows[start : start + len(rows)], rows)
+    assert mapping.rows.shape[1:] == (patches, width)
 
 
-def test_no_shards_take_a_row_space_too():
-    assert RowSpace([], 4, 6).rows.shape[1:] == (4, 6)
+def test_a_mapping_of_no_shards_has_rows_too():
+    assert FeatureMapping([], 4, 6).rows.shape[1:] == (4, 6)
 
 
 def test_rows_cannot_be_written(tmp_path):
-    space = RowSpace([2], 4, 6)
-    space.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE))
+    mapping = FeatureMapping([2], 4, 6)
+    mapping.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE))
     with pytest.raises(ValueError, match="read-only"):
-        space.rows[0] = 0
+        mapping.rows[0] = 0
 
 
 def test_addresses_that_cannot_be_reserved_are_an_error_that_says_so():
-    with pytest.raises(OSError, match=r"bytes of addresses, .* cannot be reserved.*ulimit -v"):
-        RowSpace([2**30] * 1000, 49, 768)
+    with pytest.raises(OSError, match=r"bytes of addresses .*cannot be reserved.*ulimit -v"):
+        FeatureMapping([2**30] * 1000, 49, 768)
 
 
 def test_a_reserved_terabyte_takes_no_memory():
-    space = RowSpace([2**40 // (49 * 768 * 2)], 49, 768)
-    assert not space.rows[-1].any()
+    mapping = FeatureMapping([2**40 // (49 * 768 * 2)], 49, 768)
+    assert not mapping.rows[-1].any()
 
 
 @pytest.mark.parametrize("size", [0, PAGE, 2 * PAGE, 3 * PAGE])
@@ -60,13 +60,13 @@ def test_a_file_of_another_size_is_not_mapped(tmp_path, size):
     where = write_rows(tmp_path / "a", random_rows(1000, 4, 6), PAGE)
     os.truncate(tmp_path / "a", size)
     with pytest.raises(CorruptShardError, match=f"a: has {size} bytes, had"):
-        RowSpace([1000], 4, 6).attach(0, tmp_path / "a", **where)
+        FeatureMapping([1000], 4, 6).attach(0, tmp_path / "a", **where)
 
 
 def test_a_mapping_that_the_system_refuses_is_an_error_that_names_the_file(tmp_path):
     where = write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE + 1)
     with pytest.raises(OSError, match=r"cannot be mapped: Invalid argument: .*a'"):
-        RowSpace([2], 4, 6).attach(0, tmp_path / "a", **where)
+        FeatureMapping([2], 4, 6).attach(0, tmp_path / "a", **where)
 
 
 @pytest.mark.parametrize(("limit", "is_huge"), [("max", True), ("64", False), ("640000", True)])
@@ -76,10 +76,10 @@ def test_a_store_that_fits_half_of_the_memory_is_read_in_huge_pages(
     (tmp_path / "memory.max").write_text(limit)
     monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "memory.max")
     advised = []
-    monkeypatch.setattr(RowSpace, "_advise", lambda self, *advice: advised.append(advice))
+    monkeypatch.setattr(FeatureMapping, "_advise", lambda self, *advice: advised.append(advice))
     where = write_rows(tmp_path / "a", random_rows(300, 4, 6), PAGE)
-    space = RowSpace([300], 4, 6)
-    space.attach(0, tmp_path / "a", **where)
+    mapping = FeatureMapping([300], 4, 6)
+    mapping.attach(0, tmp_path / "a", **where)
     assert advised == [(0, 300, mmap.MADV_HUGEPAGE)] * is_huge
 
 
@@ -87,11 +87,11 @@ def test_a_system_without_huge_pages_is_no_error(tmp_path, monkeypatch):
     def refuse(*advice):
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(RowSpace, "_advise", refuse)
+    monkeypatch.setattr(FeatureMapping, "_advise", refuse)
     rows = random_rows(300, 4, 6)
-    space = RowSpace([300], 4, 6)
-    space.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
-    assert np.array_equal(space.rows[:300], rows)
+    mapping = FeatureMapping([300], 4, 6)
+    mapping.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
+    assert np.array_equal(mapping.rows[:300], rows)
 
 
 def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):

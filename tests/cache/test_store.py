@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache import store as module
+from cache import layout
 from cache.audit import audit
 from cache.errors import (
     CorruptShardError,
@@ -22,8 +22,8 @@ from cache.errors import (
     SettingsError,
     SpecMismatchError,
 )
-from cache.id_lookup import RowLookup
-from cache.mapping import RowSpace
+from cache.id_lookup import IdLookup
+from cache.mapping import FeatureMapping
 from cache.remote.copies import RemoteFolder
 from cache.remote.location import Location
 from cache.shard import open_shard
@@ -34,13 +34,13 @@ from cache.store import FeatureStore
 def mapped(monkeypatch):
     """Names of the shards mapped so far."""
     names = []
-    real = RowSpace.attach
+    real = FeatureMapping.attach
 
     def attach(space, number, path, **where):
         names.append(path.name)
         real(space, number, path, **where)
 
-    monkeypatch.setattr(RowSpace, "attach", attach)
+    monkeypatch.setattr(FeatureMapping, "attach", attach)
     return names
 
 
@@ -125,7 +125,7 @@ def test_what_is_no_list_of_integers_is_refused(store, asked):
 
 def test_an_unsigned_id_is_not_taken_for_a_negative_one(store, monkeypatch):
     opened = FeatureStore(store.root)
-    monkeypatch.setattr(opened, "_lookup", RowLookup(np.array([-(2**63), -1]), np.arange(2)))
+    monkeypatch.setattr(opened, "_lookup", IdLookup(np.array([-(2**63), -1]), np.arange(2)))
     for asked in ([2**63], np.array([5, 2**64 - 1], np.uint64)):
         assert asked[-1] not in opened
         with pytest.raises(MissingImageError, match=f"{asked[-1]} is no id"):
@@ -178,7 +178,7 @@ def test_ids_beyond_the_precision_of_float64_are_told_apart(tmp_path, build_stor
     built = build_store(tmp_path / "big", 40)
     found = FeatureStore(built.root)
     big = built.image_ids + 2**62
-    monkeypatch.setattr(found, "_lookup", RowLookup(big, np.arange(40)))
+    monkeypatch.setattr(found, "_lookup", IdLookup(big, np.arange(40)))
     assert all(np.uint64(i) in found and int(i) in found for i in big)
     assert not any(np.uint64(i + 1) in found for i in big if i + 1 not in big)
 
@@ -204,7 +204,7 @@ def test_one_image_maps_one_shard(store, mapped):
 
 def test_hdf5_is_asked_on_opening_and_never_again(store, monkeypatch):
     opened = FeatureStore(store.root)
-    monkeypatch.setattr(module, "open_shard", None)
+    monkeypatch.setattr(layout, "open_shard", None)
     assert np.array_equal(opened.gather(store.image_ids), store.features)
 
 
@@ -460,7 +460,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(store, number, make):
     path = store.root / ["spec.json", "index.parquet", store.names[0]][number]
     path.unlink()
     make(path)
-    with pytest.raises(IncompleteStoreError, match=f"{path.name}: is no file"):
+    with pytest.raises(IncompleteStoreError, match=f"{path.name}: not an ordinary file"):
         FeatureStore(store.root)
     assert audit(Location(store.root), deep=True).bad_files == [path.name]
 

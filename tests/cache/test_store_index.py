@@ -10,14 +10,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache.errors import CorruptShardError, IncompleteStoreError, PatchcacheError, SpecMismatchError
-from cache.store_index import SCHEMA, ShardFile, StoreTable, check_own_hash
+from cache.store_index import SCHEMA, ShardFile, StoreIndex, check_own_hash
 
 NAMES = ["00000000000000aa.h5", "00000000000000bb.h5", "00000000000000cc.h5"]
 
 
 @pytest.fixture
 def table(spec):
-    return StoreTable(
+    return StoreIndex(
         fingerprint=spec.fingerprint,
         shards=tuple(ShardFile(name, 100 + n, f"{n}" * 64) for n, name in enumerate(NAMES)),
         image_ids=np.array([-5, 0, 7, 9, 2**62]),
@@ -30,7 +30,7 @@ def table(spec):
 
 @pytest.fixture
 def read(spec):
-    return lambda path: StoreTable.read(path, spec)
+    return lambda path: StoreIndex.read(path, spec)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def rewrite(path, change=lambda table: table, **metadata):
 
 
 def assert_equal(found, wanted):
-    for field in dataclasses.fields(StoreTable):
+    for field in dataclasses.fields(StoreIndex):
         ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
         if isinstance(ours, np.ndarray):
             assert ours.dtype == theirs.dtype
@@ -228,7 +228,7 @@ def test_what_cannot_be_opened_is_refused(tmp_path, read):
 def test_the_table_of_another_encoder_is_refused(written, spec):
     other = dataclasses.replace(spec, layer=-1)
     with pytest.raises(SpecMismatchError, match=r"index\.parquet: is of the encoder"):
-        StoreTable.read(written, other)
+        StoreIndex.read(written, other)
 
 
 @pytest.mark.parametrize("shards", [NAMES[:2], []])
@@ -306,7 +306,7 @@ def test_what_a_check_raises_is_not_taken_for_a_damaged_file(written, read, spec
         raise IncompleteStoreError("no such shard")
 
     with pytest.raises(IncompleteStoreError, match=r"^no such shard$"):
-        StoreTable.read(written, spec, missing)
+        StoreIndex.read(written, spec, missing)
     rewrite(written, shards=None)
     with pytest.raises(IncompleteStoreError, match=r"index\.parquet: its metadata lack"):
         read(written)

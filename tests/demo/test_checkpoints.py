@@ -43,7 +43,7 @@ def test_checkpoints_are_small():
     assert sum(sizes) <= MOST_BYTES
 
 
-def test_clip_gives_one_row_a_patch_from_the_last_block_but_one(clip):
+def test_clip_gives_one_row_per_patch_from_the_block_before_the_last(clip):
     images = torch.zeros(2, 3, 96, 96)
     with torch.no_grad():
         features = clip.visual.forward_intermediates(
@@ -99,7 +99,7 @@ def test_tokenizer_can_be_rebuilt(tokenizer):
     assert train_tokenizer(seed=0).get_vocab() == tokenizer.get_vocab()
 
 
-def test_stored_weights_are_what_the_code_describes(phi, tokenizer):
+def test_stored_weights_have_the_layout_of_the_code(phi, tokenizer):
     config = phi_config(tokenizer)
     for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
         assert getattr(phi.config, name) == getattr(config, name)
@@ -125,7 +125,7 @@ def share_right(phi, tokenizer, shift):
     return right / total
 
 
-def test_phi_answers_from_what_it_has_read(phi, tokenizer):
+def test_phi_answers_from_its_context(phi, tokenizer):
     own, other = share_right(phi, tokenizer, shift=0), share_right(phi, tokenizer, shift=7)
     assert own > 0.75
     assert own > other + 0.3

@@ -24,7 +24,7 @@ def test_a_text_in_full_tells_every_fact(write):
         assert all(noun in text for noun in map(noun_of, scene.kinds))
 
 
-def test_facts_tell_of_every_noun_there_and_of_some_that_are_not():
+def test_facts_cover_every_noun_of_the_scene_and_some_absent_ones():
     for index, scene in enumerate(SCENES):
         told = dict(facts(scene, random.Random(index)))
         for kind in scene.kinds:
@@ -32,7 +32,7 @@ def test_facts_tell_of_every_noun_there_and_of_some_that_are_not():
         assert set(told.values()) == {"none"}
 
 
-def test_a_raster_tells_of_each_cell_what_is_there_and_nothing_else():
+def test_a_raster_tells_the_content_of_each_cell_and_nothing_else():
     for index, scene in enumerate(SCENES):
         cells = raster(scene, random.Random(index), share=1.0, seen_only=True)
         assert len(cells) == GRID * GRID

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from demo.captions import MANNERS
+from demo.captions import STYLES
 from demo.questions import ASKERS, CAPTION_REQUEST, ask
 from demo.scenes import COLOURS, NOUNS, scene_at
 from demo.words import COLUMNS, NUMBERS, ROWS, plural
@@ -96,8 +96,8 @@ def test_every_kind_of_question_is_asked():
     assert len(asked) >= len(ASKERS)
 
 
-@pytest.mark.parametrize("manner", MANNERS)
-def test_a_caption_names_only_what_is_there(manner):
+@pytest.mark.parametrize("manner", STYLES)
+def test_a_caption_names_only_things_of_the_scene(manner):
     for index, scene in enumerate(SCENES):
         words = re.findall(r"\w+", manner(scene, random.Random(index)).lower())
         nouns = {SINGULAR[word] for word in words if word in SINGULAR}

@@ -1,18 +1,19 @@
-"""What README says of stages, folders and settings is what is in the files that decide it."""
+"""What the pages say of stages, folders and settings is what is in the files that decide it."""
 
 import itertools
 import re
 
 from ruamel.yaml import YAML
 
-from tests.documents.pages import PAGES, ROOT
+from tests.documents.pages import PAGES, ROOT, all_blocks
 
-README = (ROOT / "README.md").read_text()
+DATA = (ROOT / "docs/data.md").read_text()
+
 YAML_FILE = YAML(typ="safe", pure=True)
 
 
 def rows_below(head):
-    lines = README[README.index(head) :].splitlines()[2:]
+    lines = DATA[DATA.index(head) :].splitlines()[2:]
     lines = itertools.takewhile(lambda line: line.startswith("|"), lines)
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -39,14 +40,26 @@ def test_the_table_of_stages_has_every_stage_and_all_that_it_writes():
 
 
 def test_every_folder_of_the_tree_is_there_and_every_package_is_in_it():
-    listed = {
-        name for row in rows_below("| | |\n|---|---|\n| `cache/`") for name in names_in(row[0])
+    (tree,) = (block.text for block in all_blocks("text") if block.text.startswith("cache/"))
+    rooms, top = set(), None
+    for line in tree.splitlines():
+        names = re.findall(
+            r"(?<![\w.])(\w+)/", line.split("   ")[0] if line.startswith(" ") else line
+        )
+        if line.startswith(" "):
+            rooms |= {f"{top}/{name}" for name in names}
+        else:
+            rooms |= set(names)
+            top = names[0]
+    outputs = {"data", "runs", "reports"}
+    assert outputs < rooms
+    assert [name for name in rooms - outputs if not (ROOT / name).is_dir()] == []
+    packages = {
+        str(path.parent.relative_to(ROOT))
+        for top in rooms & {"cache", "workspace", "pipeline", "train", "eval", "demo", "bench"}
+        for path in (ROOT / top).rglob("__init__.py")
     }
-    outputs = {"data", "runs", "reports", ".work"}
-    assert outputs < listed
-    assert all((ROOT / name).is_dir() for name in listed - outputs)
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages <= listed
+    assert packages <= rooms
 
 
 def test_every_setting_that_the_pages_name_is_in_the_settings_file():

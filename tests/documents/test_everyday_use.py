@@ -69,20 +69,21 @@ def words(checkout, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def experiment(checkout, words) -> Experiment:
-    """The first block of the section: it trains with another learning rate, and looks around."""
-    block, _ = section("Everyday use")
+    """The first block of the section: it trains with another learning rate. Then the store's."""
+    block, _ = section("Experiments")
     (reproduced,) = run_commands(block.commands[:1], checkout)
     before = files_below(checkout / "data/features")
     (stdout,) = run_commands(block.commands[1:2], checkout)
     after = files_below(checkout / "data/features")
-    others = run_commands(block.commands[2:], checkout, words)
+    (features,) = section("Features")
+    others = run_commands(block.commands[2:] + features.commands, checkout, words)
     return Experiment(reproduced, stdout, others, before, after)
 
 
 @pytest.fixture(scope="module")
 def swept(checkout, experiment) -> Swept:
     """The second block, while somebody goes on editing in the workspace."""
-    _, block = section("Everyday use")
+    _, block = section("Experiments")
     run_commands(block.commands[:1], checkout)
     before = workspace(checkout)
     code = checkout / "train/finetune.py"

@@ -1,4 +1,4 @@
-"""Every figure of README's tables, and of the prose beside them, is that of a result file."""
+"""Every figure in tables and prose of README and docs/ is that of a result file."""
 
 import json
 import re
@@ -8,11 +8,10 @@ from itertools import takewhile
 
 import pytest
 
-from tests.documents.pages import ROOT, all_blocks
+from tests.documents.pages import PAGES, ROOT, all_blocks
 
-README = (ROOT / "README.md").read_text()
-FORMAT = (ROOT / "docs/format.md").read_text()
-PROSE = " ".join(README.split())
+TEXT = "\n".join(page.read_text() for page in PAGES)
+PROSE = " ".join(TEXT.split())
 
 CONTENDERS = {
     "`FeatureStore.gather` into a buffer": "FeatureStore.gather",
@@ -35,7 +34,7 @@ LOOPS = {
     "usual loop: a padded sequence a caption, all logits, features cached": "usual loop",
     "usual loop, texts of like length together": "usual loop, by length",
     "the same with CLIP at every step": "usual loop, with CLIP",
-    "student's loop: CLIP, then a pass a token without cache, no EOS": "student's loop",
+    "naive loop: CLIP, then a pass a token without cache, no EOS": "student's loop",
 }
 
 OTHER_READERS = {
@@ -85,7 +84,7 @@ def test_a_figure_is_compared_as_it_is_rounded(shown, value, fits):
 
 
 def test_the_table_of_readers_is_that_of_the_result_file():
-    rows = table(README, "| 64 random rows a batch ")
+    rows = table(TEXT, "| 64 random rows a batch ")
     assert {row[0] for row in rows} == CONTENDERS.keys()
     for label, *figures in rows:
         for kind, shown in zip(("warm", "cold"), figures, strict=True):
@@ -102,7 +101,7 @@ def test_a_peer_has_the_number_of_workers_that_suits_it_best():
 
 
 def test_the_rates_of_the_format_page_are_those_of_the_result_file():
-    rows = table(FORMAT, "| | random rows ")
+    rows = table(TEXT, "| | random rows ")
     assert {row[0] for row in rows} == OTHER_READERS.keys()
     for row in rows:
         assert agrees(row[2], result("read")["warm"]["median"][OTHER_READERS[row[0]]]), row
@@ -113,7 +112,7 @@ def test_the_rates_of_the_format_page_are_those_of_the_result_file():
 )
 def test_the_tables_of_steps_are_those_of_the_result_file(heading, stage):
     found = result("step")[stage]
-    rows = table(README, heading)
+    rows = table(TEXT, heading)
     assert {LOOPS[row[0]] for row in rows} < found["median"].keys() | {None}
     for label, rate, ratio, gigabytes in rows:
         loop = LOOPS[label]
@@ -121,6 +120,22 @@ def test_the_tables_of_steps_are_those_of_the_result_file(heading, stage):
         assert not ratio or agrees(ratio, found["ours is so many times as fast"][loop]), label
         memory = found["memory_mib"][loop]
         assert agrees(gigabytes, (memory["peak"] - memory["before"]) * 2**20 / 1e9), label
+
+
+def test_the_table_of_speed_is_that_of_the_result_files():
+    warm, step = result("read")["warm"]["median"], result("step")
+    pairs = [
+        (warm["FeatureStore.gather"], warm["h5py in a DataLoader, 0 workers"]),
+        *((step["pretrain"]["median"]["ours"], step["pretrain"]["median"][loop])
+          for loop in ("usual loop", "student's loop")),
+        (step["finetune"]["median"]["ours"], step["finetune"]["median"]["usual loop"]),
+    ]  # fmt: skip
+    for (label, ours, usual, ratio), (fast, slow) in zip(
+        table(TEXT, "| on two CPU cores "), pairs, strict=True
+    ):
+        assert agrees(ours, fast), label
+        assert agrees(usual.split()[0], slow), label
+        assert agrees(ratio, fast / slow), label
 
 
 def printed(name):

@@ -18,7 +18,11 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import NOT_RUN, PAGES, ROOT, all_blocks, run_commands, run_python
 
-ELSEWHERE = {"Everyday use": "test_everyday_use", "Sharing features": "test_sharing"}
+ELSEWHERE = {
+    "Experiments": "test_everyday_use",
+    "Features": "test_everyday_use",
+    "Sharing features": "test_sharing",
+}
 """Heading of a section to the module that runs its shell blocks, in order."""
 
 BLOCKS = [

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from cache.errors import MissingImageError, SettingsError, SpecMismatchError
-from eval.ask import TOP_P, answer, cached_features, main
-from eval.chat.encoder import Vision, read_picture
+from eval.ask import main
+from eval.chat.answering import TOP_P, cached_features, stream_answer
+from eval.chat.encoder import RunEncoder, read_picture
 from eval.runs import load_run
-from tests.eval.seeing import LIMITS, TRAIN, make_seeing_world
+from tests.eval.picture_world import LIMITS, TRAIN, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
@@ -27,18 +28,18 @@ FINETUNE, PRETRAIN = Path("runs/finetune"), Path("runs/pretrain")
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(autouse=True)
-def _in_folder(seeing, monkeypatch):
-    monkeypatch.chdir(seeing.workspace.root)
+def _in_folder(picture_world, monkeypatch):
+    monkeypatch.chdir(picture_world.workspace.root)
 
 
 @pytest.fixture(scope="module")
-def runs(seeing):
-    folder = seeing.workspace.root / "runs"
+def runs(picture_world):
+    folder = picture_world.workspace.root / "runs"
     return {stage: load_run(folder / stage) for stage in ("finetune", "pretrain")}
 
 
@@ -92,7 +93,7 @@ def test_without_a_question_a_run_that_answers_is_asked_for_a_caption(run, runs)
     assert run("--run", FINETUNE, "--image-id", 2, question="  ") == (0, f"{wanted}\n", "")
 
 
-def test_stage_1_captions_straight_behind_the_patches(run, runs):
+def test_stage_1_captions_right_after_the_patches(run, runs):
     wanted = generated(runs["pretrain"], 2, "", LIMITS["caption_tokens"])
     assert run("--run", PRETRAIN, "--image-id", 2) == (0, f"{wanted}\n", "")
 
@@ -106,23 +107,23 @@ def test_a_picture_file_gives_the_answer_of_its_cached_features(run, tmp_path):
         assert by_file[0] == 0
 
 
-def test_the_features_of_a_file_are_the_cached_ones_to_rounding(runs, seeing):
-    vision = Vision(runs["finetune"])
+def test_the_features_of_a_file_equal_the_cached_ones_up_to_rounding(runs, picture_world):
+    encoder = RunEncoder(runs["finetune"])
     for image_id in TRAIN:
-        found = vision.look(draw_jpeg(image_id), "picture")
+        found = encoder.encode(draw_jpeg(image_id), "picture")
         assert found.dtype == np.float16
         np.testing.assert_allclose(
-            found.astype(float), seeing.store.gather([image_id])[0], rtol=2e-3, atol=2e-3
+            found.astype(float), picture_world.store.gather([image_id])[0], rtol=2e-3, atol=2e-3
         )
 
 
 def test_the_tower_is_loaded_once(runs):
-    vision = Vision(runs["finetune"])
-    assert vision.load() is vision.load()
+    encoder = RunEncoder(runs["finetune"])
+    assert encoder.load() is encoder.load()
 
 
-def test_earlier_turns_are_read(runs, seeing):
-    patches = seeing.store.gather([1])[0]
+def test_earlier_turns_are_read(runs, picture_world):
+    patches = picture_world.store.gather([1])[0]
     turns = [("how many", "the dog")]
     trained = runs["finetune"]
     end = trained.tokenizer.eos_token
@@ -131,13 +132,13 @@ def test_earlier_turns_are_read(runs, seeing):
     seen = []
     embed = trained.model.language_model.get_input_embeddings()
     hook = embed.register_forward_hook(lambda m, args, out: seen.append(args[0].flatten().tolist()))
-    pieces = list(answer(trained, patches, "where", turns=turns))
+    pieces = list(stream_answer(trained, patches, "where", turns=turns))
     hook.remove()
     assert seen[0] == prompt_ids
-    assert "".join(pieces) != "".join(answer(trained, patches, "where"))
+    assert "".join(pieces) != "".join(stream_answer(trained, patches, "where"))
 
 
-def test_a_temperature_draws_by_the_seed(run, runs):
+def test_sampling_is_decided_by_the_seed(run, runs):
     def drawn(*arguments):
         code, text, errors = run("--run", FINETUNE, "--image-id", 1, *arguments, question="where")
         assert (code, errors) == (0, "")
@@ -152,9 +153,9 @@ def test_a_temperature_draws_by_the_seed(run, runs):
     assert drawn("--temperature", 0.001) == drawn()
 
 
-def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
-    patches = seeing.store.gather([1])[0]
-    pieces = list(answer(runs["finetune"], patches, "where", max_tokens=40))
+def test_the_answer_is_printed_piece_by_piece(runs, picture_world, monkeypatch):
+    patches = picture_world.store.gather([1])[0]
+    pieces = list(stream_answer(runs["finetune"], patches, "where", max_tokens=40))
     assert len(pieces) > 1
     printed = []
     monkeypatch.setattr(
@@ -165,7 +166,7 @@ def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ask", "--run", "x", "--image-id", "1", "where"])
     with pytest.raises(SystemExit):
         main()
-    short = list(answer(runs["finetune"], patches, "where"))
+    short = list(stream_answer(runs["finetune"], patches, "where"))
     assert printed[:-1] == [((piece,), {"end": "", "flush": True}) for piece in short]
 
 
@@ -175,7 +176,7 @@ def test_what_is_printed_comes_piece_by_piece(runs, seeing, monkeypatch):
 def test_a_question_to_stage_1_is_refused(run):
     code, text, errors = run("--run", PRETRAIN, "--image-id", 1, question="where")
     assert (code, text) == (2, "")
-    assert errors.startswith("error: runs/pretrain: only captions")
+    assert errors.startswith("error: runs/pretrain: has no adapter")
     assert errors.count("\n") == 1
 
 
@@ -187,35 +188,35 @@ def test_a_question_to_stage_1_is_refused(run):
         ({"pretrained": "nowhere.safetensors"}, 2),
     ],
 )
-def test_another_tower_than_the_runs_is_refused(run, seeing, tmp_path, changes, code):
+def test_another_tower_than_the_runs_is_refused(run, picture_world, tmp_path, changes, code):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder=changes).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder=changes).text)
+    picture_world.params()
     picture = Path("data/raw/train/1.jpg")
     found, text, errors = run("--run", copy, "--image", picture, question="where")
     assert (found, text, errors.count("\n")) == (code, "", 1)
 
 
-def test_the_error_names_both_towers(runs, seeing, tmp_path):
+def test_the_error_names_both_towers(runs, picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"layer": -1}).text)
+    picture_world.params()
     with pytest.raises(SpecMismatchError) as caught:
-        Vision(load_run(copy)).load()
-    wanted = seeing.store.fingerprint[:12]
+        RunEncoder(load_run(copy)).load()
+    wanted = picture_world.store.fingerprint[:12]
     assert wanted in str(caught.value)
     assert "fingerprint" in str(caught.value)
     assert str(copy) in str(caught.value)
 
 
-def test_where_the_features_were_made_does_not_matter(seeing, tmp_path):
+def test_the_device_of_the_features_does_not_matter(picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"device": "cuda:7"}).text)
-    seeing.params()
-    assert Vision(load_run(copy)).load().spec.fingerprint == seeing.store.fingerprint
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"device": "cuda:7"}).text)
+    picture_world.params()
+    assert RunEncoder(load_run(copy)).load().spec.fingerprint == picture_world.store.fingerprint
 
 
 def test_features_of_another_store_are_refused(runs, workspace):
@@ -246,14 +247,14 @@ def test_a_broken_picture_is_refused_in_one_line(run, tmp_path, content, reason)
     path.write_bytes(content)
     code, text, errors = run("--run", FINETUNE, "--image", path, question="where")
     assert (code, text, errors.count("\n")) == (1, "", 1)
-    assert errors.startswith(f"error: {path}: no picture that can be read: ")
+    assert errors.startswith(f"error: {path}: not a readable picture: ")
     assert reason in errors
 
 
 def test_a_huge_picture_is_refused(runs, monkeypatch):
     monkeypatch.setattr("pipeline.images.decode.MAX_PIXELS", 64 * 64 - 1)
     with pytest.raises(StageError, match=r"photo: .*64 x 64 pixels, wanted from 1 to 4095"):
-        Vision(runs["finetune"]).look(noise((64, 64)), "photo")
+        RunEncoder(runs["finetune"]).encode(noise((64, 64)), "photo")
 
 
 def test_a_file_too_large_to_be_a_picture_is_not_read(run, tmp_path):
@@ -265,14 +266,14 @@ def test_a_file_too_large_to_be_a_picture_is_not_read(run, tmp_path):
     assert errors == f"error: {path}: has more than {2**28} bytes, wanted a picture.\n"
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_folders_and_missing_files_are_refused(tmp_path):
     for path in (tmp_path, tmp_path / "none.jpg", Path(os.devnull)):
         with pytest.raises(SettingsError, match=rf"^{path}: no such file"):
             read_picture(path)
 
 
 @pytest.mark.parametrize("image_id", [0, 99, -1, 2**63, 10**30])
-def test_an_image_that_is_not_there_is_named(runs, run, image_id):
+def test_a_missing_image_is_named(runs, run, image_id):
     with pytest.raises(MissingImageError, match=f"data/features: holds no image {image_id}"):
         cached_features(runs["finetune"], image_id)
 
@@ -285,8 +286,8 @@ def test_a_question_too_long_for_the_model_is_refused(run, runs):
     assert f"the language model reads {most}" in errors
 
 
-def test_the_longest_question_that_fits_is_answered(runs, seeing):
-    trained, patches = runs["finetune"], seeing.store.gather([1])[0]
+def test_the_longest_question_that_fits_is_answered(runs, picture_world):
+    trained, patches = runs["finetune"], picture_world.store.gather([1])[0]
     most = trained.model.language_model.config.max_position_embeddings
     question = "\x00" * 300
     while True:
@@ -295,14 +296,18 @@ def test_the_longest_question_that_fits_is_answered(runs, seeing):
             break
         question = question[1:]
     assert length + LIMITS["answer_tokens"] == most
-    list(answer(trained, patches, question))
+    list(stream_answer(trained, patches, question))
     with pytest.raises(SettingsError, match="Ask something shorter"):
-        answer(trained, patches, question + "\x00")
+        stream_answer(trained, patches, question + "\x00")
 
 
-def test_a_question_that_is_no_text_is_refused(run):
+def test_a_question_of_invalid_bytes_is_refused(run):
     code, text, errors = run("--run", FINETUNE, "--image-id", 1, question="wo\udcffis")
-    assert (code, text, errors) == (2, "", "error: the question has bytes that are no text.\n")
+    assert (code, text, errors) == (
+        2,
+        "",
+        "error: the question has bytes that are not valid text.\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,11 +338,12 @@ def test_an_image_has_to_be_named(run):
 WATCHED = """
 import os, sys
 from eval import ask
-stream = ask.stream
+from eval.chat import answering
+stream = answering.stream
 def closing(*arguments, **settings):
     os.close(READER)
     return stream(*arguments, **settings)
-ask.stream = closing
+answering.stream = closing
 try:
     ask.main()
 finally:
@@ -345,8 +351,8 @@ finally:
 """
 
 
-def test_of_a_cached_image_no_vision_tower_is_imported_and_a_reader_may_have_enough():
-    """Whoever reads closes the pipe before the first word: no complaint, and no failure."""
+def test_a_cached_image_imports_no_vision_tower_and_a_closed_pipe_is_no_error():
+    """The reader closes the pipe before the first word."""
     reader, writer = os.pipe()
     with subprocess.Popen(
         [sys.executable, "-c", WATCHED.replace("READER", str(reader)), "--run", str(FINETUNE),
@@ -366,7 +372,7 @@ def test_ctrl_c_while_it_answers_ends_with_130(run, monkeypatch):
             yield next(pieces)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("eval.ask.stream", interrupted)
+    monkeypatch.setattr("eval.chat.answering.stream", interrupted)
     code, text, errors = run("--run", FINETUNE, "--image-id", 1, question="where")
     assert code == 130
     assert text

@@ -288,7 +288,7 @@ def test_a_tower_of_random_weights_is_said_before_any_score(world, capsys, where
     evaluate(world.params(**random_tower(world, where)))
     assert capsys.readouterr().out.splitlines()[0] == f"warning:  {RANDOM_TOWER}"
     texts = Page(PAGE.read_text()).texts
-    assert texts[texts.index("Scores against their controls") + 1] == RANDOM_TOWER
+    assert texts[texts.index("Scores and controls") + 1] == RANDOM_TOWER
 
 
 @pytest.mark.parametrize("encoder", [None, {"pretrained": "openai"}, {}, [], 5, "random"])
@@ -342,7 +342,7 @@ def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, caps
     assert scores()["pope"] == {}
     assert scores()["captions"]["count"] == 4
     assert rows(kind="answer") == []
-    assert "No answers were scored: the evaluation data holds none." in PAGE.read_text()
+    assert "No answers were scored" in PAGE.read_text()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "captions",
         "report",
@@ -355,7 +355,7 @@ def test_without_captions_there_are_only_answers_and_the_page_says_so(world, cap
     assert scores()["captions"] == scores()["pretrain_only"]["captions"] == NOTHING
     assert scores()["answers"]["count"] == 4
     assert {row["kind"] for row in rows()} == {"answer"}
-    assert "No captions were scored: the evaluation data holds none." in PAGE.read_text()
+    assert "No captions were scored" in PAGE.read_text()
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "answers",
         "report",

@@ -1,4 +1,4 @@
-"""An exported run says from pixels what the run says from its features."""
+"""An exported run gives from pixels the answers that the run gives from cached features."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from transformers import (
 
 from cache.errors import SettingsError, SpecMismatchError
 from eval import export as module
-from eval.export import appearing, export, main
+from eval.export import atomic_folder, export, main
 from eval.runs import load_run
 from pipeline.encoding.encoder import load_encoder, patch_tokens
 from pipeline.images.decode import decode_rgb
@@ -67,7 +67,7 @@ def _copied_code_stays_here(tmp_path_factory):
 
 
 class Pictures:
-    """Features of drawn pictures, made when they are asked for; the id of one is its seed."""
+    """Computes features of drawn pictures on demand; the id of a picture is its seed."""
 
     def __init__(self, encoder):
         self.encoder, self.spec = encoder, encoder.spec
@@ -89,7 +89,7 @@ class Pictures:
 
 
 class Made:
-    """A workspace with a run, and what the run was made from."""
+    """A workspace with a run."""
 
     def __init__(self, root, phi_dir):
         self.root = root
@@ -203,7 +203,7 @@ def test_logits_from_pixels_are_those_from_the_features(exported):
 
 @pytest.mark.parametrize("exported", ["none"], indirect=True)
 @pytest.mark.parametrize("broken", ["bias", "layer", "class token", "lora", "projector"])
-def test_every_part_is_seen_in_the_logits(exported, broken):
+def test_every_part_changes_the_logits(exported, broken):
     model, processor = load(exported.out)
     if broken == "bias":
         model.lm_head.bias.data.zero_()
@@ -323,7 +323,7 @@ def no_language_model(monkeypatch):
 @pytest.mark.usefixtures("no_language_model")
 def test_another_projector_is_refused_before_the_language_model_is_loaded(made, kind):
     made.write(kind=kind)
-    with pytest.raises(StageError, match=f"projector is '{kind}'.*projector.kind to mlp"):
+    with pytest.raises(StageError, match=f"projector of kind '{kind}'.*projector.kind to mlp"):
         made.export()
     assert not made.out.exists()
 
@@ -338,13 +338,13 @@ def test_a_language_model_that_is_no_phi_is_refused(made, monkeypatch):
 
 @pytest.mark.usefixtures("no_language_model")
 @pytest.mark.parametrize("there", ["file", "folder"])
-def test_what_is_there_is_never_written_over(made, there):
+def test_existing_files_are_never_overwritten(made, there):
     made.write()
     out = made.root / "out"
     kept = out if there == "file" else out / "kept"
     kept.parent.mkdir(exist_ok=True)
     kept.write_text("mine")
-    with pytest.raises(SettingsError, match="is there already"):
+    with pytest.raises(SettingsError, match="exists already"):
         made.export()
     assert kept.read_text() == "mine"
 
@@ -370,7 +370,7 @@ def test_another_tower_than_the_runs_is_refused(made):
         made.export()
 
 
-def test_a_folder_that_is_no_run_is_a_wrong_call(made, monkeypatch, capsys):
+def test_a_folder_without_a_run_is_a_usage_error(made, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["export", "--run", str(made.root), str(made.root / "out")])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -379,13 +379,13 @@ def test_a_folder_that_is_no_run_is_a_wrong_call(made, monkeypatch, capsys):
 
 
 def test_an_export_touches_nothing_beside_its_folder(tmp_path):
-    """Of whatever name, like that under which it is built."""
+    """Not even files that have the name of the temporary folder."""
     mine = tmp_path / ".exp.partial"
     mine.mkdir()
     (mine / "precious").write_text("kept")
-    with appearing(tmp_path / "exp") as folder:
+    with atomic_folder(tmp_path / "exp") as folder:
         (folder / "a").write_text("x")
-    with pytest.raises(OSError, match="full"), appearing(tmp_path / "other"):
+    with pytest.raises(OSError, match="full"), atomic_folder(tmp_path / "other"):
         raise OSError("full")
     assert (mine / "precious").read_text() == "kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == [".exp.partial", "exp"]

@@ -1,4 +1,4 @@
-"""The page in a browser, served by a process of its own."""
+"""The served page in a browser; the server has its own process."""
 
 import os
 import re
@@ -14,28 +14,28 @@ import pytest
 from playwright.sync_api import expect
 
 from cache.files.scratch import LOCK, PREFIX
-from eval.ask import answer
+from eval.chat.answering import stream_answer
 from eval.runs import load_run
 from tests.browser import visited
-from tests.eval.seeing import LIMITS, VAL, make_seeing_world
+from tests.eval.picture_world import LIMITS, VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 TOLERATED = ["Method not implemented."]
-"""What Gradio's own scripts warn of."""
+"""Warnings of Gradio's own scripts."""
 LISTENING = "0A"
 """State of a socket in the kernel's tables."""
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(scope="module")
-def root(seeing):
-    return seeing.workspace.root
+def root(picture_world):
+    return picture_world.workspace.root
 
 
 expect.set_options(timeout=SECONDS * 1000)
@@ -59,7 +59,7 @@ def free_port():
 
 @contextmanager
 def serving(root, *arguments, uploads):
-    """Serve as the command does, with a proxy that nobody may ask; yield process and address."""
+    """Run the command behind a proxy that does not exist; yield process and address."""
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.serve", *map(str, arguments)],
         cwd=root,
@@ -92,7 +92,7 @@ def address(root, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The page; at the end, it has asked this server alone and complained of nothing."""
+    """The page; it may request only this server, and may not log an error."""
     with visited(browser, address) as visit:
         visit.page.set_default_timeout(SECONDS * 1000)
         yield visit.page
@@ -126,14 +126,14 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def wanted(trained, seeing):
-    """What the run says of an image in a conversation, greedily."""
+def wanted(trained, picture_world):
+    """The run's greedy answers to some questions about an image."""
 
     def wanted(image_id, *questions):
         turns = []
         for question in questions:
-            pieces = answer(
-                trained, seeing.store.gather([image_id])[0], question, turns=turns,
+            pieces = stream_answer(
+                trained, picture_world.store.gather([image_id])[0], question, turns=turns,
                 max_tokens=LIMITS["answer_tokens"],
             )  # fmt: skip
             turns.append((question, "".join(pieces)))
@@ -165,7 +165,7 @@ def test_a_new_picture_begins_a_new_conversation(page, pictures, wanted):
     expect(said(page, "bot")).to_have_text(wanted(2, "how many"))
 
 
-def test_what_was_said_can_be_forgotten(page, pictures, wanted):
+def test_a_conversation_can_be_cleared(page, pictures, wanted):
     choose(page, pictures[1])
     ask(page, "where")
     expect(said(page, "bot")).to_have_text(wanted(1, "where"))
@@ -194,7 +194,7 @@ def test_the_validation_pictures_can_be_clicked(page, wanted):
 
 def test_the_answer_arrives_word_by_word(page, pictures, wanted):
     choose(page, pictures[1])
-    page.get_by_role("button", name="More").click()
+    page.get_by_role("button", name="More settings").click()
     page.get_by_label(re.compile("number input.*Longest answer")).fill("200")
     page.keyboard.press("Tab")
     page.evaluate(
@@ -223,7 +223,7 @@ def complaint(page):
 
 
 @pytest.mark.parametrize("size", [19, 300], ids=["text", "cut short"])
-def test_what_is_no_picture_is_refused_and_ends_the_conversation(page, pictures, tmp_path, size):
+def test_an_unreadable_picture_is_refused_and_ends_the_conversation(page, pictures, tmp_path, size):
     choose(page, pictures[1])
     ask(page, "where")
     expect(said(page, "bot")).to_have_count(1)
@@ -231,7 +231,7 @@ def test_what_is_no_picture_is_refused_and_ends_the_conversation(page, pictures,
     path = tmp_path / "<img src=x onerror=alert(1)>.png"
     path.write_bytes(b"no picture <b>at all"[:size] if size < 20 else draw_jpeg(2)[:size])
     page.set_input_files("input[type=file]", path)
-    expect(complaint(page)).to_contain_text("no picture that can be read: ")
+    expect(complaint(page)).to_contain_text("not a readable picture: ")
     assert complaint(page).locator("b, img").count() == 0
     expect(page.get_by_label("Remove Image")).to_have_count(0)
     ask(page, "where")
@@ -262,7 +262,7 @@ def test_files_of_this_machine_are_not_handed_out(page, address, root):
         assert page.request.get(f"{address}gradio_api/file={path}").status == 403
 
 
-def test_there_are_no_documents_of_an_interface_for_programs(page, address):
+def test_the_api_documentation_is_empty(page, address):
     assert page.request.get(f"{address}gradio_api/info").json() == {
         "named_endpoints": {},
         "unnamed_endpoints": {},
@@ -303,9 +303,11 @@ def test_the_page_has_room_on_a_phone(browser, address):
 # How it ends, and other runs
 
 
-def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(browser, root, seeing, pictures, tmp_path):
+def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(
+    browser, root, picture_world, pictures, tmp_path
+):
     stage_1 = load_run(root / "runs/pretrain")
-    wanted = "".join(answer(stage_1, seeing.store.gather([1])[0], ""))
+    wanted = "".join(stream_answer(stage_1, picture_world.store.gather([1])[0], ""))
     arguments = ["--run", "runs/pretrain", "--port", free_port()]
     uploads = tmp_path / "uploads"
     # What a killed server left behind.
@@ -340,11 +342,11 @@ def test_a_taken_port_is_an_error_in_one_line(root):
     assert re.fullmatch(rf"error: cannot serve at 127\.0\.0\.1:{port}: .* --port\.", errors)
 
 
-def test_another_tower_than_the_runs_is_refused_at_the_start(root, seeing, tmp_path):
+def test_another_tower_than_the_runs_is_refused_at_the_start(root, picture_world, tmp_path):
     copy = tmp_path / "run"
     subprocess.run(["cp", "-r", root / "runs/finetune", copy], check=True)
-    (copy / "params.yaml").write_text(seeing.params(encoder={"layer": -1}).text)
-    seeing.params()
+    (copy / "params.yaml").write_text(picture_world.params(encoder={"layer": -1}).text)
+    picture_world.params()
     code, errors = failing(root, "--run", copy)
     assert code == 1
     assert "gives features of fingerprint" in errors

@@ -12,7 +12,7 @@ import eval.scoring.generation
 from cache.errors import PatchcacheError
 from eval.evaluate import evaluate
 from eval.settings import EvaluateSettings
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from tests.conftest import HOLDOUT, TRAIN, VAL
 from tests.settings_law import ODD_NUMBERS, leaves
 

@@ -15,7 +15,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.extract import extract
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from pipeline.settings import EncoderSettings
 from workspace.settings import Params
 

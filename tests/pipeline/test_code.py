@@ -10,6 +10,7 @@ import pytest
 from pipeline import code as module
 from pipeline.code import FILES, STAGES
 from tests.checkout import ROOT
+from workspace import code_hash as hashing
 from workspace.code_hash import PACKAGES, code_hash, modules_of
 
 SOURCE = (
@@ -24,6 +25,7 @@ def project(tmp_path, monkeypatch):
         ignored = shutil.ignore_patterns("__pycache__", "checkpoints")
         shutil.copytree(ROOT / package, tmp_path / package, ignore=ignored)
     monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(hashing, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -103,7 +105,7 @@ def test_a_new_import_is_followed_without_anybody_listing_it(project):
     (project / "pipeline/fresh.py").write_text("LIMIT = 1\n")
     path = project / "pipeline/indexing/pope.py"
     path.write_text(
-        path.read_text() + "\n\ndef late():\n    from . import fresh\n    return fresh\n"
+        path.read_text() + "\n\ndef late():\n    from .. import fresh\n    return fresh\n"
     )
     before = written(project)
     assert "pipeline/fresh.py" in before["index"]

@@ -136,7 +136,7 @@ def test_dropped_connections_cost_no_byte_twice(remote, tmp_path, hashed):
     assert all(headers["If-Range"] == '"one"' for headers in remote.requests[1:])
 
 
-def test_another_process_continues_where_one_was_killed(remote, tmp_path, monkeypatch):
+def test_another_process_continues_after_a_kill(remote, tmp_path, monkeypatch):
     stop_after(remote, tmp_path, 123_456, monkeypatch)
     assert download(item(remote), tmp_path).read_bytes() == CONTENT
     assert starts(remote) == ["bytes=123456-"]
@@ -167,7 +167,7 @@ def test_a_server_without_ranges_makes_it_start_over(remote, tmp_path):
     assert remote.sent == len(CONTENT) + 100_000
 
 
-def test_without_version_and_hash_nothing_old_is_kept(remote, tmp_path):
+def test_without_version_and_hash_old_bytes_are_dropped(remote, tmp_path):
     remote.etag = None
     remote.drop_after = [100_000]
     assert download(item(remote, hashed=False), tmp_path).read_bytes() == CONTENT
@@ -181,7 +181,7 @@ def test_a_hash_lets_it_continue_without_a_version(remote, tmp_path):
     assert remote.sent == len(CONTENT)
 
 
-def test_a_remainder_that_is_not_there_makes_it_start_over(remote, tmp_path, monkeypatch):
+def test_a_remainder_that_the_server_lacks_starts_the_download_over(remote, tmp_path, monkeypatch):
     stop_after(remote, tmp_path, 123_456, monkeypatch)
     remote.statuses = [416]
     assert download(item(remote), tmp_path).read_bytes() == CONTENT
@@ -197,7 +197,7 @@ def test_a_busy_server_is_asked_again_and_in_the_end_given_up(remote, tmp_path):
         download(item(remote), tmp_path)
 
 
-def test_a_server_that_is_not_there_is_named(tmp_path, monkeypatch):
+def test_an_unreachable_server_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.001)
     nowhere = Download(url="http://127.0.0.1:9/a.zip", path="unused", bytes=3)
     with pytest.raises(StageError, match=r"http://127\.0\.0\.1:9/a\.zip: gave up after 5"):
@@ -230,7 +230,7 @@ def test_a_damaged_file_is_replaced(remote, tmp_path):
     assert download(item(remote), tmp_path).read_bytes() == CONTENT
 
 
-def test_too_little_space_is_said_before_anything_starts(remote, tmp_path):
+def test_too_little_space_is_refused_before_anything_starts(remote, tmp_path):
     huge = Download(url=remote.url, path="unused", bytes=10**18)
     with pytest.raises(StageError, match=r"909494\.7 TiB are still to be downloaded"):
         check_free_space((huge,), tmp_path)

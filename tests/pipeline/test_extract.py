@@ -20,19 +20,19 @@ from cache import FeatureStore
 from cache.errors import IncompleteStoreError
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
-from cache.store_index import PROBE, StoreTable
+from cache.store_index import PROBE_FILE, StoreIndex
 from pipeline import extract as module
 from pipeline.encoding import encoder as encoder_module
-from pipeline.encoding import lazy_encoder as tower_module
 from pipeline.encoding import probe as probe_module
 from pipeline.encoding import work_folder as finished_module
 from pipeline.encoding.encoder import Encoder, load_encoder
-from pipeline.encoding.probe import read_probe, take_probe
+from pipeline.encoding.probe import encode_probe_images, read_probe
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
+from workspace import code_hash
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -45,8 +45,8 @@ from pathlib import Path
 from workspace.settings import Params
 from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
-real = Encoder.start
-Encoder.start = lambda self, x: (time.sleep(0.2), real(self, x))[1]
+real = Encoder.submit
+Encoder.submit = lambda self, x: (time.sleep(0.2), real(self, x))[1]
 extract(Params.read(Path("params.yaml")))
 """
 
@@ -62,7 +62,7 @@ from pipeline.extract import extract
 def slow(function):
     return lambda *args: (time.sleep(0.07), function(*args))[1]
 
-Encoder.start = slow(Encoder.start)
+Encoder.submit = slow(Encoder.submit)
 publish.link_or_copy = slow(publish.link_or_copy)
 random.seed(int(sys.argv[1]))
 for _ in range(10):
@@ -75,7 +75,7 @@ for _ in range(10):
             extract(Params.read(Path("params.yaml")))
         finally:
             os._exit(1)
-    time.sleep(random.uniform(0.1, 1))
+    time.sleep(random.uniform(0.2, 2))
     os.kill(child, signal.SIGSTOP)
     finished = len(list(Path(".work/shards").glob("[!.]*.h5")))
     # The decoding process too.
@@ -177,7 +177,7 @@ def test_the_files_are_those_of_the_plan(workspace):
     assert len(plan) > 4
     wanted = {shard.name for shard in plan} | {"spec.json", "index.parquet", "probe.safetensors"}
     assert set(workspace.store_bytes()) == wanted
-    table = StoreTable.read(
+    table = StoreIndex.read(
         workspace.features / "index.parquet", FeatureStore(workspace.features).spec
     )
     assert np.array_equal(table.source_xxh3, np.concatenate([s.source_xxh3 for s in plan]))
@@ -243,7 +243,7 @@ def copy_code(folder):
     return folder / "pipeline/encoding/encoder.py"
 
 
-def test_with_all_shards_there_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
+def test_with_all_shards_finished_neither_tower_nor_images_are_needed(workspace, wanted, tmp_path):
     """Not after a change of comments in the encoder's code either."""
     workspace.run()
     for split in ("train", "val"):
@@ -278,14 +278,14 @@ def test_a_change_of_the_code_that_changes_no_feature_is_taken(
     workspace.run()
     encoder = copy_code(tmp_path / "code")
     encoder.write_text(encoder.read_text() + "\nANOTHER = 1\n")
-    monkeypatch.setattr(tower_module, "__file__", str(encoder.with_name("lazy_encoder.py")))
+    monkeypatch.setattr(code_hash, "ROOT", tmp_path / "code")
     checked = []
     real = probe_module.check_probe
     monkeypatch.setattr(probe_module, "check_probe", lambda *a: checked.append(real(*a)))
     for _ in range(2):
         assert workspace.run()["shards_encoded"] == 0
         assert workspace.store_bytes() == wanted
-    # Once: then the tower is remembered again.
+    # Once: then its spec is cached again.
     assert len(checked) == 1
 
 
@@ -373,14 +373,14 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bytes(make_workspace, 
 
 
 def test_a_run_that_fails_keeps_the_shards_before(workspace, wanted, monkeypatch):
-    real, calls = Encoder.start, itertools.count()
+    real, calls = Encoder.submit, itertools.count()
 
-    def start(self, pixels):
+    def submit(self, pixels):
         if next(calls) == 7:
             raise KeyboardInterrupt
         return real(self, pixels)
 
-    monkeypatch.setattr(Encoder, "start", start)
+    monkeypatch.setattr(Encoder, "submit", submit)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     monkeypatch.undo()
@@ -411,7 +411,7 @@ def stop(*args):
 
 
 def test_a_first_publishing_cut_off_is_no_store(workspace, wanted, monkeypatch):
-    monkeypatch.setattr(StoreTable, "write", stop)
+    monkeypatch.setattr(StoreIndex, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     with pytest.raises(IncompleteStoreError):
@@ -421,12 +421,12 @@ def test_a_first_publishing_cut_off_is_no_store(workspace, wanted, monkeypatch):
     assert workspace.store_bytes() == wanted
 
 
-def test_a_later_publishing_cut_off_leaves_the_store_of_before(workspace, monkeypatch, jpeg):
+def test_an_interrupted_publication_leaves_the_former_store(workspace, monkeypatch, jpeg):
     workspace.run()
     before = FeatureStore(workspace.features).gather(sorted(workspace.images))
     image_id = sorted(workspace.images)[7]
     workspace.images[image_id] = jpeg(1)
-    monkeypatch.setattr(StoreTable, "write", stop)
+    monkeypatch.setattr(StoreIndex, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         workspace.run()
     store = FeatureStore(workspace.features)
@@ -461,7 +461,7 @@ def test_a_reader_of_the_old_store_goes_on(workspace, jpeg):
     assert changed == [7]
 
 
-def test_a_reader_that_had_not_mapped_a_dropped_shard_says_so(workspace, jpeg):
+def test_a_reader_that_had_not_mapped_a_dropped_shard_raises_an_error(workspace, jpeg):
     workspace.run()
     image_ids = sorted(workspace.images)
     reader = FeatureStore(workspace.features)
@@ -486,7 +486,7 @@ def change_one(images, kind, jpeg):
 
 
 @pytest.mark.parametrize("kind", ["changed", "added", "removed"])
-def test_one_image_costs_its_own_shards(make_workspace, workspace, kind, jpeg):
+def test_an_image_costs_only_its_own_shards(make_workspace, workspace, kind, jpeg):
     workspace.run()
     before, kept = plan_of(workspace), states(workspace.finished)
     workspace.images = change_one(workspace.images, kind, jpeg)
@@ -569,8 +569,8 @@ def test_a_published_shard_that_was_damaged_in_place_is_mended(workspace, wanted
 def test_the_probe_is_published_and_named_in_the_index(workspace):
     workspace.run()
     store = FeatureStore(workspace.features)
-    path = workspace.features / PROBE
-    table = StoreTable.read(workspace.features / "index.parquet", store.spec)
+    path = workspace.features / PROBE_FILE
+    table = StoreIndex.read(workspace.features / "index.parquet", store.spec)
     assert table.probe_sha256 == sha256_of(path)
     [kept] = workspace.finished.glob("probe-*.safetensors")
     assert kept.samefile(path)
@@ -578,7 +578,7 @@ def test_the_probe_is_published_and_named_in_the_index(workspace):
     encoder = load_encoder(
         EncoderSettings(**workspace.encoder | {"model": str(workspace.root / "tiny-vit.json")})
     )
-    assert np.array_equal(found, take_probe(encoder))
+    assert np.array_equal(found, encode_probe_images(encoder))
 
 
 def other_pixels(monkeypatch):
@@ -604,8 +604,8 @@ def test_an_encoder_that_changed_adds_nothing(workspace, jpeg, monkeypatch, chan
     workspace.images[7] = jpeg(7)
     change(monkeypatch)
     started = []
-    real = Encoder.start
-    monkeypatch.setattr(Encoder, "start", lambda self, x: started.append(len(x)) or real(self, x))
+    real = Encoder.submit
+    monkeypatch.setattr(Encoder, "submit", lambda self, x: started.append(len(x)) or real(self, x))
     with pytest.raises(StageError, match=r"probe: the encoder gives \d of 8 images other features"):
         workspace.run()
     assert (workspace.store_bytes(), states(workspace.finished), workspace.report()) == before
@@ -622,7 +622,7 @@ def test_a_damaged_probe_is_made_again(workspace, wanted, damage):
     damage(probe)
     assert workspace.run()["shards_encoded"] == 0
     assert workspace.store_bytes() == wanted
-    assert probe.read_bytes() == wanted[PROBE]
+    assert probe.read_bytes() == wanted[PROBE_FILE]
 
 
 # Shards that DVC has
@@ -651,7 +651,7 @@ def test_of_a_store_that_dvc_has_nothing_is_encoded(stored, wanted):
     assert stored.store_bytes() == wanted
 
 
-def test_beside_the_shards_that_dvc_has_only_the_new_one_is_encoded(stored, make_workspace, jpeg):
+def test_only_shards_that_dvc_lacks_are_encoded(stored, make_workspace, jpeg):
     stored.run()
     before = keys(plan_of(stored))
     for name in ("data/features", ".work"):
@@ -667,7 +667,7 @@ def test_beside_the_shards_that_dvc_has_only_the_new_one_is_encoded(stored, make
     assert stored.store_bytes() == scratch.store_bytes()
 
 
-def test_an_encoder_that_changed_adds_nothing_to_what_dvc_has(stored, jpeg, monkeypatch):
+def test_a_changed_encoder_adds_nothing_to_the_shards_of_dvc(stored, jpeg, monkeypatch):
     stored.images = change_one(stored.images, "added", jpeg)
     other_kernels(monkeypatch)
     with pytest.raises(StageError, match=r"probe: the encoder gives 8 of 8 images other features"):
@@ -686,7 +686,7 @@ def break_some(workspace, positions):
 
 
 @pytest.mark.parametrize("positions", [[0], [11], [29], [3, 4, 5, 6, 20]])
-def test_the_store_is_the_one_without_the_images_that_failed(make_workspace, positions):
+def test_failed_images_leave_the_store_of_the_others(make_workspace, positions):
     workspace = make_workspace(extract={"max_failure_rate": 0.2})
     broken = break_some(workspace, positions)
     report = workspace.run()
@@ -741,7 +741,7 @@ def test_no_image_that_decodes_is_an_error(make_workspace):
 # What the stage refuses
 
 
-def test_without_an_index_it_says_what_to_run(workspace):
+def test_without_an_index_the_error_names_the_stage_to_run(workspace):
     workspace.write()
     path = workspace.root / "data/index/images.parquet"
     whole = path.read_bytes()
@@ -786,14 +786,14 @@ def test_an_index_of_no_images_is_refused(workspace):
         workspace.run(write=False)
 
 
-def test_without_images_it_says_which_setting(workspace):
+def test_without_images_the_error_names_the_setting(workspace):
     workspace.write()
     shutil.rmtree(workspace.root / "val")
     with pytest.raises(StageError, match=r"data\.val\.images: val does not exist"):
         workspace.run(write=False)
 
 
-def test_a_disk_too_small_is_said_before_the_work(workspace, monkeypatch):
+def test_a_disk_too_small_is_refused_before_the_work(workspace, monkeypatch):
     usage = shutil.disk_usage(workspace.root.parent)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(
@@ -811,7 +811,7 @@ def reach(*args):
     raise Reached
 
 
-def test_what_there_is_to_do_is_said_before_the_first_image(workspace, monkeypatch, capsys):
+def test_the_amount_of_work_is_printed_before_the_first_image(workspace, monkeypatch, capsys):
     said = []
     monkeypatch.setattr(
         module, "encode", lambda *args: said.append(capsys.readouterr().out) or reach()
@@ -854,7 +854,7 @@ def test_on_another_file_system_the_whole_store_needs_space(workspace, monkeypat
 
 def test_a_second_extraction_at_the_same_time_is_refused(workspace, wanted):
     workspace.run()
-    with exclusive(workspace.finished):
+    with folder_lock(workspace.finished):
         done = python(workspace, "-m", "pipeline.extract")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (

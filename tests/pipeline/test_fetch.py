@@ -69,7 +69,7 @@ def write_world(code=0):
     Path("demo/world.py").write_text(FAKE_WORLD.format(names=NAMED, code=code))
 
 
-def test_local_takes_what_is_there_and_makes_the_folder():
+def test_local_takes_existing_files_and_makes_the_folder():
     touch(NAMED)
     before = {name: Path(name).stat().st_ino for name in NAMED}
     run("local")
@@ -81,7 +81,7 @@ KEYS = ["train.images", "train.captions", "val.images", "val.captions", "instruc
 
 
 @pytest.mark.parametrize(("missing", "key"), list(zip(NAMED, KEYS, strict=True)))
-def test_a_path_that_is_not_there_is_named_by_its_key(missing, key):
+def test_a_missing_path_is_named_by_its_key(missing, key):
     touch(name for name in NAMED if name != missing)
     with pytest.raises(StageError, match=rf"^data\.{key}: {missing} does not exist"):
         run("local")
@@ -102,7 +102,7 @@ def test_a_demo_that_fails_publishes_nothing():
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_a_demo_that_says_what_is_wrong_is_not_explained_again(code, capfd):
+def test_an_error_of_the_demo_is_not_repeated(code, capfd):
     write_world(code=code)
     with pytest.raises(SystemExit) as ended:
         run("demo")
@@ -172,7 +172,7 @@ def test_deleted_outputs_come_back_without_a_request(remote):
     assert not asked
 
 
-def test_files_that_were_put_there_by_hand_are_not_downloaded(remote):
+def test_files_copied_by_hand_are_not_downloaded(remote):
     folder, address, asked = remote
     Path("data/raw").mkdir(parents=True)
     Path("data/raw/train.zip").write_bytes((folder / "train.zip").read_bytes())
@@ -189,7 +189,7 @@ def test_unpacking_takes_last_names_only(tmp_path):
     assert not list(tmp_path.parent.glob("evil.txt"))
 
 
-def test_a_member_that_is_not_there_is_named():
+def test_a_missing_member_is_named():
     with zipfile.ZipFile("some.zip", "w") as archive:
         archive.writestr("a.json", "x")
     with pytest.raises(StageError, match=r"no item named 'b\.json'.*unpack in fetch\.files"):
@@ -233,7 +233,7 @@ def test_two_downloads_of_one_name_are_a_settings_error():
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)
-def test_a_signal_to_the_group_while_it_renders_is_one_line(number):
+def test_a_signal_to_the_group_while_rendering_gives_one_line(number):
     write_params("demo")
     write_world()
     # It says that it is at it, and never ends by itself.

@@ -112,7 +112,7 @@ def published():
     return {path.name: path.read_bytes() for path in Path("data/index").iterdir()}
 
 
-def test_every_row_says_what_the_inputs_say(space):
+def test_every_row_agrees_with_the_inputs(space):
     space.run()
     images = table("images")
     assert [row["image_id"] for row in images] == [*range(1, 13), 100]

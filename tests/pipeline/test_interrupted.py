@@ -20,8 +20,8 @@ from workspace.settings import Params
 from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
 
-real = Encoder.start
-Encoder.start = lambda self, x: (time.sleep(0.15), real(self, x))[1]
+real = Encoder.submit
+Encoder.submit = lambda self, x: (time.sleep(0.15), real(self, x))[1]
 
 def stage(sender):
     os.write(sender, b"x")
@@ -56,7 +56,7 @@ for number in range(int(sys.argv[2])):
 moment, every other one by two signals."""
 
 
-def test_a_signal_to_the_group_is_one_line_at_any_moment(workspace, wanted):
+def test_a_signal_to_the_group_gives_one_line_at_any_moment(workspace, wanted):
     workspace.extract["workers"] = 2
     workspace.write()
     tried = subprocess.run(

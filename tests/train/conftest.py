@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.images import Image
 from tests.train.stage_server import StageServer
 from train.data.examples import Examples
-from train.data.packing import ImageTexts
-from train.data.prompts import Branch
-from train.loop.setup import Task
+from train.data.prompts import TokenizedText
+from train.loop.setup import TrainingSetup
 from train.settings import PretrainSettings
 
 
@@ -24,10 +24,10 @@ def random_images():
     def make(seed, *, count=9, most_texts=4, longest=6):
         rng = np.random.default_rng(seed)
         return [
-            ImageTexts(
+            Image(
                 number,
                 tuple(
-                    Branch(
+                    TokenizedText(
                         rng.integers(1, 99, length).tolist(), (rng.random(length) < 0.6).tolist()
                     )
                     for length in rng.integers(1, longest + 1, rng.integers(1, most_texts + 1))
@@ -39,6 +39,13 @@ def random_images():
     return make
 
 
+def examples_of(examples):
+    """Return a list of examples as the tables would give them."""
+    texts = [(example.image_id, text) for example in examples for text in example.texts]
+    image_ids = np.array([image_id for image_id, _ in texts], dtype=np.int64)
+    return Examples.grouped(image_ids, lambda number: texts[number][1])
+
+
 @pytest.fixture
 def settings(loop_values):
     def make(**changes):
@@ -48,7 +55,7 @@ def settings(loop_values):
 
 
 @pytest.fixture
-def make_task(make_model, tokenizer, store, settings):
+def make_setup(make_model, tokenizer, store, settings):
     default = settings()
 
     def make(
@@ -63,12 +70,12 @@ def make_task(make_model, tokenizer, store, settings):
     ):
         model = model or make_model(seed=seed)
         learning = [p for p in model.parameters() if p.requires_grad]
-        return Task(
+        return TrainingSetup(
             model=model,
             tokenizer=tokenizer,
             store=store,
-            train=Examples.of(examples),
-            validation=Examples.of(validation),
+            train=examples_of(examples),
+            validation=examples_of(validation),
             batch_size=batch_size,
             optimizer=torch.optim.AdamW(learning, lr=learning_rate, weight_decay=0.0),
             seed=seed,

@@ -138,7 +138,7 @@ def observe(workspace, monkeypatch, other_model):
         return path
 
     def stepped(model, optimizer, data, **named):
-        requests["passes"].append([tuple(one.batch.token_ids.shape) for one in data.passes])
+        requests["passes"].append([tuple(batch.token_ids.shape) for batch in data.batches])
         return step(model, optimizer, data, **named)
 
     monkeypatch.setattr(train.loop.tracking.wandb, "init", started)

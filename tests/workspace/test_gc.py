@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from cache.cli.sizes import human_size
 from cache.errors import PatchcacheError
 from cache.files.atomic import sha256_of
+from cache.texts import human_size
 from workspace import gc as module
 from workspace.errors import StageError
 from workspace.gc import collect
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 from workspace.paths import SHARDS
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ FEATURES = "data/features"
 HOLD = """
 import sys
 from pathlib import Path
-from workspace.locks import exclusive
-with exclusive(Path(sys.argv[1])):
+from workspace.locks import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -233,9 +233,9 @@ def extraction_refused():
 
 def test_the_lock_is_for_one_at_a_time(folder):
     refused = pytest.raises(StageError, match="Wait until it is done")
-    with extraction_in(SHARDS), refused, exclusive(SHARDS):
+    with extraction_in(SHARDS), refused, folder_lock(SHARDS):
         pytest.fail("two at a time")
-    with exclusive(SHARDS):
+    with folder_lock(SHARDS):
         pass
 
 

@@ -1,11 +1,11 @@
-"""In which order an epoch reads the rows: pure functions of the rows, a seed and the epoch.
+"""The order of an epoch: pure functions of the rows, a seed and the epoch.
 
-`global_order` is an even shuffle. It reads at random all over the store: right when the store fits
-memory, or lies on a disk for which random reads of a row are no effort.
+`global_order` is a uniform shuffle, with random reads all over the store: right for a store that
+fits memory, or lies on a disk with fast random reads.
 
-`windowed_order` shuffles the shards, and then the rows of so many shards at a time. It reads each
-shard once, as a whole, and close in time: right for a store larger than memory on a spinning or a
-network disk. What lies in one shard then meets what lies in the same window only.
+`windowed_order` shuffles the shards, then the rows within windows of shards. It reads each shard
+once, within a short time: right for a store larger than memory on a spinning or a network disk.
+Images of a batch then come from one window.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ def windowed_order(
     """Shuffle the shards, then the rows of each window of shards.
 
     Args:
-        shards: [N], the number of the shard in which each row lies.
+        shards: int64 [N], the shard number of each row.
         window_shards: Shards of a window.
         seed: Of the run.
         epoch: Counted from 0.
@@ -43,5 +43,5 @@ def windowed_order(
     generator = np.random.default_rng((seed, epoch))
     numbers, shard_of_row = np.unique(shards, return_inverse=True)
     windows = generator.permutation(len(numbers)) // window_shards
-    # By window, and at random within.
+    # Sorted by window, random within.
     return np.lexsort((generator.random(len(shards)), windows[shard_of_row]))

@@ -1,189 +1,193 @@
-"""The shape of what the model sees: how images and their texts become tensors.
+"""How images and their texts become tensors: the shape of what the model sees.
 
-All texts of an image stand behind one copy of its patches. Each sees the patches and itself, at the
-positions that it would have alone, so that loss and gradients are those of one sequence a text, for
-a fraction of the tokens. Several images are packed in a row.
+All texts of an image stand behind one copy of its patches. Each text sees the patches and itself,
+at the positions that it would have alone, so loss and gradients are those of one sequence a text,
+for a fraction of the tokens. Several images are packed into a row.
 
-    row        patches   text 1   text 2   patches   text 1   padding
-    image      0 0 0 0   0 0 0    0 0      1 1 1 1   1 1 1    -1 -1
-    text       0 0 0 0   1 1 1    2 2      0 0 0 0   1 1 1     0  0
-    position   0 1 2 3   4 5 6    4 5      0 1 2 3   4 5 6     0  0
+    row             patches   text 1   text 2   patches   text 1   padding
+    image_numbers   0 0 0 0   0 0 0    0 0      1 1 1 1   1 1 1    -1 -1
+    text_ids        0 0 0 0   1 1 1    2 2      0 0 0 0   1 1 1     0  0
+    positions       0 1 2 3   4 5 6    4 5      0 1 2 3   4 5 6     0  0
 
-Letters: R rows, T positions of a row, N images, P patches, S supervised tokens, U slots that
-predict them.
+Letters: R rows, T positions of a row, N images, P patches, D width of the vision tower, S
+supervised tokens, U slots that predict them. A slot is an index into the flattened R x T positions.
 """
 
 import heapq
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from train.data.prompts import Branch
+from train.data.prompts import TokenizedText
 
-TRIALS = 8
-"""How many more rows than the fewest are tried: with images of like length, rows that hold four of
-them each are shorter than rows of four and five."""
+EXTRA_ROWS = 8
+"""Extra row counts to try beyond the minimum: 12 equal images pack tighter as 3 x 4 than as
+5 + 4 + 3."""
 
 PADDING = -1
-"""Image of positions that hold nothing."""
-
-
-@dataclass(frozen=True)
-class ImageTexts:
-    """One image and its tokenised texts."""
-
-    image_id: int
-    branches: tuple[Branch, ...]
-
-    @property
-    def num_text_tokens(self) -> int:
-        """Text positions: a branch's last token is predicted, never read."""
-        return sum(len(branch.token_ids) - 1 for branch in self.branches)
-
-
-Row = list[ImageTexts]
-"""Images that stand in one row of positions, one behind the other."""
+"""Image number of positions that hold nothing."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What one forward pass needs, besides the patches. A slot is a place in R x T, row by row."""
+    """The input of one forward pass."""
 
+    number: int
+    """Number of the pass within its optimizer step, counted over all processes."""
     image_ids: NDArray[np.int64]
     """[N], in the order of the patches."""
+    patches_NPD: Tensor
+    """float16."""
     token_ids: Tensor
-    """int64 [R, T]: 0 where patches or nothing stand."""
+    """int64 [R, T]: 0 at patches and padding."""
     positions: Tensor
-    """int64 [R, T]: of each token in its own text, patches before it included."""
-    images: Tensor
-    """int64 [R, T]: 0, 1, ... the images of a row, PADDING."""
-    texts: Tensor
-    """int64 [R, T]: 0 the patches, then 1, 2, ... the texts of an image."""
+    """int64 [R, T]: position of each token in its own text, behind the patches."""
+    image_numbers: Tensor
+    """int64 [R, T]: 0, 1, ... the images of a row, or PADDING."""
+    text_ids: Tensor
+    """int64 [R, T]: 0 for patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
-    """int64 [N x P]: where the patches stand."""
+    """int64 [N x P]: slots of the patches."""
     slots: Tensor
     """int64 [U], ascending: the slots that predict supervised tokens."""
     counts: Tensor
-    """int64 [U]: how many each of them predicts; the last patch predicts all first tokens."""
+    """int64 [U]: how many tokens each slot predicts; the last patch predicts all first tokens."""
     targets: Tensor
     """int64 [S]: the supervised tokens, those of the first of `slots` first."""
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Return the same on a device."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return PackedBatch(image_ids=self.image_ids, **tensors)
+        """Return a copy on a device."""
+        tensors: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
 
 
-def pack(
-    images: Sequence[ImageTexts], patches: int, *, row_tokens: int, pass_tokens: int
-) -> list[list[Row]]:
-    """Pack images into rows, and rows into forward passes, with as little padding as is found.
+def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
+    """Return the positions of an image: a text's last token is predicted, never read."""
+    return patches + sum(len(text.token_ids) - 1 for text in texts)
+
+
+def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[list[list[int]]]:
+    """Pack images into rows, and rows into forward passes, with little padding.
 
     The loss of a step does not depend on how it is packed.
 
     Args:
-        images: At least one.
-        patches: P, the same for all.
-        row_tokens: Most positions of a row; an image that is longer stands alone.
-        pass_tokens: Most positions of a forward pass, padding included; at least one row.
+        lengths: Positions of each image; at least one image.
+        row_tokens: Most positions of a row; an image that is longer gets a row of its own.
+        pass_tokens: Most positions of a forward pass, padding included; a pass has at least one
+            row.
 
     Returns:
-        The rows of each pass.
+        For each pass its rows, for each row the indices of its images.
     """
-    total = sum(patches + image.num_text_tokens for image in images)
-    fewest = min(math.ceil(total / row_tokens), len(images))
-    best: list[_Pass] = []
-    for num_rows in range(fewest, len(images) + 1):
-        if best and num_rows > fewest + TRIALS:
+    fewest = min(math.ceil(sum(lengths) / row_tokens), len(lengths))
+    best: list[list[list[int]]] = []
+    for num_rows in range(fewest, len(lengths) + 1):
+        if best and num_rows > fewest + EXTRA_ROWS:
             break
-        rows = _fill_evenly(images, patches, num_rows)
+        rows = _fill_rows(lengths, num_rows)
         if any(length > row_tokens and len(row) > 1 for length, row in rows):
             continue
         passes = _cut(rows, pass_tokens)
-        if not best or _slots(passes) < _slots(best):
+        if not best or num_slots(passes, lengths) < num_slots(best, lengths):
             best = passes
-    return [one.rows for one in best]
+    return best
 
 
-@dataclass
-class _Pass:
-    width: int
-    rows: list[Row]
+def num_slots(passes: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """Return the positions of packed passes, padding included."""
+    return sum(
+        len(rows) * max(sum(lengths[image] for image in row) for row in rows) for rows in passes
+    )
 
 
-def _cut(rows: list[tuple[int, Row]], pass_tokens: int) -> list[_Pass]:
-    """Put rows of like length into one pass."""
-    passes: list[_Pass] = []
-    # The longest first: it decides the width of its pass.
-    for length, row in sorted(rows, key=lambda row: -row[0]):
-        if not passes or (len(passes[-1].rows) + 1) * passes[-1].width > pass_tokens:
-            passes.append(_Pass(length, []))
-        passes[-1].rows.append(row)
-    return passes
-
-
-def _slots(passes: list[_Pass]) -> int:
-    return sum(one.width * len(one.rows) for one in passes)
-
-
-def _fill_evenly(
-    images: Sequence[ImageTexts], patches: int, num_rows: int
-) -> list[tuple[int, Row]]:
-    """Put the longest image that is left into the shortest row; return lengths and rows."""
-    rows: list[Row] = [[] for _ in range(num_rows)]
+def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, list[int]]]:
+    """Put the longest remaining image into the shortest row; return lengths and rows."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
     shortest = [(0, number) for number in range(num_rows)]
-    for image in sorted(images, key=lambda image: -image.num_text_tokens):
+    for image in sorted(range(len(lengths)), key=lambda image: -lengths[image]):
         length, number = shortest[0]
         rows[number].append(image)
-        heapq.heapreplace(shortest, (length + patches + image.num_text_tokens, number))
+        heapq.heapreplace(shortest, (length + lengths[image], number))
     return [(length, rows[number]) for length, number in shortest]
 
 
-def collate(rows: Sequence[Row], patches: int) -> PackedBatch:
+def _cut(rows: list[tuple[int, list[int]]], pass_tokens: int) -> list[list[list[int]]]:
+    """Put rows of similar length into the same pass."""
+    passes: list[list[list[int]]] = []
+    width = 0
+    # The longest row first: it decides the width of its pass.
+    for length, row in sorted(rows, key=lambda row: -row[0]):
+        if not passes or (len(passes[-1]) + 1) * width > pass_tokens:
+            passes.append([])
+            width = length
+        passes[-1].append(row)
+    return passes
+
+
+def collate(
+    rows: Sequence[Sequence[int]],
+    image_ids: Sequence[int],
+    texts: Sequence[Sequence[TokenizedText]],
+    patches_NPD: Tensor,
+    number: int = 0,
+) -> PackedBatch:
     """Lay out the rows of a forward pass as tensors.
 
     Args:
-        rows: R rows of images with their branches.
-        patches: P, the same for all.
+        rows: Indices of the images of each row.
+        image_ids: Id of each image, by index.
+        texts: Tokenised texts of each image, by index.
+        patches_NPD: float16, in the order of the images in the rows.
+        number: Of the pass within its step.
     """
-    width = max(sum(patches + image.num_text_tokens for image in row) for row in rows)
-    token_ids, positions, texts = np.zeros((3, len(rows) * width), np.int64)
-    images = np.full(len(rows) * width, PADDING)
+    patches = patches_NPD.shape[1]
+    width = max(sum(image_length(texts[image], patches) for image in row) for row in rows)
+    token_ids, positions, text_ids = np.zeros((3, len(rows) * width), np.int64)
+    image_numbers = np.full(len(rows) * width, PADDING)
     patch_slots: list[NDArray[np.int64]] = []
     targets: list[tuple[int, int]] = []
-    for number, row in enumerate(rows):
-        start = number * width
+    for row_number, row in enumerate(rows):
+        start = row_number * width
         for image_number, image in enumerate(row):
-            behind = start + patches
-            patch_slots.append(np.arange(start, behind))
-            positions[start:behind] = np.arange(patches)
-            for text, branch in enumerate(image.branches, start=1):
-                targets += _targets(branch, last_patch=start + patches - 1, first=behind)
-                there = slice(behind, behind + len(branch.token_ids) - 1)
-                token_ids[there] = branch.token_ids[:-1]
-                positions[there] = np.arange(patches, patches + len(branch.token_ids) - 1)
-                texts[there] = text
-                behind = there.stop
-            images[start:behind] = image_number
-            start = behind
-    # Of this shape too when a question was too long for its answer, and nothing is learned.
+            end = start + patches
+            patch_slots.append(np.arange(start, end))
+            positions[start:end] = np.arange(patches)
+            for text_id, text in enumerate(texts[image], start=1):
+                targets += _targets(text, last_patch=start + patches - 1, first=end)
+                inputs = text.token_ids[:-1]
+                place = slice(end, end + len(inputs))
+                token_ids[place] = inputs
+                positions[place] = np.arange(patches, patches + len(inputs))
+                text_ids[place] = text_id
+                end = place.stop
+            image_numbers[start:end] = image_number
+            start = end
+    # The shape holds also without targets, when every question is too long for its answer.
     target_slots, target_ids = (
         np.array(sorted(targets, key=itemgetter(0)), np.int64).reshape(-1, 2).T.copy()
     )
     slots, counts = np.unique(target_slots, return_counts=True)
     shape = (len(rows), width)
     return PackedBatch(
-        image_ids=np.array([image.image_id for row in rows for image in row]),
+        number=number,
+        image_ids=np.array([image_ids[image] for row in rows for image in row]),
+        patches_NPD=patches_NPD,
         token_ids=torch.from_numpy(token_ids).reshape(shape),
         positions=torch.from_numpy(positions).reshape(shape),
-        images=torch.from_numpy(images).reshape(shape),
-        texts=torch.from_numpy(texts).reshape(shape),
+        image_numbers=torch.from_numpy(image_numbers).reshape(shape),
+        text_ids=torch.from_numpy(text_ids).reshape(shape),
         patch_slots=torch.from_numpy(np.concatenate(patch_slots)),
         slots=torch.from_numpy(slots),
         counts=torch.from_numpy(counts),
@@ -191,11 +195,11 @@ def collate(rows: Sequence[Row], patches: int) -> PackedBatch:
     )
 
 
-def _targets(branch: Branch, *, last_patch: int, first: int) -> Iterator[tuple[int, int]]:
-    """Yield, for each supervised token, the slot that predicts it and the token.
+def _targets(text: TokenizedText, *, last_patch: int, first: int) -> Iterator[tuple[int, int]]:
+    """Yield the predicting slot and the token id of each supervised token.
 
-    The first token of a branch is predicted by the last patch, which all branches share.
+    The first token of a text is predicted by the last patch, which all texts of an image share.
     """
-    for index, (token_id, learned) in enumerate(zip(branch.token_ids, branch.learned, strict=True)):
-        if learned:
+    for index, (token_id, is_target) in enumerate(zip(text.token_ids, text.is_target, strict=True)):
+        if is_target:
             yield (first + index - 1 if index else last_patch), token_id

@@ -1,8 +1,8 @@
 """What the language model reads behind the patches of an image, and which tokens it must learn.
 
-A text is a list of segments; the learned ones are captions and answers, each followed by EOS, so
-that the model learns to stop. Each segment is tokenised on its own: " answer" and "answer" are
-different tokens, and this way training and generation cut the text at the same place.
+A text is a list of turns, each with a prompt and a target. Targets are captions or answers; an EOS
+follows each of them, so that the model learns to stop. Prompts and targets are tokenised apart:
+" answer" and "answer" are different tokens, and training must cut a text where generation does.
 """
 
 import sys
@@ -11,97 +11,84 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Segment:
-    """A piece of text that is tokenised on its own."""
-
-    text: str
-    learned: bool
-    """Whether the loss counts its tokens, and an EOS follows it."""
-
-
-Text = tuple[Segment, ...]
-"""All that follows the patches in one branch: a caption, or a conversation."""
+Turns = tuple[tuple[str, str], ...]
+"""Prompt and target of each turn of a text; a caption is one turn with an empty prompt."""
 
 
 @dataclass(frozen=True)
-class Branch:
+class TokenizedText:
     """A tokenised text; both lists have length T."""
 
     token_ids: list[int]
-    learned: list[bool]
-    cut: bool = False
-    """Whether the text was longer."""
+    is_target: list[bool]
+    """The loss mask: which tokens the loss counts."""
+    was_cut: bool = False
+    """Whether turns, or the end of the first turn, were left out."""
 
     @property
-    def num_learned(self) -> int:
+    def num_target_tokens(self) -> int:
         """Number of supervised tokens."""
-        return sum(self.learned)
+        return sum(self.is_target)
 
 
-def caption_text(caption: str) -> Text:
-    """Stage 1: the caption stands straight behind the patches."""
-    return (Segment(caption, True),)
+def caption_turns(caption: str) -> Turns:
+    """Return the text of stage 1: the caption, straight behind the patches."""
+    return (("", caption),)
 
 
 def question_text(question: str) -> str:
-    """Return Phi-2's own question-answer prompt, up to where the answer begins.
+    """Return Phi-2's question-answer prompt, up to where the answer begins.
 
     Source: the model card of microsoft/phi-2, "QA Format".
     """
     return f"Instruct: {question}\nOutput:"
 
 
-def conversation_text(turns: Sequence[tuple[str, str]]) -> Text:
-    """Stage 2: every turn as prompt and answer, one behind the other.
+def conversation_turns(turns: Sequence[tuple[str, str]]) -> Turns:
+    """Return the text of stage 2: a prompt for each question, then its answer.
 
     Args:
         turns: Question and answer of each turn.
     """
-    segments: list[Segment] = []
-    for question, answer in turns:
-        segments += [Segment(question_text(question), False), Segment(f" {answer}", True)]
-    return tuple(segments)
+    return tuple((question_text(question), f" {answer}") for question, answer in turns)
 
 
 def dialogue_prompt(
     turns: Sequence[tuple[str, str]], question: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the tokens of what was said so far and of a new question, as training has them.
+    """Return the tokens of a conversation so far and of a new question, as training has them.
 
     Args:
-        turns: Questions and answers so far.
-        question: What is asked now.
+        turns: Earlier questions and answers.
+        question: The new question.
         tokenizer: Of the language model; its EOS ends every answer.
     """
-    said = tokenize([conversation_text(turns)], tokenizer, sys.maxsize)[0].token_ids
-    return said + encode([question_text(question)], tokenizer)[0]
+    earlier = tokenize([conversation_turns(turns)], tokenizer, sys.maxsize)[0].token_ids
+    return earlier + encode([question_text(question)], tokenizer)[0]
 
 
 def tokenize(
-    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[Branch]:
-    """Tokenise some texts.
+    texts: Sequence[Turns], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> list[TokenizedText]:
+    """Tokenise texts.
 
     Args:
-        texts: Any number of them.
-        tokenizer: Of the language model; its EOS ends every learned segment.
-        max_tokens: Longest branch. Turns that exceed it are left out; a first turn that does is
-            cut, and then has no EOS.
-
-    Returns:
-        A branch a text.
+        texts: Any number of texts.
+        tokenizer: Of the language model; its EOS ends every target.
+        max_tokens: Most tokens of a text. Turns beyond are left out; a first turn that is longer
+            is cut, and then has no EOS.
     """
-    encoded = iter(encode([segment.text for text in texts for segment in text], tokenizer))
+    pieces = iter(encode([part for text in texts for turn in text for part in turn], tokenizer))
     eos = tokenizer.eos_token_id
-    return [_branch(text, [next(encoded) for _ in text], eos, max_tokens) for text in texts]
+    return [
+        _join([(next(pieces), next(pieces) + [eos]) for _ in text], max_tokens) for text in texts
+    ]
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokenise pieces of text as training and generation both do.
+    """Tokenise strings, in training and generation alike.
 
-    A special token that is written out in a text is text: an EOS in a caption ends nothing.
+    A special token spelled out in a string is plain text: an EOS in a caption ends nothing.
     """
     if not texts:
         return []
@@ -110,14 +97,15 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return token_ids
 
 
-def _branch(text: Text, pieces: list[list[int]], eos: int, max_tokens: int) -> Branch:
+def _join(turns: list[tuple[list[int], list[int]]], max_tokens: int) -> TokenizedText:
+    """Join the tokens of prompts and targets, up to the last turn that fits."""
     token_ids: list[int] = []
-    learned: list[bool] = []
-    kept = 0
-    for segment, piece in zip(text, pieces, strict=True):
-        token_ids += piece + [eos] * segment.learned
-        learned += [segment.learned] * (len(piece) + segment.learned)
-        if segment.learned and len(token_ids) <= max_tokens:
-            kept = len(token_ids)
-    end = kept or max_tokens
-    return Branch(token_ids[:end], learned[:end], cut=end < len(token_ids))
+    is_target: list[bool] = []
+    end = 0
+    for prompt, target in turns:
+        token_ids += prompt + target
+        is_target += [False] * len(prompt) + [True] * len(target)
+        if len(token_ids) <= max_tokens:
+            end = len(token_ids)
+    end = end or max_tokens
+    return TokenizedText(token_ids[:end], is_target[:end], was_cut=end < len(token_ids))

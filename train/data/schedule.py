@@ -1,7 +1,7 @@
 """Which texts make which optimizer step: a pure function of sizes, order and settings.
 
-An epoch sees every text once. An image with more texts than one step may hold of it comes again in
-a later round of the epoch, with the next ones: a step never holds an image twice.
+An epoch sees every text once. An image with more texts than a step may hold of one image returns in
+a later round of the epoch with the next texts: a step never holds an image twice.
 
 Letters: N images, K images of a step.
 """
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 class PlannedStep:
     """The texts of one optimizer step: a slice of those of some images."""
 
-    numbers: NDArray[np.int64]
-    """Numbers of the images [K], in order."""
+    image_numbers: NDArray[np.int64]
+    """int64 [K], in order."""
     texts: slice
-    """Which texts of each."""
+    """Which texts of each image."""
 
 
 def plan_steps(
@@ -35,44 +35,45 @@ def plan_steps(
 
     Args:
         num_texts: Texts of each image [N], at least one.
-        batch_size: Texts of a step; images are added until there are as many. The last step of a
-            round may be smaller.
+        batch_size: Texts of a step: images are added until it has at least so many. The last step
+            of a round may be smaller.
         texts_per_image: Most texts of an image in a step.
-        epochs: Passes over the texts; half of one is the first half of its order.
-        order: From a number, which counts rounds over all epochs, to the order of all images [N].
+        epochs: Passes over the texts; 0.5 is the first half of an epoch's order.
+        order: Returns the order of all images [N] for the number of a round, counted over all
+            epochs.
 
     Returns:
         The steps in order; at least one.
     """
     rounds = num_rounds(num_texts, texts_per_image)
-    wanted = max(1, round(epochs * int((-(-num_texts // texts_per_image)).sum())))
+    remaining = max(1, round(epochs * int((-(-num_texts // texts_per_image)).sum())))
     steps: list[PlannedStep] = []
     number = 0
-    while wanted > 0:
+    while remaining > 0:
         first = number % rounds * texts_per_image
         shuffled = order(number)
-        there = shuffled[num_texts[shuffled] > first][:wanted]
-        sizes = np.minimum(num_texts[there] - first, texts_per_image)
+        images = shuffled[num_texts[shuffled] > first][:remaining]
+        sizes = np.minimum(num_texts[images] - first, texts_per_image)
         texts = slice(first, first + texts_per_image)
-        steps += [PlannedStep(part, texts) for part in _cut(there, sizes, batch_size)]
-        wanted -= len(there)
+        steps += [PlannedStep(part, texts) for part in _cut(images, sizes, batch_size)]
+        remaining -= len(images)
         number += 1
     return steps
 
 
 def num_rounds(num_texts: NDArray[np.int64], texts_per_image: int) -> int:
-    """Return how often an epoch goes through the images."""
+    """Return the rounds of an epoch over the images."""
     return -(-int(num_texts.max()) // texts_per_image)
 
 
 def _cut(
-    numbers: NDArray[np.int64], sizes: NDArray[np.int64], batch_size: int
+    images: NDArray[np.int64], sizes: NDArray[np.int64], batch_size: int
 ) -> list[NDArray[np.int64]]:
-    """Cut after every image with which there are enough texts."""
+    """Cut after every image that completes a batch of texts."""
     ends = sizes.cumsum()
     cuts: list[int] = []
     cut = int(np.searchsorted(ends, batch_size)) + 1
-    while cut < len(numbers):
+    while cut < len(images):
         cuts.append(cut)
         cut = int(np.searchsorted(ends, ends[cut - 1] + batch_size)) + 1
-    return np.split(numbers, cuts)
+    return np.split(images, cuts)

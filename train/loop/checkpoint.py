@@ -1,8 +1,8 @@
-"""The state of an unfinished run, in one safetensors file a checkpoint.
+"""Checkpoints: the state of an unfinished run, one safetensors file each.
 
-A file holds the parameters that learn and the optimizer's state as tensors, and in its metadata
-the number of optimizer steps, what the loop wants to find again, and a hash of all of it. The
-schedule and every random choice are functions of the step: there is no state of them to keep.
+A file holds the trainable parameters and the optimizer's state as tensors, and in its metadata the
+number of optimizer steps, the loop's progress, and a hash of everything. The schedule and every
+random choice are functions of the step and need no state.
 """
 
 import json
@@ -28,24 +28,24 @@ PARAMETER = "parameter."
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was read whole."""
+    """A checkpoint read from an intact file."""
 
     path: Path
     step: int
-    """Optimizer steps made."""
+    """Completed optimizer steps."""
     progress: dict[str, Any]
-    """What the loop remembered, as JSON holds it."""
+    """The loop's state, as JSON values."""
     tensors: dict[str, Tensor]
 
     def restore(
-        self, learning: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+        self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
-        """Put parameters and optimizer back into the state that was saved, bit by bit.
+        """Restore the saved state of parameters and optimizer, bit by bit.
 
         Raises:
-            ValueError: It was saved of other parameters, or of another optimizer.
+            ValueError: The checkpoint is of other parameters, or of another optimizer.
         """
-        saved = {PARAMETER + name: parameter for name, parameter in learning.items()}
+        saved = {PARAMETER + name: parameter for name, parameter in parameters.items()}
         self._check_parameters(saved)
         state = self._optimizer_state([p for g in optimizer.param_groups for p in g["params"]])
         with torch.no_grad():
@@ -55,7 +55,7 @@ class Checkpoint:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _check_parameters(self, saved: Mapping[str, nn.Parameter]) -> None:
-        # PyTorch would stretch and convert what does not fit.
+        # copy_ would broadcast and convert.
         wanted = {name: (p.dtype, tuple(p.shape)) for name, p in saved.items()}
         found = {
             name: (tensor.dtype, tuple(tensor.shape))
@@ -74,7 +74,7 @@ class Checkpoint:
                 state.setdefault(int(number), {})[key] = tensor
         for position, values in state.items():
             shape = tuple(parameters[position].shape)
-            # Of AdamW.
+            # AdamW's state.
             wanted = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
             found = {key: tuple(tensor.shape) for key, tensor in values.items()}
             if found != wanted:
@@ -83,47 +83,47 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the last ones are kept, older ones are deleted."""
+    """The checkpoints of a run; only the last few are kept."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
 
     @property
     def paths(self) -> list[Path]:
-        """Files that are there, the oldest first."""
+        """Checkpoint files, oldest first."""
         return sorted(self._folder.glob("step-*.safetensors"))
 
     def save(
         self,
         step: int,
-        learning: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         progress: Mapping[str, Any],
     ) -> Path:
-        """Write a checkpoint, whole or not at all, then delete the oldest ones."""
-        tensors = {PARAMETER + name: _to_save(p) for name, p in learning.items()}
+        """Write a checkpoint atomically, then delete the oldest ones."""
+        tensors = {PARAMETER + name: _to_save(p) for name, p in parameters.items()}
         for number, state in optimizer.state_dict()["state"].items():
             for key, value in state.items():
                 tensors[f"{OPTIMIZER}{number}.{key}"] = _to_save(value)
         state = {"step": step, "progress": dict(progress)}
         about = {"state": state, "xxh3_128": _hash(state, tensors)}
         path = self._folder / f"step-{step:08}.safetensors"
-        # Straight from the tensors to the file: in memory, safetensors makes two more copies.
+        # To a file: in memory, safetensors makes two more copies.
         with replacing(path) as temporary, writing_foreign_file(path):
-            # One entry: safetensors writes several in an order that changes from run to run.
+            # One entry: safetensors writes several in random order.
             save_file(tensors, temporary, {"checkpoint": json.dumps(about)})
         for newer in (other for other in self.paths if other > path):
-            # Damaged, or the run would not have gone on from before it.
+            # A damaged one: the run resumed from a checkpoint before it.
             newer.unlink()
         for old in self.paths[: -self._keep]:
             old.unlink()
         return path
 
     def latest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that is whole; damaged ones are named, and left there.
+        """Read the newest intact checkpoint; damaged ones are reported and left in place.
 
         Raises:
-            OSError: The system cannot read one, which says nothing about what is in it.
+            OSError: The system cannot read a file, which may be intact.
         """
         for path in reversed(self.paths):
             try:
@@ -145,7 +145,7 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _read_through(path: Path) -> None:
-    """Meet a failing disk where it is an error: in a mapped file, it would end the process."""
+    """Read the file once: on a failing disk this raises, where a mapped file kills the process."""
     with path.open("rb", buffering=0) as file:
         while file.read(CHUNK_BYTES):
             pass

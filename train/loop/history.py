@@ -1,4 +1,4 @@
-"""Counts what a run does between two logged steps, and writes it as rows of history.csv."""
+"""The history of a run: counters between two logged steps, written as rows of history.csv."""
 
 import resource
 import time
@@ -14,7 +14,7 @@ from train.run import RunDirectory
 
 @dataclass
 class _Counts:
-    """Sums over some optimizer steps."""
+    """Sums over some optimizer steps; checkpoints store them under these names."""
 
     loss_sum: float = 0.0
     learned: int = 0
@@ -31,7 +31,7 @@ class _Counts:
 
 
 class History:
-    """The rows of one run, and the counters since the last row."""
+    """The rows of a run, and the counters since the last row."""
 
     def __init__(self, run: RunDirectory, tracker: Tracker) -> None:
         self._run, self._tracker = run, tracker
@@ -49,16 +49,16 @@ class History:
         """Count one optimizer step.
 
         Args:
-            data: What it learned from.
+            data: Of the step.
             loss_sum: Cross entropy summed over the supervised tokens.
-            learning_rate: What it was made with.
-            waited: Seconds in which there was no data to work on.
+            learning_rate: Of the step.
+            waited: Seconds spent waiting for the data.
         """
-        self._learning_rate, self._loss = learning_rate, loss_sum / data.num_learned
+        self._learning_rate, self._loss = learning_rate, loss_sum / data.num_target_tokens
         self._open.add(
             _Counts(
                 loss_sum=loss_sum,
-                learned=data.num_learned,
+                learned=data.num_target_tokens,
                 positions=data.num_positions,
                 slots=data.num_slots,
                 images=len(data.image_ids),
@@ -69,7 +69,7 @@ class History:
         )
 
     def latest(self) -> dict[str, str]:
-        """Return what the progress bar shows: the last step's loss, and the speed of late."""
+        """Return the progress bar's texts: the last step's loss and the recent speed."""
         counts = self._open if self._open.seconds else self._closed
         return {
             "loss": f"{self._loss:.3f}",
@@ -77,7 +77,7 @@ class History:
         }
 
     def write(self, step: int, validation_loss: float | None) -> None:
-        """Close a row at an optimizer step, write the file, tell wandb."""
+        """Close a row at an optimizer step, write the file and log to wandb."""
         counts = self._open
         row: dict[str, float] = {
             "step": step,
@@ -91,7 +91,7 @@ class History:
         if validation_loss is not None:
             row["validation_loss"] = round(validation_loss, 6)
         self._rows.append(row)
-        # Validation belongs to the run, not to the speed of its steps.
+        # The time of validation counts for the run, not for the speed of this row.
         counts.seconds += self._tick()
         self._closed.add(counts)
         self._open = _Counts()
@@ -99,7 +99,7 @@ class History:
         self._tracker.log(step, row)
 
     def state(self) -> dict[str, Any]:
-        """Return all of it, as JSON can hold it."""
+        """Return the state as JSON values."""
         return {
             "rows": list(self._rows),
             "open": asdict(self._open),
@@ -108,7 +108,7 @@ class History:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from another process's state."""
+        """Continue from a saved state."""
         self._rows = list(state["rows"])
         self._open, self._closed = _Counts(**state["open"]), _Counts(**state["closed"])
         self._learning_rate = state["learning_rate"]
@@ -116,9 +116,9 @@ class History:
         self._tick()
 
     def summary(self) -> dict[str, float]:
-        """Return the last losses, and speed and waiting over the whole run.
+        """Return the last losses, and the speed of the whole run.
 
-        Without `validation_loss` where nothing was there to validate on.
+        Without validation images there is no `validation_loss`.
         """
         total, last = self._closed, self._rows[-1]
         validation = {name: last[name] for name in ("validation_loss",) if name in last}
@@ -136,7 +136,7 @@ class History:
 
 
 def peak_memory_gib() -> float:
-    """Return the most memory that was used: of the GPU where there is one, else of the process."""
+    """Return the peak memory in GiB: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     # ru_maxrss counts KiB on Linux.

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a run goes on: it stops where its state can be saved."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP: a run stops where its state can be saved."""
 
 import contextlib
 import signal
@@ -10,27 +10,27 @@ from types import FrameType, TracebackType
 from cache.cli.interrupts import INTERRUPTS
 
 REPEAT_SECONDS = 0.2
-"""A signal so soon after the first one is the same request: `timeout` sends its signal to the
-process, and then to the group."""
+"""A second signal this soon counts as the same request: `timeout` signals the process, then its
+group."""
 
 
 class StopRequest:
-    """Handles the signals inside a `with`, which must be entered by the main thread.
+    """Handles the signals inside a `with` block of the main thread.
 
-    The first signal is remembered, the second one raises KeyboardInterrupt.
+    The first signal is remembered, the second raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        """Whether a signal has come."""
-        self._asked_at = 0.0
+        self.requested = False
+        """Whether a signal was received."""
+        self._requested_at = 0.0
         self._at_once = False
 
     def __enter__(self) -> "StopRequest":
-        # `nohup` ignores SIGHUP, so that a run outlives its terminal.
+        # Under `nohup` SIGHUP is ignored, so that a run outlives its terminal.
         nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         numbers = [number for number in INTERRUPTS if not (nohup and number == signal.SIGHUP)]
-        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(
@@ -39,26 +39,26 @@ class StopRequest:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let the first signal raise KeyboardInterrupt too: the caller knows how to save."""
+        """Let the first signal raise KeyboardInterrupt too, for a caller that saves the state."""
         self._at_once = True
         try:
-            if self.asked:
+            if self.requested:
                 raise KeyboardInterrupt
             yield
         finally:
             self._at_once = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and time.monotonic() < self._asked_at + REPEAT_SECONDS:
+        if self.requested and time.monotonic() < self._requested_at + REPEAT_SECONDS:
             return
-        if self.asked or self._at_once:
-            self.asked = True
+        if self.requested or self._at_once:
+            self.requested = True
             raise KeyboardInterrupt
-        self.asked, self._asked_at = True, time.monotonic()
+        self.requested, self._requested_at = True, time.monotonic()
         name = signal.Signals(number).name
         print(f"\n{name}: stopping after this step; again to stop at once", file=sys.stderr)

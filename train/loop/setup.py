@@ -1,4 +1,4 @@
-"""What a stage trains: its parts, the plan of its steps, and their data made ahead."""
+"""The parts of a training run: model, data and optimizer, the plan of its steps, and their data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from cache import FeatureStore
 from train.data.examples import Example, Examples
 from train.data.order import global_order, windowed_order
-from train.data.prefetch import Ahead, ShardsAhead
+from train.data.prefetch import Prefetcher, ShardReadahead
 from train.data.schedule import PlannedStep, num_rounds, plan_steps
 from train.loop.step import StepData, build_step
 from train.model.captioner import CaptionModel
@@ -20,8 +20,8 @@ from train.settings import LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """The parts in which the two stages differ."""
+class TrainingSetup:
+    """The parts that differ between the two stages."""
 
     model: CaptionModel
     tokenizer: PreTrainedTokenizerBase
@@ -51,34 +51,36 @@ class Task:
         window = self.settings.window_shards
         return lambda number: windowed_order(shards, window, self.seed, number)
 
-    def source(self, plan: Sequence[PlannedStep], done: int) -> Ahead[int, StepData]:
-        """Make the data of the steps behind the first `done` ones, ahead of who uses them.
+    def prefetch(
+        self, plan: Sequence[PlannedStep], completed_steps: int
+    ) -> Prefetcher[int, StepData]:
+        """Prepare the data of the remaining steps, ahead of their use.
 
-        Of a windowed order, the shards of the next window are read meanwhile.
+        With a windowed order, the shards of the next window are read meanwhile.
         """
-        steps = plan[done:]
+        steps = plan[completed_steps:]
         distance = 0
         if self.settings.order == "windowed":
             rounds = num_rounds(self.train.num_texts, self.settings.texts_per_image)
             windows = self.store.num_shards / self.settings.window_shards
             window_steps = len(plan) / (self.settings.epochs * rounds) / windows
-            # Of a tiny part of an epoch, a window would be more steps than numbers go.
+            # A tiny share of an epoch gives a number of steps too large for ceil.
             distance = math.ceil(min(window_steps, len(plan)))
-        image_ids = [self.train.image_ids[step.numbers] for step in steps]
-        shards = ShardsAhead(self.store, image_ids, distance)
+        image_ids = [self.train.image_ids[step.image_numbers] for step in steps]
+        readahead = ShardReadahead(self.store, image_ids, distance)
 
         def build(number: int) -> StepData:
-            shards.before(number)
+            readahead.advance_to(number)
             return self.step_data(self._examples(steps[number]))
 
-        return Ahead(build, range(len(steps)))
+        return Prefetcher(build, range(len(steps)))
 
     def _examples(self, step: PlannedStep) -> list[Example]:
-        whole = [self.train[number] for number in step.numbers.tolist()]
+        whole = [self.train[number] for number in step.image_numbers.tolist()]
         return [Example(example.image_id, example.texts[step.texts]) for example in whole]
 
     def step_data(self, examples: Sequence[Example]) -> StepData:
-        """Prepare some images and all their texts."""
+        """Prepare the texts and features of some images."""
         return build_step(
             examples,
             self.tokenizer,

@@ -1,9 +1,7 @@
-"""One optimizer step: its data, prepared in the thread that works ahead, and its computation.
+"""One optimizer step: its data, prepared ahead in another thread, and its computation.
 
-The loss is the sum over the supervised tokens of the whole step divided by their number, so that it
-does not depend on how the step is cut into forward passes or over processes.
-
-Letters: N images of a forward pass, P patches, D width of the vision tower.
+The loss is the sum over the supervised tokens of the whole step divided by their number, so it does
+not depend on how the step is cut into forward passes or spread over processes.
 """
 
 import math
@@ -14,46 +12,32 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from train.data.examples import Example
-from train.data.packing import ImageTexts, PackedBatch, collate, pack
+from train.data.packing import PackedBatch, collate, image_length, num_slots, pack
 from train.data.prefetch import Features, gather_tensor
 from train.data.prompts import tokenize
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
-NAMED_IMAGES = 8
-"""How many image ids an error names."""
-
-
-@dataclass(frozen=True)
-class ForwardPass:
-    """What one forward pass of this process works on."""
-
-    number: int
-    """Of the step's passes, those of other processes included."""
-    patches_NPD: Tensor
-    """float16."""
-    batch: PackedBatch
-
 
 @dataclass(frozen=True)
 class StepData:
-    """What one optimizer step learns from. All counts are of all processes together."""
+    """The data of one optimizer step. All counts are over all processes."""
 
-    passes: list[ForwardPass]
-    """Those of this process."""
+    batches: list[PackedBatch]
+    """The forward passes of this process."""
     image_ids: list[int]
-    num_learned: int
+    num_target_tokens: int
     """Supervised tokens."""
     num_positions: int
-    """Positions that are read, padding not counted."""
+    """Positions without padding."""
     num_slots: int
-    """Positions that are computed, padding counted."""
+    """Positions with padding."""
     num_cut: int
-    """Texts of which turns, or the end of the first one, were left out for their length."""
+    """Texts that were too long and lost turns, or the end of their first turn."""
 
 
 def build_step(
@@ -66,51 +50,53 @@ def build_step(
     max_text_tokens: int,
     device: torch.device,
 ) -> StepData:
-    """Prepare some images and all their texts.
+    """Tokenise and pack the texts of some images, and gather the images' features.
 
-    Of several processes each builds the same passes and gathers the features of its own.
+    Every process packs the same passes and gathers the features of its own share.
 
     Args:
         examples: At least one.
         tokenizer: Of the language model.
         store: Holds the features.
-        pass_tokens: Most positions of one forward pass, padding included.
-        row_tokens: Most positions of a row, in which images are packed.
-        max_text_tokens: Longest text behind an image.
-        device: Where the model is; for a GPU, features are gathered into pinned memory.
+        pass_tokens: Most positions of a forward pass, padding included.
+        row_tokens: Most positions of a row of packed images.
+        max_text_tokens: Most tokens of a text.
+        device: The model's; for a GPU, features are gathered into pinned memory.
 
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
     """
-    tokenized = tokenize([text for e in examples for text in e.texts], tokenizer, max_text_tokens)
-    num_learned = sum(branch.num_learned for branch in tokenized)
-    if not num_learned:
+    all_texts = tokenize([text for e in examples for text in e.texts], tokenizer, max_text_tokens)
+    num_target_tokens = sum(text.num_target_tokens for text in all_texts)
+    if not num_target_tokens:
         raise StageError(
             f"image {examples[0].image_id} and {len(examples) - 1} others: max_text_tokens is "
             f"{max_text_tokens}, which cuts off every answer of the step. Raise it."
         )
-    branches = iter(tokenized)
-    images = [ImageTexts(e.image_id, tuple(next(branches) for _ in e.texts)) for e in examples]
-    patches = store.spec.patches
-    num_positions = sum(patches + image.num_text_tokens for image in images)
+    remaining = iter(all_texts)
+    texts = [[next(remaining) for _ in example.texts] for example in examples]
+    image_ids = [example.image_id for example in examples]
+    lengths = [image_length(image_texts, store.spec.patches) for image_texts in texts]
     processes = PartialState()
     if processes.num_processes > 1:
-        # As many passes as processes at least: none is to wait for another without need.
-        share = -(-num_positions // processes.num_processes)
+        # Cut at least one pass per process, so that no rank idles.
+        share = -(-sum(lengths) // processes.num_processes)
         row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
-    planned = pack(images, patches, row_tokens=row_tokens, pass_tokens=pass_tokens)
-    batches = [collate(rows, patches) for rows in planned]
-    mine = range(processes.process_index, len(batches), processes.num_processes)
+    passes = pack(lengths, row_tokens=row_tokens, pass_tokens=pass_tokens)
+
+    def batch(number: int) -> PackedBatch:
+        ids = np.array([image_ids[image] for row in passes[number] for image in row])
+        patches_NPD = gather_tensor(store, ids, device)
+        return collate(passes[number], image_ids, texts, patches_NPD, number)
+
+    own_passes = range(processes.process_index, len(passes), processes.num_processes)
     return StepData(
-        [
-            ForwardPass(n, gather_tensor(store, batches[n].image_ids, device), batches[n])
-            for n in mine
-        ],
-        [image.image_id for image in images],
-        num_learned,
-        num_positions,
-        sum(batch.token_ids.numel() for batch in batches),
-        sum(branch.cut for branch in tokenized),
+        batches=[batch(number) for number in own_passes],
+        image_ids=image_ids,
+        num_target_tokens=num_target_tokens,
+        num_positions=sum(lengths),
+        num_slots=num_slots(passes, lengths),
+        num_cut=sum(text.was_cut for text in all_texts),
     )
 
 
@@ -122,34 +108,35 @@ def optimizer_step(
     clip_norm: float,
     seed: tuple[int, int],
 ) -> float:
-    """Make one optimizer step over all its forward passes, and over all processes.
+    """Make one optimizer step over all forward passes of all processes.
 
     Args:
         model: Put into `train()` here.
-        optimizer: Of the parameters that learn.
-        data: What is learned from.
-        clip_norm: Gradients of all parameters together are scaled down to this norm.
-        seed: Of the run, and the step's number: with the number of a pass, all that LoRA's dropout
-            depends on. So a run that is continued needs no state of a random generator.
+        optimizer: Of the trainable parameters.
+        data: Of the step.
+        clip_norm: Gradients are scaled down so that their norm, all together, is at most this.
+        seed: The run's seed and the step's number. With the number of a pass they decide LoRA's
+            dropout, so a resumed run needs no state of a random generator.
 
     Returns:
         Cross entropy summed over the supervised tokens.
 
     Raises:
-        FloatingPointError: It or the gradient's norm is not finite; the weights are as before.
+        FloatingPointError: The loss or the gradient's norm is not finite; the weights are as
+            before.
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
-    for one in data.passes:
-        torch.manual_seed(pass_seed(*seed, one.number))
-        loss = model(one.patches_NPD, one.batch.to(model.device))
-        (loss / data.num_learned).backward()
+    for batch in data.batches:
+        torch.manual_seed(pass_seed(*seed, batch.number))
+        loss = model(batch.to(model.device))
+        (loss / data.num_target_tokens).backward()
         loss_sum += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _sum_over_processes(parameters)
-    total = float(reduce(loss_sum, "sum"))
+    _sum_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    total = float(reduce(loss_sum, "sum"))
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total}, its gradient's norm {norm}")
     optimizer.step()
@@ -157,15 +144,16 @@ def optimizer_step(
 
 
 def pass_seed(seed: int, step: int, number: int) -> int:
-    """Return the seed of one forward pass."""
+    """Return the seed of one forward pass, from 0 to 2**63 - 1."""
     return int(np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _sum_over_processes(parameters: Sequence[nn.Parameter]) -> None:
+def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Sum gradients over all processes."""
     if PartialState().num_processes == 1:
         return
     for parameter in parameters:
-        # A process can have had no pass at all.
+        # A process without a pass has no gradient.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = reduce(gradient, "sum")
 
@@ -175,6 +163,6 @@ def mean_loss(model: CaptionModel, data: StepData) -> float:
     """Return the mean loss of a supervised token, over all processes."""
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for one in data.passes:
-        total += model(one.patches_NPD, one.batch.to(model.device))
-    return float(reduce(total, "sum")) / data.num_learned
+    for batch in data.batches:
+        total += model(batch.to(model.device))
+    return float(reduce(total, "sum")) / data.num_target_tokens

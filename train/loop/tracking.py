@@ -1,4 +1,4 @@
-"""Sends a run's numbers to wandb: offline by default, nothing needs an account or a network."""
+"""Logs a run to wandb; offline by default, without account or network."""
 
 import contextlib
 import logging
@@ -18,40 +18,40 @@ from workspace.paths import WORK
 
 
 class Tracker:
-    """One wandb run, finished on leaving the `with`.
+    """One wandb run, finished on leaving the `with` block.
 
-    `wandb sync .work/wandb/offline-run-*` uploads an offline one later. Whatever wandb meets while
-    it records, like a full disk, is said once and ends the recording, never the training.
+    `wandb sync .work/wandb/offline-run-*` uploads an offline run later. An error in wandb, like a
+    full disk, is printed once and ends the logging, never the training.
     """
 
     def __init__(
         self, settings: TrackingSettings, run: RunDirectory, config: Mapping[str, Any]
     ) -> None:
-        """Start recording; of several processes, only the main one does.
+        """Start logging, in the main process only.
 
-        A run that is continued has the same id, so that wandb shows it as one.
+        A resumed run keeps its id, so wandb shows it as one run.
 
         Raises:
-            StageError: wandb is to send the numbers and cannot.
+            StageError: wandb is set to online and cannot connect.
         """
         WORK.mkdir(exist_ok=True)
         os.environ.setdefault("WANDB_SILENT", "true")
         self._stage, self._run = run.stage, None
-        # On a full disk, Python would print a traceback for each line of wandb's log.
+        # On a full disk, Python prints a traceback for every line of wandb's log.
         logging.raiseExceptions = False
         run_id = run.tracking_id() if run.is_main else None
-        with self._training_first():
+        with self._errors_end_logging():
             self._run = _start(settings, run, run_id, config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers of an optimizer step."""
-        with self._training_first():
+        """Log the numbers of an optimizer step."""
+        with self._errors_end_logging():
             if self._run:
                 self._run.log(dict(values), step=step)
 
     def log_samples(self, step: int, rows: Sequence[tuple[int, str, str]]) -> None:
-        """Record a table of image id, wanted text and generated text."""
-        with self._training_first():
+        """Log a table of image id, wanted text and generated text."""
+        with self._errors_end_logging():
             if self._run:
                 table = wandb.Table(
                     columns=["image_id", "wanted", "generated"], data=[list(r) for r in rows]
@@ -62,12 +62,12 @@ class Tracker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._training_first():
+        with self._errors_end_logging():
             if self._run:
                 self._run.finish(exit_code=int(exception[0] is not None))
 
     @contextlib.contextmanager
-    def _training_first(self) -> Iterator[None]:
+    def _errors_end_logging(self) -> Iterator[None]:
         try:
             yield
         except (PatchcacheError, KeyboardInterrupt, SystemExit):

@@ -1,45 +1,44 @@
-"""How a run does on images that it does not learn from: a loss, and texts to look at."""
+"""Validation on images that a run does not learn from: a loss, and texts to look at."""
 
-from train.data.prompts import Text
-from train.loop.setup import Task
+from train.loop.setup import TrainingSetup
 from train.loop.step import mean_loss
 from train.model.generate import generate
 
 SAMPLE_TOKENS = 48
-"""Most tokens of a text that is generated while training."""
+"""Most tokens of a text that is generated during training."""
 
 
-def validation_loss(task: Task) -> float | None:
+def validation_loss(setup: TrainingSetup) -> float | None:
     """Return the mean loss of a supervised token over the first validation images, if any."""
-    examples = task.validation[: task.settings.validation_images]
+    examples = setup.validation[: setup.settings.validation_images]
     if not examples:
         return None
-    return mean_loss(task.model, task.step_data(examples))
+    return mean_loss(setup.model, setup.step_data(examples))
 
 
-def samples(task: Task) -> list[tuple[int, str, str]]:
-    """Generate a text for a few validation images: image id, wanted, generated."""
-    chosen = task.validation[: task.settings.samples]
-    if not chosen:
+def samples(setup: TrainingSetup) -> list[tuple[int, str, str]]:
+    """Generate a text for each of a few validation images.
+
+    Returns:
+        Image id, wanted text and generated text, prompts included.
+    """
+    examples = setup.validation[: setup.settings.samples]
+    if not examples:
         return []
-    asked = [_first_question(example.texts[0]) for example in chosen]
-    made = generate(
-        task.model,
-        task.tokenizer,
-        task.store,
-        [example.image_id for example in chosen],
-        [prompt for prompt, _ in asked],
+    first_turns = [example.texts[0][0] for example in examples]
+    generations = generate(
+        setup.model,
+        setup.tokenizer,
+        setup.store,
+        [example.image_id for example in examples],
+        [prompt for prompt, _ in first_turns],
         max_tokens=SAMPLE_TOKENS,
-        batch_size=len(chosen),
+        batch_size=len(examples),
         description="samples",
     )
     return [
-        (example.image_id, prompt + wanted, prompt + " " + generation.text)
-        for example, (prompt, wanted), generation in zip(chosen, asked, made, strict=True)
+        (example.image_id, prompt + target, prompt + " " + generation.text)
+        for example, (prompt, target), generation in zip(
+            examples, first_turns, generations, strict=True
+        )
     ]
-
-
-def _first_question(text: Text) -> tuple[str, str]:
-    """Return what stands before the first learned segment, and that segment."""
-    first = next(number for number, segment in enumerate(text) if segment.learned)
-    return "".join(segment.text for segment in text[:first]), text[first].text

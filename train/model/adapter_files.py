@@ -1,8 +1,8 @@
-"""The files of an adapter, in PEFT's format: whether they are what stage 2 writes.
+"""The files of an adapter in PEFT's format: checks that stage 2 could have written them.
 
-PEFT believes its config: a regular expression may name the layers, a rank may be a million, and a
-dozen entries make it import or build something else. So nothing of the config reaches PEFT but
-three checked numbers, and no matrix is made that the file does not hold.
+PEFT trusts its config: a regular expression may name the layers, a rank may be a million, and a
+dozen entries make it import or build something else. So only three checked numbers of the config
+reach PEFT, and no matrix is allocated that the file does not hold.
 """
 
 from pathlib import Path
@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import nn
 
 from cache.files.foreign import reading_foreign_file
-from train.model.model_files import ADAPTER_CONFIG, read_json
+from train.json_files import read_json
+from train.model.model_files import ADAPTER_CONFIG
 from train.model.tensor_file import read_header
 from train.settings import LoraSettings
 from workspace.errors import StageError
@@ -20,7 +21,7 @@ from workspace.errors import StageError
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 DESCRIBING = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
-"""Entries that say where an adapter comes from."""
+"""Entries that describe the adapter's origin."""
 
 FLOATS = ("F32", "F16", "BF16")
 
@@ -34,7 +35,7 @@ def read_lora_settings(folder: Path) -> LoraSettings:
     """Read rank, alpha and dropout of an adapter.
 
     Raises:
-        StageError: No config there, or not with such numbers.
+        StageError: No config, or no such numbers in it.
         OSError: The system could not read the file.
     """
     values = _read_config(folder)
@@ -52,15 +53,15 @@ def read_lora_settings(folder: Path) -> LoraSettings:
 
 
 def check_adapter(folder: Path, config: LoraConfig, model: nn.Module) -> None:
-    """Refuse an adapter that stage 2 would not write beside this model.
+    """Refuse an adapter that stage 2 would not write for this model.
 
     Args:
-        folder: Holds it.
-        config: As stage 2 makes it from the adapter's rank, alpha and dropout.
+        folder: Of the adapter.
+        config: Stage 2's config for the adapter's rank, alpha and dropout.
         model: The language model, quantised or not, without LoRA.
 
     Raises:
-        StageError: Names the first entry, or the first matrix, that is another.
+        StageError: Names the first entry, or the first matrix, that differs.
         OSError: The system could not read a file.
     """
     targets = config.target_modules
@@ -101,7 +102,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _check_config(
     folder: Path, found: dict[str, Any], wanted: dict[str, Any], targets: set[str]
 ) -> None:
-    """Compare all entries that both versions of PEFT know: the writer's and the one here."""
+    """Compare all entries that both the writer's PEFT and the installed one know."""
     names = found.get("target_modules")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise _wrong(folder, "target_modules", names, "a list of names")
@@ -109,7 +110,7 @@ def _check_config(
         raise _wrong(folder, "target_modules", sorted(names), sorted(targets))
     with reading_foreign_file(lambda detail: refusal(folder, f"{ADAPTER_CONFIG}: {detail}")):
         for name in sorted(found.keys() & wanted.keys() - {"target_modules", *DESCRIBING}):
-            # What is off is null, false or empty, by the version.
+            # Depending on the version, an option is off as null, false or empty.
             if (found[name] or wanted[name]) and found[name] != wanted[name]:
                 raise _wrong(folder, name, found[name], repr(wanted[name]))
         for name in ("peft_type", "task_type"):

@@ -1,7 +1,7 @@
-"""Who sees whom in packed rows, and the attention that keeps to it.
+"""Attention over packed rows: each position attends to its image's patches and its own text.
 
-One rule in two forms: a dense mask for SDPA, and the block mask of FlexAttention, which skips
-blocks in which nothing is seen. Transformers' models take either through `attention_mask`.
+One mask in two forms: a dense mask for SDPA, and FlexAttention's block mask, which skips blocks
+without any attention. Transformers' models take either through `attention_mask`.
 
 Letters: R rows, T positions of a row.
 """
@@ -18,46 +18,44 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cache.texts import one_line
 from train.data.packing import PackedBatch
 
 NAME = "packed"
-"""Of this attention among those of transformers."""
-
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""From row, head, query and key to whether the query sees the key."""
+"""Name of this attention among those of transformers."""
 
 
-def rule(batch: PackedBatch) -> Rule:
-    """Return who sees whom: of its own image the patches and its own text, up to itself.
+def mask_mod(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return FlexAttention's `mask_mod`: whether, in a row and head, a query sees a key.
 
-    Padding sees padding, since a query without any key has no defined attention.
+    A query sees its own image's patches and its own text, up to itself. Padding sees padding:
+    attention without any key is undefined.
     """
-    images, texts = batch.images, batch.texts
+    image_numbers, text_ids = batch.image_numbers, batch.text_ids
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_image = images[row, query] == images[row, key]
-        same_text = (texts[row, key] == 0) | (texts[row, key] == texts[row, query])
+        same_image = image_numbers[row, query] == image_numbers[row, key]
+        same_text = (text_ids[row, key] == 0) | (text_ids[row, key] == text_ids[row, query])
         return (key <= query) & same_image & same_text
 
     return sees
 
 
 def dense_mask(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
-    """Return the rule as what is added to the scores: 0 or -inf, [R, 1, T, T]."""
-    num_rows, length = batch.images.shape
-    rows = torch.arange(num_rows, device=batch.images.device)[:, None, None]
-    positions = torch.arange(length, device=batch.images.device)
-    seen = rule(batch)(rows, rows, positions[:, None], positions)
-    # Not bool: SDPA would make this of it again in every layer.
+    """Return the mask to add to attention scores: 0 or -inf, [R, 1, T, T]."""
+    num_rows, length = batch.token_ids.shape
+    rows = torch.arange(num_rows, device=batch.token_ids.device)[:, None, None]
+    positions = torch.arange(length, device=batch.token_ids.device)
+    seen = mask_mod(batch)(rows, rows, positions[:, None], positions)
+    # Not bool: SDPA would convert a bool mask in every layer.
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def block_mask(batch: PackedBatch) -> BlockMask:
-    """Return the rule as FlexAttention's blocks, for any number of heads."""
-    num_rows, length = batch.images.shape
-    return create_block_mask(
-        rule(batch), num_rows, None, length, length, device=batch.images.device
-    )
+    """Return the mask as FlexAttention's blocks, for any number of heads."""
+    num_rows, length = batch.token_ids.shape
+    device = batch.token_ids.device
+    return create_block_mask(mask_mod(batch), num_rows, None, length, length, device=device)
 
 
 def packed_attention(
@@ -68,9 +66,9 @@ def packed_attention(
     attention_mask: Tensor | BlockMask | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend under a block mask by FlexAttention, under any other mask as transformers' SDPA does.
+    """Attend by FlexAttention under a block mask, by transformers' SDPA under any other mask.
 
-    The signature is transformers'; query, key, value are [R, heads, T, head width].
+    The signature is transformers'; query, key and value are [R, heads, T, head width].
     """
     if not isinstance(attention_mask, BlockMask):
         attended: tuple[Tensor, None] = sdpa_attention_forward(
@@ -83,11 +81,11 @@ def packed_attention(
 
 
 def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tensor | BlockMask]:
-    """Make a model attend by `packed_attention`.
+    """Set a model's attention to `packed_attention`.
 
     Returns:
-        What makes its mask: blocks for FlexAttention on a GPU where it works with the model's
-        width of a head (Phi-2's 80 is no power of two), a dense one elsewhere.
+        The function that makes its mask: a block mask on a GPU where FlexAttention works with the
+        model's head width (Phi-2's 80 is no power of two), a dense mask elsewhere.
     """
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
@@ -98,7 +96,7 @@ def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tens
 
 
 def _flex_works(model: PreTrainedModel) -> bool:
-    """Try a small forward and backward pass of FlexAttention, compiled, as the model would."""
+    """Try a small forward and backward pass of compiled FlexAttention with the model's heads."""
     config = model.config
     shape = (1, config.num_attention_heads, 256, config.hidden_size // config.num_attention_heads)
     query = torch.randn(shape, dtype=model.dtype, device=model.device, requires_grad=True)
@@ -109,7 +107,7 @@ def _flex_works(model: PreTrainedModel) -> bool:
         out = _compiled()(query, query, query, block_mask=causal)
         torch.autograd.grad(out.sum(), query)
     except (RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         print(f"FlexAttention does not work here, SDPA is used: {reason}", file=sys.stderr)
         return False
     return True
@@ -117,5 +115,5 @@ def _flex_works(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # Without compilation FlexAttention makes the whole matrix of scores.
+    # Uncompiled, FlexAttention materialises the whole score matrix.
     return torch.compile(flex_attention)

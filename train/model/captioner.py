@@ -34,8 +34,8 @@ class CaptionModel(nn.Module):
         """Where the model computes."""
         return next(self.projector.parameters()).device
 
-    def learning(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that learn, by name."""
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by name."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def train(self, mode: bool = True) -> "CaptionModel":
@@ -59,9 +59,9 @@ class CaptionModel(nn.Module):
         embeds: Tensor = self.language_model.get_input_embeddings()(token_ids)
         return embeds
 
-    def hidden(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+    def hidden(self, batch: PackedBatch) -> Tensor:
         """Return the last hidden states at the slots that predict a supervised token: [U, H]."""
-        patches_NPH = self.embed_patches(patches_NPD)
+        patches_NPH = self.embed_patches(batch.patches_NPD)
         slots_H = self.embed_text(batch.token_ids.flatten())
         slots_H = slots_H.index_copy(0, batch.patch_slots, patches_NPH.flatten(0, 1))
         with only_at(self.language_model.model.layers[-1].mlp, batch.slots, batch.token_ids.shape):
@@ -73,21 +73,18 @@ class CaptionModel(nn.Module):
             ).last_hidden_state
         return hidden_RTH.flatten(0, 1).index_select(0, batch.slots)
 
-    def logits(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+    def logits(self, batch: PackedBatch) -> Tensor:
         """Return the logits of the supervised tokens: [S, V]."""
-        logits_UV: Tensor = self.language_model.lm_head(self.hidden(patches_NPD, batch))
+        logits_UV: Tensor = self.language_model.lm_head(self.hidden(batch))
         return logits_UV.repeat_interleave(batch.counts, 0)
 
-    def forward(self, patches_NPD: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor:
         """Return the summed cross entropy of the supervised tokens: float32 [].
 
-        Logits are made at supervised positions only, and never of all of them at once.
+        Logits are computed at supervised positions only, and never for all of them at once.
         """
         return summed_cross_entropy(
-            self.language_model.lm_head,
-            self.hidden(patches_NPD, batch),
-            batch.targets,
-            batch.counts,
+            self.language_model.lm_head, self.hidden(batch), batch.targets, batch.counts
         )
 
 

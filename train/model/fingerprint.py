@@ -1,10 +1,8 @@
-"""Names the frozen language model and its tokenizer by their content, in two ways.
+"""Hashes of the frozen language model and its tokenizer.
 
-As it is loaded, for a run that is continued: another device or type is another model. And as its
-files are, for what a run belongs to: wherever they lie, whatever is made of them.
-
-What was trained beside one language model means nothing beside another, and neither a hub id nor
-a folder says that the files behind it are still the same.
+The fingerprint hashes the loaded model, for resuming a run: another device or dtype is another
+model. The identity hashes the files, wherever they lie, for matching a run with its language model:
+neither a hub id nor a folder guarantees that the files are still the same.
 """
 
 import json
@@ -29,21 +27,21 @@ INDECISIVE = (
     r"_.*|transformers_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|return_.*"
     r"|(bos|eos|pad|sep)_token_id|.*(dropout|pdrop)|initializer_range|id2label|label2id"
 )
-"""Entries of a config that say who wrote it, or what matters only to training all weights."""
+"""Config entries about its origin, or that matter only when all weights are trained."""
 
 
 def language_model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash what the language model is made of, and how it cuts text.
+    """Hash the tensors of the loaded language model, and its tokenizer.
 
-    To be called before LoRA is added, which renames the layers.
+    Call it before LoRA is added, which renames the layers.
 
     Args:
-        model: Loaded, on any device, quantised or not. Its tensors are read one by one.
-        tokenizer: Its tokenizer.
+        model: On any device, quantised or not.
+        tokenizer: Of the model.
 
     Returns:
-        xxh3-128, 32 hex digits. CPU and GPU may round differently when they quantise, so a model
-        has one fingerprint for each kind of device.
+        xxh3-128, 32 hex digits. CPU and GPU may round differently in quantisation, so a model has
+        one fingerprint per kind of device.
     """
     digest = xxhash.xxh3_128()
     for name, tensor in _tensors(model):
@@ -58,16 +56,16 @@ def language_model_fingerprint(model: PreTrainedModel, tokenizer: PreTrainedToke
 def language_model_identity(
     settings: LlmSettings, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """Hash the language model's files, before anything is loaded of them.
+    """Hash the language model's files, without loading the model.
 
-    The same for any folder or hub id, number of files, device, quantisation and type.
+    The hashes do not depend on folder or hub id, number of files, device, quantisation and dtype.
 
     Args:
         settings: Name the language model.
-        tokenizer: Its tokenizer.
+        tokenizer: Of the model.
 
     Returns:
-        `name` as the settings have it, and xxh3-128 of `weights`, `config` and `tokenizer`.
+        `name` from the settings, and xxh3-128 of `weights`, `config` and `tokenizer`.
 
     Raises:
         SettingsError: A file is missing or damaged.
@@ -81,7 +79,7 @@ def language_model_identity(
 
 
 def _weights_hash(model: str) -> str:
-    """Hash names, types, shapes and bytes of all tensors, in the order of their names."""
+    """Hash names, dtypes, shapes and bytes of all tensors, in order of their names."""
     digest = xxhash.xxh3_128()
     headers = read_headers(model)
     with ExitStack() as opened:
@@ -96,10 +94,9 @@ def _weights_hash(model: str) -> str:
 
 
 def _config_hash(model: str) -> str:
-    """Hash what decides numbers, and is not as every model of its kind has it.
+    """Hash the config entries that decide numbers and differ from the defaults.
 
-    Compared with the kind's defaults, so that a config stays the same when another version of
-    transformers writes it with more entries.
+    Leaving out defaults keeps the hash when another version of transformers writes more entries.
     """
     config = read_config(model)
     with reading_foreign_file(refusal(model, CONFIG)):
@@ -113,9 +110,9 @@ def _config_hash(model: str) -> str:
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash entries and merges, and what becomes of a text.
+    """Hash entries, merges and the tokens of a probe text.
 
-    Not how the tokenizers library writes it down, which changes with its version.
+    Not the tokenizers library's serialised form, which changes with its version.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = state["model"].get("merges") or []
@@ -126,9 +123,9 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers by name, statistics of the quantised ones included.
+    """Yield parameters, their quantisation statistics, and buffers, by name.
 
-    Buffers that no checkpoint holds are among them: the rotary frequencies depend on the config.
+    Buffers that no checkpoint holds matter: the rotary frequencies depend on the config.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):

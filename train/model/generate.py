@@ -1,6 +1,6 @@
 """Generates text behind the patches of images, with transformers' own KV cache.
 
-Texts of many images are made in batches; a single one can be had piece by piece while it is made.
+Texts are generated in batches; a single text can be streamed.
 
 Letters: B texts of a batch, P patches, D width of the vision tower, T positions, H width.
 """
@@ -26,28 +26,28 @@ from train.model.captioner import CaptionModel
 
 @dataclass(frozen=True)
 class Generation:
-    """What the model said about one image."""
+    """A generated text."""
 
     text: str
     num_tokens: int
     """Without the EOS."""
     stopped: bool
-    """Whether an EOS ended it, and not the limit."""
+    """Whether an EOS ended it, not the token limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn, where it is not to be the likeliest."""
+    """Sampling parameters; without them decoding is greedy."""
 
     temperature: float
-    """Logits are divided by it."""
+    """Divisor of the logits."""
     top_p: float
-    """Drawn from the likeliest tokens that have this share of the probability together."""
+    """Tokens are drawn from the likeliest ones that together have this probability."""
     seed: int
-    """Texts of a batch share it, so a text depends on what it is made beside."""
+    """Shared by the texts of a batch, so a sampled text depends on its batch."""
 
     def __post_init__(self) -> None:
-        # Below, float32 would run over; the likeliest token has all of the probability anyway.
+        # Below 0.001 float32 would overflow; decoding is greedy there anyway.
         if not 0.001 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}, wanted 0.001 or more")
         if not 0 < self.top_p <= 1:
@@ -68,34 +68,34 @@ def generate(
     description: str,
     sampling: Sampling | None = None,
 ) -> list[Generation]:
-    """Let the model go on behind the patches of some images.
+    """Generate a text behind the patches of each image and its prompt.
 
     Args:
         model: Put into `eval()` here.
-        tokenizer: Of the language model; an id beyond its last one is never made.
-        features: Has those of the images.
-        image_ids: One for each text to make; repeats are allowed.
-        prompts: Text between the patches and what is generated; empty for a caption.
+        tokenizer: Of the language model; ids beyond its last one are never generated.
+        features: Source of the images' features.
+        image_ids: The image of each text; repeats are allowed.
+        prompts: The prompt of each text; empty for a caption.
         max_tokens: Most tokens of a text.
-        batch_size: Texts that are made at the same time.
+        batch_size: Texts of a batch.
         description: For the progress bar.
-        sampling: How tokens are drawn; without it the likeliest is taken.
+        sampling: Sampling parameters; without them decoding is greedy.
 
     Returns:
-        One a prompt, in order.
+        One generation per prompt, in order.
     """
     model.eval()
     config = _config(model, tokenizer, max_tokens, sampling)
-    made: list[Generation] = []
+    generations: list[Generation] = []
     with tqdm(total=len(prompts), desc=description, unit="text", disable=None) as bar:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             patches_BPD = features.gather(np.asarray(image_ids[part]))
             prompt_ids = encode(prompts[part], tokenizer)
             token_ids = _continue(model, patches_BPD, prompt_ids, config, sampling)
-            made += [_finished(row, tokenizer) for row in token_ids.tolist()]
+            generations += [_decode(row, tokenizer) for row in token_ids.tolist()]
             bar.update(len(prompt_ids))
-    return made
+    return generations
 
 
 def stream(
@@ -107,28 +107,28 @@ def stream(
     max_tokens: int,
     sampling: Sampling | None = None,
 ) -> Generator[str, None, None]:
-    """Let the model go on behind one image, and yield its text word by word while it is made.
+    """Generate one text and yield it word by word.
 
-    Who stops iterating stops the model after its next token.
+    When the caller stops iterating, generation stops after the next token.
 
     Args:
         model: Put into `eval()` here.
         tokenizer: Of the language model.
-        patches_PD: Features of the image, float16.
-        prompt_ids: Tokens between the patches and what is generated.
+        patches_PD: float16, features of the image.
+        prompt_ids: Tokens of the prompt.
         max_tokens: Most tokens of the text.
-        sampling: How tokens are drawn; without it the likeliest is taken.
+        sampling: Sampling parameters; without them decoding is greedy.
 
     Yields:
-        Pieces that together are what `generate` makes.
+        Pieces that together are the text that `generate` returns.
     """
     model.eval()
     config = _config(model, tokenizer, max_tokens, sampling)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    given_up = threading.Event()
+    cancelled = threading.Event()
 
     def stop(token_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return torch.full((len(token_ids),), given_up.is_set(), device=token_ids.device)
+        return torch.full((len(token_ids),), cancelled.is_set(), device=token_ids.device)
 
     def make() -> None:
         try:
@@ -137,7 +137,7 @@ def stream(
                 streamer=streamer, stopping_criteria=[stop],
             )  # fmt: skip
         finally:
-            # Also after an error, or who iterates would wait for ever.
+            # After an error too, or the caller would wait for ever.
             streamer.on_finalized_text("", stream_end=True)
 
     with ThreadPoolExecutor(1, thread_name_prefix="stream") as thread:
@@ -145,12 +145,12 @@ def stream(
         try:
             yield from _stripped(streamer)
         finally:
-            given_up.set()
+            cancelled.set()
         done.result()
 
 
 def _stripped(pieces: Iterable[str]) -> Iterator[str]:
-    """Yield pieces that together are what `str.strip` makes of all pieces."""
+    """Yield pieces whose concatenation is that of all pieces, stripped."""
     begun, held = False, ""
     for piece in pieces:
         text = held + piece if begun else piece.lstrip()
@@ -167,19 +167,19 @@ def _config(
     max_tokens: int,
     sampling: Sampling | None,
 ) -> GenerationConfig:
-    # Phi-2 has 51,200 rows of embeddings for 50,295 tokens: the rest decodes to nothing.
+    # Phi-2 has 51,200 embedding rows for 50,295 tokens; the others decode to nothing.
     unused = list(range(len(tokenizer), model.language_model.config.vocab_size))
-    drawn: dict[str, float] = {}
+    parameters: dict[str, float] = {}
     if sampling is not None:
-        # Transformers would draw from the 50 likeliest only.
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        # By default, transformers draws from the 50 likeliest tokens.
+        parameters = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=sampling is not None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
         suppress_tokens=unused or None,
-        **drawn,
+        **parameters,
     )
 
 
@@ -192,7 +192,7 @@ def _continue(
     sampling: Sampling | None,
     **watching: Any,
 ) -> Tensor:
-    """Return the tokens that come, EOS as padding: int64 [B, T]."""
+    """Return the generated tokens, padded with EOS: int64 [B, T]."""
     embeds_BTH, mask_BT = _prompt_embeds(model, patches_BPD, prompt_ids)
     with torch.random.fork_rng(enabled=sampling is not None):
         if sampling is not None:
@@ -223,8 +223,9 @@ def _prompt_embeds(
     return embeds_BTH, mask_BT
 
 
-def _finished(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
+def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
     eos = tokenizer.eos_token_id
     stopped = eos in token_ids
-    kept = token_ids[: token_ids.index(eos)] if stopped else token_ids
-    return Generation(tokenizer.decode(kept).strip(), len(kept), stopped)
+    if stopped:
+        token_ids = token_ids[: token_ids.index(eos)]
+    return Generation(tokenizer.decode(token_ids).strip(), len(token_ids), stopped)

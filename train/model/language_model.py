@@ -1,7 +1,7 @@
 """The language model: loads it, quantises it, freezes it, and adds LoRA.
 
-Its weights never change; stage 2 learns LoRA matrices beside them. It stays in `eval()` in both
-stages, because Phi-2's config has a dropout of 0.1 that would make a frozen model random.
+Its weights never change; stage 2 trains LoRA matrices beside them. It stays in `eval()` in both
+stages: Phi-2's config has a dropout of 0.1, which would make a frozen model random.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ PROBE = "Instruct: What is in\tthe box?\nOutput: 12 Äpfel, ﬁve 犬 and 🙂."
 """Words, digits, punctuation, white space, and characters of one to four bytes."""
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
-"""Parameters' numbers in glibc's malloc.h."""
+"""Parameter numbers of mallopt in glibc's malloc.h."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -57,16 +57,16 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer.
 
     Raises:
-        SettingsError: None there, one without an EOS token, or one that is Python code and so has
-            no serialised form to be recognised by.
+        SettingsError: No tokenizer, no EOS token, or a tokenizer in Python, which has no serialised
+            form to hash.
     """
     folder = check_tokenizer_files(settings.model)
-    # The tokenizers library announces a panic on stderr before it is an exception.
+    # The tokenizers library prints a panic to stderr before it raises.
     with reading_foreign_file(refusal(settings.model, TOKENIZER), folder), holding_back_stderr():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        # What is wrong in its parts may show in their use only.
+        # Some faults show only in use.
         tokenizer.decode(tokenizer(PROBE)["input_ids"])
         tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)
     if tokenizer.eos_token_id is None:
@@ -80,14 +80,13 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
 
 
 def check_supported(settings: LlmSettings) -> None:
-    """Refuse a language model whose blocks LoRA would not cover whole; loads no weights.
+    """Refuse a language model whose blocks LoRA would not cover completely; loads no weights.
 
-    For both stages. PEFT is content when some of the layers match; and stage 1 computes the loss
-    as Phi does, which is another one for models that scale their logits, or look back over a
-    window only.
+    PEFT accepts a model in which only some layers match. The check is for stage 1 too: its loss is
+    computed as Phi's, and is wrong for models that scale logits or attend to a window.
 
     Raises:
-        SettingsError: Names the layers, or says what is wrong with the model's files.
+        SettingsError: Names the uncovered layers, or the fault in the model's files.
     """
     empty = build_empty(settings.model)
     ends = (empty.get_input_embeddings(), empty.get_output_embeddings())
@@ -102,19 +101,19 @@ def check_supported(settings: LlmSettings) -> None:
     if uncovered or not kinds:
         covered = sum(kind in LORA_TARGETS for kind in kinds)
         raise SettingsError(
-            f"llm.model: {settings.model} is a {type(empty).__name__}: LoRA would stand beside "
-            f"{covered} of its {len(kinds)} layers of weights, not beside {', '.join(uncovered)}. "
-            f"Take a Phi model, like microsoft/phi-2."
+            f"llm.model: {settings.model} is a {type(empty).__name__}: LoRA would cover "
+            f"{covered} of its {len(kinds)} weight matrices, but not {', '.join(uncovered)}. "
+            f"Use a Phi model, like microsoft/phi-2."
         )
 
 
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
-    """Load the language model frozen, in `eval()`, quantised where the settings say so.
+    """Load the language model: frozen, in `eval()`, quantised if the settings say so.
 
-    On a CPU the same checkpoint gives the same bits for any number of threads.
+    On a CPU, a checkpoint gives the same bits with any number of threads.
 
     Raises:
-        SettingsError: No such model, not in the layout of a causal language model, or not whole.
+        SettingsError: No such model, no causal language model, or incomplete weights.
     """
     quantization = None
     if settings.quantize == "nf4":
@@ -141,11 +140,11 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
                 output_loading_info=True,
             )
         if loading["missing_keys"]:
-            # Transformers would go on with random numbers in their place.
+            # Transformers would fill them with random numbers.
             raise ValueError(f"its files lack {', '.join(sorted(loading['missing_keys']))}")
-    # Adapters name the model that they belong to: by a hub id, not by a folder of its cache.
+    # The name that adapters record: a hub id, not a folder of the hub's cache.
     model.name_or_path = model.config.name_or_path = settings.model
-    # What the checkpoint recommends (sampling, penalties, beams) would mix into greedy decoding.
+    # The checkpoint's own (sampling, penalties, beams) would mix into greedy decoding.
     model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
     return model.requires_grad_(False).eval()
@@ -153,11 +152,11 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
 
 @contextmanager
 def _quantising_on_cpu() -> Iterator[None]:
-    """Quantise with one thread, and hand every large block back to the system when it is freed.
+    """Quantise with one thread, and return every large freed block to the system.
 
-    The mean that double quantisation subtracts depends on the number of threads in its last bits.
-    And glibc would keep freed blocks of up to 32 MiB on its heap, between those that stay in use:
-    up to twice the size of the model, never to be used again.
+    The last bits of the mean that double quantisation subtracts depend on the number of threads.
+    And glibc would keep freed blocks of up to 32 MiB on its fragmented heap: up to twice the size
+    of the model.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -165,7 +164,7 @@ def _quantising_on_cpu() -> Iterator[None]:
     try:
         yield
     finally:
-        # Where glibc's own adjusting ends, which the first call has turned off.
+        # The upper limits of glibc's own adjustment, which the first call turned off.
         _set_malloc(MMAP_THRESHOLD, 2**25)
         _set_malloc(TRIM_THRESHOLD, 2**26)
         torch.set_num_threads(threads)
@@ -179,8 +178,8 @@ def _set_malloc(parameter: int, value: int) -> None:
 def _keep_trainable_layout(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking weights on the CPU.
 
-    Where the CPU has AVX512-BF16, the first pass without gradients would repack an NF4 layer for
-    inference, for good; no gradient goes through it from then on.
+    On a CPU with AVX512-BF16, the first pass without gradients would repack an NF4 layer for
+    inference permanently, and no gradient would pass through it again.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -188,12 +187,13 @@ def _keep_trainable_layout(model: nn.Module) -> None:
 
 
 def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftModel:
-    """Put fresh LoRA matrices beside every linear layer of the blocks; they alone learn.
+    """Add fresh, trainable LoRA matrices to every linear layer of the blocks of `model`, in place.
 
-    The layers of `model` itself are replaced; what is returned serves to save them.
+    Returns:
+        PEFT's wrapper, which can save the matrices.
 
     Raises:
-        StageError: The model has none of the layers, so it is no Phi.
+        StageError: The model has no such layers, so it is no Phi.
     """
     config = _lora_config(settings)
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -218,15 +218,16 @@ def _lora_config(settings: LoraSettings) -> LoraConfig:
 
 
 def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put trained LoRA matrices into the layers of `model`, from a folder in PEFT's format.
+    """Add trained LoRA matrices from a folder in PEFT's format to `model`, in place.
 
-    What is returned serves to turn them off for a while, or to merge them.
+    Returns:
+        PEFT's wrapper, which can disable or merge the matrices.
 
     Raises:
-        StageError: No adapter there, or one of another model.
+        StageError: No adapter, or an adapter of another model.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        # PEFT would go on to a pickled file, or to the network.
+        # PEFT would try a pickled file next, or the network.
         raise StageError(f"{folder}: holds no {ADAPTER_WEIGHTS}. Run the finetune stage.")
     config = _lora_config(read_lora_settings(folder))
     check_adapter(folder, config, model)
@@ -240,5 +241,5 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def lora_dropouts(model: nn.Module) -> list[nn.Module]:
-    """Return the dropout modules of LoRA: the only ones that run while training."""
+    """Return LoRA's dropout modules, the only ones active in training."""
     return [module for name, module in model.named_modules() if name.endswith("lora_dropout")]

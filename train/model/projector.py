@@ -1,6 +1,6 @@
-"""The projector: patches of width D to embeddings of the language model's width H.
+"""The projector: maps patches of width D to embeddings of the language model's width H.
 
-Its parameters stay in float32 whatever the language model computes in.
+Its parameters are float32, whatever the language model's dtype.
 """
 
 import json
@@ -16,7 +16,7 @@ from train.model.tensor_file import read_header
 from workspace.errors import StageError
 
 MAX_HEADER_BYTES = 10_000
-"""Many times as long as the header of any projector."""
+"""Far more than any projector's header."""
 
 
 class Residual(nn.Module):
@@ -59,23 +59,23 @@ class Projector(nn.Module):
         return embeds
 
     def save(self, path: Path) -> None:
-        """Write safetensors with kind and widths in the metadata, whole or not at all."""
+        """Write a safetensors file atomically, with kind and widths in its metadata."""
         about = {
             "kind": self.kind,
             "vision_width": self.vision_width,
             "text_width": self.text_width,
         }
-        # One entry: safetensors writes several in an order that changes from run to run.
+        # One entry: safetensors writes several in random order.
         metadata = {"projector": json.dumps(about)}
         with replacing(path) as temporary, writing_foreign_file(path):
             save_model(self, str(temporary), metadata)
 
 
 def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
-    """Read a projector back and check that it fits its two sides.
+    """Read a projector and check its two widths.
 
     Raises:
-        StageError: No such file, not a projector, or of other widths.
+        StageError: No such file, no projector, or other widths.
     """
     projector = read_projector(path)
     found = (projector.vision_width, projector.text_width)
@@ -88,10 +88,10 @@ def load_projector(path: Path, vision_width: int, text_width: int) -> Projector:
 
 
 def read_projector(path: Path) -> Projector:
-    """Read a projector back, of whatever widths.
+    """Read a projector of any widths.
 
     Raises:
-        StageError: No such file, or not a projector.
+        StageError: No such file, or no projector.
         OSError: The system could not read the file.
     """
 
@@ -101,22 +101,22 @@ def read_projector(path: Path) -> Projector:
     header = read_header(path, refuse, MAX_HEADER_BYTES)
     with reading_foreign_file(refuse, path):
         about = json.loads(header.metadata["projector"])
-        made_of = about["kind"], about["vision_width"], about["text_width"]
+        shape = about["kind"], about["vision_width"], about["text_width"]
         with torch.device("meta"):
-            wanted = {name: tuple(t.shape) for name, t in Projector(*made_of).state_dict().items()}
+            wanted = {name: tuple(t.shape) for name, t in Projector(*shape).state_dict().items()}
         if header.tensors != {name: ("F32", shape) for name, shape in wanted.items()}:
             raise ValueError(
-                f"its header says {made_of[0]} of width {made_of[1]} to {made_of[2]}, its tensors "
+                f"its header says {shape[0]} of width {shape[1]} to {shape[2]}, its tensors "
                 f"are {header.tensors}"
             )
-        # Not before: the widths alone decide how much memory this takes.
-        projector = Projector(*made_of)
+        # Only now: the claimed widths decide how much memory this takes.
+        projector = Projector(*shape)
         load_model(projector, path)
     return projector
 
 
 def seeded_projector(kind: str, vision_width: int, text_width: int, seed: int) -> Projector:
-    """Make a fresh projector whose weights depend on the seed alone."""
+    """Return a fresh projector whose weights depend only on the arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Projector(kind, vision_width, text_width)

@@ -1,7 +1,6 @@
-"""Says what a safetensors file holds, before anything as large as it claims to be is allocated.
+"""Reads the header of a safetensors file, before any tensor is allocated.
 
-safetensors itself holds every tensor's shape against the bytes that are there, so shapes read here
-are never larger than the file.
+safetensors checks every shape against the file's size, so shapes read here are never larger.
 """
 
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from pathlib import Path
 from safetensors import safe_open
 
 from cache.errors import PatchcacheError
-from cache.files.atomic import naming
+from cache.files.atomic import path_in_errors
 from cache.files.foreign import reading_foreign_file
 
 MAX_HEADER_BYTES = 25_000_000
-"""A model of 100,000 tensors has half of it."""
+"""Twice the header of a model of 100,000 tensors."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class TensorFile:
     """The header of a safetensors file."""
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
-    """The type, as safetensors spells it, and the shape of each tensor, by name."""
+    """Dtype, as safetensors spells it, and shape of each tensor, by name."""
     metadata: dict[str, str]
 
     @property
@@ -35,21 +34,21 @@ class TensorFile:
 def read_header(
     path: Path, refuse: Callable[[str], PatchcacheError], max_bytes: int = MAX_HEADER_BYTES
 ) -> TensorFile:
-    """Read names, types, shapes and metadata of a safetensors file.
+    """Read names, dtypes, shapes and metadata of a safetensors file.
 
     Args:
         path: The file.
-        refuse: Makes the error out of one line that says what is wrong.
-        max_bytes: The largest header that such a file has.
+        refuse: Makes the error from a one-line description of the fault.
+        max_bytes: Most bytes of the header.
 
     Raises:
-        PatchcacheError: What `refuse` returned: no such file, none of safetensors, or a header
-            that is too large.
+        PatchcacheError: The error that `refuse` returned: no such file, no safetensors file, or a
+            header that is too large.
         OSError: The system could not read the file.
     """
     if not path.is_file():
         raise refuse("no such file")
-    with naming(path), path.open("rb") as start:
+    with path_in_errors(path), path.open("rb") as start:
         length = int.from_bytes(start.read(8), "little")
     if length > max_bytes:
         raise refuse(f"wanted a header of at most {max_bytes} bytes, found one of {length}")

@@ -1,76 +1,61 @@
-// The filter of the examples. Without it the page shows all of them.
+// Filters the examples, and shows only the first ones of each group. Without it all are shown.
 "use strict";
 (() => {
-  const FIRST = window.innerWidth < 560 ? 3 : 6; // of a group, until somebody asks for more
   const form = document.getElementById("filter");
   if (!form) return;
+  const FIRST = window.innerWidth < 560 ? 3 : 6; // of a group, until its button is pressed
+  const all = (selector, within = document) => [...within.querySelectorAll(selector)];
+  const cards = all(".example");
+  const words = new Map(
+    cards.map((card) => [card, all(".text", card).map((text) => text.textContent).join("\n").toLowerCase()])
+  );
   const nothing = document.getElementById("nothing");
   const count = document.querySelector("#examples .count");
-  const kinds = [...document.querySelectorAll(".kind")].map((element) => ({
-    element,
-    groups: [...element.querySelectorAll(".group")].map(readGroup),
-  }));
-  const groups = kinds.flatMap((kind) => kind.groups);
-  const total = groups.reduce((sum, group) => sum + group.cards.length, 0);
 
-  function readGroup(element) {
-    const cards = [...element.querySelectorAll(".example")].map((card) => ({
-      element: card,
-      score: Number(card.dataset.score),
-      words: [...card.querySelectorAll(".text")].map((text) => text.textContent).join("\n").toLowerCase(),
-    }));
-    return { element, cards, more: element.querySelector(".more"), open: false };
-  }
-
-  function wish() {
+  // Returns whether an example matches the form, as a function; null if the form is empty.
+  function filter() {
     const values = Object.fromEntries(new FormData(form));
-    const words = values.words.toLowerCase().split(/\s+/).filter(Boolean);
-    const low = values.low === "" ? -Infinity : Number(values.low);
-    const high = values.high === "" ? Infinity : Number(values.high);
+    if (!Object.values(values).some((value) => value.trim())) return null;
+    const wanted = values.words.toLowerCase().split(/\s+/).filter(Boolean);
     const equal = ["kind", "group", "split", "type"].filter((name) => values[name]);
-    const active = words.length + equal.length > 0 || values.low !== "" || values.high !== "";
-    const matches = (card) =>
-      card.score >= low &&
-      card.score <= high &&
-      equal.every((name) => card.element.dataset[name] === values[name]) &&
-      words.every((word) => card.words.includes(word));
-    return { active, matches };
+    return (card) =>
+      (values.low === "" || Number(card.dataset.score) >= Number(values.low)) &&
+      (values.high === "" || Number(card.dataset.score) <= Number(values.high)) &&
+      equal.every((name) => card.dataset[name] === values[name]) &&
+      wanted.every((word) => words.get(card).includes(word));
   }
 
-  function show() {
-    const { active, matches } = wish();
-    let shown = 0;
-    for (const group of groups) {
-      const most = active || group.open ? Infinity : FIRST;
-      let visible = 0;
-      for (const card of group.cards) {
-        card.element.hidden = visible >= most || !matches(card);
-        if (!card.element.hidden) visible += 1;
-      }
-      group.element.hidden = visible === 0;
-      group.more.hidden = active || group.cards.length <= FIRST;
-      group.more.textContent = group.open ? "Show fewer" : `Show all ${group.cards.length}`;
-      group.more.setAttribute("aria-expanded", String(group.open));
-      shown += visible;
+  function update() {
+    const matches = filter();
+    for (const group of all(".group")) {
+      const examples = all(".example", group);
+      const more = group.querySelector(".more");
+      const isOpen = more.getAttribute("aria-expanded") === "true";
+      const found = matches ? examples.filter(matches) : examples.slice(0, isOpen ? Infinity : FIRST);
+      for (const card of examples) card.hidden = !found.includes(card);
+      group.hidden = found.length === 0;
+      more.hidden = matches !== null || examples.length <= FIRST;
+      more.textContent = isOpen ? "Show fewer" : `Show all ${examples.length}`;
     }
-    for (const kind of kinds) kind.element.hidden = kind.groups.every((group) => group.element.hidden);
+    for (const kind of all(".kind")) kind.hidden = all(".group", kind).every((group) => group.hidden);
+    const shown = cards.filter((card) => !card.hidden).length;
     nothing.hidden = shown > 0;
-    count.textContent = `${shown} of ${total} shown`;
+    count.textContent = `${shown} of ${cards.length} shown`;
   }
 
-  for (const group of groups) {
-    group.more.addEventListener("click", () => {
-      group.open = !group.open;
-      show();
+  for (const more of all(".more")) {
+    more.addEventListener("click", () => {
+      more.setAttribute("aria-expanded", String(more.getAttribute("aria-expanded") !== "true"));
+      update();
     });
   }
-  form.addEventListener("input", show);
-  // The fields have their first values only after the event.
-  form.addEventListener("reset", () => setTimeout(show));
+  form.addEventListener("input", update);
+  // The fields get their first values only after the event.
+  form.addEventListener("reset", () => setTimeout(update));
   nothing.querySelector("button").addEventListener("click", () => {
     form.reset();
     form.elements.words.focus();
   });
   form.hidden = false;
-  show();
+  update();
 })();

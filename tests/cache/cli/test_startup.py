@@ -19,7 +19,7 @@ COMMANDS = [
 ]
 
 
-FIRST = ("fsspec", "h5py", "numpy", "pyarrow", "requests", "ruamel", "torch", "xxhash")
+FIRST = ("fsspec", "h5py", "numpy", "pyarrow", "requests", "ruamel", "torch", "tqdm", "xxhash")
 """Packages of the environment, one of which a command imports first."""
 
 

@@ -13,7 +13,7 @@ import pytest
 from cache.files.atomic import (
     canonical_json,
     link_or_copy,
-    naming,
+    path_in_errors,
     replacing,
     sha256_of,
     sha256_of_pieces,
@@ -22,7 +22,7 @@ from cache.files.atomic import (
     write_text,
 )
 from workspace.errors import StageError
-from workspace.locks import exclusive
+from workspace.locks import folder_lock
 
 
 def test_a_file_appears_whole_and_leaves_nothing_beside(tmp_path):
@@ -103,12 +103,12 @@ def test_a_copy_that_fails_names_the_file_and_leaves_the_old_one(tmp_path, monke
 
 
 def test_a_failing_disk_is_named_with_the_file():
-    with pytest.raises(OSError, match="Input/output error: 'a'"), naming(Path("a")):
+    with pytest.raises(OSError, match="Input/output error: 'a'"), path_in_errors(Path("a")):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     # Neither another path nor an error that is not of the system.
-    with pytest.raises(OSError, match="error: 'b'"), naming(Path("a")):
+    with pytest.raises(OSError, match="error: 'b'"), path_in_errors(Path("a")):
         raise OSError(errno.EIO, "error", "b")
-    with pytest.raises(OSError, match=r"^words$"), naming(Path("a")):
+    with pytest.raises(OSError, match=r"^words$"), path_in_errors(Path("a")):
         raise OSError("words")
 
 
@@ -155,7 +155,7 @@ def test_the_hash_is_that_of_the_whole_file(tmp_path):
 
 
 def hold(folder, ready, seconds):
-    with exclusive(folder):
+    with folder_lock(folder):
         # A worker of the holder, which a kill of the holder leaves behind.
         if os.fork() == 0:
             time.sleep(seconds)
@@ -173,12 +173,12 @@ def test_a_folder_is_for_one_process_until_that_one_ends_even_if_its_children_li
     assert ready.wait(30)
     with (
         pytest.raises(StageError, match="another process works in it"),
-        exclusive(tmp_path / "held"),
+        folder_lock(tmp_path / "held"),
     ):
         pass
     holder.kill()
     holder.join()
-    with exclusive(tmp_path / "held"):
+    with folder_lock(tmp_path / "held"):
         pass
 
 
@@ -189,7 +189,7 @@ def test_without_locks_it_warns_and_goes_on(tmp_path, monkeypatch, capsys, numbe
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
     done = []
-    with exclusive(tmp_path / "held"):
+    with folder_lock(tmp_path / "held"):
         done.append(True)
     assert done
     out, err = capsys.readouterr()
@@ -203,7 +203,7 @@ def test_another_failure_of_a_lock_is_not_taken_for_a_lack_of_locks(tmp_path, mo
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with pytest.raises(OSError, match="Input/output error"), exclusive(tmp_path / "held"):
+    with pytest.raises(OSError, match="Input/output error"), folder_lock(tmp_path / "held"):
         pytest.fail("went on")
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from cache.errors import CorruptShardError
-from cache.files.foreign import MAX_DETAIL, one_line, reading_foreign_file, writing_foreign_file
+from cache.files.foreign import reading_foreign_file, writing_foreign_file
 from workspace.errors import StageError
 
 A = Path("a file")
@@ -96,8 +96,3 @@ def test_what_is_no_failure_of_the_system_stays_what_it_is(text):
     with pytest.raises(ValueError, match=re.escape(text)) as found, writing_foreign_file(A):
         raise raised
     assert found.value is raised
-
-
-def test_a_long_text_is_cut():
-    assert one_line("x " * MAX_DETAIL).endswith("...")
-    assert len(one_line("x" * 10 * MAX_DETAIL)) == MAX_DETAIL + 3

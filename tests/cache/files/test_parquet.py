@@ -232,7 +232,9 @@ def test_text_that_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None])
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
     make(tmp_path / "t")
-    with pytest.raises(StageError, match=r"table: (is no file|no such file)"):
+    with pytest.raises(
+        StageError, match=r"table: (a pipe, a socket or a device|.*Is a directory|.*No such file)"
+    ):
         read_columns(tmp_path / "t", SCHEMA, refuse)
 
 

@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import shutil
 import threading
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -21,10 +22,11 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.inspect import inspect
 from cache.remote import network
+from cache.remote.copies import BoundedFile
 from cache.remote.location import Location
 from cache.spec import Spec
 from cache.store import FeatureStore
-from cache.store_index import INDEX, PROBE, StoreTable
+from cache.store_index import INDEX_FILE, PROBE_FILE, StoreIndex
 from cache.verify import verify
 from tests.cache.remote.fault_server import FaultServer
 
@@ -44,10 +46,10 @@ def server(store):
 @pytest.fixture
 def with_probe(store):
     """The store with a probe, of whatever bytes."""
-    path = store.root / PROBE
+    path = store.root / PROBE_FILE
     path.write_bytes(b"probe" * 100)
-    table = StoreTable.read(store.root / INDEX, store.spec)
-    dataclasses.replace(table, probe_sha256=sha256_of(path)).write(store.root / INDEX)
+    table = StoreIndex.read(store.root / INDEX_FILE, store.spec)
+    dataclasses.replace(table, probe_sha256=sha256_of(path)).write(store.root / INDEX_FILE)
 
 
 def gathers(url, store):
@@ -65,7 +67,7 @@ def flip(path, place):
     path.write_bytes(data)
 
 
-FILES = ["spec.json", INDEX, "shard"]
+FILES = ["spec.json", INDEX_FILE, "shard"]
 
 
 def named(store, name):
@@ -121,8 +123,8 @@ def test_a_store_in_any_file_system_is_held_against_its_hashes(store):
 
 
 def test_an_index_that_was_changed_is_refused_with_both_hashes(store, server):
-    flip(store.root / INDEX, 100)
-    with pytest.raises(CorruptShardError, match=f"{server.url}/{INDEX}: its sha256 is .* carries"):
+    flip(store.root / INDEX_FILE, 100)
+    with pytest.raises(CorruptShardError, match=f"/{INDEX_FILE}: its sha256 is .* carries"):
         FeatureStore(server.url)
 
 
@@ -135,12 +137,12 @@ def test_a_spec_that_was_changed_is_refused_with_both_fingerprints(store, server
 
 @pytest.mark.usefixtures("with_probe")
 def test_a_probe_is_held_against_its_hash(store, server):
-    server.fail(PROBE, "flip", 3, times=2)
+    server.fail(PROBE_FILE, "flip", 3, times=2)
     assert FeatureStore(server.url).verify().ok
-    server.fail(PROBE, "flip", 3)
+    server.fail(PROBE_FILE, "flip", 3)
     report = FeatureStore(server.url).verify()
-    assert report.bad_files == [PROBE]
-    assert f"{server.url}/{PROBE}: its sha256 is" in report.problems[0]
+    assert report.bad_files == [PROBE_FILE]
+    assert f"{server.url}/{PROBE_FILE}: its sha256 is" in report.problems[0]
 
 
 def test_a_shard_of_another_size_is_refused_before_it_is_copied(store, server):
@@ -155,12 +157,12 @@ def test_an_error_about_a_copy_names_the_file_of_the_server(store, server):
     """A shard that is no shard, though its index agrees with it."""
     path = store.root / store.names[1]
     path.write_bytes(b"x" * path.stat().st_size)
-    table = StoreTable.read(store.root / INDEX, store.spec)
+    table = StoreIndex.read(store.root / INDEX_FILE, store.spec)
     shards = [
         dataclasses.replace(shard, sha256=sha256_of(store.root / shard.name))
         for shard in table.shards
     ]
-    dataclasses.replace(table, shards=tuple(shards)).write(store.root / INDEX)
+    dataclasses.replace(table, shards=tuple(shards)).write(store.root / INDEX_FILE)
     with pytest.raises(CorruptShardError, match=f"^{server.url}/{path.name}: HDF5") as caught:
         gathers(server.url, store)
     assert "patchcache-" not in str(caught.value)
@@ -264,7 +266,7 @@ def test_a_fault_of_the_network_is_no_damage(store, server, fault, error, reason
     assert not report.ok
     assert report.bad_files == []
     assert [reason in problem for problem in report.problems] == [True]
-    server.fail(INDEX, *fault)
+    server.fail(INDEX_FILE, *fault)
     assert audit(Location(server.url), deep=True).bad_files == []
 
 
@@ -376,3 +378,21 @@ def test_a_file_system_may_write_into_a_file_or_open_its_path(store, opens_paths
     report = audit(Location("memory://both"), deep=True)
     assert sorted(report.bad_files) == sorted(store.names)
     files.rm("/both", recursive=True)
+
+
+@pytest.mark.parametrize("buffered", [0, 50, 100])
+def test_more_bytes_than_there_may_be_are_refused(tmp_path, buffered):
+    with BoundedFile(tmp_path / "file", 100) as target:
+        target.write(b"x" * buffered)
+        target.write(b"x" * (100 - buffered))
+        with pytest.raises(CorruptShardError, match="more than 100 bytes came"):
+            target.write(b"x")
+    assert (tmp_path / "file").stat().st_size == 100
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_names_the_file():
+    target = BoundedFile(Path("/dev/full"), 1 << 30)
+    with pytest.raises(OSError, match=r"No space left.*'/dev/full'"):
+        target.write(b"x" * (1 << 20))
+    target.close()

@@ -1,4 +1,4 @@
-"""The pictures that the page offers to begin with."""
+"""The example pictures of the served page."""
 
 from pathlib import Path
 
@@ -7,22 +7,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.chat.examples import validation_pictures
-from tests.eval.seeing import VAL, make_seeing_world
+from tests.eval.picture_world import VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory, phi_dir):
-    return make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir)
+def picture_world(tmp_path_factory, phi_dir):
+    return make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir)
 
 
 @pytest.fixture(autouse=True)
-def _in_folder(seeing, monkeypatch):
-    monkeypatch.chdir(seeing.workspace.root)
+def _in_folder(picture_world, monkeypatch):
+    monkeypatch.chdir(picture_world.workspace.root)
 
 
-def test_examples_are_the_files_themselves_spread_over_the_set(seeing, tmp_path):
-    found = validation_pictures(seeing.params(), tmp_path, 3)
+def test_examples_are_copies_of_files_spread_over_the_set(picture_world, tmp_path):
+    found = validation_pictures(picture_world.params(), tmp_path, 3)
     names = [path.name for path in found]
     assert len(set(names)) == 3
     assert set(names) <= {f"{image_id}.jpg" for image_id in VAL}
@@ -31,38 +31,42 @@ def test_examples_are_the_files_themselves_spread_over_the_set(seeing, tmp_path)
 
 
 @pytest.mark.parametrize("images", ["nowhere", "nowhere.zip", "params.yaml"])
-def test_without_picture_files_there_are_no_examples(seeing, tmp_path, images):
-    params = seeing.params(data={"val": {"images": images, "captions": "unused"}})
+def test_without_picture_files_there_are_no_examples(picture_world, tmp_path, images):
+    params = picture_world.params(data={"val": {"images": images, "captions": "unused"}})
     assert validation_pictures(params, tmp_path, 3) == []
 
 
-def test_without_an_index_there_are_no_examples(seeing, tmp_path, monkeypatch):
-    params = seeing.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
+def test_without_an_index_there_are_no_examples(picture_world, tmp_path, monkeypatch):
+    params = picture_world.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
                                          "captions": "unused"}})  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert validation_pictures(params, tmp_path, 3) == []
 
 
-def test_a_damaged_picture_is_no_example(seeing, tmp_path):
+def test_a_damaged_picture_is_no_example(picture_world, tmp_path):
     folder = tmp_path / "val"
     folder.mkdir()
     for image_id in VAL:
         (folder / f"{image_id}.jpg").write_bytes(draw_jpeg(image_id))
     (folder / f"{VAL[0]}.jpg").write_bytes(b"no picture")
     (folder / f"{VAL[1]}.jpg").unlink()
-    params = seeing.params(data={"val": {"images": str(folder), "captions": "unused"}})
+    params = picture_world.params(data={"val": {"images": str(folder), "captions": "unused"}})
     found = validation_pictures(params, tmp_path, 99)
     assert [path.name for path in found] == [f"{image_id}.jpg" for image_id in VAL[2:]]
 
 
-def test_pictures_of_one_name_in_several_folders_are_all_shown(seeing, tmp_path, monkeypatch):
+def test_pictures_of_one_name_in_several_folders_are_all_shown(
+    picture_world, tmp_path, monkeypatch
+):
     names = ["a/1.jpg", "b/1.jpg"]
     for number, name in enumerate(names):
         path = tmp_path / "val" / name
         path.parent.mkdir(parents=True)
         path.write_bytes(draw_jpeg(number))
     index(tmp_path, pa.table({"file_name": names, "split": ["val"] * 2}))
-    params = seeing.params(data={"val": {"images": str(tmp_path / "val"), "captions": "unused"}})
+    params = picture_world.params(
+        data={"val": {"images": str(tmp_path / "val"), "captions": "unused"}}
+    )
     monkeypatch.chdir(tmp_path)
     shown = tmp_path / "shown"
     shown.mkdir()
@@ -71,8 +75,8 @@ def test_pictures_of_one_name_in_several_folders_are_all_shown(seeing, tmp_path,
     assert [path.read_bytes() for path in found] == [draw_jpeg(0), draw_jpeg(1)]
 
 
-def test_a_damaged_index_gives_no_examples(seeing, tmp_path, monkeypatch):
-    params = seeing.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
+def test_a_damaged_index_gives_no_examples(picture_world, tmp_path, monkeypatch):
+    params = picture_world.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
                                          "captions": "unused"}})  # fmt: skip
     monkeypatch.chdir(tmp_path)
     path = index(tmp_path, pa.table({"file_name": [f"{VAL[0]}.jpg"], "split": ["val"]}))

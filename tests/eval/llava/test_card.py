@@ -1,4 +1,4 @@
-"""The model card says what the run scored, beside its control, and nothing of another run."""
+"""The model card shows the scores of its own run, beside those with the wrong image."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
 @pytest.fixture
 def run(tmp_path):
-    """Make a run with a report beside it, of a run whose projector has these bytes."""
+    """Make a run, and a report about a run whose projector has the bytes `scored`."""
 
     def make(answers=True, scores=SCORES, scored=b"", **changes):
         folder = tmp_path / "runs" / ("finetune" if answers else "pretrain")
@@ -72,7 +72,7 @@ def header(text):
     return YAML(typ="safe").load(yaml)
 
 
-def test_scores_stand_beside_the_blind_control_with_intervals(run):
+def test_scores_stand_beside_the_wrong_image_control_with_intervals(run):
     text = card(run())
     assert "| captions | CIDEr | 0.900 (0.800 to 1.000) | 0.100 (0.000 to 0.200) |" in text
     assert "| answers | exact_match | 0.750 | 0.250 |" in text
@@ -101,12 +101,12 @@ def test_a_kind_with_nothing_to_score_has_no_row(run):
     assert "not evaluated" in card(run(scores=empty))
 
 
-def test_a_damaged_report_is_one_line(run):
+def test_a_damaged_report_is_an_error_of_one_line(run):
     with pytest.raises(StageError, match=r"eval\.json: no scores"):
         read_score_rows(run(scores="{"))
 
 
-def test_the_header_is_what_hubs_read(run):
+def test_the_header_has_the_keys_of_the_hub(run):
     found = header(card(run()))
     assert found["base_model"] == "microsoft/phi-2"
     assert found["datasets"] == ["liuhaotian/LLaVA-Instruct-150K"]
@@ -153,14 +153,14 @@ def test_exact_match_over_no_short_target_has_no_row(run):
 
 
 @pytest.mark.parametrize("scores", [SCORES, None])
-def test_a_tower_of_random_weights_is_said_beneath_the_title(run, scores):
+def test_random_weights_of_the_tower_are_warned_of_beneath_the_title(run, scores):
     encoder = VALUES["encoder"] | {"pretrained": "random"}
     text = card(run(encoder=encoder, scores=scores))
     title = "# ViT-B-32-quickgelu with microsoft/phi-2"
     assert f"{title}\n\n**{RANDOM_TOWER}**\n\nA vision-language model" in text
 
 
-def test_of_any_other_tower_nothing_is_said(run):
+def test_other_towers_get_no_warning(run):
     assert RANDOM_TOWER not in card(run())
 
 
@@ -168,10 +168,10 @@ def test_settings_without_a_source_of_data_name_none(run):
     assert 'the data source "unknown"' in card(run(data=5))
 
 
-def test_it_says_where_the_model_comes_from(run):
+def test_the_card_shows_the_provenance(run):
     text = card(run())
     assert "- trained: 2026-03-01T08:00:00Z\n" in text
     for known in ("c0ffee", spec().fingerprint, "sha256 abc", "torch 9.9", "quantize: nf4"):
         assert known in text
-    assert "LoRA was trained beside NF4 weights" in text
+    assert "LoRA was trained on top of NF4 weights" in text
     assert 'question = "What is \\"this\\"?"' in text

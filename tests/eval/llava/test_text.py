@@ -1,4 +1,4 @@
-"""What is exported of the language model is what it computes with, written out."""
+"""The exported language model has the weights that the run computes with."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"model_type": "no such model"}'])
-def test_a_config_that_cannot_be_read_is_one_line(tmp_path, text):
+def test_a_damaged_config_is_an_error_of_one_line(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     settings = LlmSettings(model=str(tmp_path), quantize="none", dtype="bf16")

@@ -1,4 +1,4 @@
-"""What the tests of the report share: a parser of the page, examples, scores."""
+"""Shared by the tests of the report: a parser of the page, examples, scores."""
 
 from html.parser import HTMLParser
 
@@ -78,7 +78,7 @@ def render(**changes):
 
 
 def section(key, seen, *, count=100, **controls):
-    """Scores of one kind: value, low and high of one key for the model and each control."""
+    """A section with one score: value, low and high end for the model and each control."""
 
     def view(measured):
         value, low, high = measured

@@ -1,4 +1,4 @@
-"""The page in a browser: what it asks for, how it filters, and whether it can be read."""
+"""The page in a browser: its requests, its filter, its readability."""
 
 import base64
 import io
@@ -79,7 +79,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture
 def open_page(browser, address):
-    """Open the page, and see at the end that it asked for nothing and complained of nothing."""
+    """Open the page; at the end it must have made no requests and logged no errors."""
     opened = []
 
     def open_page(width=1280, **settings):
@@ -97,7 +97,7 @@ def open_page(browser, address):
 
 
 def shown(page):
-    """Kind and image of the examples that can be seen."""
+    """Kind and image of the visible examples."""
     return {
         (
             card.get_attribute("data-kind"),
@@ -123,7 +123,7 @@ def assert_shown(page, wanted):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_opens_quietly_and_fits_its_width(open_page, width, scheme):
+def test_the_page_opens_without_errors_and_fits_its_width(open_page, width, scheme):
     page = open_page(width, color_scheme=scheme)
     for details in page.locator("details:visible").all():
         details.evaluate("element => { element.open = true; }")
@@ -157,7 +157,7 @@ def test_the_filter_shows_what_matches_and_no_more(open_page, width):
     page.get_by_label("Kind").select_option("")
     page.get_by_label("Split").select_option("holdout")
     assert_shown(page, lambda group, e: e.split == "holdout")
-    page.get_by_label("Choice").select_option("Worst")
+    page.get_by_label("Group").select_option("Worst")
     assert_shown(page, lambda group, e: e.split == "holdout" and group == "Worst")
     page.get_by_role("button", name="Reset").click()
     page.get_by_label("Question type").select_option(HOSTILE)
@@ -191,7 +191,7 @@ def test_all_words_must_occur_in_the_texts_of_an_example(open_page):
     assert_shown(page, lambda group, e: e.kind == "answer" or e.image_id == 201)
 
 
-def test_when_nothing_matches_it_says_so_and_leads_back(open_page):
+def test_a_filter_without_matches_can_be_reset(open_page):
     page = open_page()
     first = count(page)
     page.get_by_label("Words").fill("no such words")
@@ -230,7 +230,7 @@ def test_hostile_words_are_shown_as_they_are_and_run_nothing(open_page):
     page.get_by_label("Kind").select_option("answer")
     card = page.locator(".example:visible").first
     texts = card.locator(".text").evaluate_all("all => all.map(e => e.textContent)")
-    assert sum(text == HOSTILE for text in texts) == 4, "question, two targets, blind"
+    assert sum(text == HOSTILE for text in texts) == 4, "question, two targets, wrong image"
     assert any(text.startswith(f"{HOSTILE} unique") for text in texts)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img[src=x]").count() == 0
@@ -305,7 +305,7 @@ def test_all_text_has_contrast_in_light_and_dark(open_page):
     assert pages["light"] != pages["dark"]
 
 
-def test_an_empty_page_opens_quietly_too(browser, tmp_path):
+def test_an_empty_page_opens_without_errors(browser, tmp_path):
     path = tmp_path / "index.html"
     path.write_text(render_report(**EMPTY_PAGE), encoding="utf-8")
     with visited(browser, path.as_uri(), width=390) as visit:

@@ -3,14 +3,14 @@ import math
 import pytest
 
 from eval.report.cards import headline, judge, score_cards
-from eval.report.scores import bars_of
+from eval.report.scores import LABELS, bars_of
 from tests.eval.report.report_page import LOW, render, section
 
 SEEN = (0.9, 0.8, 1.0)
 WINS = "Beats all three controls."
 
 
-def test_intervals_that_lie_apart_on_the_right_side_beat_a_control():
+def test_a_better_score_with_a_separate_interval_beats_a_control():
     verdict = judge(section("CIDEr", SEEN, **LOW), "CIDEr")
     assert (verdict.state, verdict.text) == ("good", WINS)
 
@@ -26,8 +26,7 @@ def test_intervals_that_lie_apart_on_the_right_side_beat_a_control():
     ],
 )
 def test_a_control_that_is_not_beaten_is_named(control, measured, reason):
-    names = {"blind": "wrong-image control", "untrained": "untrained projector"}
-    name = names.get(control, f"{control} control")
+    name = LABELS[control].sentence
     verdict = judge(section("CIDEr", SEEN, **(LOW | {control: measured})), "CIDEr")
     assert verdict.state == "bad"
     assert verdict.text.startswith(f"Does NOT beat the {name} ({reason}). Beats the ")
@@ -52,7 +51,7 @@ def test_a_lower_loss_is_better(loss, state):
 
 
 @pytest.mark.parametrize("missing", [None, (0.1, None, None), (0.1, 0.0, math.nan)])
-def test_without_an_interval_nothing_is_claimed(missing):
+def test_a_missing_interval_leaves_the_verdict_open(missing):
     controls = {name: measured for name, measured in LOW.items() if name != "noise"}
     if missing is not None:
         controls["noise"] = missing
@@ -60,7 +59,7 @@ def test_without_an_interval_nothing_is_claimed(missing):
     assert verdict.state == "open"
     assert verdict.text == (
         "Beats the wrong-image control and the untrained projector. "
-        "No interval to judge by against the noise control."
+        "No interval to compare with the noise control."
     )
 
 
@@ -72,10 +71,8 @@ def test_a_lost_control_counts_though_another_is_missing():
 @pytest.mark.parametrize("value", [None, math.nan, "much", True])
 def test_a_score_that_is_no_number_cannot_be_judged(value):
     verdict = judge(section("CIDEr", (value, 0.8, 1.0), **LOW), "CIDEr")
-    assert (verdict.state, verdict.text) == (
-        "open",
-        "Cannot be judged: the score was not measured.",
-    )
+    assert verdict.state == "open"
+    assert "not measured" in verdict.text
 
 
 def scores(**changes):
@@ -100,10 +97,10 @@ def test_the_headline_names_the_scores_that_do_not():
     assert verdict.text == ("1 of 4 main scores do NOT beat every control (Answers: Token F1).")
 
 
-def test_the_headline_does_not_praise_what_cannot_be_judged():
+def test_a_missing_interval_leaves_the_headline_open():
     verdict = headline(score_cards(scores(answers={"token_f1": 0.9, "blind": {"token_f1": 0.1}})))
     assert verdict.state == "open"
-    assert verdict.text.startswith("1 of 4 main scores cannot be judged")
+    assert verdict.text.startswith("1 of 4 main scores cannot be compared")
     assert headline([]) is None
 
 
@@ -166,5 +163,5 @@ def test_a_control_that_was_not_asked_has_no_bar():
 
 
 @pytest.mark.parametrize("value", [0.0, None, math.nan])
-def test_a_score_of_nothing_is_a_bar_of_no_length(value):
+def test_a_missing_score_has_a_bar_of_no_length(value):
     assert [bar.width for bar in bars_of({"CIDEr": value}, "CIDEr")] == [0]

@@ -1,8 +1,7 @@
 import pytest
 
+from eval.report.page import MAX_CONTAMINATED
 from eval.report.tables import (
-    LISTED,
-    contaminated_images,
     contamination_table,
     pope_table,
     score_tables,
@@ -41,7 +40,7 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
     assert rows["Short targets"] == [("7",), ("\u2013",), ("\u2013",), ("\u2013",)]
 
 
-def test_types_are_ordered_by_how_often_they_are_asked_and_stand_beside_blind():
+def test_types_are_ordered_by_frequency_and_show_the_wrong_image_score():
     types = {
         "rare": section("token_f1", SEEN, blind=(0.3, 0.2, 0.4), count=2),
         "often": section("exact_match", SEEN, blind=(0.1, 0.0, 0.2), count=9) | {"short_count": 7},
@@ -97,7 +96,7 @@ def counts(contaminated, left_out):
     return {"images": 300, "contaminated": contaminated, "left_out": left_out}
 
 
-def test_contamination_is_counted_a_kind():
+def test_contamination_is_counted_by_kind():
     scores = {"contamination": {"captions": counts(4, 4), "answers": counts(0, 0)}}
     table = contamination_table(scores)
     assert [(row.name, row.cells) for row in table.rows] == [
@@ -107,34 +106,32 @@ def test_contamination_is_counted_a_kind():
     assert still_scored(scores) == 0
 
 
-def test_pictures_that_were_scored_though_training_has_them_are_said_aloud():
+def test_scored_pictures_of_the_training_data_are_warned_of():
     scores = {"contamination": {"captions": counts(4, 1), "pope": counts(2, 2)}}
     assert still_scored(scores) == 3
-    text = "3 pictures were scored although they lie in training too."
+    text = "3 scored pictures are also in the training data."
     assert text in render(scores=scores).texts
     assert text not in render(scores={"contamination": {"captions": counts(4, 4)}}).texts
 
 
-@pytest.mark.parametrize("count", [1, LISTED, LISTED + 1, 1234])
+@pytest.mark.parametrize("count", [1, MAX_CONTAMINATED, MAX_CONTAMINATED + 1, 1234])
 def test_the_first_contaminated_images_are_named_and_the_rest_counted(count):
     images = [
         {"image_id": n, "file_name": f"{n}.jpg", "reason": f"{HOSTILE} {n}"} for n in range(count)
     ]
-    (captions,) = contaminated_images({"captions": images, "pope": []})
-    assert list(captions.named) == images[:LISTED]
-    assert len(captions.named) + captions.more == count
     scores = {"contamination": {"captions": counts(count, count)}}
     page = render(scores=scores, contamination={"captions": images, "pope": []})
     named = [text for text in page.texts if text.startswith(" ".join(HOSTILE.split()))]
-    assert len(named) == min(count, LISTED)
-    assert {f"{n}.jpg" for n in range(min(count, LISTED))} <= set(page.texts)
+    assert len(named) == min(count, MAX_CONTAMINATED)
+    assert {f"{n}.jpg" for n in range(min(count, MAX_CONTAMINATED))} <= set(page.texts)
     more = [text for text in page.texts if "more in reports/contamination.json" in text]
     assert more == (
-        [f"and {count - LISTED:,} more in reports/contamination.json"] * (count > LISTED)
+        [f"and {count - MAX_CONTAMINATED:,} more in reports/contamination.json"]
+        * (count > MAX_CONTAMINATED)
     )
 
 
 def test_a_page_that_knows_nothing_of_contamination_says_so():
-    text = "It was not checked whether scored pictures lie in training too."
+    text = "No check was made for pictures that are also in the training data."
     assert text in render().texts
     assert text not in render(scores={"contamination": {"captions": counts(0, 0)}}).texts

@@ -11,7 +11,7 @@ from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.losses import answer_losses
 from eval.scoring.score_names import CONDITIONS, SEEN
 from train.data.examples import Example
-from train.data.prompts import conversation_text
+from train.data.prompts import conversation_turns
 from train.loop.step import build_step, mean_loss
 from train.model.captioner import CaptionModel
 from train.model.projector import seeded_projector
@@ -26,9 +26,9 @@ def evaluated(request, make_model, tokenizer, store):
 
 
 EXAMPLES = [
-    Example(139, (conversation_text([("where", "in the box"), ("how many", "two")]),)),
-    Example(100, (conversation_text([("What is it", "a cat")]), conversation_text([("is", "")]))),
-    Example(120, (conversation_text([("is it red", "yes")]),)),
+    Example(139, (conversation_turns([("where", "in the box"), ("how many", "two")]),)),
+    Example(100, (conversation_turns([("What is it", "a cat")]), conversation_turns([("is", "")]))),
+    Example(120, (conversation_turns([("is it red", "yes")]),)),
 ]
 
 
@@ -84,7 +84,7 @@ def test_the_loss_ends_at_the_longest_text(evaluated):
 
 
 def test_an_image_whose_answers_are_all_cut_off_is_left_out(evaluated):
-    long = Example(130, (conversation_text([("where " * 90, "in the box")]),))
+    long = Example(130, (conversation_turns([("where " * 90, "in the box")]),))
     with_it = answer_losses(evaluated, [*EXAMPLES, long], 64)[SEEN]
     assert with_it == answer_losses(evaluated, EXAMPLES, 64)[SEEN]
     with pytest.raises(StageError, match="max_text_tokens: 1 cuts off every answer of 3 images"):

@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.scoring.yes_no import YesNo, read_pope
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from workspace.errors import StageError
 from workspace.paths import YES_NO_QUESTIONS
 

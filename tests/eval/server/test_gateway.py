@@ -1,4 +1,4 @@
-"""The served page as a stranger sees it, who talks HTTP to it and no browser."""
+"""The answers of the served page to raw HTTP requests."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from urllib.parse import quote
 
 import pytest
 
-from eval.server.page_pictures import MAX_UPLOAD_BYTES
-from tests.eval.seeing import make_seeing_world
-from tests.eval.server.attacked import MAX_UPLOADS, Client, served_page
+from eval.server.pictures import MAX_UPLOAD_BYTES
+from tests.eval.picture_world import make_picture_world
+from tests.eval.server.served_page import MAX_UPLOADS, Client, served_page
 from tests.pipeline.conftest import draw_jpeg
 
 EVIL = "http://evil.example"
@@ -21,12 +21,12 @@ ANSWERED = {
     ("POST", "/gradio_api/upload"), ("GET", "/gradio_api/queue/data"), ("GET", "/static/x"),
     ("GET", "/assets/x"),
 }  # fmt: skip
-"""What of Gradio's addresses the page needs."""
+"""Gradio's routes that the page needs."""
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, phi_dir):
-    root = make_seeing_world(tmp_path_factory.mktemp("seeing"), phi_dir).workspace.root
+    root = make_picture_world(tmp_path_factory.mktemp("picture_world"), phi_dir).workspace.root
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -44,7 +44,7 @@ def client(served):
 
 @pytest.fixture(autouse=True)
 def _quiet(served):
-    """Whatever a client sends, the terminal of the server stays empty."""
+    """No request makes the server write to its terminal."""
     before = served.errors.read_text()
     yield
     assert served.errors.read_text() == before
@@ -70,7 +70,7 @@ def test_every_address_refuses_other_hosts_and_web_pages(served, client, headers
         assert not [name for name in answer.headers if name.lower().startswith("access-control")]
 
 
-def test_a_web_page_is_not_asked_before_either(client):
+def test_preflight_requests_of_other_pages_are_refused(client):
     asks = {"Origin": EVIL, "Access-Control-Request-Method": "POST"}
     answer = client.send("OPTIONS", "/gradio_api/upload", headers=asks)
     assert answer.status_code == 403
@@ -93,7 +93,7 @@ def test_a_request_without_a_host_is_refused(served):
 # What there is to ask for
 
 
-def test_what_the_page_does_not_need_is_not_there(served, client):
+def test_routes_that_the_page_does_not_need_are_not_found(served, client):
     absent = set(served.routes) - ANSWERED
     assert ANSWERED - {("HEAD", "/gradio_api/file=x")} <= set(served.routes)
     assert len(absent) > 50
@@ -127,7 +127,7 @@ def test_odd_addresses_fail_quietly(client, path):
 
 
 def spellings(served, theirs, folder):
-    """Paths that lead to some file of the machine, or to none, other than one's own uploads."""
+    """Paths of files that the client did not upload, in many spellings, and paths of no file."""
     secret = folder / "secret.jpg"
     secret.write_bytes(draw_jpeg(1))
     link = served.uploads / "link.jpg"
@@ -142,7 +142,7 @@ def spellings(served, theirs, folder):
     ]  # fmt: skip
 
 
-def test_a_path_that_was_not_handed_out_is_answered_always_the_same(served, client, tmp_path):
+def test_all_foreign_paths_get_the_same_answer(served, client, tmp_path):
     theirs = Client(served).upload(draw_jpeg(1))
     answers = {}
     for path in spellings(served, theirs, tmp_path):
@@ -154,7 +154,7 @@ def test_a_path_that_was_not_handed_out_is_answered_always_the_same(served, clie
     assert "Choose a picture first" in client.reply("where"), "nothing was begun"
 
 
-def test_a_path_that_was_not_handed_out_is_not_handed_out(served, client, tmp_path):
+def test_foreign_paths_are_never_read(served, client, tmp_path):
     theirs = Client(served).upload(draw_jpeg(1))
     answers = set()
     for path in spellings(served, theirs, tmp_path):
@@ -163,7 +163,7 @@ def test_a_path_that_was_not_handed_out_is_not_handed_out(served, client, tmp_pa
     assert answers == {(403, b"not allowed")}
 
 
-def test_ones_own_uploads_and_the_examples_are_looked_at(served, client):
+def test_own_uploads_and_examples_are_encoded(served, client):
     own = client.upload(draw_jpeg(1))
     for path in (own, served.example):
         client.begin(path)
@@ -184,7 +184,7 @@ def test_an_upload_is_never_a_document(client, name):
 # Visitors
 
 
-def test_a_conversation_is_its_visitors_alone(served, client):
+def test_a_conversation_belongs_to_one_visitor(served, client):
     client.begin(client.upload(draw_jpeg(1)))
     assert '"success": true' in client.reply("where")
     without_cookie, other_cookie = Client(served), Client(served)
@@ -195,7 +195,7 @@ def test_a_conversation_is_its_visitors_alone(served, client):
         answer = thief.send("GET", "/gradio_api/queue/data", params=query)
         assert answer.status_code == 404
         assert "Choose a picture first" in thief.reply("what")
-    client.call("forget", [None])
+    client.call("clear", [None])
     assert '"success": true' in client.reply("where")
 
 
@@ -204,7 +204,7 @@ def test_a_conversation_is_its_visitors_alone(served, client):
 PART = b"--x\r\nContent-Disposition: %s\r\n\r\ntext\r\n--x--"
 
 
-def test_uploads_are_bounded_in_number_and_leave(served, client):
+def test_the_number_of_uploads_is_bounded(served, client):
     paths = [client.upload(b"%d" % number) for number in range(MAX_UPLOADS + 5)]
     stored = {str(path) for path in served.uploads.iterdir() if not path.is_symlink()}
     assert stored == set(paths[5:])
@@ -212,7 +212,7 @@ def test_uploads_are_bounded_in_number_and_leave(served, client):
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_that_is_too_large_is_refused_whatever_it_announces(served, client, chunked):
+def test_a_body_that_is_too_large_is_refused_with_any_headers(served, client, chunked):
     before = set(served.uploads.iterdir())
     for path, size in (("upload", MAX_UPLOAD_BYTES + 2**17), ("queue/join", 2**17)):
         body = b"x" * size
@@ -266,7 +266,7 @@ REPLY = ["where", None, 0, 5]
 
 def test_a_function_that_the_page_does_not_have_is_not_found(served, client):
     example = served.functions["load_example"]
-    for index in (-1, 999, 2**70, None, "0", "begin", 1.0, True, [], {}, example):
+    for index in (-1, 999, 2**70, None, "0", "reply", 1.0, True, [], {}, example):
         assert client.join("reply", REPLY, fn_index=index).status_code == 404
     call = {"data": REPLY, "session_hash": "x", "fn_index": served.functions["reply"]}
     assert client.send("POST", "/gradio_api/run/predict", json=call).status_code == 404
@@ -275,13 +275,13 @@ def test_a_function_that_the_page_does_not_have_is_not_found(served, client):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        *(("begin", [value]) for value in ("x", 1, [], {}, {"path": 1}, {"path": None})),
-        *(("begin", [{"path": path}]) for path in ("x" * 5000, "\ud800", ["x"])),
+        *(("choose_picture", [value]) for value in ("x", 1, [], {}, {"path": 1}, {"path": None})),
+        *(("choose_picture", [{"path": path}]) for path in ("x" * 5000, "\ud800", ["x"])),
         *(("reply", [value, None, 0, 5]) for value in (1, {}, [], "\ud800", "x" * 2001)),
         *(("reply", ["x", None, value, 5]) for value in (-1, 3, "0", None, True, [0], 10**400)),
         *(("reply", ["x", None, 0, value]) for value in (0, -1, 10**9, "5", None, [])),
         ("reply", []), ("reply", ["x"]), ("reply", [*REPLY, 1]), ("reply", {}), ("reply", None),
-        ("reply", "four"), ("forget", []),
+        ("reply", "four"), ("clear", []),
     ],
 )  # fmt: skip
 def test_a_call_that_the_page_cannot_make_is_refused(client, name, values):
@@ -289,7 +289,7 @@ def test_a_call_that_the_page_cannot_make_is_refused(client, name, values):
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000])
-def test_numbers_that_are_none_are_refused(served, client, text):
+def test_nan_and_infinity_are_refused(served, client, text):
     index = served.functions["reply"]
     body = f'{{"data": ["x", null, {text}, 5], "fn_index": {index}, "session_hash": "x"}}'
     assert client.send("POST", "/gradio_api/queue/join", data=body).status_code == 400
@@ -304,16 +304,16 @@ def test_numbers_that_are_none_are_refused(served, client, text):
           for value in (b"1", b"null", b'""', b'"a-b"', b'"a\\u0000"', b'"../x"', b'["x"]')),
     ],
 )  # fmt: skip
-def test_what_is_no_call_is_refused(client, body):
+def test_malformed_calls_are_refused(client, body):
     for path in ("queue/join", "run/predict"):
         answer = client.send("POST", f"/gradio_api/{path}", data=body)
         assert answer.status_code in (400, 404)
 
 
-def test_what_a_call_holds_beside_its_values_changes_nothing(client):
+def test_additional_fields_of_a_call_change_nothing(client):
     client.begin(client.upload(draw_jpeg(1)))
     plain = client.call("reply", REPLY)
-    client.call("forget", [None])
+    client.call("clear", [None])
     odd = client.call(
         "reply", REPLY, trigger_id=999, event_id="x", event_data={"x": 1}, batched=True,
         simple_format=True, oauth_token="x", request={"x": 1}, batch_trigger_ids=[1],
@@ -321,10 +321,10 @@ def test_what_a_call_holds_beside_its_values_changes_nothing(client):
     assert odd == plain
 
 
-def test_a_conversation_that_a_client_sends_is_not_believed(client):
+def test_a_conversation_sent_by_a_client_is_ignored(client):
     invented = {"patches_PD": [[0.0]], "turns": [["a", "b"]]}
     assert "Choose a picture first" in json.dumps(client.call("reply", ["x", invented, 0, 5]))
 
 
-def test_calls_of_a_session_that_called_nothing_are_not_found(client):
+def test_a_session_without_calls_has_no_messages(client):
     assert client.send("GET", "/gradio_api/queue/data?session_hash=never").status_code == 404

@@ -23,12 +23,12 @@ from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from pipeline.encoding import devices as module
-from pipeline.encoding.devices import Job, encode_job
-from pipeline.encoding.encoder import load_encoder, pick_devices
-from pipeline.encoding.probe import probe_bytes, take_probe
-from pipeline.encoding.stats import Tally
-from pipeline.extract import open_images, read_source
-from pipeline.images.source import ImageSource
+from pipeline.encoding.devices import encode_job
+from pipeline.encoding.encode import Job
+from pipeline.encoding.encoder import load_encoder, resolve_devices
+from pipeline.encoding.probe import encode_probe_images, serialize_probe
+from pipeline.encoding.stats import ExtractionStats
+from pipeline.images.source import ImageSource, open_images, read_source
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
@@ -53,7 +53,7 @@ def job(two, settings, monkeypatch):
     data = Params.read(Path("params.yaml")).section("data", DataSettings)
     source = open_images(read_source(), data)
     source = dataclasses.replace(source, source_xxh3=source.source_xxh3.copy())
-    Path("probe").write_bytes(probe_bytes(take_probe(encoder), encoder.spec))
+    Path("probe").write_bytes(serialize_probe(encode_probe_images(encoder), encoder.spec))
     made = Job(
         shards=plan_shards(source.image_ids, source.source_xxh3, encoder.spec.fingerprint, 4),
         source=source,
@@ -76,20 +76,20 @@ def threads(monkeypatch):
         return ThreadPoolExecutor(count, initializer=initializer, initargs=arguments)
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", pool)
-    monkeypatch.setattr(module, "end_with_parent", lambda: None)
+    monkeypatch.setattr(module, "exit_with_parent", lambda: None)
     yield
-    del module._shared
+    del module._counters
 
 
 def leave_to_the_other(monkeypatch, number=0):
     """The process of the first device takes some shards, and leaves the rest to the other one."""
-    real = module.Shared.taken
+    real = module.SharedCounters.claim_shards
 
     def taken(self, num_shards):
         taking = real(self, num_shards)
         yield from (next(taking) for _ in range(number))
 
-    monkeypatch.setattr(module.Shared, "taken", taken)
+    monkeypatch.setattr(module.SharedCounters, "claim_shards", taken)
 
 
 def names(folder):
@@ -101,33 +101,32 @@ def names(folder):
 
 def test_two_processes_make_the_bytes_of_one_and_each_shard_once(two, wanted, monkeypatch):
     leave_to_the_other(monkeypatch, number=2)
-    tallies = []
-    real = Tally.add
+    all_stats = []
+    real = ExtractionStats.add
     monkeypatch.setattr(
-        Tally, "add", lambda self, other: tallies.append(other) or real(self, other)
+        ExtractionStats, "add", lambda self, other: all_stats.append(other) or real(self, other)
     )
     report = two.run()
     assert two.store_bytes() == wanted
-    other = next(tally for tally in tallies if tally.devices == 2)
+    other = next(stats for stats in all_stats if stats.devices == 2)
     assert len(other.encoded_shards) == report["shards"] - 2
     # Those of the job, to which both were added.
-    assert tallies[-1].images_encoded == report["images"]
-    assert tallies[-1].encoded_shards == {
+    assert all_stats[-1].images_encoded == report["images"]
+    assert all_stats[-1].encoded_shards == {
         name: sha256_of(two.features / name) for name in names(two.features)
     }
 
 
 def test_no_two_take_the_same_shard_and_none_is_left():
-    context = multiprocessing.get_context("spawn")
-    shared = module.Shared(context.Value("q", 0), context.Value("q", 0))
-    first, second = shared.taken(9), shared.taken(9)
+    counters = module.SharedCounters.create()
+    first, second = counters.claim_shards(9), counters.claim_shards(9)
     taken = [next(first), next(second), next(second), next(first), *first, *second]
     assert taken == list(range(9))
-    fresh = module.Shared(context.Value("q", 0), context.Value("q", 0))
-    taking = fresh.taken(9)
+    fresh = module.SharedCounters.create()
+    taking = fresh.claim_shards(9)
     assert next(taking) == 0
     fresh.stop()
-    assert list(taking) == list(fresh.taken(9)) == []
+    assert list(taking) == list(fresh.claim_shards(9)) == []
 
 
 def test_failures_of_all_processes_are_counted_together(job, monkeypatch):
@@ -160,17 +159,17 @@ def spoil(source: ImageSource, position):
 def test_a_device_that_does_not_reproduce_the_probe_stops_the_stage(job, threads, monkeypatch):
     """The first device does not go on with all that there is to do."""
     job, encoder = job
-    job.probe.write_bytes(probe_bytes(take_probe(encoder) + np.float16(1), job.spec))
+    job.probe.write_bytes(serialize_probe(encode_probe_images(encoder) + np.float16(1), job.spec))
     taken = []
-    real = module.Shared.taken
+    real = module.SharedCounters.claim_shards
 
     def slow(self, num_shards):
         for number in real(self, num_shards):
             taken.append(number)
             yield number
-            wait_until(lambda: len(taken) == 1 or self.next_shard.value >= module.LAST)
+            wait_until(lambda: len(taken) == 1 or self.next_shard.value >= module.NO_MORE_SHARDS)
 
-    monkeypatch.setattr(module.Shared, "taken", slow)
+    monkeypatch.setattr(module.SharedCounters, "claim_shards", slow)
     with pytest.raises(StageError, match=r"probe: the encoder gives 8 of 8 images other features"):
         encode_job(job, encoder)
     assert taken == [0, 1]
@@ -184,7 +183,7 @@ def wait_until(done):
         time.sleep(0.02)
 
 
-def test_an_error_of_another_process_arrives_as_it_is(job, monkeypatch):
+def test_an_error_of_another_process_arrives_unchanged(job, monkeypatch):
     job, encoder = job
     leave_to_the_other(monkeypatch)
     path = next(job.source.archives["train"].path.iterdir())
@@ -197,7 +196,7 @@ def test_an_error_of_another_process_arrives_as_it_is(job, monkeypatch):
     )
 
 
-def test_a_process_that_is_killed_is_one_line(job, monkeypatch):
+def test_a_killed_process_gives_one_line(job, monkeypatch):
     job, encoder = job
 
     def encode(*args):
@@ -253,30 +252,30 @@ def test_an_interrupt_is_the_matter_of_this_process_alone(job, monkeypatch):
 def test_after_an_error_here_no_other_begins_another_shard(job, threads, monkeypatch):
     job, encoder = job
     begun, raised = threading.Event(), threading.Event()
-    real, taken = module._encode, module.Shared.taken
+    real, taken = module._encode, module.SharedCounters.claim_shards
 
-    def encode(job, given, tally, shared, progress):
+    def encode(job, given, stats, counters, progress):
         if given is encoder:
             assert begun.wait(60)
             raised.set()
             raise StageError("no")
-        real(job, given, tally, shared, progress)
+        real(job, given, stats, counters, progress)
 
     def one_until_raised(self, num_shards):
         for number in taken(self, num_shards):
             begun.set()
             yield number
             assert raised.wait(60)
-            wait_until(lambda: self.next_shard.value >= module.LAST)
+            wait_until(lambda: self.next_shard.value >= module.NO_MORE_SHARDS)
 
-    monkeypatch.setattr(module.Shared, "taken", one_until_raised)
+    monkeypatch.setattr(module.SharedCounters, "claim_shards", one_until_raised)
     monkeypatch.setattr(module, "_encode", encode)
     with pytest.raises(StageError, match=r"^no$"):
         encode_job(job, encoder)
     assert names(job.folder) == {job.shards[0].name}
 
 
-def test_a_process_ends_when_the_one_that_started_it_is_killed(job, monkeypatch):
+def test_a_process_ends_when_its_parent_is_killed(job, monkeypatch):
     """Else it would write into the work directory beside the run that goes on."""
     job, encoder = job
     receiver, sender = os.pipe()
@@ -316,20 +315,20 @@ def is_running(process):
 
 def test_auto_is_every_gpu_or_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert [str(device) for device in pick_devices("auto")] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert [str(device) for device in resolve_devices("auto")] == ["cuda:0", "cuda:1", "cuda:2"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert pick_devices("auto") == [torch.device("cpu")]
+    assert resolve_devices("auto") == [torch.device("cpu")]
 
 
-def test_a_list_names_one_device_a_process():
-    assert pick_devices("cpu") == [torch.device("cpu")]
-    assert pick_devices("cpu, cpu,cpu") == [torch.device("cpu")] * 3
+def test_a_list_names_one_device_per_process():
+    assert resolve_devices("cpu") == [torch.device("cpu")]
+    assert resolve_devices("cpu, cpu,cpu") == [torch.device("cpu")] * 3
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "cpu,", "cpu;cpu", "cpu,nothing", "cuda:99"])
 def test_an_unknown_device_is_a_wrong_setting(name):
     with pytest.raises(SettingsError, match=r"^encoder\.device: ") as caught:
-        pick_devices(name)
+        resolve_devices(name)
     assert "\n" not in str(caught.value)
 
 
@@ -340,7 +339,7 @@ def test_an_unknown_device_is_a_wrong_setting(name):
     ("workers", "devices", "lanes"), [(0, 1, 1), (3, 1, 3), (0, 2, 2), (3, 2, 4)]
 )
 def test_decoding_has_as_many_lanes_as_processes_that_decode(workers, devices, lanes):
-    tally = Tally(elapsed=2.0, devices=devices)
-    tally.seconds["decode"] = 2.0 * lanes
-    tally.seconds["encode"] = 1.0
-    assert tally.shares(workers) == {"decode": 1.0, "encode": 0.5 / devices}
+    stats = ExtractionStats(elapsed=2.0, devices=devices)
+    stats.seconds["decode"] = 2.0 * lanes
+    stats.seconds["encode"] = 1.0
+    assert stats.busy_shares(workers) == {"decode": 1.0, "encode": 0.5 / devices}

@@ -12,11 +12,11 @@ from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.shard import open_shard
 from pipeline.encoding import encode as module
-from pipeline.encoding.encode import encode_shards
+from pipeline.encoding.encode import Job, ShardEncoder
 from pipeline.encoding.encoder import load_encoder
-from pipeline.encoding.stats import Tally
+from pipeline.encoding.stats import ExtractionStats
+from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import decode_rgb
-from pipeline.images.names import ImageArchive
 from pipeline.images.source import ImageSource
 from workspace.errors import StageError
 
@@ -54,20 +54,23 @@ def plan(source, encoder):
 
 
 @pytest.fixture
-def run(source, encoder, tmp_path):
-    def encoded(shards, workers=0, max_failures=0, **options):
-        tally = Tally()
-        encode_shards(
-            shards,
-            source,
-            encoder,
-            tmp_path / "shards",
+def run(source, encoder, settings, tmp_path):
+    def encoded(shards, workers=0, max_failures=0, taken=None, progress=lambda count: None):
+        stats = ExtractionStats()
+        job = Job(
+            shards=shards,
+            source=source,
+            settings=settings(batch_size=3),
+            spec=encoder.spec,
+            probe=tmp_path / "probe",
+            folder=tmp_path / "shards",
             workers=workers,
             max_failures=max_failures,
-            tally=tally,
-            **options,
         )
-        return tally
+        ShardEncoder(job, encoder, stats, progress).run(
+            range(len(shards)) if taken is None else taken
+        )
+        return stats
 
     return encoded
 
@@ -88,7 +91,7 @@ def names(folder):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_row_is_its_own_images_features(run, plan, encoder, images, tmp_path, workers):
-    tally = run(plan, workers)
+    stats = run(plan, workers)
     for planned in plan:
         shard = open_shard(tmp_path / "shards" / planned.name, encoder.spec)
         assert np.array_equal(shard.image_ids, planned.image_ids)
@@ -97,16 +100,16 @@ def test_each_row_is_its_own_images_features(run, plan, encoder, images, tmp_pat
             pixels = np.stack([decode_rgb(images[i], 32, "shortest") for i in ids])
             features = encoder.encode(torch.from_numpy(pixels))
             assert np.array_equal(features_of(shard)[start : start + 3], features)
-    assert tally.images_encoded == len(images)
-    assert tally.encoded_shards == {
+    assert stats.images_encoded == len(images)
+    assert stats.encoded_shards == {
         planned.name: sha256_of(tmp_path / "shards" / planned.name) for planned in plan
     }
 
 
 def test_a_batch_never_crosses_a_shard(run, plan, encoder, monkeypatch):
     sizes = []
-    real = encoder.start
-    monkeypatch.setattr(encoder, "start", lambda x: sizes.append(len(x)) or real(x))
+    real = encoder.submit
+    monkeypatch.setattr(encoder, "submit", lambda x: sizes.append(len(x)) or real(x))
     run(plan)
     wanted = []
     for planned in plan:
@@ -121,8 +124,8 @@ def test_only_the_shards_asked_for_are_written(run, plan, tmp_path):
 
 
 def test_nothing_to_do_is_nothing_done(run, tmp_path):
-    tally = run([])
-    assert (tally.images_encoded, tally.failures) == (0, {})
+    stats = run([])
+    assert (stats.images_encoded, stats.failures) == (0, {})
     assert not names(tmp_path / "shards")
 
 
@@ -130,9 +133,9 @@ def test_nothing_to_do_is_nothing_done(run, tmp_path):
 def test_a_failed_image_costs_its_shard_alone(run, plan, source, tmp_path, workers):
     broken = plan[1].image_ids[-1]
     break_image(source, broken)
-    tally = run(plan, workers, max_failures=1)
-    assert list(tally.failures) == [broken]
-    assert "\n" not in tally.failures[broken]
+    stats = run(plan, workers, max_failures=1)
+    assert list(stats.failures) == [broken]
+    assert "\n" not in stats.failures[broken]
     assert names(tmp_path / "shards") == {p.name for p in plan} - {plan[1].name}
 
 
@@ -140,15 +143,15 @@ def test_one_pass_finds_every_failure(run, plan, source):
     broken = [int(i) for shard in plan for i in (shard.image_ids[0], shard.image_ids[-1])]
     for image_id in set(broken):
         break_image(source, image_id)
-    tally = run(plan, max_failures=len(broken))
-    assert set(tally.failures) == set(broken)
+    stats = run(plan, max_failures=len(broken))
+    assert set(stats.failures) == set(broken)
 
 
 def test_a_shard_of_failures_alone_is_no_shard(run, plan, source, tmp_path):
     for image_id in plan[0].image_ids:
         break_image(source, int(image_id))
-    tally = run(plan, max_failures=len(plan[0].image_ids))
-    assert set(tally.failures) == set(plan[0].image_ids.tolist())
+    stats = run(plan, max_failures=len(plan[0].image_ids))
+    assert set(stats.failures) == set(plan[0].image_ids.tolist())
     assert plan[0].name not in names(tmp_path / "shards")
 
 
@@ -179,7 +182,7 @@ def test_a_file_that_went_since_the_index_stops_the_run(run, plan, source, worke
         run(plan, workers, max_failures=10)
 
 
-def test_a_decoding_process_that_dies_is_one_line(run, plan, monkeypatch):
+def test_a_dead_decoding_process_gives_one_line(run, plan, monkeypatch):
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -197,7 +200,7 @@ def test_a_failed_write_is_not_swallowed(run, plan, monkeypatch):
             if path.name == bad:
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(module, "finish", write)
+        monkeypatch.setattr(module, "write_with_hash", write)
         with pytest.raises(OSError, match="No space left"):
             run(plan)
 
@@ -210,13 +213,13 @@ def test_a_value_beyond_float16_stops_the_run(run, plan, encoder):
 
 
 def test_seconds_are_counted(run, plan):
-    tally = run(plan)
-    assert set(tally.seconds) == {"decode", "encode", "hash", "write"}
-    assert min(tally.seconds.values()) > 0
-    tally.elapsed = 2 * max(tally.seconds.values())
-    shares = tally.shares(workers=2)
+    stats = run(plan)
+    assert set(stats.seconds) == {"decode", "encode", "hash", "write"}
+    assert min(stats.seconds.values()) > 0
+    stats.elapsed = 2 * max(stats.seconds.values())
+    shares = stats.busy_shares(workers=2)
     assert max(shares.values()) <= 0.5
-    assert shares["decode"] == tally.seconds["decode"] / tally.elapsed / 2
+    assert shares["decode"] == stats.seconds["decode"] / stats.elapsed / 2
 
 
 def test_progress_counts_every_image_once(run, plan, images):
@@ -227,20 +230,18 @@ def test_progress_counts_every_image_once(run, plan, images):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_only_the_shards_taken_are_encoded_and_no_more_are_asked_for(run, plan, tmp_path, workers):
-    tally = run(plan, workers, taken=iter([3, 0]))
-    assert set(tally.encoded_shards) == {plan[3].name, plan[0].name} == names(tmp_path / "shards")
+    stats = run(plan, workers, taken=iter([3, 0]))
+    assert set(stats.encoded_shards) == {plan[3].name, plan[0].name} == names(tmp_path / "shards")
 
 
-def test_a_batch_is_given_to_the_device_before_the_one_before_is_waited_for(
-    run, plan, encoder, monkeypatch
-):
+def test_the_next_batch_is_submitted_before_the_result_of_the_last(run, plan, encoder, monkeypatch):
     calls = []
-    start, finish = encoder.start, encoder.finish
-    monkeypatch.setattr(encoder, "start", lambda x: calls.append("start") or start(x))
-    monkeypatch.setattr(encoder, "finish", lambda x: calls.append("finish") or finish(x))
+    submit, result = encoder.submit, encoder.result
+    monkeypatch.setattr(encoder, "submit", lambda x: calls.append("submit") or submit(x))
+    monkeypatch.setattr(encoder, "result", lambda x: calls.append("result") or result(x))
     run(plan)
-    count = calls.count("start")
-    assert calls == ["start", *["start", "finish"] * (count - 1), "finish"]
+    count = calls.count("submit")
+    assert calls == ["submit", *["submit", "result"] * (count - 1), "result"]
 
 
 @pytest.mark.parametrize("repeats", [2, 12])
@@ -268,7 +269,7 @@ def test_never_more_than_two_shards_are_in_memory(
         time.sleep(0.02)
 
     monkeypatch.setattr(module.np, "empty", empty)
-    monkeypatch.setattr(module, "finish", write)
+    monkeypatch.setattr(module, "write_with_hash", write)
     run(plan * repeats)
     assert len(most) == repeats
     assert max(most) == 2

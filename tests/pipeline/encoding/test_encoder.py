@@ -209,7 +209,7 @@ def test_a_value_that_does_not_fit_float16_is_an_error(settings, value):
 # The spec
 
 
-def test_the_spec_says_what_the_features_are(settings):
+def test_the_spec_describes_the_features(settings):
     spec = load_encoder(settings()).spec
     assert spec.mean == OPENAI_MEAN
     assert spec.std == OPENAI_STD
@@ -355,7 +355,7 @@ def damaged(checkpoint, folder):
     return [*names, "list.pt", "nothing.pt", "code.pt", *contents]
 
 
-def test_a_damaged_checkpoint_is_one_line(settings, checkpoint, tmp_path):
+def test_a_damaged_checkpoint_gives_one_line(settings, checkpoint, tmp_path):
     for name in damaged(checkpoint, tmp_path):
         path = str(tmp_path / name)
         with pytest.raises(StageError, match="cannot load") as caught:
@@ -390,7 +390,7 @@ def test_a_tower_without_patches_is_refused(settings):
 
 
 @pytest.mark.parametrize("layer", [-4, -100])
-def test_a_layer_that_is_not_there_is_refused(settings, layer):
+def test_a_missing_layer_is_refused(settings, layer):
     with pytest.raises(SettingsError, match=f"encoder.layer: .*no block {layer} ") as caught:
         load_encoder(settings(layer=layer))
     one_line(caught)
@@ -450,7 +450,7 @@ def no_network(monkeypatch, tmp_path):
     ],
 )
 @pytest.mark.usefixtures("no_network")
-def test_without_a_network_it_says_so_in_one_line(settings, model, pretrained, capfd):
+def test_without_a_network_the_error_is_one_line(settings, model, pretrained, capfd):
     with pytest.raises(StageError, match=r"hub cannot be reached \(no network\)") as caught:
         load_encoder(settings(model=model, pretrained=pretrained))
     assert f"'{pretrained}'" in one_line(caught)
@@ -460,7 +460,7 @@ def test_without_a_network_it_says_so_in_one_line(settings, model, pretrained, c
 
 
 @pytest.mark.parametrize("name", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
-def test_without_a_network_what_is_in_the_cache_is_loaded(settings, checkpoint, no_network, name):
+def test_without_a_network_cached_weights_are_loaded(settings, checkpoint, no_network, name):
     path = no_network / name
     save_file(checkpoint, path) if path.suffix == ".safetensors" else torch.save(checkpoint, path)
     found = load_encoder(settings(pretrained="somebody/some-clip")).spec
@@ -480,7 +480,7 @@ def test_random_weights_are_no_warning(settings, capfd):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"embed_dim": 3}', "\ud800"])
-def test_a_config_that_is_none_is_refused(settings, tmp_path, text):
+def test_a_file_that_is_no_config_is_refused(settings, tmp_path, text):
     path = tmp_path / "broken.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(SettingsError, match=r"encoder.model: .*broken.json") as caught:
@@ -505,7 +505,7 @@ def test_a_config_that_is_none_is_refused(settings, tmp_path, text):
     ],
     ids=str,
 )
-def test_an_impossible_config_is_one_line(settings, tmp_path, tiny, vision):
+def test_an_impossible_config_gives_one_line(settings, tmp_path, tiny, vision):
     tiny["vision_cfg"] = vision if not vision else tiny["vision_cfg"] | vision
     if vision == {}:
         tiny["vision_cfg"] = {"layers": 2, "width": 60}
@@ -517,7 +517,7 @@ def test_an_impossible_config_is_one_line(settings, tmp_path, tiny, vision):
 
 
 @pytest.mark.parametrize("device", ["nothing", "cuda:99", ""])
-def test_a_device_that_is_not_there_is_refused(settings, device):
+def test_a_missing_device_is_refused(settings, device):
     with pytest.raises(SettingsError, match=r"encoder.device: ") as caught:
         load_encoder(settings(device=device))
     one_line(caught)

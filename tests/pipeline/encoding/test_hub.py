@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 
 from pipeline.encoding import hub as module
-from pipeline.encoding.hub import hub_failure, reaching_hub, without_logging
+from pipeline.encoding.hub import hub_failure, logging_disabled, offline_if_hub_unreachable
 
 
 class Session:
@@ -31,9 +31,9 @@ def session(monkeypatch):
     "error",
     [OSError("no\nnetwork"), OSError(101, "no network"), RuntimeError("no network"), KeyError(1)],
 )
-def test_a_hub_out_of_reach_is_found_by_one_request_and_not_asked_again(session, error):
+def test_an_unreachable_hub_is_asked_only_once(session, error):
     session.error = error
-    with reaching_hub() as failure:
+    with offline_if_hub_unreachable() as failure:
         assert failure
         assert "\n" not in failure
         assert constants.is_offline_mode()
@@ -42,7 +42,7 @@ def test_a_hub_out_of_reach_is_found_by_one_request_and_not_asked_again(session,
 
 
 def test_a_hub_that_answers_is_used(session):
-    with reaching_hub() as failure:
+    with offline_if_hub_unreachable() as failure:
         assert failure == ""
         assert not constants.is_offline_mode()
 
@@ -53,15 +53,15 @@ def test_an_interrupt_is_no_failure_of_the_hub(session):
         hub_failure()
 
 
-def test_whoever_asks_for_the_local_cache_alone_gets_it(monkeypatch):
+def test_offline_mode_uses_the_local_cache_alone(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with reaching_hub() as failure:
+    with offline_if_hub_unreachable() as failure:
         assert "HF_HUB_OFFLINE" in failure
     assert constants.is_offline_mode()
 
 
 def test_nothing_is_logged_in_the_block_alone(caplog):
-    with without_logging():
+    with logging_disabled():
         logging.getLogger("library").error("inside")
     logging.getLogger("library").error("behind")
     assert [record.message for record in caplog.records] == ["behind"]

@@ -1,4 +1,4 @@
-"""What is remembered of a tower holds as long as nothing that decides it has changed."""
+"""A cached spec holds as long as nothing that decides it has changed."""
 
 import dataclasses
 import json
@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache.files.atomic import write_bytes
 from pipeline.encoding import encoder as encoder_module
 from pipeline.encoding import lazy_encoder as module
 from pipeline.encoding.encoder import load_encoder
-from pipeline.encoding.lazy_encoder import SPECS, Tower, recall, remember
+from pipeline.encoding.lazy_encoder import SPECS, LazyEncoder, cache_path, read_cached_spec
 from pipeline.encoding.versions import LIBRARIES
 from pipeline.settings import EncoderSettings
+from workspace import code_hash
 from workspace.errors import StageError
 
 OTHER = {
@@ -44,42 +46,49 @@ def spec(usual):
 
 @pytest.fixture
 def code(folder, monkeypatch):
-    """A copy of the modules that decide what a feature is, which the key is made of from now on."""
-    copies = folder / "code"
-    copies.mkdir()
-    for name in module.CODE:
-        (copies / name).parent.mkdir(exist_ok=True)
-        shutil.copy(Path(module.__file__).parents[1] / name, copies / name)
-    monkeypatch.setattr(module, "__file__", str(copies / "encoding/lazy_encoder.py"))
-    return copies
+    """A copy of the code, which is hashed from now on."""
+    for package in ("cache", "pipeline", "workspace"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(code_hash.ROOT / package, folder / "code" / package, ignore=ignored)
+    monkeypatch.setattr(code_hash, "ROOT", folder / "code")
+    return folder / "code"
 
 
-def kept():
+def cached_spec(settings):
+    return read_cached_spec(cache_path(settings))
+
+
+def cache_spec(settings, spec):
+    if path := cache_path(settings):
+        write_bytes(path, spec.to_json())
+
+
+def cached_files():
     return sorted(SPECS.iterdir()) if SPECS.exists() else []
 
 
-# What is remembered
+# The cache
 
 
-def test_the_remembered_spec_is_that_of_the_loaded_encoder(usual):
-    first = Tower(usual)
+def test_the_cached_spec_is_that_of_the_loaded_encoder(usual):
+    first = LazyEncoder(usual)
     assert first.spec == first.encoder.spec == load_encoder(usual).spec
-    again = Tower(usual)
+    again = LazyEncoder(usual)
     assert again.spec == first.spec
     assert not again.is_loaded
 
 
-def test_a_tower_is_loaded_when_its_encoder_is_asked_for_and_not_before(usual, monkeypatch):
+def test_an_encoder_is_loaded_when_it_is_needed_and_not_before(usual, monkeypatch):
     loads = []
     real = encoder_module.load_encoder
     monkeypatch.setattr(encoder_module, "load_encoder", lambda s: loads.append(s) or real(s))
-    tower = Tower(usual)
-    assert not tower.is_loaded
-    assert tower.spec
-    assert tower.is_loaded
-    assert tower.encoder is tower.encoder
+    encoder = LazyEncoder(usual)
+    assert not encoder.is_loaded
+    assert encoder.spec
+    assert encoder.is_loaded
+    assert encoder.encoder is encoder.encoder
     assert loads == [usual]
-    again = Tower(usual)
+    again = LazyEncoder(usual)
     assert again.spec
     assert not again.is_loaded
     assert again.encoder
@@ -87,17 +96,17 @@ def test_a_tower_is_loaded_when_its_encoder_is_asked_for_and_not_before(usual, m
     assert loads == [usual, usual]
 
 
-def test_where_nothing_is_remembered_there_is_no_spec(usual):
-    assert recall(usual) is None
+def test_without_a_cache_there_is_no_spec(usual):
+    assert cached_spec(usual) is None
     assert not SPECS.exists()
 
 
-def test_the_device_is_forgotten(usual, spec):
-    remember(usual, spec)
-    assert recall(dataclasses.replace(usual, device="cuda:7")) == spec
+def test_the_device_does_not_matter(usual, spec):
+    cache_spec(usual, spec)
+    assert cached_spec(dataclasses.replace(usual, device="cuda:7")) == spec
 
 
-# What makes it forgotten
+# Changes that are noticed
 
 
 def test_every_setting_but_the_device_has_another_value_here():
@@ -105,97 +114,97 @@ def test_every_setting_but_the_device_has_another_value_here():
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_of_other_settings_nothing_is_remembered(usual, spec, name):
-    remember(usual, spec)
+def test_other_settings_have_another_spec(usual, spec, name):
+    cache_spec(usual, spec)
     other = dataclasses.replace(usual, **{name: OTHER[name]})
-    assert recall(other) is None
-    remember(other, dataclasses.replace(spec, weights_sha256="0" * 64))
-    assert recall(usual) == spec
+    assert cached_spec(other) is None
+    cache_spec(other, dataclasses.replace(spec, weights_sha256="0" * 64))
+    assert cached_spec(usual) == spec
 
 
-def test_another_architecture_under_the_same_name_is_not_remembered(usual, spec, tiny):
-    remember(usual, spec)
+def test_another_architecture_under_the_same_name_is_noticed(usual, spec, tiny):
+    cache_spec(usual, spec)
     tiny["vision_cfg"]["layers"] += 1
     Path(usual.model).write_text(json.dumps(tiny))
-    assert recall(usual) is None
-    assert Tower(usual).spec != spec
+    assert cached_spec(usual) is None
+    assert LazyEncoder(usual).spec != spec
 
 
-def test_other_weights_under_the_same_name_are_not_remembered(settings, usual):
+def test_other_weights_under_the_same_name_are_noticed(settings, usual):
     visual = load_encoder(usual)._visual
     state = {f"visual.{name}": tensor for name, tensor in visual.state_dict().items()}
     weights = Path("weights.pt")
     torch.save(state, weights)
     given = settings(pretrained="weights.pt")
-    remember(given, spec := load_encoder(usual).spec)
-    assert recall(given) == spec
+    cache_spec(given, spec := load_encoder(usual).spec)
+    assert cached_spec(given) == spec
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    assert recall(given) is None
+    assert cached_spec(given) is None
     weights.unlink()
-    assert recall(given) is None
+    assert cached_spec(given) is None
 
 
 @pytest.mark.parametrize("library", [*LIBRARIES, "libjpeg_turbo"])
-def test_with_another_library_nothing_is_remembered(usual, spec, library, monkeypatch):
-    remember(usual, spec)
+def test_another_version_of_a_library_is_noticed(usual, spec, library, monkeypatch):
+    cache_spec(usual, spec)
     versions = module.library_versions()
     assert library in versions
     monkeypatch.setattr(module, "library_versions", lambda: versions | {library: "0.0.1"})
-    assert recall(usual) is None
+    assert cached_spec(usual) is None
 
 
-def test_in_another_format_nothing_is_remembered(usual, spec, monkeypatch):
-    remember(usual, spec)
+def test_another_format_is_noticed(usual, spec, monkeypatch):
+    cache_spec(usual, spec)
     monkeypatch.setattr(module, "FORMAT", "patchcache/2")
-    assert recall(usual) is None
+    assert cached_spec(usual) is None
 
 
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
-        ("encoder.py", ".float() / 255", ".float() / 256"),
-        ("encoder.py", "PREPROCESS_VERSION = 1", "PREPROCESS_VERSION = 2"),
-        ("encoder.py", "normalize_intermediates=False", "normalize_intermediates=True"),
-        ("decode.py", 'image.convert("RGB")', 'image.convert("RGB").copy()'),
+        ("pipeline/encoding/encoder.py", ".float() / 255", ".float() / 256"),
+        ("pipeline/encoding/encoder.py", "PREPROCESS_VERSION = 1", "PREPROCESS_VERSION = 2"),
+        ("pipeline/encoding/encoder.py", "intermediates=False", "intermediates=True"),
+        ("pipeline/images/decode.py", 'image.convert("RGB")', 'image.convert("RGB").copy()'),
+        ("cache/spec.py", "sha256", "sha512"),
     ],
 )
-def test_after_a_change_of_the_code_nothing_is_remembered(usual, spec, code, name, before, after):
-    remember(usual, spec)
-    assert recall(usual) == spec
+def test_a_change_of_the_code_is_noticed(usual, spec, code, name, before, after):
+    cache_spec(usual, spec)
+    assert cached_spec(usual) == spec
     text = (code / name).read_text()
     assert before in text
     (code / name).write_text(text.replace(before, after))
-    assert recall(usual) is None
+    assert cached_spec(usual) is None
 
 
 def test_comments_blank_lines_and_layout_of_the_code_do_not_matter(usual, spec, code):
-    remember(usual, spec)
-    for path in code.iterdir():
+    cache_spec(usual, spec)
+    for path in code.rglob("*.py"):
         text = path.read_text()
-        assert "\n\n\ndef " in text
         text = text.replace("\n\n\ndef ", "\n# New.\n\n\n\n\ndef ")
         path.write_text(f"# First.\n\n{text}\n\n# Last.\n")
-    assert recall(usual) == spec
+    assert cached_spec(usual) == spec
 
 
-# What is never remembered, and what is made anew
+# Specs that are not cached, and damaged ones
 
 
 @pytest.mark.parametrize("name", ["laion/CLIP-ViT-B-32", "./hub/model", "a/b/c.pt"])
-def test_weights_that_their_owner_can_replace_are_never_remembered(settings, spec, name):
-    remember(settings(pretrained=name), spec)
-    assert not kept()
-    assert recall(settings(pretrained=name)) is None
+def test_specs_of_weights_that_their_owner_can_replace_are_never_cached(settings, spec, name):
+    cache_spec(settings(pretrained=name), spec)
+    assert not cached_files()
+    assert cached_spec(settings(pretrained=name)) is None
 
 
 def test_a_checkpoint_in_a_folder_is_no_hub_id(settings, spec):
     Path("some").mkdir()
     Path("some/weights").write_bytes(b"weights")
     given = settings(pretrained="some/weights")
-    remember(given, spec)
-    assert recall(given) == spec
+    cache_spec(given, spec)
+    assert cached_spec(given) == spec
 
 
 @pytest.mark.parametrize(
@@ -210,25 +219,25 @@ def test_a_checkpoint_in_a_folder_is_no_hub_id(settings, spec):
     ],
     ids=["empty", "cut", "no text", "edited", "another format", "deep"],
 )
-def test_a_damaged_spec_is_made_anew(usual, damage):
-    spec = Tower(usual).spec
-    [path] = kept()
+def test_a_damaged_spec_is_replaced(usual, damage):
+    spec = LazyEncoder(usual).spec
+    [path] = cached_files()
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert path.read_bytes() != whole
-    assert recall(usual) is None
-    again = Tower(usual)
+    assert cached_spec(usual) is None
+    again = LazyEncoder(usual)
     assert again.spec == spec
     assert again.is_loaded
-    assert [path] == kept()
+    assert [path] == cached_files()
     assert path.read_bytes() == whole
 
 
-def test_a_tower_that_is_not_the_remembered_one_stops_the_stage_once(usual, spec):
-    remember(usual, dataclasses.replace(spec, weights_sha256="0" * 64))
-    tower = Tower(usual)
-    assert tower.spec != spec
+def test_an_encoder_of_another_spec_than_the_cached_one_stops_the_stage_once(usual, spec):
+    cache_spec(usual, dataclasses.replace(spec, weights_sha256="0" * 64))
+    encoder = LazyEncoder(usual)
+    assert encoder.spec != spec
     with pytest.raises(StageError, match=r"random of .*other weights.*Run the same command again"):
-        _ = tower.encoder
-    again = Tower(usual)
+        _ = encoder.encoder
+    again = LazyEncoder(usual)
     assert again.spec == again.encoder.spec == spec

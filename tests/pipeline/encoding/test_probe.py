@@ -25,11 +25,11 @@ from pipeline.encoding.probe import (
     TOLERANCES,
     Probe,
     check_probe,
-    probe_bytes,
+    encode_probe_images,
     probe_pixels,
     read_probe,
     relative_differences,
-    take_probe,
+    serialize_probe,
 )
 from pipeline.encoding.versions import library_versions
 from pipeline.images import decode
@@ -68,7 +68,7 @@ def demo_encoder(precision):
 
 @functools.cache
 def demo_probe(precision):
-    return Probe(take_probe(demo_encoder(precision)), library_versions())
+    return Probe(encode_probe_images(demo_encoder(precision)), library_versions())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +95,7 @@ def features():
 @pytest.fixture
 def written(tmp_path, spec, features):
     path = tmp_path / "probe.safetensors"
-    write_bytes(path, probe_bytes(features, spec))
+    write_bytes(path, serialize_probe(features, spec))
     return path
 
 
@@ -155,7 +155,7 @@ def test_an_image_that_cannot_be_decoded_any_more_is_named(spec, monkeypatch):
 # The file
 
 
-def test_what_is_written_is_read(written, spec, features):
+def test_a_probe_is_read_as_it_was_written(written, spec, features):
     kept = read_probe(written, spec)
     assert kept.features.dtype == np.float16
     assert kept.features.tobytes() == features.tobytes()
@@ -175,10 +175,10 @@ def test_two_processes_write_the_same_bytes(written, tmp_path, spec):
     (tmp_path / "spec.json").write_bytes(spec.to_json())
     code = (
         "import sys; from pathlib import Path; from safetensors.numpy import load_file;"
-        "from cache.spec import Spec; from pipeline.encoding.probe import probe_bytes;"
+        "from cache.spec import Spec; from pipeline.encoding.probe import serialize_probe;"
         "old, new, spec = map(Path, sys.argv[1:]);"
         "spec = Spec.from_json(spec.read_bytes(), 'here');"
-        "new.write_bytes(probe_bytes(load_file(old)['features'], spec))"
+        "new.write_bytes(serialize_probe(load_file(old)['features'], spec))"
     )
     paths = [written, tmp_path / "again.safetensors", tmp_path / "spec.json"]
     subprocess.run(
@@ -308,7 +308,7 @@ def test_a_probe_that_no_writer_makes_is_refused(tmp_path, spec, features):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_kept_features_that_are_not_finite_are_refused(tmp_path, spec, features, value):
+def test_stored_features_that_are_not_finite_are_refused(tmp_path, spec, features, value):
     changed = features.copy()
     changed[3, 1, 5] = value
     path = tmp_path / "probe.safetensors"
@@ -327,14 +327,14 @@ def test_a_difference_that_is_no_number_is_a_difference(features):
 
 
 def differences(encoder, precision):
-    found = relative_differences(take_probe(encoder), demo_probe(precision).features)
+    found = relative_differences(encode_probe_images(encoder), demo_probe(precision).features)
     return dict(zip(NAMES, found.tolist(), strict=True))
 
 
 def test_an_encoder_passes_its_own_probe(tmp_path, precision):
     encoder = demo_encoder(precision)
     path = tmp_path / "probe.safetensors"
-    write_bytes(path, probe_bytes(take_probe(encoder), encoder.spec))
+    write_bytes(path, serialize_probe(encode_probe_images(encoder), encoder.spec))
     check_probe(encoder, read_probe(path, encoder.spec))
 
 
@@ -342,7 +342,7 @@ def test_an_encoder_passes_its_own_probe(tmp_path, precision):
 def test_the_batch_size_does_not_matter(precision, batch_size):
     usual = demo_encoder(precision)
     spec = dataclasses.replace(usual.spec, batch_size=batch_size)
-    found = take_probe(Encoder(usual._visual, spec, usual.device))
+    found = encode_probe_images(Encoder(usual._visual, spec, usual.device))
     assert found.tobytes() == demo_probe(precision).features.tobytes()
 
 
@@ -608,7 +608,7 @@ def test_the_text_names_the_libraries_that_changed(monkeypatch):
     assert re.search(
         r"orientation\.jpg by 1\.\d \(relative L2, wanted at most 0\.002 in fp32\)\. What changed: "
         rf"gone 3 then, absent now; pillow 12\.0\.1 then, {re.escape(now['pillow'])} now; "
-        rf"timm absent then, {re.escape(now['timm'])} now\. Go back to the versions of then\. ",
+        rf"timm absent then, {re.escape(now['timm'])} now\. Go back to the former versions\. ",
         text,
     )
     assert text.endswith(

@@ -97,7 +97,7 @@ def contents(folder):
     return {path.name: path.read_text() for path in folder.iterdir()} if folder.exists() else {}
 
 
-def test_a_running_stage_gets_back_what_dvc_deleted_before_it(repository):
+def test_a_running_stage_recovers_the_files_that_dvc_deleted(repository):
     dvc(repository, "pull")
     assert (repository / "data/features/a.h5").exists()
     (repository / "wish").write_text("a.h5 b.h5 c.h5")
@@ -119,14 +119,14 @@ def test_the_remote_is_enough(repository, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_file_that_is_there_stays(repository):
+def test_an_existing_file_stays(repository):
     Path("work").mkdir()
     Path("work/a.h5").write_text("mine")
     assert recover(["a.h5", "b.h5"], Path("work")) == ["b.h5"]
     assert contents(Path("work")) == {"a.h5": "mine", "b.h5": "made of b.h5"}
 
 
-def test_what_nobody_has_is_one_line_and_the_rest_comes(repository, capfd):
+def test_missing_files_give_one_line_and_the_others_are_copied(repository, capfd):
     for folder in (repository / ".dvc/cache", repository.parent / "remote"):
         for path in list(folder.rglob("*")):
             if path.is_file() and path.read_bytes() == b"made of a.h5":
@@ -147,7 +147,7 @@ def test_what_nobody_has_is_one_line_and_the_rest_comes(repository, capfd):
         (".dvc/config", SETTINGS.replace("../../remote", "s3://bucket/remote"), "dvc-s3"),
     ],
 )
-def test_a_failure_of_dvc_is_one_line(repository, capfd, file, text, words):
+def test_a_failure_of_dvc_gives_one_line(repository, capfd, file, text, words):
     empty(repository / ".dvc/cache")
     Path(file).write_text(text)
     assert recover(["a.h5"], Path("work")) == []
@@ -157,7 +157,7 @@ def test_a_failure_of_dvc_is_one_line(repository, capfd, file, text, words):
     assert (out.count("\n"), err) == (1, "")
 
 
-def test_a_full_disk_in_the_database_of_dvc_is_one_line(repository, capfd, monkeypatch):
+def test_a_full_disk_in_the_database_of_dvc_gives_one_line(repository, capfd, monkeypatch):
     def fail(*args, **options):
         raise sqlite3.OperationalError("database or disk is full")
 
@@ -169,7 +169,7 @@ def test_a_full_disk_in_the_database_of_dvc_is_one_line(repository, capfd, monke
 
 
 @pytest.mark.parametrize("has_remote", [True, False])
-def test_a_lock_file_whose_objects_are_nowhere_is_one_line(repository, capfd, has_remote):
+def test_a_lock_file_without_its_objects_gives_one_line(repository, capfd, has_remote):
     """As after a clone of a repository whose owner did not push."""
     empty(repository / ".dvc/cache")
     empty(repository.parent / "remote")
@@ -182,7 +182,7 @@ def test_a_lock_file_whose_objects_are_nowhere_is_one_line(repository, capfd, ha
 
 
 @pytest.mark.parametrize("missing", ["dvc.lock", "dvc.yaml", ".dvc"])
-def test_where_dvc_has_stored_nothing_there_is_nothing_to_say(repository, capfd, missing):
+def test_without_stored_files_nothing_is_printed(repository, capfd, missing):
     Path(missing).rename("elsewhere")
     assert recover(["a.h5"], Path("work")) == []
     assert contents(Path("work")) == {}

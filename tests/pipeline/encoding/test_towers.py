@@ -175,9 +175,7 @@ def relative(found, wanted):
 
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_what_a_block_gives_without_the_tokens_before_the_patches(
-    settings, model, kind, layer
-):
+def test_features_are_the_patch_tokens_of_a_block_alone(settings, model, kind, layer):
     encoder = load_encoder(settings(model=model(kind), layer=layer))
     pixels = random_pixels(encoder, 3)
     outputs = []
@@ -236,7 +234,7 @@ def test_bf16_is_near_fp32(settings, model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_spec_says_how_many_patches_and_how_wide(settings, model, kind):
+def test_the_spec_has_the_number_of_patches_and_their_width(settings, model, kind):
     spec = load_encoder(settings(model=model(kind))).spec
     assert (spec.patches, spec.width) == (SIDE[kind] ** 2, WIDTH)
     if kind == "large-336":
@@ -313,7 +311,7 @@ def test_a_trunk_for_another_image_size_is_refused_for_that(settings, model):
 
 
 @pytest.mark.parametrize("kind", ["plain", "siglip", "eva"])
-def test_a_layer_that_is_not_there_is_refused(settings, model, kind):
+def test_a_missing_layer_is_refused(settings, model, kind):
     assert load_encoder(settings(model=model(kind), layer=-3)).spec.layer == -3
     with pytest.raises(SettingsError, match=r"encoder.layer: .* has no block -4 .*it has 3"):
         load_encoder(settings(model=model(kind), layer=-4))
@@ -329,7 +327,7 @@ def test_a_tower_of_one_block_has_no_block_before_the_last(settings, model):
 # The stage
 
 
-def test_the_stage_squashes_where_the_tag_says_so(make_workspace, model, tag, settings):
+def test_the_stage_squashes_images_for_tags_that_want_it(make_workspace, model, tag, settings):
     path = model("siglip")
     pretrained = tag(path)
     workspace = make_workspace(

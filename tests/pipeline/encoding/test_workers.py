@@ -13,7 +13,7 @@ import pytest
 
 from cache.cli.interrupts import INTERRUPTS
 from cache.errors import SettingsError
-from pipeline.encoding.workers import Workers
+from pipeline.encoding.workers import WorkerPool
 from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -38,7 +38,7 @@ def children():
     ("workers", "ahead", "count"), [(0, 2, 5), (1, 1, 7), (3, 2, 20), (3, 2, 0)]
 )
 def test_results_arrive_whole_and_in_order(workers, ahead, count):
-    with Workers(array, workers) as pool:
+    with WorkerPool(array, workers) as pool:
         results = list(pool.results(range(count), ahead))
     assert len(results) == count
     for number, result in enumerate(results):
@@ -48,7 +48,7 @@ def test_results_arrive_whole_and_in_order(workers, ahead, count):
 
 
 def test_the_work_is_done_side_by_side_and_not_here():
-    with Workers(own_process, 2) as pool:
+    with WorkerPool(own_process, 2) as pool:
         found = set(pool.results(range(50), 2))
     assert os.getpid() not in found
     assert 1 <= len(found) <= 2
@@ -57,7 +57,7 @@ def test_the_work_is_done_side_by_side_and_not_here():
 @pytest.mark.parametrize(("workers", "ahead"), [(0, 2), (1, 1), (2, 2)])
 def test_a_number_is_asked_for_when_its_turn_comes(workers, ahead):
     numbers = itertools.count()
-    with Workers(array, workers) as pool:
+    with WorkerPool(array, workers) as pool:
         results = pool.results(numbers, ahead)
         for _ in range(5):
             next(results)
@@ -74,7 +74,7 @@ def test_neither_shared_memory_nor_semaphores_are_needed(monkeypatch):
     monkeypatch.setattr("mmap.mmap", refuse)
     monkeypatch.setattr("torch.UntypedStorage._share_fd_cpu_", refuse)
     monkeypatch.setattr("torch.UntypedStorage._share_filename_cpu_", refuse)
-    with Workers(array, 2) as pool:
+    with WorkerPool(array, 2) as pool:
         assert [result[0] for result in pool.results(range(9), 2)] == list(range(9))
 
 
@@ -83,13 +83,13 @@ def test_neither_shared_memory_nor_semaphores_are_needed(monkeypatch):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("error", [StageError("no"), SettingsError("no"), OSError(5, "no", "a")])
-def test_what_the_work_raises_is_raised_here(workers, error):
+def test_an_error_of_the_function_is_raised_here(workers, error):
     def fail(number):
         if number == 3:
             raise error
         return number
 
-    with Workers(fail, workers) as pool:
+    with WorkerPool(fail, workers) as pool:
         results = pool.results(range(9), 2)
         assert [next(results) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(type(error)) as caught:
@@ -99,10 +99,10 @@ def test_what_the_work_raises_is_raised_here(workers, error):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_process_killed_at_any_moment_is_one_line(seed):
+def test_a_process_killed_at_any_moment_gives_one_line(seed):
     """While it works, while it sends, while it waits: nobody waits for it for ever."""
     rng = np.random.default_rng(seed)
-    with Workers(array, 2) as pool:
+    with WorkerPool(array, 2) as pool:
         victim = pool._workers[seed % 2]._process.pid
         killer = threading.Timer(rng.uniform(0, 0.05), os.kill, (victim, signal.SIGKILL))
         killer.start()
@@ -115,9 +115,9 @@ def test_a_process_killed_at_any_moment_is_one_line(seed):
     assert children() == 0
 
 
-def test_a_process_that_ends_by_itself_is_one_line():
+def test_a_process_that_ends_by_itself_gives_one_line():
     with (
-        Workers(lambda number: os._exit(3), 1) as pool,
+        WorkerPool(lambda number: os._exit(3), 1) as pool,
         pytest.raises(StageError, match=r"died \(exit code 3\)"),
     ):
         next(pool.results(range(2), 1))
@@ -125,7 +125,7 @@ def test_a_process_that_ends_by_itself_is_one_line():
 
 @pytest.mark.parametrize("number", INTERRUPTS)
 def test_a_signal_to_the_whole_group_is_the_matter_of_this_process(number):
-    with Workers(own_process, 2) as pool:
+    with WorkerPool(own_process, 2) as pool:
         for worker in pool._workers:
             os.kill(worker._process.pid, number)
         assert len(list(pool.results(range(20), 2))) == 20
@@ -134,7 +134,7 @@ def test_a_signal_to_the_whole_group_is_the_matter_of_this_process(number):
 def test_work_that_hangs_is_left_at_an_interrupt(tmp_path):
     """It waits for a FIFO that nobody writes to, or for a disk that does not answer."""
     os.mkfifo(tmp_path / "fifo")
-    with Workers(lambda _: (tmp_path / "fifo").open(), 2) as pool:
+    with WorkerPool(lambda _: (tmp_path / "fifo").open(), 2) as pool:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             next(pool.results(range(4), 2))
@@ -152,7 +152,7 @@ def test_they_end_when_this_process_is_killed(tmp_path):
         return os.getpid()
 
     def begin():
-        with Workers(hang, 2) as pool:
+        with WorkerPool(hang, 2) as pool:
             os.write(sender, b"%d " % next(pool.results(range(3), 2)))
             signal.pause()
 

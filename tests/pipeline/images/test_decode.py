@@ -176,7 +176,7 @@ def test_broken_bytes_raise_nothing_but_decode_errors():
     assert all(reason and "\n" not in reason for reason in reasons)
 
 
-def test_what_is_no_image_says_so_the_same_way_twice():
+def test_a_file_that_is_no_image_gets_the_same_error_twice():
     with pytest.raises(DecodeError, match="none of the formats JPEG") as first:
         decode_rgb(b"<html>404</html>", SIZE, "shortest")
     with pytest.raises(DecodeError) as second:

@@ -66,7 +66,7 @@ def test_a_read_that_fails_is_never_a_damaged_zip(path, monkeypatch):
         assert not isinstance(caught.value, OSError | ValueError | RuntimeError)
 
 
-def test_no_zip_and_no_file_are_what_they_are(path):
+def test_a_file_that_is_no_zip_and_a_missing_file_get_their_own_errors(path):
     path.write_bytes(b"text")
     with pytest.raises(zipfile.BadZipFile):
         open_zip(path)

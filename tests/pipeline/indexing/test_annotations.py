@@ -177,7 +177,7 @@ def test_a_conversation_with_a_strange_id_or_not_about_one_image_is_rejected(
         ({"id": ""}, ""),
     ],
 )
-def test_a_number_is_an_id_and_a_missing_one_is_the_name_of_the_image(tmp_path, changes, name):
+def test_an_id_may_be_a_number_and_defaults_to_the_name_of_the_image(tmp_path, changes, name):
     (found,) = conversation_of(tmp_path, GOOD, **({"image": "a/0901.jpg"} | changes)).conversations
     assert (found.conversation_id, found.image_name) == (name, "a/0901.jpg")
 
@@ -194,7 +194,7 @@ def test_a_number_is_an_id_and_a_missing_one_is_the_name_of_the_image(tmp_path, 
         (b"1" * 5000, "not usable JSON in UTF-8: Exceeds the limit"),
     ],
 )
-def test_a_file_that_is_not_json_is_one_clear_line(tmp_path, content, reason):
+def test_a_file_that_is_not_json_gives_one_clear_line(tmp_path, content, reason):
     for read in (read_captions, read_conversations):
         path = written(tmp_path, content)
         with pytest.raises(StageError) as error:
@@ -224,7 +224,7 @@ def test_conversations_of_another_layout_are_refused(tmp_path):
         read_conversations(written(tmp_path, {"a": []}), key="k")
 
 
-def test_a_file_that_is_not_there_names_key_and_path(tmp_path):
+def test_a_missing_file_is_named_with_its_key(tmp_path):
     path = tmp_path / "none.json"
     with pytest.raises(StageError, match=r"data\.instruct: .*none\.json does not exist"):
         read_conversations(path, key="data.instruct")
@@ -237,7 +237,7 @@ def test_a_byte_order_mark_is_no_obstacle(tmp_path):
     assert read_conversations(path, key="k").num_conversations == 0
 
 
-def test_nothing_is_said_to_be_fetched_again(tmp_path):
+def test_no_error_advises_to_fetch_again(tmp_path):
     paths = [tmp_path / "none.json", written(tmp_path, b"{"), tmp_path]
     for path in paths:
         with pytest.raises(StageError) as error:

@@ -11,7 +11,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.extract import open_images, read_source
-from pipeline.images.names import ImageArchive
+from pipeline.images.archives import ImageArchive
 from pipeline.index import DataSettings, index
 from workspace.errors import StageError
 from workspace.settings import Params

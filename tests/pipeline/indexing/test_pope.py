@@ -43,7 +43,7 @@ def captions(tmp_path):
     return tmp_path / "captions_val2017.json"
 
 
-def test_a_published_question_is_kept_word_for_word(tmp_path):
+def test_a_published_question_is_copied_word_for_word(tmp_path):
     (row,), rejected = official(tmp_path, LINE)
     assert not rejected
     assert (row.image_id, row.question, row.label) == (310196, LINE["text"], "yes")
@@ -142,7 +142,7 @@ def test_a_question_about_another_image_is_left_out_with_that_reason(captions):
     assert files.num_official == 3
 
 
-def test_questions_are_made_about_val_and_published_ones_kept_about_any_image(captions):
+def test_questions_are_made_about_val_and_published_ones_accepted_about_any_image(captions):
     found = collect_questions(read_question_files(captions), images(310196, split="train"), 0)
     assert {row.subset for row in found.rows} == {"official popular", "official random"}
 
@@ -178,7 +178,7 @@ def test_a_published_question_about_either_of_two_images_is_rejected(captions):
     }
 
 
-def test_a_published_question_about_an_id_of_two_files_says_so(captions):
+def test_a_published_question_about_an_id_of_two_files_is_rejected_for_it(captions):
     problems = {310196: "image id of two files: 310196 is a and b"}
     found = collect_questions(read_question_files(captions), images(9), 0, problems)
     assert {rejection.reason for rejection in found.rejected} == set(problems.values())
@@ -214,7 +214,7 @@ def test_without_files_there_is_no_question_and_a_reason(tmp_path):
     }
 
 
-def test_files_about_other_images_are_named_and_said_to_be_so(captions):
+def test_files_about_other_images_are_named_with_the_reason(captions):
     files = read_question_files(captions)
     said = collect_questions(files, images(1), seed=0).report(files)
     assert said["files"] == [

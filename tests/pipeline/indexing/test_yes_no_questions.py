@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from pipeline.indexing.yes_no_questions import (
-    MOST_IMAGES,
-    MOST_OBJECTS,
+    MAX_IMAGES,
+    MAX_OBJECTS,
     Instances,
     make_questions,
     read_instances,
@@ -61,7 +61,7 @@ def asked(rows, label=None):
     return found
 
 
-def test_what_is_shown_is_read_by_name(tmp_path):
+def test_shown_objects_are_read_by_name(tmp_path):
     found = read(tmp_path, [outline(5, 1), outline(5, 90), outline(5, 1), outline(6, 9)])
     assert found.shown == {5: {"dog", "umbrella"}, 6: {"fire hydrant"}}
     assert set(found.nouns.values()) == set(NOUNS.values())
@@ -123,7 +123,7 @@ def test_nothing_is_called_absent_where_an_outline_shows_something_unknown(tmp_p
         (b'{"categories": {}, "annotations": []}', "the lists 'categories' and 'annotations'"),
     ],
 )
-def test_a_file_that_is_no_instances_file_is_one_clear_line(tmp_path, content, reason):
+def test_a_file_that_is_no_instances_file_gives_one_clear_line(tmp_path, content, reason):
     path = written(tmp_path, content)
     with pytest.raises(StageError) as error:
         read_instances(path)
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_instances_file_is_one_clear_line(tmp_path, content, r
     assert "\n" not in text
 
 
-def test_every_answer_is_what_the_instances_say():
+def test_every_answer_agrees_with_the_instances():
     instances = world()
     rows = make_questions(instances, instances.shown, 0)
     assert {row.label for row in rows} == {"yes", "no"}
@@ -152,7 +152,7 @@ def test_an_image_is_asked_for_up_to_three_objects_and_as_many_that_it_lacks():
     yes, no = asked(rows, "yes"), asked(rows, "no")
     for subset in SUBSETS:
         for image_id, shown in instances.shown.items():
-            wanted = min(len(shown), MOST_OBJECTS)
+            wanted = min(len(shown), MAX_OBJECTS)
             for questions in (yes[subset], no[subset]):
                 nouns = [noun for asked_id, noun in questions if asked_id == image_id]
                 assert len(nouns) == len(set(nouns)) == wanted
@@ -160,7 +160,7 @@ def test_an_image_is_asked_for_up_to_three_objects_and_as_many_that_it_lacks():
     assert [row.label for row in rows] == ["yes", "no"] * (len(rows) // 2)
 
 
-def test_an_image_that_lacks_little_is_asked_less_and_one_that_lacks_nothing_not_at_all():
+def test_an_image_with_few_absent_objects_has_fewer_questions():
     nouns = dict(enumerate("abcd"))
     instances = Instances(nouns=nouns, shown={1: set("abc"), 2: set("abcd"), 3: {"a"}})
     rows = make_questions(instances, [1, 2, 3], 0)
@@ -169,7 +169,7 @@ def test_an_image_that_lacks_little_is_asked_less_and_one_that_lacks_nothing_not
     }
 
 
-def test_popular_asks_for_what_most_images_show():
+def test_popular_asks_for_the_objects_of_most_images():
     instances = world()
     counts = Counter(noun for shown in instances.shown.values() for noun in shown)
     assert len(set(counts.values())) > 5
@@ -177,7 +177,7 @@ def test_popular_asks_for_what_most_images_show():
     check_that_none_is_passed_over(instances, asked(rows, "no")["popular"], lambda _, n: counts[n])
 
 
-def test_adversarial_asks_for_what_is_often_seen_with_what_is_there():
+def test_adversarial_asks_for_objects_that_often_occur_with_the_present_ones():
     instances = world()
 
     def times_together(image_id, noun):
@@ -221,13 +221,13 @@ def test_only_the_given_images_are_asked_about_but_all_count():
 
 
 def test_at_most_five_hundred_images_are_asked_about_and_the_seed_decides_which():
-    instances = world(num_images=MOST_IMAGES + 100)
+    instances = world(num_images=MAX_IMAGES + 100)
     image_ids = list(instances.shown)
 
     def chosen(ids, seed):
         return {row.image_id for row in make_questions(instances, ids, seed)}
 
-    assert len(chosen(image_ids, 0)) == MOST_IMAGES == 500
+    assert len(chosen(image_ids, 0)) == MAX_IMAGES == 500
     assert chosen(image_ids, 0) == chosen(image_ids[::-1], 0) != chosen(image_ids, 1)
     # One image less makes room for one other.
     gone = min(chosen(image_ids, 0))

@@ -5,11 +5,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from tests.train.conftest import examples_of
 from cache import FeatureStore
 from workspace.errors import StageError
 from train.data.examples import Example, Examples, held_out_images, pairs, read_caption_examples, read_conversation_examples, read_questions, with_features
 from workspace.paths import FEATURES
-from train.data.prompts import caption_text, conversation_text
+from train.data.prompts import caption_turns, conversation_turns
 
 ONE = [("where", "here"), ("how many", "two")]
 TWO = [("is it red", "no")]
@@ -32,8 +33,8 @@ def index(workspace):
 @pytest.mark.usefixtures("index")
 def test_captions_of_a_split_come_grouped_by_image():
     assert list(read_caption_examples("train")) == [
-        Example(3, (caption_text("b"),)),
-        Example(7, (caption_text("c"), caption_text("a"))),
+        Example(3, (caption_turns("b"),)),
+        Example(7, (caption_turns("c"), caption_turns("a"))),
     ]
     assert [e.image_id for e in read_caption_examples("val")] == [3, 9]
     assert list(read_caption_examples("test")) == []
@@ -42,8 +43,8 @@ def test_captions_of_a_split_come_grouped_by_image():
 @pytest.mark.usefixtures("index")
 def test_conversations_of_a_split_come_grouped_by_image():
     assert list(read_conversation_examples("train")) == [
-        Example(3, (conversation_text(TWO),)),
-        Example(7, (conversation_text(ONE), conversation_text(TWO))),
+        Example(3, (conversation_turns(TWO),)),
+        Example(7, (conversation_turns(ONE), conversation_turns(TWO))),
     ]
     assert [e.image_id for e in read_conversation_examples("holdout")] == [8]
 
@@ -72,10 +73,10 @@ def many(num_images=500, seed=0):
     counts = rng.integers(1, 8, num_images)
     image_ids = rng.permutation(np.repeat(3 * rng.permutation(num_images), counts))
     wanted = [
-        Example(i, tuple(caption_text(str(n)) for n in np.flatnonzero(image_ids == i)))
+        Example(i, tuple(caption_turns(str(n)) for n in np.flatnonzero(image_ids == i)))
         for i in sorted(set(image_ids.tolist()))
     ]
-    return Examples.grouped(image_ids, lambda number: caption_text(str(number))), wanted
+    return Examples.grouped(image_ids, lambda number: caption_turns(str(number))), wanted
 
 
 def test_examples_are_the_list_that_they_stand_for():
@@ -107,17 +108,10 @@ def test_examples_can_be_left_out_and_picked():
     assert list(found.without(chosen).without(chosen)[2:4]) == kept[2:4]
 
 
-def test_examples_of_a_list_are_that_list():
-    wanted = many()[1]
-    assert list(Examples.of(wanted)) == list(Examples.of(reversed(wanted))) == wanted
-    assert list(Examples.of([])) == []
-    assert list(Examples.of([Example(1, ()), *wanted])) == wanted
-
-
 @pytest.mark.usefixtures("index")
 def test_texts_are_made_when_an_example_is_asked_for(monkeypatch):
     made = []
-    monkeypatch.setattr("train.data.examples.caption_text", lambda text: made.append(text))
+    monkeypatch.setattr("train.data.examples.caption_turns", lambda text: made.append(text))
     found = read_caption_examples("train")
     assert found.without({3}).num_texts.tolist() == [2]
     assert made == []
@@ -136,7 +130,7 @@ def test_examples_can_be_asked_for_in_several_threads(workspace):
 
     with ThreadPoolExecutor(4) as threads:
         first, *others = threads.map(read, range(4))
-    assert first[7] == Example(7, tuple(caption_text(f"caption {i}") for i in range(7, 3000, 300)))
+    assert first[7] == Example(7, tuple(caption_turns(f"caption {i}") for i in range(7, 3000, 300)))
     assert all(other == first for other in others)
 
 
@@ -159,9 +153,9 @@ def test_a_table_of_several_row_groups_is_read_as_one(workspace):
 
 def examples(known, unknown):
     """Examples of so many images that the store has and has not."""
-    text = caption_text("x")
+    text = caption_turns("x")
     image_ids = [*range(100, 100 + known), *range(9000, 9000 + unknown)]
-    return Examples.of(Example(image_id, (text,)) for image_id in image_ids)
+    return examples_of(Example(image_id, (text,)) for image_id in image_ids)
 
 
 def test_up_to_half_of_the_images_may_lack_features(workspace):

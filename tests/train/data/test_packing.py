@@ -7,22 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.packing import PADDING, ImageTexts, collate, pack
-from train.data.prompts import Branch
+from tests.train.images import Image, collate_images, length_of, pack_images
+from train.data.packing import PADDING
+from train.data.prompts import TokenizedText
 
 PATCHES = 4
 BUDGETS = [(1, 1), (12, 12), (40, 40), (40, 100), (25, 10_000), (10_000, 10_000), (100, 30)]
 
 
-def length_of(row, patches=PATCHES):
-    return sum(patches + image.num_text_tokens for image in row)
-
-
 def places(batch):
     """Yield row, number and column of the first position of each image, in the patches' order."""
     for start in batch.patch_slots.view(-1, PATCHES)[:, 0].tolist():
-        row, column = divmod(start, batch.images.shape[1])
-        yield row, int(batch.images[row, column]), column
+        row, column = divmod(start, batch.image_numbers.shape[1])
+        yield row, int(batch.image_numbers[row, column]), column
 
 
 # Packing
@@ -34,14 +31,14 @@ def test_packing_loses_nothing_and_keeps_to_both_budgets(
     random_images, seed, row_tokens, pass_tokens
 ):
     images = random_images(seed)
-    passes = pack(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
+    passes = pack_images(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
     rows = list(itertools.chain(*passes))
     assert Counter(image.image_id for row in rows for image in row) == Counter(range(len(images)))
     assert all(rows)
     for row in rows:
-        assert length_of(row) <= row_tokens or len(row) == 1
+        assert length_of(row, PATCHES) <= row_tokens or len(row) == 1
     for part in passes:
-        assert collate(part, PATCHES).token_ids.numel() <= pass_tokens or len(part) == 1
+        assert collate_images(part, PATCHES).token_ids.numel() <= pass_tokens or len(part) == 1
     if row_tokens == 10_000:
         assert len(rows) == 1
     if row_tokens == 1:
@@ -50,37 +47,37 @@ def test_packing_loses_nothing_and_keeps_to_both_budgets(
 
 def test_many_rows_fit_in_a_pass_and_several_images_in_a_row(random_images):
     images = random_images(0, count=40)
-    (rows,) = pack(images, PATCHES, row_tokens=60, pass_tokens=10_000)
+    (rows,) = pack_images(images, PATCHES, row_tokens=60, pass_tokens=10_000)
     assert len(rows) > 5
     assert sum(len(row) > 1 for row in rows) > 5
 
 
 @pytest.mark.parametrize("longer_by", [0, 1])
 def test_a_row_and_a_pass_may_be_full_to_the_last_position(longer_by):
-    text = Branch([1] * 7, [True] * 7)
-    images = [ImageTexts(number, (text,)) for number in range(6)]
-    assert length_of(images[:1]) == 10
-    passes = pack(images, PATCHES, row_tokens=30 - longer_by, pass_tokens=60)
+    text = TokenizedText([1] * 7, [True] * 7)
+    images = [Image(number, (text,)) for number in range(6)]
+    assert length_of(images[:1], PATCHES) == 10
+    passes = pack_images(images, PATCHES, row_tokens=30 - longer_by, pass_tokens=60)
     assert [len(rows) for rows in passes] == [[2], [3]][longer_by]
-    passes = pack(images, PATCHES, row_tokens=30, pass_tokens=60 - longer_by)
+    passes = pack_images(images, PATCHES, row_tokens=30, pass_tokens=60 - longer_by)
     assert [len(rows) for rows in passes] == [[2], [1, 1]][longer_by]
 
 
 def test_images_longer_than_a_row_stand_alone():
     lengths = [3, 90, 4, 200, 5, 91]
-    images = [ImageTexts(n, (Branch([1] * k, [True] * k),)) for n, k in enumerate(lengths)]
-    rows = list(itertools.chain(*pack(images, PATCHES, row_tokens=50, pass_tokens=1000)))
+    images = [Image(n, (TokenizedText([1] * k, [True] * k),)) for n, k in enumerate(lengths)]
+    rows = list(itertools.chain(*pack_images(images, PATCHES, row_tokens=50, pass_tokens=1000)))
     assert [image.image_id for row in rows if len(row) == 1 for image in row][:3] == [3, 5, 1]
-    assert all(length_of(row) <= 50 for row in rows[3:])
+    assert all(length_of(row, PATCHES) <= 50 for row in rows[3:])
     for alone in images:
-        assert pack([alone], PATCHES, row_tokens=20, pass_tokens=10) == [[[alone]]]
+        assert pack_images([alone], PATCHES, row_tokens=20, pass_tokens=10) == [[[alone]]]
 
 
 def test_packing_is_a_function_of_its_input(random_images):
     budgets = {"row_tokens": 40, "pass_tokens": 100}
     for seed in range(5):
-        first = pack(random_images(seed), PATCHES, **budgets)
-        assert pack(random_images(seed), PATCHES, **budgets) == first
+        first = pack_images(random_images(seed), PATCHES, **budgets)
+        assert pack_images(random_images(seed), PATCHES, **budgets) == first
 
 
 def coco_like(seed, num_images=51):
@@ -88,7 +85,7 @@ def coco_like(seed, num_images=51):
     rng = np.random.default_rng(seed)
     lengths = np.clip(8 + rng.gamma(2.5, 1.6, (num_images, 5)), 8, 50).astype(int)
     return [
-        ImageTexts(number, tuple(Branch([1] * length, [True] * length) for length in row))
+        Image(number, tuple(TokenizedText([1] * length, [True] * length) for length in row))
         for number, row in enumerate(lengths.tolist())
     ]
 
@@ -101,7 +98,7 @@ def test_nearly_every_position_of_a_step_of_coco_is_real(row_tokens, pass_tokens
     shares = []
     for seed in range(20):
         images = coco_like(seed, num_images=51 + seed % 2)
-        passes = pack(images, 49, row_tokens=row_tokens, pass_tokens=pass_tokens)
+        passes = pack_images(images, 49, row_tokens=row_tokens, pass_tokens=pass_tokens)
         slots = sum(max(length_of(row, 49) for row in rows) * len(rows) for rows in passes)
         shares.append(length_of(images, 49) / slots)
     assert np.mean(shares) >= 0.95
@@ -114,63 +111,64 @@ def test_nearly_every_position_of_a_step_of_coco_is_real(row_tokens, pass_tokens
 @pytest.mark.parametrize("seed", range(5))
 def test_collate_places_every_token_as_if_its_text_were_alone(random_images, seed):
     images = random_images(seed)
-    (rows,) = pack(images, PATCHES, row_tokens=60, pass_tokens=10_000)
-    batch = collate(rows, PATCHES)
+    (rows,) = pack_images(images, PATCHES, row_tokens=60, pass_tokens=10_000)
+    batch = collate_images(rows, PATCHES)
     in_order = list(itertools.chain(*rows))
     assert batch.image_ids.tolist() == [image.image_id for image in in_order]
     width = batch.token_ids.shape[1]
     wanted_targets = Counter()
-    covered = torch.zeros_like(batch.images, dtype=torch.bool)
+    covered = torch.zeros_like(batch.image_numbers, dtype=torch.bool)
     for image, (r, number, start) in zip(in_order, places(batch), strict=True):
         patch_columns = list(range(start, start + PATCHES))
         assert batch.positions[r, patch_columns].tolist() == list(range(PATCHES))
-        assert (batch.texts[r, patch_columns] == 0).all()
-        assert (batch.images[r, patch_columns] == number).all()
+        assert (batch.text_ids[r, patch_columns] == 0).all()
+        assert (batch.image_numbers[r, patch_columns] == number).all()
         covered[r, patch_columns] = True
-        mine = batch.images[r] == number
-        assert mine.sum() == PATCHES + image.num_text_tokens
-        for text, branch in enumerate(image.branches, start=1):
-            columns = (mine & (batch.texts[r] == text)).nonzero().flatten()
+        mine = batch.image_numbers[r] == number
+        assert mine.sum() == length_of([image], PATCHES)
+        for text_id, text in enumerate(image.texts, start=1):
+            columns = (mine & (batch.text_ids[r] == text_id)).nonzero().flatten()
             covered[r, columns] = True
-            assert batch.token_ids[r, columns].tolist() == branch.token_ids[:-1]
-            wanted = list(range(PATCHES, PATCHES + len(branch.token_ids) - 1))
+            assert batch.token_ids[r, columns].tolist() == text.token_ids[:-1]
+            wanted = list(range(PATCHES, PATCHES + len(text.token_ids) - 1))
             assert batch.positions[r, columns].tolist() == wanted
             # What predicts token n is the token before it, or the last patch.
             chain = [patch_columns[-1], *columns.tolist()]
-            for column, token_id, learned in zip(
-                chain, branch.token_ids, branch.learned, strict=True
+            for column, token_id, is_target in zip(
+                chain, text.token_ids, text.is_target, strict=True
             ):
-                if learned:
+                if is_target:
                     wanted_targets[r * width + column, token_id] += 1
     assert torch.equal(batch.slots, batch.slots.unique())
     assert (batch.counts > 0).all()
     slots = batch.slots.repeat_interleave(batch.counts)
     found = zip(slots.tolist(), batch.targets.tolist(), strict=True)
     assert Counter(found) == wanted_targets
-    assert torch.equal(covered, batch.images != PADDING)
-    assert (batch.images != PADDING).any(dim=0)[-1], "no column is padding alone"
+    assert torch.equal(covered, batch.image_numbers != PADDING)
+    assert (batch.image_numbers != PADDING).any(dim=0)[-1], "no column is padding alone"
 
 
 def test_the_images_of_a_row_are_counted_from_nought(random_images):
-    (rows,) = pack(random_images(1), PATCHES, row_tokens=60, pass_tokens=10_000)
-    batch = collate(rows, PATCHES)
+    (rows,) = pack_images(random_images(1), PATCHES, row_tokens=60, pass_tokens=10_000)
+    batch = collate_images(rows, PATCHES)
     for r, row in enumerate(rows):
-        assert batch.images[r].unique_consecutive().tolist()[: len(row)] == list(range(len(row)))
+        assert batch.image_numbers[r].unique_consecutive().tolist()[: len(row)] == list(range(len(row)))
 
 
 def test_texts_without_anything_to_learn_give_no_target():
-    batch = collate([[ImageTexts(1, (Branch([3, 4], [False, False]),))]], PATCHES)
+    batch = collate_images([[Image(1, (TokenizedText([3, 4], [False, False]),))]], PATCHES)
     assert batch.targets.shape == batch.slots.shape == batch.counts.shape == (0,)
     assert batch.targets.dtype == batch.slots.dtype == batch.counts.dtype == torch.int64
 
 
 def test_moving_a_batch_keeps_all_of_it(random_images):
-    batch = collate([random_images(0)], PATCHES)
+    batch = collate_images([random_images(0)], PATCHES)
     moved = batch.to(torch.device("meta"))
     assert moved.image_ids is batch.image_ids
     tensors = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
-    assert len(tensors) == 8
+    assert len(tensors) == 9
     for name, value in tensors.items():
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == value.shape
-        assert getattr(moved, name).dtype == value.dtype == torch.int64
+        wanted = torch.float32 if name == "patches_NPD" else torch.int64
+        assert getattr(moved, name).dtype == value.dtype == wanted

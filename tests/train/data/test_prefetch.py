@@ -10,7 +10,7 @@ import torch
 
 from cache import FeatureStore
 from cache.errors import MissingImageError
-from train.data.prefetch import DEPTH, Ahead, FeatureBatches, ShardsAhead, gather_tensor
+from train.data.prefetch import DEPTH, Prefetcher, FeatureBatches, ShardReadahead, gather_tensor
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def random_batches(store, count=9, size=5):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 20])
 def test_everything_comes_once_and_in_order(count):
-    assert list(Ahead(lambda n: n * n, range(count))) == [n * n for n in range(count)]
+    assert list(Prefetcher(lambda n: n * n, range(count))) == [n * n for n in range(count)]
 
 
 def test_items_are_made_in_another_thread_while_one_is_used():
@@ -35,7 +35,7 @@ def test_items_are_made_in_another_thread_while_one_is_used():
         made.append(number)
         return number
 
-    for number in Ahead(make, range(10)):
+    for number in Prefetcher(make, range(10)):
         until = time.monotonic() + 10
         while len(made) < min(10, number + 1 + DEPTH) and time.monotonic() < until:
             time.sleep(0.001)
@@ -49,7 +49,7 @@ def test_an_error_comes_where_its_item_would_have_come():
         return 1 // (3 - number)
 
     got = []
-    items = map(got.append, Ahead(make, range(9)))
+    items = map(got.append, Prefetcher(make, range(9)))
     with pytest.raises(ZeroDivisionError):
         list(items)
     assert got == [0, 0, 1]
@@ -57,9 +57,9 @@ def test_an_error_comes_where_its_item_would_have_come():
 
 def test_who_stops_early_leaves_no_thread_behind():
     before = threading.active_count()
-    for _ in Ahead(lambda number: number, range(100)):
+    for _ in Prefetcher(lambda number: number, range(100)):
         break
-    source = iter(Ahead(lambda number: number, range(100)))
+    source = iter(Prefetcher(lambda number: number, range(100)))
     next(source)
     source.close()
     assert threading.active_count() == before
@@ -70,16 +70,16 @@ def test_waiting_is_counted_from_the_second_item_on():
         time.sleep(0.02)
         return number
 
-    source = Ahead(slow, range(6))
+    source = Prefetcher(slow, range(6))
     for _ in source:
         assert source.last_wait >= 0
     assert 0.5 < source.wait_share <= 1
     assert source.waited <= source.elapsed
-    fast = Ahead(lambda number: number, range(6))
+    fast = Prefetcher(lambda number: number, range(6))
     for _ in fast:
         time.sleep(0.02)
     assert fast.wait_share < 0.5
-    assert Ahead(slow, []).wait_share == 0
+    assert Prefetcher(slow, []).wait_share == 0
 
 
 def test_the_share_is_right_while_items_are_used():
@@ -87,7 +87,7 @@ def test_the_share_is_right_while_items_are_used():
         time.sleep(0.02)
         return number
 
-    source = Ahead(slow, range(4))
+    source = Prefetcher(slow, range(4))
     assert all(0 <= source.wait_share <= 1 for _ in source)
 
 
@@ -140,10 +140,10 @@ class Recorded:
 def test_shards_are_asked_for_once_and_some_batches_before_their_use():
     store = Recorded()
     batches = [np.arange(start, start + 5) for start in range(0, 40, 5)]
-    ahead = ShardsAhead(store, batches, 4)
+    ahead = ShardReadahead(store, batches, 4)
     known = []
     for number in range(len(batches)):
-        ahead.before(number)
+        ahead.advance_to(number)
         known.append(list(store.asked))
     assert known[:3] == [[0, 1], [0, 1, 2], [0, 1, 2]]
     assert known[-1] == [0, 1, 2, 3]
@@ -151,15 +151,15 @@ def test_shards_are_asked_for_once_and_some_batches_before_their_use():
 
 def test_a_shard_of_the_next_epoch_is_asked_for_again():
     store = Recorded()
-    ahead = ShardsAhead(store, [np.array([number % 4 * 10]) for number in range(12)], 1)
+    ahead = ShardReadahead(store, [np.array([number % 4 * 10]) for number in range(12)], 1)
     for number in range(12):
-        ahead.before(number)
+        ahead.advance_to(number)
     assert store.asked == [0, 1, 2, 3] * 3
 
 
 def test_without_a_distance_nothing_is_asked_for():
     store = Recorded()
-    ShardsAhead(store, [np.arange(5)], 0).before(0)
+    ShardReadahead(store, [np.arange(5)], 0).advance_to(0)
     assert store.asked == []
 
 

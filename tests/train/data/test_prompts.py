@@ -1,8 +1,8 @@
 import pytest
 
 from train.data.prompts import (
-    caption_text,
-    conversation_text,
+    caption_turns,
+    conversation_turns,
     dialogue_prompt,
     encode,
     question_text,
@@ -16,8 +16,8 @@ TURNS = [
 ]
 
 
-def learned(branch):
-    return [t for t, is_learned in zip(branch.token_ids, branch.learned, strict=True) if is_learned]
+def learned(text):
+    return [t for t, is_learned in zip(text.token_ids, text.is_target, strict=True) if is_learned]
 
 
 def cut_at(token_ids, eos):
@@ -32,37 +32,37 @@ def cut_at(token_ids, eos):
 
 @pytest.mark.parametrize("caption", ["a red cat", "", "  ", "naïve ☃"])
 def test_all_of_a_caption_is_learned_and_one_eos_ends_it(tokenizer, caption):
-    (branch,) = tokenize([caption_text(caption)], tokenizer, 99)
-    assert all(branch.learned)
-    assert branch.num_learned == len(branch.token_ids) == len(branch.learned)
-    assert branch.token_ids.count(tokenizer.eos_token_id) == 1
-    assert branch.token_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(branch.token_ids[:-1]) == caption
+    (text,) = tokenize([caption_turns(caption)], tokenizer, 99)
+    assert all(text.is_target)
+    assert text.num_target_tokens == len(text.token_ids) == len(text.is_target)
+    assert text.token_ids.count(tokenizer.eos_token_id) == 1
+    assert text.token_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(text.token_ids[:-1]) == caption
 
 
 @pytest.mark.parametrize("turns", TURNS)
 def test_what_is_learned_of_a_conversation_is_its_answers_and_their_eos(tokenizer, turns):
-    (branch,) = tokenize([conversation_text(turns)], tokenizer, 999)
-    pieces = cut_at(learned(branch), tokenizer.eos_token_id)
+    (text,) = tokenize([conversation_turns(turns)], tokenizer, 999)
+    pieces = cut_at(learned(text), tokenizer.eos_token_id)
     assert pieces.pop() == [], "the last learned token is an EOS"
     assert [tokenizer.decode(piece[:-1]) for piece in pieces] == [f" {a}" for _, a in turns]
-    assert branch.token_ids.count(tokenizer.eos_token_id) == len(turns)
+    assert text.token_ids.count(tokenizer.eos_token_id) == len(turns)
 
 
 @pytest.mark.parametrize("turns", TURNS)
 def test_an_answer_follows_the_very_ids_that_generation_starts_from(tokenizer, turns):
-    (branch,) = tokenize([conversation_text(turns)], tokenizer, 999)
-    for turn, piece in zip(turns, cut_at(branch.token_ids, tokenizer.eos_token_id), strict=False):
+    (text,) = tokenize([conversation_turns(turns)], tokenizer, 999)
+    for turn, piece in zip(turns, cut_at(text.token_ids, tokenizer.eos_token_id), strict=False):
         prompt = tokenizer(question_text(turn[0]), add_special_tokens=False)["input_ids"]
         answer = tokenizer(f" {turn[1]}", add_special_tokens=False)["input_ids"]
         assert piece == [*prompt, *answer, tokenizer.eos_token_id]
 
 
 def test_the_format_is_that_of_phi_2s_model_card(tokenizer):
-    (branch,) = tokenize([conversation_text([("where", "in"), ("why", "a")])], tokenizer, 99)
+    (text,) = tokenize([conversation_turns([("where", "in"), ("why", "a")])], tokenizer, 99)
     assert question_text("where") == "Instruct: where\nOutput:"
     end = tokenizer.eos_token
-    assert tokenizer.decode(branch.token_ids) == (
+    assert tokenizer.decode(text.token_ids) == (
         f"Instruct: where\nOutput: in{end}Instruct: why\nOutput: a{end}"
     )
 
@@ -70,57 +70,57 @@ def test_the_format_is_that_of_phi_2s_model_card(tokenizer):
 def test_a_limit_leaves_out_whole_turns_from_the_end(tokenizer):
     turns = TURNS[1]
     lengths = [
-        len(tokenize([conversation_text(turns[:n])], tokenizer, 999)[0].token_ids)
+        len(tokenize([conversation_turns(turns[:n])], tokenizer, 999)[0].token_ids)
         for n in (1, 2, 3)
     ]
     for limit in range(lengths[0], lengths[2] + 3):
-        (branch,) = tokenize([conversation_text(turns)], tokenizer, limit)
+        (text,) = tokenize([conversation_turns(turns)], tokenizer, limit)
         whole = max(n for n in (1, 2, 3) if lengths[n - 1] <= limit)
-        (kept,) = tokenize([conversation_text(turns[:whole])], tokenizer, 999)
-        assert (branch.token_ids, branch.learned) == (kept.token_ids, kept.learned)
-        assert branch.cut == (whole < 3)
+        (kept,) = tokenize([conversation_turns(turns[:whole])], tokenizer, 999)
+        assert (text.token_ids, text.is_target) == (kept.token_ids, kept.is_target)
+        assert text.was_cut == (whole < 3)
 
 
 @pytest.mark.parametrize(
-    "text", [caption_text("a red cat in the box"), conversation_text(TURNS[0])]
+    "turns", [caption_turns("a red cat in the box"), conversation_turns(TURNS[0])]
 )
-def test_a_first_turn_that_is_too_long_is_cut_and_does_not_learn_to_stop(tokenizer, text):
-    (whole,) = tokenize([text], tokenizer, 999)
+def test_a_first_turn_that_is_too_long_is_cut_and_does_not_learn_to_stop(tokenizer, turns):
+    (whole,) = tokenize([turns], tokenizer, 999)
     for limit in range(1, len(whole.token_ids)):
-        (branch,) = tokenize([text], tokenizer, limit)
-        assert branch.token_ids == whole.token_ids[:limit]
-        assert branch.learned == whole.learned[:limit]
-        assert tokenizer.eos_token_id not in branch.token_ids
-        assert branch.cut
-    assert tokenize([text], tokenizer, len(whole.token_ids)) == [whole]
+        (text,) = tokenize([turns], tokenizer, limit)
+        assert text.token_ids == whole.token_ids[:limit]
+        assert text.is_target == whole.is_target[:limit]
+        assert tokenizer.eos_token_id not in text.token_ids
+        assert text.was_cut
+    assert tokenize([turns], tokenizer, len(whole.token_ids)) == [whole]
 
 
 def test_texts_do_not_depend_on_their_neighbours(tokenizer):
-    texts = [conversation_text(turns) for turns in TURNS] + [
-        caption_text("a cat"),
-        caption_text(""),
+    texts = [conversation_turns(turns) for turns in TURNS] + [
+        caption_turns("a cat"),
+        caption_turns(""),
     ]
     assert tokenize(texts, tokenizer, 20) == [tokenize([t], tokenizer, 20)[0] for t in texts]
     assert tokenize([], tokenizer, 20) == []
 
 
 def test_an_eos_written_in_a_text_is_text(tokenizer):
-    (branch,) = tokenize([caption_text(f"a cat{tokenizer.eos_token} a dog")], tokenizer, 99)
-    assert branch.token_ids.count(tokenizer.eos_token_id) == 1
+    (text,) = tokenize([caption_turns(f"a cat{tokenizer.eos_token} a dog")], tokenizer, 99)
+    assert text.token_ids.count(tokenizer.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("turns", TURNS)
 def test_a_dialogue_is_what_training_has_up_to_each_answer(tokenizer, turns):
-    (branch,) = tokenize([conversation_text(turns)], tokenizer, 999)
+    (text,) = tokenize([conversation_turns(turns)], tokenizer, 999)
     swept = 0
     for number, (question, answer) in enumerate(turns):
         prompt_ids = dialogue_prompt(turns[:number], question, tokenizer)
         swept += len(prompt_ids)
         answer_ids = encode([f" {answer}"], tokenizer)[0]
         end = len(prompt_ids) + len(answer_ids)
-        assert branch.token_ids[:end] == prompt_ids + answer_ids
-        assert not branch.learned[len(prompt_ids) - 1]
-        assert branch.learned[len(prompt_ids)]
+        assert text.token_ids[:end] == prompt_ids + answer_ids
+        assert not text.is_target[len(prompt_ids) - 1]
+        assert text.is_target[len(prompt_ids)]
     assert swept
 
 

@@ -27,13 +27,13 @@ def texts_of(step, sizes=SIZES):
     """Image and text number of each text of a step."""
     return [
         (number, text)
-        for number in step.numbers.tolist()
+        for number in step.image_numbers.tolist()
         for text in range(sizes[number])[step.texts]
     ]
 
 
 def plain(steps):
-    return [(step.numbers.tolist(), step.texts) for step in steps]
+    return [(step.image_numbers.tolist(), step.texts) for step in steps]
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3])
@@ -54,7 +54,7 @@ def test_no_image_is_twice_in_a_step_nor_with_too_many_texts(batch_size, texts_p
     assert steps
     for step in steps:
         counts = Counter(number for number, _ in texts_of(step))
-        assert len(step.numbers) == len(counts), "each image has a text there"
+        assert len(step.image_numbers) == len(counts), "each image has a text there"
         assert max(counts.values()) <= texts_per_image
 
 
@@ -67,7 +67,7 @@ def test_a_step_just_reaches_the_batch_size_unless_it_ends_a_round(batch_size, t
     seen = number = 0
     for step in steps:
         first = step.texts.start
-        sizes = np.minimum(SIZES[step.numbers] - first, texts_per_image).tolist()
+        sizes = np.minimum(SIZES[step.image_numbers] - first, texts_per_image).tolist()
         in_rounds[number].append(sizes)
         seen += len(sizes)
         if seen == np.count_nonzero(first < SIZES):
@@ -83,7 +83,7 @@ def test_no_step_is_empty(batch_size):
     for texts_per_image in (1, 3, 5, 7):
         for epochs in (0.1, 1):
             steps = plan(batch_size=batch_size, texts_per_image=texts_per_image, epochs=epochs)
-            assert all(len(step.numbers) for step in steps)
+            assert all(len(step.image_numbers) for step in steps)
 
 
 def test_rounds_follow_each_other_and_each_has_an_order_of_its_own():
@@ -91,7 +91,7 @@ def test_rounds_follow_each_other_and_each_has_an_order_of_its_own():
     starts = [key for key, _ in itertools.groupby(step.texts.start for step in steps)]
     assert starts == [0, 2, 4, 6] * 2
     orders = [
-        list(itertools.chain(*(step.numbers.tolist() for step in group)))
+        list(itertools.chain(*(step.image_numbers.tolist() for step in group)))
         for _, group in itertools.groupby(steps, key=lambda step: step.texts)
     ]
     for number, found in enumerate(orders):
@@ -102,7 +102,7 @@ def test_rounds_follow_each_other_and_each_has_an_order_of_its_own():
 @pytest.mark.parametrize("texts_per_image", [7, 8, 1000])
 def test_with_room_for_all_texts_an_epoch_is_the_plain_order(texts_per_image):
     steps = plan(texts_per_image=texts_per_image, epochs=3)
-    flat = np.concatenate([step.numbers for step in steps])
+    flat = np.concatenate([step.image_numbers for step in steps])
     for epoch in range(3):
         part = flat[epoch * len(SIZES) : (epoch + 1) * len(SIZES)]
         assert np.array_equal(part, global_order(len(SIZES), 3, epoch))
@@ -125,7 +125,7 @@ def test_the_plan_is_a_pure_function(texts_per_image):
 def test_a_fraction_of_an_epoch_is_the_beginning_of_the_whole(epochs, texts_per_image):
     def images(epochs):
         steps = plan(texts_per_image=texts_per_image, epochs=epochs)
-        return [(n, step.texts) for step in steps for n in step.numbers.tolist()]
+        return [(n, step.texts) for step in steps for n in step.image_numbers.tolist()]
 
     part, whole = images(epochs), images(2)
     assert part == whole[: len(part)]
@@ -134,7 +134,7 @@ def test_a_fraction_of_an_epoch_is_the_beginning_of_the_whole(epochs, texts_per_
 
 def test_even_the_smallest_share_of_an_epoch_is_a_step():
     (step,) = plan(sizes=np.array([5, 5]), epochs=0.01)
-    assert len(step.numbers) == 1
+    assert len(step.image_numbers) == 1
 
 
 def test_texts_beyond_those_of_one_step_come_later_in_the_epoch():

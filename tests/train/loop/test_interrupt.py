@@ -19,7 +19,7 @@ def test_a_signal_that_is_sent_twice_at_once_is_one_request(number, monkeypatch)
     with StopRequest() as stop:
         for _ in range(3):
             signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
 
 
 def test_with_nohup_a_run_outlives_its_terminal():
@@ -27,7 +27,7 @@ def test_with_nohup_a_run_outlives_its_terminal():
     try:
         with StopRequest() as stop:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.asked
+            assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -35,9 +35,9 @@ def test_with_nohup_a_run_outlives_its_terminal():
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_signal_is_remembered_and_said_the_second_raises(number, capsys):
     with StopRequest() as stop:
-        assert not stop.asked
+        assert not stop.requested
         signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
         said = capsys.readouterr().err
         assert said.strip() == f"{number.name}: stopping after this step; again to stop at once"
         with pytest.raises(KeyboardInterrupt):
@@ -69,7 +69,7 @@ def test_where_the_caller_can_save_the_first_signal_stops_at_once(number):
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt), stop.at_once():
             signal.raise_signal(number)
-        assert stop.asked
+        assert stop.requested
 
 
 def test_a_signal_that_came_before_stops_there_before_anything_is_done():
@@ -84,4 +84,4 @@ def test_behind_such_a_place_the_first_signal_is_only_remembered_again():
         with stop.at_once():
             pass
         signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
+        assert stop.requested

@@ -8,20 +8,20 @@ import torch
 import train.loop.loop
 from tests.train.stage_server import without_speeds
 from train.data.examples import Example
-from train.data.prompts import caption_text, conversation_text
+from train.data.prompts import caption_turns, conversation_turns
 from train.loop.checkpoint import Checkpoints
 from train.loop.history import peak_memory_gib
+from train.loop.loop import NAMED_IMAGES
 from train.loop.loop import train as run_loop
-from train.loop.step import NAMED_IMAGES
 from train.settings import CheckpointSettings
 from workspace.errors import StageError
 
 COLORS = ("red", "blue", "green")
 EXAMPLES = [
-    Example(i, tuple(caption_text(f"a {COLORS[n % 3]} {a}") for a in ("cat", "dog")))
+    Example(i, tuple(caption_turns(f"a {COLORS[n % 3]} {a}") for a in ("cat", "dog")))
     for n, i in enumerate(range(100, 110))
 ]
-QUESTIONS = [Example(i, (conversation_text([("where", "in the box")]),)) for i in (111, 112, 113)]
+QUESTIONS = [Example(i, (conversation_turns([("where", "in the box")]),)) for i in (111, 112, 113)]
 SAVING = {"every_steps": 1000, "every_minutes": 60.0, "keep": 100}
 
 
@@ -65,12 +65,12 @@ def loop(make_run, tracker):
 
 
 @pytest.fixture
-def run_once(make_task, make_model, settings, loop):
+def run_once(make_setup, make_model, settings, loop):
     """Train a fresh model, return what came out."""
 
     def run_once(seed=0, lora=0.2, kind="mlp", validation=QUESTIONS, batch_size=8, **changes):
         model = make_model(kind, lora=lora, seed=seed)
-        task = make_task(
+        task = make_setup(
             EXAMPLES,
             validation=validation,
             seed=seed,
@@ -79,7 +79,7 @@ def run_once(make_task, make_model, settings, loop):
             settings=settings(**changes),
         )
         metrics, run = loop(task)
-        return metrics, run.rows, {n: p.detach() for n, p in model.learning().items()}
+        return metrics, run.rows, {n: p.detach() for n, p in model.trainable_parameters().items()}
 
     return run_once
 
@@ -101,10 +101,10 @@ def poison_at(task, step, value):
     return made
 
 
-def test_a_small_run_learns(make_task, make_model, settings, loop):
+def test_a_small_run_learns(make_setup, make_model, settings, loop):
     chosen = settings(epochs=40, validate_every_steps=1000)
     model = make_model(lora=0.0)
-    metrics, run = loop(make_task(EXAMPLES[:3], learning_rate=3e-2, model=model, settings=chosen))
+    metrics, run = loop(make_setup(EXAMPLES[:3], learning_rate=3e-2, model=model, settings=chosen))
     losses = [row["loss"] for row in run.rows]
     assert losses[-1] < 0.5 * losses[0]
     assert metrics["loss"] == losses[-1]
@@ -189,11 +189,11 @@ def test_metrics_count_images_and_texts(run_once):
     assert metrics["tokens_per_second"] > 0
 
 
-def test_without_texts_it_says_where_to_look(make_task, loop):
+def test_without_texts_it_says_where_to_look(make_setup, loop):
     with pytest.raises(
         StageError, match=r"test: no text to learn from: .*data.train.captions.*reports/index"
     ):
-        loop(make_task([]))
+        loop(make_setup([]))
 
 
 # What is not finite
@@ -201,9 +201,9 @@ def test_without_texts_it_says_where_to_look(make_task, loop):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_images_and_checkpoint(
-    make_task, settings, make_run, loop, value
+    make_setup, settings, make_run, loop, value
 ):
-    task = make_task(EXAMPLES[:2], batch_size=2, settings=settings(epochs=3))
+    task = make_setup(EXAMPLES[:2], batch_size=2, settings=settings(epochs=3))
     made, run = poison_at(task, 2, value), make_run()
     with pytest.raises(
         StageError,
@@ -216,26 +216,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_images_and_check
     assert run.saved == []
 
 
-def test_a_model_whose_first_logits_are_not_finite_is_refused_before_a_step(make_task, loop):
-    task = make_task(EXAMPLES)
+def test_a_model_whose_first_logits_are_not_finite_is_refused_before_a_step(make_setup, loop):
+    task = make_setup(EXAMPLES)
     task.model.projector.layers[2].bias.data.fill_(math.nan)
     with pytest.raises(StageError, match=r"^before the first step: logits of the first forward"):
         loop(task)
 
 
-def test_of_many_images_the_first_are_named(make_task, settings, loop):
-    task = make_task(EXAMPLES, batch_size=20, settings=settings(epochs=2))
+def test_of_many_images_the_first_are_named(make_setup, settings, loop):
+    task = make_setup(EXAMPLES, batch_size=20, settings=settings(epochs=2))
     poison_at(task, 1, math.nan)
-    with pytest.raises(StageError, match=r"Images of the step \(10\): (\d+, ){8}\.\.\.\. Last"):
+    with pytest.raises(StageError, match=r"Images of the step \(10\): (\d+, ){5}\.\.\.\. Last"):
         loop(task)
     assert NAMED_IMAGES == 8
 
 
 def test_the_last_checkpoint_before_a_loss_that_is_not_finite_is_named_and_is_fine(
-    make_task, settings, make_run, loop
+    make_setup, settings, make_run, loop
 ):
     def task():
-        return make_task(EXAMPLES, settings=settings(epochs=2))
+        return make_setup(EXAMPLES, settings=settings(epochs=2))
 
     failing, run = task(), make_run()
     poison_at(failing, 3, math.nan)
@@ -251,8 +251,8 @@ def test_the_last_checkpoint_before_a_loss_that_is_not_finite_is_named_and_is_fi
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_never_saved(make_task, settings, make_run, loop, value):
-    task, run = make_task(EXAMPLES, settings=settings(epochs=2)), make_run()
+def test_weights_that_are_not_finite_are_never_saved(make_setup, settings, make_run, loop, value):
+    task, run = make_setup(EXAMPLES, settings=settings(epochs=2)), make_run()
     poison_at(task, 4, value)
     path = run.checkpoints / "step-00000002.safetensors"
     with pytest.raises(
@@ -263,18 +263,18 @@ def test_weights_that_are_not_finite_are_never_saved(make_task, settings, make_r
     assert run.saved == [2]
 
 
-def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(make_task, make_run, loop):
+def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(make_setup, make_run, loop):
     """No loss would tell, where nothing is validated on."""
-    task, run = make_task(EXAMPLES), make_run()
+    task, run = make_setup(EXAMPLES), make_run()
     poison_at(task, 3, math.nan)
     with pytest.raises(StageError, match=r"^step 3: the weights are not finite"):
         loop(task, run)
     assert run.saved == []
 
 
-def test_a_validation_loss_that_is_not_finite_stops_the_run(make_task, loop, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_stops_the_run(make_setup, loop, monkeypatch):
     monkeypatch.setattr(train.loop.loop, "validation_loss", lambda task: math.inf)
-    task = make_task(EXAMPLES, validation=QUESTIONS)
+    task = make_setup(EXAMPLES, validation=QUESTIONS)
     with pytest.raises(
         StageError,
         match=r"^step 3: the validation loss is inf\. Last checkpoint: .*/step-00000003",
@@ -296,27 +296,27 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(make_task, loop, mon
     ],
 )
 def test_checkpoints_come_as_often_as_asked_and_always_at_the_end(
-    make_task, settings, loop, saving, wanted
+    make_setup, settings, loop, saving, wanted
 ):
-    _, run = loop(make_task(EXAMPLES, settings=settings(epochs=2)), **saving)
+    _, run = loop(make_setup(EXAMPLES, settings=settings(epochs=2)), **saving)
     assert run.saved == wanted
     assert run.continued is None
 
 
-def test_checkpoints_do_not_change_what_is_learned(make_task, settings, loop):
+def test_checkpoints_do_not_change_what_is_learned(make_setup, settings, loop):
     def weights(**saving):
-        task = make_task(EXAMPLES, settings=settings(epochs=2))
+        task = make_setup(EXAMPLES, settings=settings(epochs=2))
         loop(task, **saving)
-        return [p.detach() for p in task.model.learning().values()]
+        return [p.detach() for p in task.model.trainable_parameters().values()]
 
     assert all(map(torch.equal, weights(), weights(every_steps=1)))
 
 
-def test_from_the_last_checkpoint_only_the_end_is_made_again(make_task, make_run, loop):
+def test_from_the_last_checkpoint_only_the_end_is_made_again(make_setup, make_run, loop):
     run = make_run()
-    first, _ = loop(make_task(EXAMPLES), run)
+    first, _ = loop(make_setup(EXAMPLES), run)
     rows = run.rows
-    task = make_task(EXAMPLES)
+    task = make_setup(EXAMPLES)
     made = poison_at(task, -1, 0.0)
     again, _ = loop(task, run)
     assert made == []
@@ -336,15 +336,15 @@ def test_from_the_last_checkpoint_only_the_end_is_made_again(make_task, make_run
     ],
 )
 def test_a_whole_checkpoint_that_is_not_of_the_run_is_refused_by_name(
-    make_task, make_run, loop, monkeypatch, change
+    make_setup, make_run, loop, monkeypatch, change
 ):
     run = make_run()
-    loop(make_task(EXAMPLES), run)
+    loop(make_setup(EXAMPLES), run)
     found = Checkpoints(run.checkpoints, 2).latest()
     other = dataclasses.replace(found, **change(found))
     monkeypatch.setattr(Checkpoints, "latest", lambda self: other)
     with pytest.raises(
         StageError, match=r"step-00000003\.safetensors: is not of this run"
     ) as caught:
-        loop(make_task(EXAMPLES), run)
+        loop(make_setup(EXAMPLES), run)
     assert "\n" not in str(caught.value)

@@ -17,7 +17,7 @@ from cache import FeatureStore
 from tests.conftest import write_store
 from tests.train.stage_server import ROOT, outcome
 from train.data.examples import Example
-from train.data.prompts import caption_text
+from train.data.prompts import caption_turns
 from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
@@ -77,11 +77,11 @@ def save_gradients():
     language_model = load_language_model(llm, device)
     add_lora(language_model, LoraSettings(r=4, alpha=8, dropout=0.0), 0)
     model = CaptionModel(seeded_projector("mlp", 8, 64, 0), language_model).double()
-    for name, parameter in model.learning().items():
+    for name, parameter in model.trainable_parameters().items():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     examples = [
-        Example(i, tuple(map(caption_text, CAPTIONS[: 1 + i % 2]))) for i in asked["images"]
+        Example(i, tuple(map(caption_turns, CAPTIONS[: 1 + i % 2]))) for i in asked["images"]
     ]
     data = build_step(
         examples,
@@ -93,12 +93,12 @@ def save_gradients():
         device=device,
     )
     loss = mean_loss(model, data)
-    optimizer = torch.optim.SGD(model.learning().values(), lr=1.0)
+    optimizer = torch.optim.SGD(model.trainable_parameters().values(), lr=1.0)
     loss_sum = optimizer_step(model, optimizer, data, clip_norm=1e9, seed=(0, 1))
-    found = {name: parameter.grad for name, parameter in model.learning().items()}
+    found = {name: parameter.grad for name, parameter in model.trainable_parameters().items()}
     found["mean loss"] = torch.tensor(loss, dtype=torch.float64)
     found["loss sum"] = torch.tensor(loss_sum, dtype=torch.float64)
-    found["passes"] = torch.tensor(len(data.passes))
+    found["passes"] = torch.tensor(len(data.batches))
     save_file(found, f"gradients of {os.environ.get('RANK', 'one')}.safetensors")
 
 

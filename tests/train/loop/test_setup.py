@@ -9,40 +9,40 @@ import torch
 
 from train.data.examples import Example
 from train.data.order import global_order, windowed_order
-from train.data.prompts import caption_text
+from train.data.prompts import caption_turns
 from train.data.schedule import plan_steps
 from train.loop.step import StepData
 
 EXAMPLES = [
-    Example(n, tuple(caption_text(c) for c in ("a red cat", "the dog", "blue", "is")[: 1 + n % 4]))
+    Example(n, tuple(caption_turns(c) for c in ("a red cat", "the dog", "blue", "is")[: 1 + n % 4]))
     for n in range(100, 140)
 ]
 TEXTS = sum(len(example.texts) for example in EXAMPLES)
 
 
 @pytest.fixture
-def task(make_task, settings):
+def task(make_setup, settings):
     def task(examples=EXAMPLES, *, batch_size=8, seed=0, **changes):
-        return make_task(examples, batch_size=batch_size, seed=seed, settings=settings(**changes))
+        return make_setup(examples, batch_size=batch_size, seed=seed, settings=settings(**changes))
 
     return task
 
 
 def planned(steps):
-    return [(step.numbers.tolist(), step.texts) for step in steps]
+    return [(step.image_numbers.tolist(), step.texts) for step in steps]
 
 
 def assert_equal(found, wanted):
     """Compare the data of two steps: all of it, bit by bit."""
-    assert len(found.passes) == len(wanted.passes)
-    for one, other in zip(found.passes, wanted.passes, strict=True):
+    assert len(found.batches) == len(wanted.batches)
+    for one, other in zip(found.batches, wanted.batches, strict=True):
         assert one.number == other.number
         assert torch.equal(one.patches_NPD, other.patches_NPD)
-        assert np.array_equal(one.batch.image_ids, other.batch.image_ids)
-        for name, value in vars(one.batch).items():
+        assert np.array_equal(one.image_ids, other.image_ids)
+        for name, value in vars(one).items():
             if torch.is_tensor(value):
-                assert torch.equal(value, getattr(other.batch, name)), name
-    counts = ("image_ids", "num_learned", "num_positions", "num_slots", "num_cut")
+                assert torch.equal(value, getattr(other, name)), name
+    counts = ("image_ids", "num_target_tokens", "num_positions", "num_slots", "num_cut")
     assert all(getattr(found, name) == getattr(wanted, name) for name in counts)
 
 
@@ -67,7 +67,7 @@ def test_the_plan_is_that_of_the_settings(task, order):
 
 def test_the_windowed_order_stays_in_its_window(task):
     made = task(texts_per_image=4, order="windowed", window_shards=1)
-    numbers = np.concatenate([step.numbers for step in made.plan()])
+    numbers = np.concatenate([step.image_numbers for step in made.plan()])
     shards = made.store.shards_of(made.train.image_ids)[numbers]
     assert len(set(shards.tolist())) == 2
     assert np.count_nonzero(np.diff(shards)) == 1
@@ -77,10 +77,10 @@ def test_the_windowed_order_stays_in_its_window(task):
 def test_the_data_of_each_step_are_those_of_its_plan(task, order):
     made = task(texts_per_image=2, order=order)
     steps = made.plan()
-    found = list(made.source(steps, 0))
+    found = list(made.prefetch(steps, 0))
     assert len(found) == len(steps)
     for step, data in zip(steps, found, strict=True):
-        chosen = [EXAMPLES[number] for number in step.numbers]
+        chosen = [EXAMPLES[number] for number in step.image_numbers]
         part = [Example(e.image_id, e.texts[step.texts]) for e in chosen]
         assert data.image_ids == [example.image_id for example in part]
         assert_equal(data, made.step_data(part))
@@ -89,10 +89,10 @@ def test_the_data_of_each_step_are_those_of_its_plan(task, order):
 def test_an_epoch_reads_every_token_of_every_text_once(task):
     made = task(texts_per_image=3)
     whole = made.step_data(EXAMPLES)
-    wanted = Counter(itertools.chain(*(one.batch.targets.tolist() for one in whole.passes)))
+    wanted = Counter(itertools.chain(*(one.targets.tolist() for one in whole.batches)))
     found = Counter()
-    for data in made.source(made.plan(), 0):
-        found.update(itertools.chain(*(one.batch.targets.tolist() for one in data.passes)))
+    for data in made.prefetch(made.plan(), 0):
+        found.update(itertools.chain(*(one.targets.tolist() for one in data.batches)))
     assert found == wanted
     assert sum(wanted.values()) > TEXTS
 
@@ -101,9 +101,9 @@ def test_an_epoch_reads_every_token_of_every_text_once(task):
 def test_who_begins_in_the_middle_gets_what_would_have_come(task, order):
     made = task(texts_per_image=2, order=order, window_shards=1)
     steps = made.plan()
-    whole = list(made.source(steps, 0))
+    whole = list(made.prefetch(steps, 0))
     for start in (1, len(steps) // 2, len(steps) - 1, len(steps)):
-        rest = list(made.source(steps, start))
+        rest = list(made.prefetch(steps, start))
         assert len(rest) == len(whole) - start
         for found, wanted in zip(rest, whole[start:], strict=True):
             assert_equal(found, wanted)
@@ -113,7 +113,7 @@ def test_a_pass_keeps_to_the_settings(task):
     for micro_batch_tokens, row_tokens in ((40, 40), (200, 60), (200, 200)):
         made = task(texts_per_image=4, micro_batch_tokens=micro_batch_tokens, row_tokens=row_tokens)
         data = made.step_data(EXAMPLES)
-        shapes = [one.batch.token_ids.shape for one in data.passes]
+        shapes = [one.token_ids.shape for one in data.batches]
         assert len(shapes) > 1
         assert all(rows * width <= micro_batch_tokens for rows, width in shapes)
         assert all(width <= row_tokens for _, width in shapes)
@@ -127,7 +127,7 @@ def test_shards_are_read_ahead_in_the_windowed_order_only(task, monkeypatch, ord
     made = task(batch_size=1, texts_per_image=4, order=order, window_shards=1)
     asked = []
     monkeypatch.setattr(type(made.store), "read_ahead", lambda store, shards: asked.extend(shards))
-    seen = [image_id for data in made.source(made.plan(), 0) for image_id in data.image_ids]
+    seen = [image_id for data in made.prefetch(made.plan(), 0) for image_id in data.image_ids]
     assert sorted(seen) == [example.image_id for example in EXAMPLES]
     visited = made.store.shards_of(np.array(seen)).tolist()
     assert asked == (list(dict.fromkeys(visited)) if asks else [])
@@ -142,7 +142,7 @@ def test_the_next_window_is_asked_for_before_this_one_ends(task, monkeypatch):
     monkeypatch.setattr(
         type(made), "step_data", lambda task, part: events.append("step") or build(task, part)
     )
-    assert all(isinstance(data, StepData) for data in made.source(steps, 0))
+    assert all(isinstance(data, StepData) for data in made.prefetch(steps, 0))
     first, second = (n for n, event in enumerate(events) if event != "step")
     # A window has twenty images here, and as many steps: it is known that far ahead.
     assert first == 0

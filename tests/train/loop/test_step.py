@@ -9,18 +9,18 @@ from torch import nn
 
 from train.data.examples import Example
 from train.data.packing import PADDING
-from train.data.prompts import caption_text, conversation_text, tokenize
+from train.data.prompts import caption_turns, conversation_turns, tokenize
 from train.loop.step import build_step, mean_loss, optimizer_step, pass_seed
 from workspace.errors import StageError
 
 EXAMPLES = [
-    Example(139, (caption_text("a red cat"), caption_text("the dog is on the box"))),
-    Example(100, (conversation_text([("where", "in the box"), ("how many", "two")]),)),
-    Example(120, (caption_text(""),)),
+    Example(139, (caption_turns("a red cat"), caption_turns("the dog is on the box"))),
+    Example(100, (conversation_turns([("where", "in the box"), ("how many", "two")]),)),
+    Example(120, (caption_turns(""),)),
 ]
 MANY = [
     Example(
-        n, (caption_text("a red cat"), caption_text("the dog"), caption_text("blue " * (n % 4)))
+        n, (caption_turns("a red cat"), caption_turns("the dog"), caption_turns("blue " * (n % 4)))
     )
     for n in range(100, 112)
 ]
@@ -48,12 +48,12 @@ def by_hand(model, tokenizer, store, examples):
     losses = []
     for example in examples:
         patches = model.embed_patches(torch.from_numpy(store.gather([example.image_id])))
-        for branch in tokenize(example.texts, tokenizer, 99):
-            ids = torch.tensor([branch.token_ids])
+        for text in tokenize(example.texts, tokenizer, 99):
+            ids = torch.tensor([text.token_ids])
             embeds = torch.cat([patches, model.embed_text(ids)], dim=1)
             logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
             all_losses = nn.functional.cross_entropy(logits[3:-1], ids[0], reduction="none")
-            losses += all_losses[torch.tensor(branch.learned)].tolist()
+            losses += all_losses[torch.tensor(text.is_target)].tolist()
     return losses
 
 
@@ -64,37 +64,37 @@ def by_hand(model, tokenizer, store, examples):
 def test_features_stand_before_the_texts_of_their_own_image(build, store, row_tokens, pass_tokens):
     data = build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens)
     seen = Counter()
-    for one in data.passes:
-        seen.update(one.batch.image_ids.tolist())
-        assert one.patches_NPD.dtype == torch.float16
-        wanted = torch.from_numpy(store.gather(one.batch.image_ids))
-        assert torch.equal(one.patches_NPD, wanted)
+    for batch in data.batches:
+        seen.update(batch.image_ids.tolist())
+        assert batch.patches_NPD.dtype == torch.float16
+        wanted = torch.from_numpy(store.gather(batch.image_ids))
+        assert torch.equal(batch.patches_NPD, wanted)
     assert seen == Counter(example.image_id for example in MANY)
-    assert [one.number for one in data.passes] == list(range(len(data.passes)))
+    assert [batch.number for batch in data.batches] == list(range(len(data.batches)))
     if row_tokens == 1:
-        assert len(data.passes) == len(MANY)
+        assert len(data.batches) == len(MANY)
     if row_tokens == 10_000:
-        assert len(data.passes) == 1
+        assert len(data.batches) == 1
 
 
 @pytest.mark.parametrize(("row_tokens", "pass_tokens"), BUDGETS)
 def test_counts_are_those_of_the_texts(build, tokenizer, row_tokens, pass_tokens):
-    branches = [b for e in EXAMPLES for b in tokenize(e.texts, tokenizer, 99)]
+    texts = [b for e in EXAMPLES for b in tokenize(e.texts, tokenizer, 99)]
     data = build(row_tokens=row_tokens, pass_tokens=pass_tokens)
-    batches = [one.batch for one in data.passes]
+    batches = data.batches
     assert data.image_ids == [139, 100, 120]
-    assert data.num_learned == sum(b.num_learned for b in branches)
-    assert data.num_learned == sum(len(batch.targets) for batch in batches)
-    assert data.num_positions == 3 * 4 + sum(len(b.token_ids) - 1 for b in branches)
-    assert data.num_positions == sum(int((b.images != PADDING).sum()) for b in batches)
+    assert data.num_target_tokens == sum(b.num_target_tokens for b in texts)
+    assert data.num_target_tokens == sum(len(batch.targets) for batch in batches)
+    assert data.num_positions == 3 * 4 + sum(len(b.token_ids) - 1 for b in texts)
+    assert data.num_positions == sum(int((b.image_numbers != PADDING).sum()) for b in batches)
     assert data.num_slots == sum(batch.token_ids.numel() for batch in batches)
     assert data.num_cut == 0
 
 
 def test_padding_is_counted_as_computed_but_not_as_read(build):
     data = build(MANY, row_tokens=40, pass_tokens=10_000)
-    (one,) = data.passes
-    is_padding = one.batch.images == PADDING
+    (batch,) = data.batches
+    is_padding = batch.image_numbers == PADDING
     assert data.num_slots == is_padding.numel()
     assert data.num_slots - data.num_positions == is_padding.sum() > 0
 
@@ -109,18 +109,18 @@ def test_texts_that_were_cut_are_counted(build, tokenizer):
 
 def test_no_pass_is_larger_than_asked_but_for_one_row(build):
     for row_tokens, pass_tokens in BUDGETS:
-        for one in build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens).passes:
-            rows, width = one.batch.token_ids.shape
+        for batch in build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens).batches:
+            rows, width = batch.token_ids.shape
             assert rows == 1 or rows * width <= pass_tokens
-            assert width <= row_tokens or (one.batch.images <= 0).all()
+            assert width <= row_tokens or (batch.image_numbers <= 0).all()
 
 
 def test_a_question_that_leaves_no_room_for_its_answer_costs_no_one_else(build, make_model):
-    long = Example(101, (conversation_text([("what " * 50, "yes")]),))
+    long = Example(101, (conversation_turns([("what " * 50, "yes")]),))
     model = make_model()
     for pass_tokens in (1, 10_000):
         data = build([*EXAMPLES, long], pass_tokens=pass_tokens, max_text_tokens=40)
-        assert data.num_learned == build(max_text_tokens=40).num_learned
+        assert data.num_target_tokens == build(max_text_tokens=40).num_target_tokens
         wanted = mean_loss(model, build(max_text_tokens=40))
         assert mean_loss(model, data) == pytest.approx(wanted, rel=1e-5)
     with pytest.raises(StageError, match=r"image 101 .* max_text_tokens is 40"):
@@ -144,9 +144,11 @@ def test_mean_loss_is_the_mean_of_plain_sequences(build, make_model, tokenizer, 
 
 def step_gradients(model, data, *, seed=(0, 1), clip_norm=1e30):
     """Return the loss and the gradients that an optimizer is given in a step."""
-    optimizer = torch.optim.SGD(model.learning().values(), lr=0.0)
+    optimizer = torch.optim.SGD(model.trainable_parameters().values(), lr=0.0)
     loss = optimizer_step(model, optimizer, data, clip_norm=clip_norm, seed=seed)
-    return loss, {name: parameter.grad.clone() for name, parameter in model.learning().items()}
+    return loss, {
+        name: parameter.grad.clone() for name, parameter in model.trainable_parameters().items()
+    }
 
 
 def assert_same(found, wanted, tolerance=1e-10):
@@ -164,19 +166,19 @@ def test_a_step_has_the_gradients_of_the_mean_over_all_its_tokens(model, build):
     found_loss, found = step_gradients(model, build(pass_tokens=1, row_tokens=1))
     model.zero_grad()
     data = build()
-    (one,) = data.passes
-    logits = model.train().logits(one.patches_NPD, one.batch)
-    loss = nn.functional.cross_entropy(logits, one.batch.targets)
+    (batch,) = data.batches
+    logits = model.train().logits(batch)
+    loss = nn.functional.cross_entropy(logits, batch.targets)
     loss.backward()
-    assert found_loss == pytest.approx(loss.item() * data.num_learned, rel=1e-12)
-    assert_same(found, {name: p.grad for name, p in model.learning().items()})
+    assert found_loss == pytest.approx(loss.item() * data.num_target_tokens, rel=1e-12)
+    assert_same(found, {name: p.grad for name, p in model.trainable_parameters().items()})
 
 
 @pytest.mark.parametrize(("row_tokens", "pass_tokens"), [*BUDGETS[:-1], (40, 40), (100, 90)])
 def test_no_packing_changes_the_gradients_of_a_step(model, build, row_tokens, pass_tokens):
     wanted_loss, wanted = step_gradients(model, build(MANY, row_tokens=10_000))
     data = build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens)
-    assert len(data.passes) > 1
+    assert len(data.batches) > 1
     loss, found = step_gradients(model, data)
     assert loss == pytest.approx(wanted_loss, rel=1e-12)
     assert_same(found, wanted)
@@ -200,12 +202,14 @@ def test_gradients_are_clipped_once_and_all_together(model, build):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(model, build, value):
     data = build()
-    data.passes[-1].patches_NPD[0, 0, 0] = value
-    before = {name: parameter.detach().clone() for name, parameter in model.learning().items()}
-    optimizer = torch.optim.SGD(model.learning().values(), lr=1.0)
+    data.batches[-1].patches_NPD[0, 0, 0] = value
+    before = {
+        name: parameter.detach().clone() for name, parameter in model.trainable_parameters().items()
+    }
+    optimizer = torch.optim.SGD(model.trainable_parameters().values(), lr=1.0)
     with pytest.raises(FloatingPointError, match=r"the loss is nan, its gradient's norm nan"):
         optimizer_step(model, optimizer, data, clip_norm=1.0, seed=(0, 1))
-    assert all(torch.equal(before[name], p) for name, p in model.learning().items())
+    assert all(torch.equal(before[name], p) for name, p in model.trainable_parameters().items())
 
 
 # LoRA's dropout
@@ -219,12 +223,12 @@ def dropping(make_model):
 @pytest.fixture
 def two_passes(build):
     data = build(MANY, row_tokens=80, pass_tokens=80)
-    assert len(data.passes) == 2
+    assert len(data.batches) == 2
     return data
 
 
 def with_passes(data, *passes):
-    return dataclasses.replace(data, passes=list(passes))
+    return dataclasses.replace(data, batches=list(passes))
 
 
 def test_dropout_depends_on_seed_step_and_pass_alone(dropping, two_passes):
@@ -240,7 +244,7 @@ def test_dropout_depends_on_seed_step_and_pass_alone(dropping, two_passes):
 
 
 def test_what_a_pass_drops_depends_on_no_pass_before_it(dropping, two_passes):
-    first, second = two_passes.passes
+    first, second = two_passes.batches
     _, wanted = step_gradients(dropping, two_passes)
     _, backwards = step_gradients(dropping, with_passes(two_passes, second, first))
     assert_same(backwards, wanted)

@@ -2,24 +2,24 @@ import pytest
 import torch
 
 from train.data.examples import Example
-from train.data.prompts import caption_text, conversation_text
+from train.data.prompts import caption_turns, conversation_turns
 from train.loop.step import mean_loss
 from train.loop.validation import SAMPLE_TOKENS, samples, validation_loss
 from train.model.generate import generate
 
-TRAIN = [Example(100, (caption_text("a red cat"), caption_text("the dog")))]
+TRAIN = [Example(100, (caption_turns("a red cat"), caption_turns("the dog")))]
 TURNS = [("where", "in the box"), ("how many", "two")]
 VALIDATION = [
-    Example(111, (conversation_text(TURNS), conversation_text(TURNS[1:]))),
-    Example(112, (caption_text("a blue dog"), caption_text("a red cat"))),
-    Example(113, (conversation_text(TURNS[1:]),)),
+    Example(111, (conversation_turns(TURNS), conversation_turns(TURNS[1:]))),
+    Example(112, (caption_turns("a blue dog"), caption_turns("a red cat"))),
+    Example(113, (conversation_turns(TURNS[1:]),)),
 ]
 
 
 @pytest.fixture
-def task(make_task, settings):
+def task(make_setup, settings):
     def task(validation=VALIDATION, model=None, **changes):
-        return make_task(TRAIN, validation=validation, model=model, settings=settings(**changes))
+        return make_setup(TRAIN, validation=validation, model=model, settings=settings(**changes))
 
     return task
 
@@ -59,7 +59,7 @@ def test_nothing_of_it_is_random_or_left_behind(task, make_model):
     made.model.train()
     assert (validation_loss(made), samples(made)) == first
     assert torch.equal(torch.random.get_rng_state(), wanted)
-    learning = made.model.learning()
+    learning = made.model.trainable_parameters()
     assert learning
     assert all(p.grad is None and not p.is_inference() for p in learning.values())
 

@@ -1,5 +1,6 @@
 """Laws of the mask, in both of its forms, and of the attention under it."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ from transformers import PhiConfig, PhiForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train.model.attention
-from train.data.packing import PADDING, ImageTexts, collate, pack
-from train.data.prompts import Branch
+from tests.train.images import Image, collate_images, pack_images
+from train.data.packing import PADDING
+from train.data.prompts import TokenizedText
 from train.model.attention import (
     NAME,
     block_mask,
@@ -30,9 +32,9 @@ eager_flex = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 
 def small_batch(random_images, seed):
-    (rows,) = pack(random_images(seed), PATCHES, row_tokens=60, pass_tokens=10_000)
+    (rows,) = pack_images(random_images(seed), PATCHES, row_tokens=60, pass_tokens=10_000)
     assert max(map(len, rows)) > 1
-    return collate(rows, PATCHES)
+    return collate_images(rows, PATCHES)
 
 
 def large_batch(seed, patches=300):
@@ -40,16 +42,16 @@ def large_batch(seed, patches=300):
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(1, 200, (5, 3)).tolist(), [400], [1, 1, 1, 1]]
     images = [
-        ImageTexts(
+        Image(
             number,
-            tuple(Branch(rng.integers(1, 99, k).tolist(), [True] * k) for k in texts),
+            tuple(TokenizedText(rng.integers(1, 99, k).tolist(), [True] * k) for k in texts),
         )
         for number, texts in enumerate(lengths)
     ]
-    (rows,) = pack(images, patches, row_tokens=1500, pass_tokens=100_000)
+    (rows,) = pack_images(images, patches, row_tokens=1500, pass_tokens=100_000)
     assert len(rows) > 1
     assert max(map(len, rows)) > 1
-    return collate(rows, patches)
+    return collate_images(rows, patches)
 
 
 def seen_in_dense(batch):
@@ -86,9 +88,9 @@ def seen_in_blocks(mask, length):
 def test_a_position_sees_its_images_patches_and_its_own_text_up_to_itself(random_images, seed):
     batch = small_batch(random_images, seed)
     seen = seen_in_dense(batch)
-    assert (batch.images == PADDING).any()
+    assert (batch.image_numbers == PADDING).any()
     for r in range(len(seen)):
-        images, texts = batch.images[r].tolist(), batch.texts[r].tolist()
+        images, texts = batch.image_numbers[r].tolist(), batch.text_ids[r].tolist()
         for query, key in itertools.product(range(len(images)), repeat=2):
             wanted = (
                 key <= query
@@ -103,7 +105,7 @@ def test_every_position_sees_itself_and_nothing_real_sees_padding(random_images,
     batch = small_batch(random_images, seed)
     seen = seen_in_dense(batch)
     assert seen.diagonal(dim1=1, dim2=2).all()
-    is_real = batch.images != PADDING
+    is_real = batch.image_numbers != PADDING
     assert not (seen & is_real[:, :, None] & ~is_real[:, None, :]).any()
     assert not (seen & ~is_real[:, :, None] & is_real[:, None, :]).any()
 
@@ -112,7 +114,7 @@ def test_every_position_sees_itself_and_nothing_real_sees_padding(random_images,
 def test_the_dense_mask_is_nought_or_minus_infinity_of_the_models_type(random_images, dtype):
     batch = small_batch(random_images, 0)
     mask = dense_mask(batch, dtype)
-    num_rows, length = batch.images.shape
+    num_rows, length = batch.image_numbers.shape
     assert mask.shape == (num_rows, 1, length, length)
     assert mask.dtype == dtype
     assert set(mask.unique().tolist()) == {0.0, -torch.inf}
@@ -125,7 +127,7 @@ def test_the_dense_mask_is_nought_or_minus_infinity_of_the_models_type(random_im
 def test_both_forms_let_exactly_the_same_pairs_see(random_images, seed):
     for batch in (small_batch(random_images, seed), large_batch(seed)):
         mask = block_mask(batch)
-        length = batch.images.shape[1]
+        length = batch.image_numbers.shape[1]
         assert mask.seq_lengths == (length, length)
         assert torch.equal(seen_in_blocks(mask, length), seen_in_dense(batch))
 
@@ -149,7 +151,7 @@ def test_blocks_in_which_nothing_is_seen_are_left_out(seed):
 @pytest.mark.parametrize(("head_width", "scaling"), [(16, None), (80, None), (80, 0.3)])
 def test_both_forms_give_the_same_attention(head_width, scaling):
     batch = large_batch(0, patches=130)
-    shape = (len(batch.images), 2, batch.images.shape[1], head_width)
+    shape = (len(batch.image_numbers), 2, batch.image_numbers.shape[1], head_width)
     torch.manual_seed(0)
     query, key, value = torch.randn(3, *shape, dtype=torch.float64)
     module = nn.Module()
@@ -200,7 +202,8 @@ def wide_model(heads=2, head_width=80):
 def test_a_model_with_phi_2s_width_of_a_head_says_the_same_under_both_forms():
     model, batch = wide_model(), large_batch(0, patches=130)
     patches = torch.randn(len(batch.image_ids), 130, 8, dtype=torch.float64)
-    dense = model.hidden(patches, batch)
+    batch = dataclasses.replace(batch, patches_NPD=patches)
+    dense = model.hidden(batch)
     asked = []
 
     def blocks(batch):
@@ -208,7 +211,7 @@ def test_a_model_with_phi_2s_width_of_a_head_says_the_same_under_both_forms():
         return block_mask(batch)
 
     model._mask = blocks
-    torch.testing.assert_close(model.hidden(patches, batch), dense, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model.hidden(batch), dense, rtol=1e-10, atol=1e-10)
     assert len(asked) == 1
 
 

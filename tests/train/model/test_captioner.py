@@ -7,17 +7,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.activations import NewGELUActivation
 
-from train.data.packing import ImageTexts, collate
-from train.data.prompts import caption_text, tokenize
+from tests.train.images import Image, collate_images
+from train.data.prompts import caption_turns, tokenize
 from train.model.language_model import lora_dropouts
 
 PATCHES, WIDTH = 4, 8
 
 
 @pytest.fixture
-def batch(tokenizer):
-    texts = tokenize([caption_text("a red cat"), caption_text("the dog")], tokenizer, 99)
-    return collate([[ImageTexts(n, (text,)) for n, text in enumerate(texts)]], PATCHES)
+def batch(tokenizer, patches):
+    texts = tokenize([caption_turns("a red cat"), caption_turns("the dog")], tokenizer, 99)
+    return collate_images([[Image(n, (text,)) for n, text in enumerate(texts)]], patches)
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def patches():
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_projector_and_lora_learn_and_nothing_else(make_model, lora, quantize):
     model = make_model(lora=lora, quantize=quantize)
-    names = set(model.learning())
+    names = set(model.trainable_parameters())
     assert {name for name in names if name.startswith("projector.")} == {
         f"projector.{name}" for name, _ in model.projector.named_parameters()
     }
@@ -61,10 +61,10 @@ def test_patches_of_half_precision_become_embeddings_of_the_language_models_type
     assert model.embed_patches(patches).dtype == model.embed_text(batch.token_ids).dtype == wanted
     exact = model.projector(patches.float()).to(wanted)
     assert torch.equal(model.embed_patches(patches), exact)
-    loss = model(patches, batch)
+    loss = model(batch)
     assert (loss.dtype, loss.shape) == (torch.float32, ())
     loss.backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.learning().values())
+    assert all(p.grad.dtype == torch.float32 for p in model.trainable_parameters().values())
 
 
 def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patches):
@@ -73,7 +73,7 @@ def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patch
     model.language_model.lm_head.register_forward_hook(
         lambda module, inputs, output: seen.append(tuple(output.shape))
     )
-    model(patches, batch)
+    model(batch)
     assert seen == [(len(batch.targets), model.language_model.config.vocab_size)]
     assert len(batch.targets) < batch.token_ids.numel()
 
@@ -100,7 +100,7 @@ def test_no_gradient_is_added_in_an_order_that_threads_decide(make_model, batch,
 
     names: list[str] = []
     with Recorded():
-        make_model(lora=0.0)(patches, batch).backward()
+        make_model(lora=0.0)(batch).backward()
     assert "aten::index_add" in names
     assert not {name for name in names if "index_put" in name or "scatter_add" in name}
 
@@ -113,10 +113,10 @@ def test_the_last_blocks_mlp_computes_where_a_token_is_predicted_and_nowhere_els
     seen = []
     for mlp in mlps:
         mlp.fc1.register_forward_hook(lambda _, inputs, out: seen.append(out.numel() // 128))
-    found = model.hidden(patches, batch)
+    found = model.hidden(batch)
     assert seen == [batch.token_ids.numel(), len(batch.slots)]
     assert len(batch.slots) < batch.token_ids.numel()
     everywhere = torch.arange(batch.token_ids.numel())
-    whole = model.hidden(patches, dataclasses.replace(batch, slots=everywhere))
+    whole = model.hidden(dataclasses.replace(batch, slots=everywhere))
     torch.testing.assert_close(found, whole[batch.slots], rtol=1e-12, atol=1e-12)
     assert not any(mlp._forward_hooks or mlp._forward_pre_hooks for mlp in mlps)

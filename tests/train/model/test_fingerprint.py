@@ -9,8 +9,8 @@ import torch
 from bitsandbytes.nn import Params4bit
 from transformers import AutoTokenizer
 
-from train.data.packing import ImageTexts, collate
-from train.data.prompts import caption_text, encode, tokenize
+from tests.train.images import Image, collate_images
+from train.data.prompts import caption_turns, encode, tokenize
 from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
@@ -113,8 +113,9 @@ def test_use_changes_no_fingerprint(make_model, phi_dir, store):
     tokenizer, model = load_tokenizer(settings), make_model(quantize="nf4", dtype="bf16")
     before = language_model_fingerprint(model.language_model, tokenizer)
     encode(["a red cat", "dog"], tokenizer)
-    batch = collate([[ImageTexts(1, tuple(tokenize([caption_text("a cat")], tokenizer, 9)))]], 4)
-    model.train()(torch.from_numpy(store.gather([100])), batch).backward()
+    image = Image(0, tuple(tokenize([caption_turns("a cat")], tokenizer, 9)))
+    batch = collate_images([[image]], torch.from_numpy(store.gather([100])))
+    model.train()(batch).backward()
     with torch.inference_mode():
-        model.eval()(torch.from_numpy(store.gather([100])), batch)
+        model.eval()(batch)
     assert language_model_fingerprint(model.language_model, tokenizer) == before

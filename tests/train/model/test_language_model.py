@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
 from cache.errors import SettingsError
-from train.data.packing import ImageTexts, collate
-from train.data.prompts import caption_text, tokenize
+from tests.train.images import Image, collate_images
+from train.data.prompts import caption_turns, tokenize
 from train.model.captioner import CaptionModel
 from train.model.language_model import (
     LORA_TARGETS,
@@ -38,10 +38,10 @@ def load(phi_dir):
 
 
 @pytest.fixture
-def batch(tokenizer):
-    texts = [caption_text("a red cat"), caption_text("the dog is in the box")]
-    branches = tuple(tokenize(texts, tokenizer, 99))
-    return collate([[ImageTexts(n, branches)] for n in range(2)], 4)
+def batch(tokenizer, patches):
+    texts = [caption_turns("a red cat"), caption_turns("the dog is in the box")]
+    texts = tuple(tokenize(texts, tokenizer, 99))
+    return collate_images([[Image(n, texts)] for n in range(2)], patches)
 
 
 @pytest.fixture
@@ -132,14 +132,14 @@ def test_lora_stands_beside_every_layer_of_the_blocks_and_alone_learns(load, qua
     assert learning == [n for n, _ in adapter.named_parameters() if "lora_" in n]
 
 
-def test_fresh_lora_changes_no_logit_and_depends_on_the_seed_alone(make_model, batch, patches):
+def test_fresh_lora_changes_no_logit_and_depends_on_the_seed_alone(make_model, batch):
     plain = make_model().eval()
-    before = plain.logits(patches, batch)
+    before = plain.logits(batch)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     add_lora(plain.language_model, LORA, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(plain.eval().logits(patches, batch), before)
+    assert torch.equal(plain.eval().logits(batch), before)
     torch.manual_seed(2)
     models = [make_model().language_model for _ in range(2)]
     for model, seed in zip(models, (5, 6), strict=True):
@@ -155,7 +155,7 @@ def test_fresh_lora_changes_no_logit_and_depends_on_the_seed_alone(make_model, b
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
 def test_a_step_changes_lora_and_projector_and_no_bit_of_the_base(
-    make_model, batch, patches, quantize, dtype
+    make_model, batch, quantize, dtype
 ):
     model = make_model(quantize=quantize, dtype=dtype, lora=0.05)
     learning = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +163,7 @@ def test_a_step_changes_lora_and_projector_and_no_bit_of_the_base(
     before, old = base_weights(model.language_model), [p.detach().clone() for p in learning]
     optimizer = torch.optim.AdamW(learning, lr=0.1)
     model.train()
-    model(patches, batch).backward()
+    model(batch).backward()
     optimizer.step()
     after = base_weights(model.language_model)
     assert after.keys() == before.keys()
@@ -172,21 +172,21 @@ def test_a_step_changes_lora_and_projector_and_no_bit_of_the_base(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_gradients_flow_through_nf4_after_a_pass_without_them(make_model, batch, patches, dtype):
+def test_gradients_flow_through_nf4_after_a_pass_without_them(make_model, batch, dtype):
     """Where the CPU has AVX512-BF16, bitsandbytes would repack the weights for good."""
     model = make_model(quantize="nf4", dtype=dtype, lora=0.0).train()
 
     def gradients():
         model.zero_grad()
-        model(patches, batch).backward()
+        model(batch).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     before = gradients()
     weights = base_weights(model.language_model)
     with torch.inference_mode():
-        model.eval()(patches, batch)
+        model.eval()(batch)
     with torch.no_grad():
-        model.eval()(patches, batch)
+        model.eval()(batch)
     model.train()
     assert all(torch.equal(w, weights[n]) for n, w in base_weights(model.language_model).items())
     after = gradients()
@@ -194,7 +194,7 @@ def test_gradients_flow_through_nf4_after_a_pass_without_them(make_model, batch,
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_training_turns_on_the_dropout_of_lora_and_no_other(make_model, batch, patches):
+def test_training_turns_on_the_dropout_of_lora_and_no_other(make_model, batch):
     model = make_model(lora=0.5)
     dropouts = {n: m for n, m in model.named_modules() if isinstance(m, nn.Dropout)}
     phis = [n for n in dropouts if "lora_dropout" not in n]
@@ -207,31 +207,29 @@ def test_training_turns_on_the_dropout_of_lora_and_no_other(make_model, batch, p
             assert module.training == (mode and name not in phis), name
         assert model.projector.training == mode
     model.eval()
-    assert torch.equal(model.logits(patches, batch), model.logits(patches, batch))
+    assert torch.equal(model.logits(batch), model.logits(batch))
     model.train()
-    assert not torch.equal(model.logits(patches, batch), model.logits(patches, batch))
+    assert not torch.equal(model.logits(batch), model.logits(batch))
 
 
-def test_a_frozen_model_computes_the_same_in_training_and_in_eval(make_model, batch, patches):
+def test_a_frozen_model_computes_the_same_in_training_and_in_eval(make_model, batch):
     model = make_model()
-    assert torch.equal(model.train()(patches, batch), model.eval()(patches, batch))
+    assert torch.equal(model.train()(batch), model.eval()(batch))
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "none"])
-def test_saved_lora_gives_the_logits_that_it_had(
-    make_model, load, quantize, batch, patches, tmp_path
-):
+def test_saved_lora_gives_the_logits_that_it_had(make_model, load, quantize, batch, tmp_path):
     model = make_model(quantize=quantize)
     adapter = add_lora(model.language_model, LORA, seed=0)
     for name, parameter in adapter.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     adapter.save_pretrained(tmp_path, safe_serialization=True)
-    wanted = model.eval().logits(patches, batch)
+    wanted = model.eval().logits(batch)
     model = CaptionModel(model.projector, load(quantize))
-    assert not torch.equal(model.eval().logits(patches, batch), wanted)
+    assert not torch.equal(model.eval().logits(batch), wanted)
     load_lora(model.language_model, tmp_path)
-    assert torch.equal(model.eval().logits(patches, batch), wanted)
+    assert torch.equal(model.eval().logits(batch), wanted)
     assert not any(p.requires_grad for p in model.language_model.parameters())
 
 

@@ -10,18 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from train.data.packing import PADDING, ImageTexts, collate, pack
-from train.data.prompts import Branch, caption_text, conversation_text, tokenize
+from tests.train.images import Image, collate_images, pack_images
+from train.data.packing import PADDING
+from train.data.prompts import TokenizedText, caption_turns, conversation_turns, tokenize
 from train.model.attention import NAME
 
 PATCHES, WIDTH = 4, 8
 
 TEXTS = [
-    [caption_text(c) for c in ("a red cat", "", "the dog is on the box", "a red dog")],
-    [conversation_text([("What is", "yes"), ("how many", "no")]), caption_text("a red cat")],
-    [caption_text("blue")],
-    [conversation_text([("where is the cat", "in the box")])] * 2,
-    [conversation_text([("is it", "yes"), ("What", "a cat"), ("where", "on the dog")])],
+    [caption_turns(c) for c in ("a red cat", "", "the dog is on the box", "a red dog")],
+    [conversation_turns([("What is", "yes"), ("how many", "no")]), caption_turns("a red cat")],
+    [caption_turns("blue")],
+    [conversation_turns([("where is the cat", "in the box")])] * 2,
+    [conversation_turns([("is it", "yes"), ("What", "a cat"), ("where", "on the dog")])],
 ]
 BUDGETS = [(1, 1), (30, 30), (60, 60), (60, 150), (80, 10_000), (10_000, 10_000), (10_000, 30)]
 
@@ -33,7 +34,7 @@ def model(make_model):
 
 @pytest.fixture
 def images(tokenizer):
-    return [ImageTexts(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
+    return [Image(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture
@@ -43,35 +44,33 @@ def patches():
     return torch.randn(len(TEXTS), PATCHES, WIDTH, generator=generator).half().double()
 
 
-def alone(model, patches_1PD, branch):
+def alone(model, patches_1PD, text):
     """Loss of one plain sequence, with transformers' own attention, mask and positions."""
-    ids = torch.tensor([branch.token_ids])
+    ids = torch.tensor([text.token_ids])
     embeds = torch.cat([model.embed_patches(patches_1PD), model.embed_text(ids)], dim=1)
     model.language_model.set_attn_implementation("sdpa")
     logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits
     model.language_model.set_attn_implementation(NAME)
     losses = nn.functional.cross_entropy(logits[0, PATCHES - 1 : -1], ids[0], reduction="none")
-    return losses[torch.tensor(branch.learned)].sum()
+    return losses[torch.tensor(text.is_target)].sum()
 
 
 def one_by_one(model, patches, images):
     return sum(
-        alone(model, patches[[image.image_id]], branch)
-        for image in images
-        for branch in image.branches
+        alone(model, patches[[image.image_id]], text) for image in images for text in image.texts
     )
 
 
 def packed(model, patches, images, row_tokens, pass_tokens):
-    passes = pack(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
-    batches = [collate(rows, PATCHES) for rows in passes]
-    return sum(model(patches[batch.image_ids], batch) for batch in batches)
+    passes = pack_images(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
+    batches = [collate_images(rows, patches) for rows in passes]
+    return sum(model(batch) for batch in batches)
 
 
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    learning = {name: p.grad.clone() for name, p in model.learning().items()}
+    learning = {name: p.grad.clone() for name, p in model.trainable_parameters().items()}
     assert any("lora_A" in name for name in learning)
     assert any("projector" in name for name in learning)
     return learning
@@ -99,7 +98,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_one_sequence_a_text(
 def test_the_budgets_give_other_rows_and_passes(images):
     shapes = set()
     for row_tokens, pass_tokens in BUDGETS:
-        passes = pack(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
+        passes = pack_images(images, PATCHES, row_tokens=row_tokens, pass_tokens=pass_tokens)
         shapes.add(tuple(tuple(len(row) for row in rows) for rows in passes))
     assert len(shapes) >= 5
     assert ((1,),) * 5 in shapes, "each alone"
@@ -108,8 +107,7 @@ def test_the_budgets_give_other_rows_and_passes(images):
 
 @pytest.mark.parametrize("rows", [[[4, 1], [0, 2, 3]], [[3], [2, 1, 0, 4]], [[0, 1, 2, 3, 4]]])
 def test_it_holds_for_any_images_in_any_row(model, images, patches, rows):
-    batch = collate([[images[n] for n in row] for row in rows], PATCHES)
-    together = model(patches[batch.image_ids], batch)
+    together = model(collate_images([[images[n] for n in row] for row in rows], patches))
     separate = one_by_one(model, patches, images)
     torch.testing.assert_close(together, separate, rtol=1e-12, atol=0)
     assert_close(gradients(model, together), gradients(model, separate), 1e-10)
@@ -127,11 +125,11 @@ def test_the_same_holds_in_float32_within_the_promised_tolerance(make_model, ima
 
 
 def test_the_loss_is_that_of_the_logits(model, images, patches):
-    batch = collate([images[:2], images[2:]], PATCHES)
-    logits_SV = model.logits(patches, batch)
+    batch = collate_images([images[:2], images[2:]], patches)
+    logits_SV = model.logits(batch)
     assert logits_SV.shape == (len(batch.targets), model.language_model.config.vocab_size)
     wanted = nn.functional.cross_entropy(logits_SV, batch.targets, reduction="sum")
-    torch.testing.assert_close(model(patches, batch), wanted, rtol=1e-12, atol=0)
+    torch.testing.assert_close(model(batch), wanted, rtol=1e-12, atol=0)
 
 
 def owners(images):
@@ -140,37 +138,38 @@ def owners(images):
     First tokens stand first: the last patch predicts them, and stands before every text.
     """
     return [
-        (image.image_id, text)
+        (image.image_id, number)
         for image in images
         for first in (True, False)
-        for text, branch in enumerate(image.branches)
-        for index, is_learned in enumerate(branch.learned)
-        if is_learned and (index == 0) == first
+        for number, text in enumerate(image.texts)
+        for index, is_target in enumerate(text.is_target)
+        if is_target and (index == 0) == first
     ]
 
 
 ROWS = [[0, 1, 2], [3, 4]]
 
 
-def laid_out(images):
-    return collate([[images[n] for n in row] for row in ROWS], PATCHES)
+def laid_out(images, patches):
+    return collate_images([[images[n] for n in row] for row in ROWS], patches)
 
 
 @torch.no_grad()
 def test_no_text_sees_another(model, images, patches):
-    before = model.logits(patches, laid_out(images))
+    before = model.logits(laid_out(images, patches))
     owner = owners(images)
     swept = 0
-    for image, text in sorted(set(owner)):
-        branches = list(images[image].branches)
-        if len(branches[text].token_ids) < 2:
+    for image, number in sorted(set(owner)):
+        texts = list(images[image].texts)
+        text = texts[number]
+        if len(text.token_ids) < 2:
             continue
-        tokens = [5, *(token ^ 1 for token in branches[text].token_ids[1:])]
-        branches[text] = Branch(tokens, branches[text].learned)
+        tokens = [5, *(token ^ 1 for token in text.token_ids[1:])]
+        texts[number] = TokenizedText(tokens, text.is_target)
         changed = list(images)
-        changed[image] = ImageTexts(image, tuple(branches))
-        after = model.logits(patches, laid_out(changed))
-        mine = torch.tensor([one == (image, text) for one in owner])
+        changed[image] = Image(image, tuple(texts))
+        after = model.logits(laid_out(changed, patches))
+        mine = torch.tensor([one == (image, number) for one in owner])
         assert torch.equal(after[~mine], before[~mine])
         assert not torch.equal(after[mine], before[mine])
         swept += 1
@@ -179,52 +178,52 @@ def test_no_text_sees_another(model, images, patches):
 
 @torch.no_grad()
 def test_a_text_sees_nothing_that_follows_in_it(model, images, patches):
-    before = model.logits(patches, laid_out(images))
-    (text,) = images[4].branches
+    before = model.logits(laid_out(images, patches))
+    (text,) = images[4].texts
     tokens = [*text.token_ids[:-3], *(token ^ 1 for token in text.token_ids[-3:])]
-    changed = [*images[:4], ImageTexts(4, (Branch(tokens, text.learned),))]
-    after = model.logits(patches, laid_out(changed))
+    changed = [*images[:4], Image(4, (TokenizedText(tokens, text.is_target),))]
+    after = model.logits(laid_out(changed, patches))
     # Of the three tokens, all learned, the last one is never read.
-    assert text.learned[-3:] == [True] * 3
+    assert text.is_target[-3:] == [True] * 3
     assert torch.equal(after[:-2], before[:-2])
     assert (after[-2:] != before[-2:]).any(dim=1).all()
 
 
 @torch.no_grad()
 def test_no_image_sees_another_and_every_patch_matters(model, images, patches):
-    batch = laid_out(images)
-    before = model.logits(patches, batch)
+    batch = laid_out(images, patches)
+    before = model.logits(batch)
     owner = torch.tensor([image for image, _ in owners(images)])
     for image, patch in itertools.product(range(len(images)), range(PATCHES)):
         changed = patches.clone()
         changed[image, patch] += 1
-        differs = (model.logits(changed, batch) != before).any(dim=1)
+        differs = (model.logits(laid_out(images, changed)) != before).any(dim=1)
         assert differs[owner == image].all()
         assert not differs[owner != image].any()
 
 
 @torch.no_grad()
 def test_padding_changes_nothing(model, images, patches):
-    batch = laid_out(images)
-    before = model.logits(patches, batch)
-    is_padding = batch.images == PADDING
+    batch = laid_out(images, patches)
+    before = model.logits(batch)
+    is_padding = batch.image_numbers == PADDING
     assert is_padding.any()
     noise = dataclasses.replace(
         batch,
         token_ids=batch.token_ids.masked_fill(is_padding, 7),
         positions=batch.positions.masked_fill(is_padding, 3),
     )
-    assert torch.equal(model.logits(patches, noise), before)
-    for numbers, row in zip(ROWS, (slice(0, 3), slice(3, 5)), strict=True):
-        alone = collate([[images[n] for n in numbers]], PATCHES)
-        assert (alone.images != PADDING).all()
+    assert torch.equal(model.logits(noise), before)
+    for numbers in ROWS:
+        alone = collate_images([[images[n] for n in numbers]], patches)
+        assert (alone.image_numbers != PADDING).all()
         mine = torch.tensor([image in numbers for image, _ in owners(images)])
-        found = model.logits(patches[row], alone)
+        found = model.logits(alone)
         torch.testing.assert_close(found, before[mine], rtol=1e-10, atol=1e-10)
 
 
 def test_texts_in_another_order_give_the_same_loss(model, images, patches):
-    backwards = [ImageTexts(image.image_id, image.branches[::-1]) for image in images]
+    backwards = [Image(image.image_id, image.texts[::-1]) for image in images]
     torch.testing.assert_close(
         packed(model, patches, backwards, 60, 150),
         packed(model, patches, images, 60, 150),

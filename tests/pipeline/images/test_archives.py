@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.images import archives as module
-from pipeline.images.names import ImageArchive, ImageNameError, check_file_name
+from pipeline.images import names as module
+from pipeline.images.archives import ImageArchive
+from pipeline.images.names import ImageNameError, check_file_name
 from workspace.errors import StageError
 
 FILES = {f"{number:012d}.jpg": bytes([number]) * 100 for number in range(5)}
@@ -79,7 +80,7 @@ def means(names, asked):
 
 @pytest.mark.parametrize("kind", ["images", "images.zip"])
 @pytest.mark.parametrize("seed", range(20))
-def test_a_name_means_the_file_so_named_or_the_only_one_of_its_base_name(tmp_path, kind, seed):
+def test_a_name_means_the_exact_file_or_the_only_file_of_its_base_name(tmp_path, kind, seed):
     dice = random.Random(seed)
     paths = [f"{folder}{base}" for folder in ("", "a/", "b/", "a/c/") for base in ("x", "y", "z:1")]
     names = dice.sample(paths, dice.randrange(1, len(paths)))
@@ -204,7 +205,7 @@ def test_a_failing_disk_is_an_error_of_the_stage_and_no_bad_name(folder, zipped,
             archive.read(next(iter(FILES)))
 
 
-def test_folders_are_not_walked_while_all_names_are_there(folder, monkeypatch):
+def test_folders_are_not_walked_while_all_names_are_exact(folder, monkeypatch):
     monkeypatch.delattr(os, "scandir")
     assert read_all(ImageArchive(folder, key="k")) == FILES
 
@@ -239,7 +240,7 @@ def test_a_huge_file_is_refused_unread(folder, zipped, monkeypatch):
             ImageArchive(path, key="k").read(next(iter(FILES)))
 
 
-def test_what_is_no_archive_names_key_and_path(tmp_path):
+def test_an_error_about_an_archive_names_key_and_path(tmp_path):
     (tmp_path / "page.zip").write_text("<html>")
     (tmp_path / "none").mkdir()
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()

@@ -1,8 +1,10 @@
+"""How values are spelled: sizes, long lists, long texts."""
+
 import random
 
 import pytest
 
-from cache.cli.sizes import UNITS, human_size
+from cache.texts import MAX_LINE, UNITS, first_few, human_size, one_line
 
 
 @pytest.mark.parametrize(
@@ -29,3 +31,16 @@ def test_what_is_written_is_near_the_size_and_never_nothing():
         number, unit = human_size(num_bytes).split()
         assert 1 <= float(number) <= 1024
         assert float(number) * 1024 ** UNITS.index(unit) == pytest.approx(num_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, ""), (1, "0"), (3, "0, 1, 2"), (4, "0, 1, 2, ...")],
+)
+def test_a_long_list_is_cut_and_says_so(count, text):
+    assert first_few(range(count), 3) == text
+
+
+def test_a_long_text_is_cut():
+    assert one_line("x " * MAX_LINE).endswith("...")
+    assert len(one_line("x" * 10 * MAX_LINE)) == MAX_LINE + 3

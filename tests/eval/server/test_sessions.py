@@ -1,11 +1,11 @@
-"""A call that is made soon after the last answer is answered in the stream of that answer."""
+"""The message stream of a session stays open for calls made soon after an answer."""
 
 import asyncio
 
 import pytest
 
-from eval.server import message_stream
-from eval.server.message_stream import MessageStream
+from eval.server import sessions
+from eval.server.sessions import MessageStream
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 CLOSE = b'data: {"msg":"close_stream"}\n\n'
@@ -13,7 +13,7 @@ CLOSE = b'data: {"msg":"close_stream"}\n\n'
 
 @pytest.fixture(autouse=True)
 def _soon_quiet(monkeypatch):
-    monkeypatch.setattr(message_stream, "QUIET_SECONDS", 0.1)
+    monkeypatch.setattr(sessions, "QUIET_SECONDS", 0.1)
 
 
 def streamed(bodies, looks):
@@ -35,7 +35,7 @@ def streamed(bodies, looks):
     return sent
 
 
-def test_a_stream_of_which_no_call_is_left_is_passed_on_as_it_is():
+def test_a_stream_without_further_calls_is_unchanged():
     sent = streamed([b"one"], [])
     assert sent[0] == START
     assert [message["body"] for message in sent[1:]] == [b"one", CLOSE, b""]

@@ -1,8 +1,7 @@
-"""Checks what a client asks the functions of the served page to do, before Gradio sees it.
+"""Rebuilds a call of the served page from values that the page's components can send.
 
-Gradio believes most of a call: file paths, values outside of a slider's range, numbers of
-functions that do not exist. Some of it ends in a traceback. So a call is rebuilt from the values
-that the page's own components can send, and from nothing else.
+Gradio accepts most of what a call holds: file paths, values outside of a slider's range, numbers
+of functions that do not exist. Some of these end in a traceback.
 """
 
 import json
@@ -10,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from eval.server.visitors import SESSION_HASH
+from eval.server.sessions import SESSION_HASH
 
 MAX_PATH = 4096
 """Characters."""
@@ -24,12 +23,12 @@ def clean_call(page: gr.Blocks, body: bytes, *, queued: bool) -> dict[str, Any]:
     """Return a call as the page itself would make it.
 
     Args:
-        page: Whose function is called.
-        body: JSON as it came.
-        queued: Whether it is to wait in the queue; each function is called in one way alone.
+        page: The page whose function is called.
+        body: JSON from a client.
+        queued: Whether the call goes through the queue; each function has one way only.
 
     Returns:
-        The call without all that the page's functions do not need.
+        Data, function number and session hash; all else is dropped.
 
     Raises:
         UnknownFunctionError: The page has no such function.
@@ -48,22 +47,24 @@ def clean_call(page: gr.Blocks, body: bytes, *, queued: bool) -> dict[str, Any]:
     if function is None or function.queue is not queued:
         raise UnknownFunctionError(index)
     if not isinstance(data, list) or len(data) != len(function.inputs):
-        raise ValueError("not as many values as the function has inputs")
+        raise ValueError("the number of values is not the number of inputs")
     values = [_clean(*pair) for pair in zip(function.inputs, data, strict=True)]
     return {"data": values, "fn_index": index, "session_hash": session_hash}
 
 
 def _clean(component: gr.blocks.Block, value: Any) -> Any:
-    """Return what a component can send.
+    """Return a value that a component can send.
 
     Raises:
-        ValueError: It cannot send such a value.
+        ValueError: The component cannot send this value.
     """
     if isinstance(component, gr.State):
-        # What the server holds counts.
+        # Gradio takes the state that the server holds.
         return None
     if isinstance(component, gr.Image):
-        return _clean_picture(value)
+        # Only the path is kept: Gradio would open files that other fields name.
+        path = value.get("path") if isinstance(value, dict) else None
+        return None if value is None else {"path": _clean_text(path, MAX_PATH)}
     if isinstance(component, gr.Textbox):
         return None if value is None else _clean_text(value, component.max_length)
     if isinstance(component, gr.Slider):
@@ -73,24 +74,15 @@ def _clean(component: gr.blocks.Block, value: Any) -> Any:
     raise ValueError(f"{type(component).__name__} sends nothing")
 
 
-def _clean_picture(value: Any) -> dict[str, str] | None:
-    """Return its path alone, of which Gradio opens nothing."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError("not a file")
-    return {"path": _clean_text(value.get("path"), MAX_PATH)}
-
-
-def _clean_text(value: Any, most: int) -> str:
-    if not isinstance(value, str) or len(value) > most:
+def _clean_text(value: Any, max_length: int) -> str:
+    if not isinstance(value, str) or len(value) > max_length:
         raise ValueError("not a text of this length")
     value.encode()
     return value
 
 
 def _clean_number(value: Any, least: float, most: float) -> int | float:
-    # NaN lies in no range.
+    # The comparison also refuses NaN.
     if type(value) not in (int, float) or not least <= value <= most:
         raise ValueError("not a number in the range")
     number: int | float = value

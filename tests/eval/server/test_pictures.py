@@ -1,12 +1,12 @@
-"""What the page may open: uploads and examples, under the paths that were handed out."""
+"""The pictures that the page may open: uploads and examples."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from eval.server import page_pictures
-from eval.server.page_pictures import MAX_UPLOAD_AGE, PagePictures, UnknownPictureError
+from eval.server import pictures as pictures_module
+from eval.server.pictures import MAX_UPLOAD_AGE, PagePictures, UnknownPictureError
 from workspace.errors import StageError
 
 
@@ -19,7 +19,7 @@ def stored(tmp_path):
     return {path.read_bytes() for path in (tmp_path / "uploads").iterdir()}
 
 
-def test_an_upload_is_read_under_its_name_by_its_visitor_alone(pictures):
+def test_only_its_visitor_reads_an_upload(pictures):
     path = pictures.add_upload("/home/me/C:\\photos\\a\x00b.jpg", b"data", "me")
     assert pictures.read(path, "me") == ("ab.jpg", b"data")
     with pytest.raises(UnknownPictureError):
@@ -75,14 +75,14 @@ def test_a_failing_disk_is_named_without_the_path(pictures, monkeypatch):
 
 
 def test_the_oldest_uploads_go_when_there_are_too_many(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_pictures, "MAX_UPLOADS", 3)
+    monkeypatch.setattr(pictures_module, "MAX_UPLOADS", 3)
     for number in range(5):
         pictures.add_upload("1.jpg", b"%d" % number, "me")
     assert stored(tmp_path) == {b"2", b"3", b"4"}
 
 
 def test_the_oldest_uploads_go_when_they_are_too_large(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(page_pictures, "MAX_UPLOADS_BYTES", 10)
+    monkeypatch.setattr(pictures_module, "MAX_UPLOADS_BYTES", 10)
     for data in (b"aaaa", b"bbbb", b"cccccc"):
         pictures.add_upload("1.jpg", data, "me")
     assert stored(tmp_path) == {b"bbbb", b"cccccc"}
@@ -108,7 +108,7 @@ def test_uploads_go_by_age_and_examples_stay(pictures, tmp_path, monkeypatch):
     example.write_bytes(b"example")
     pictures.add_examples([example])
     times = iter([100.0, 200.0])
-    monkeypatch.setattr(page_pictures.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(pictures_module.time, "monotonic", lambda: next(times))
     first, second = (pictures.add_upload("1.jpg", data, "me") for data in (b"first", b"second"))
     pictures.remove_old(100.0 + MAX_UPLOAD_AGE)
     assert stored(tmp_path) == {b"first", b"second"}

@@ -1,4 +1,4 @@
-"""The served page in a process of its own, and a client that talks to it as no browser would."""
+"""The served page in its own process, and a client that sends raw HTTP requests."""
 
 import itertools
 import json
@@ -15,17 +15,17 @@ import requests
 ROOT = Path(__file__).parents[3]
 SECONDS = 60
 MAX_UPLOADS = 20
-"""Fewer than the command's."""
+"""A lower limit than the command's."""
 SAMPLES = {"path": "x", "path_or_url": "x", "url_path": "x", "size": "1", "ext": "ts"}
-"""Values of the parameters in Gradio's addresses; of all others, a word."""
+"""Values of path parameters in Gradio's routes; other parameters get a word."""
 COMMAND = f"""
 import json
 from pathlib import Path
 from eval import serve
-from eval.server import page_pictures
-from tests.eval.server.attacked import gradio_routes
+from eval.server import pictures
+from tests.eval.server.served_page import gradio_routes
 
-page_pictures.MAX_UPLOADS = {MAX_UPLOADS}
+pictures.MAX_UPLOADS = {MAX_UPLOADS}
 make_app = serve.make_app
 
 def make_and_note(page):
@@ -36,7 +36,7 @@ def make_and_note(page):
 serve.make_app = make_and_note
 serve.main()
 """
-"""The command, which also writes which addresses Gradio has."""
+"""Runs the command, and writes Gradio's routes to a file."""
 TIMES = {
     "event_id",
     "duration",
@@ -51,14 +51,14 @@ sessions = itertools.count()
 
 @dataclass
 class Served:
-    """A page that is served, and what stands behind it."""
+    """A served page."""
 
     address: str
     uploads: Path
     errors: Path
-    """What the server wrote to its terminal."""
+    """File with the server's stderr."""
     routes: list[tuple[str, str]]
-    """Method and path of all that Gradio would answer."""
+    """Method and path of each of Gradio's routes."""
     functions: dict[str, int]
     """Number of each function of the page."""
     example: str
@@ -73,7 +73,7 @@ class Client:
     session_hash: str = field(default_factory=lambda: f"session{next(sessions)}")
 
     def send(self, method, path, **options):
-        """Send a request; only the page's own answers are sent on to other addresses."""
+        """Send a request without following redirects."""
         return self.http.request(
             method, self.served.address.rstrip("/") + path, allow_redirects=False,
             timeout=SECONDS, **options,
@@ -101,7 +101,7 @@ class Client:
 
     def begin(self, path, **more):
         """Choose a picture by its path."""
-        return self.call("begin", [{"path": path, **more}])
+        return self.call("choose_picture", [{"path": path, **more}])
 
     def reply(self, question):
         """Ask, and return the messages as text."""
@@ -109,7 +109,7 @@ class Client:
 
 
 def without_times(message):
-    """Return a message without what differs between two equal calls."""
+    """Return a message without the fields that differ between equal calls."""
     if isinstance(message, dict):
         return {k: without_times(v) for k, v in message.items() if k not in TIMES}
     return [without_times(v) for v in message] if isinstance(message, list) else message

@@ -3,8 +3,7 @@
 import pytest
 from starlette.datastructures import Headers
 
-from eval.server.refusal import Refusal
-from eval.server.request_source import Sources
+from eval.server.request import AllowedSources, Refusal
 
 PAGE = "127.0.0.1:7860"
 
@@ -24,7 +23,7 @@ def allowed(sources, *, opens_page=False, **headers):
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "LocalHost", "[::1]"])
 def test_this_machine_is_reached_under_its_own_names(name):
-    sources = Sources(7860)
+    sources = AllowedSources(7860)
     assert allowed(sources, host=name)
     assert allowed(sources, host=f"{name}:7860", origin=f"http://{name}:7860")
     assert not allowed(sources, host=f"{name}:7861")
@@ -42,7 +41,7 @@ def test_this_machine_is_reached_under_its_own_names(name):
     ],
 )  # fmt: skip
 def test_every_other_host_is_refused(host):
-    assert not allowed(Sources(7860), host=host)
+    assert not allowed(AllowedSources(7860), host=host)
 
 
 @pytest.mark.parametrize(
@@ -54,12 +53,12 @@ def test_every_other_host_is_refused(host):
     ],
 )  # fmt: skip
 def test_every_other_origin_is_refused(origin):
-    assert not allowed(Sources(7860), host=PAGE, origin=origin)
+    assert not allowed(AllowedSources(7860), host=PAGE, origin=origin)
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "whatever"])
 def test_other_web_pages_may_link_to_the_page_and_nothing_else(site):
-    sources = Sources(7860)
+    sources = AllowedSources(7860)
     assert allowed(
         sources, host=PAGE, sec_fetch_site=site, sec_fetch_dest="document", opens_page=True
     )
@@ -71,13 +70,13 @@ def test_other_web_pages_may_link_to_the_page_and_nothing_else(site):
     assert allowed(sources, host=PAGE, sec_fetch_site="same-origin")
 
 
-def test_the_public_link_is_a_name_only_where_there_is_such_a_link():
+def test_the_host_of_a_public_link_is_allowed_only_with_the_link():
     link = {"host": "abc.gradio.live", "origin": "https://abc.gradio.live"}
-    assert allowed(Sources(7860, "abc.gradio.live"), **link)
-    assert allowed(Sources(7860, "abc.gradio.live"), host=PAGE)
-    assert not allowed(Sources(7860), **link)
-    assert not allowed(Sources(7860, "xyz.gradio.live"), **link)
+    assert allowed(AllowedSources(7860, "abc.gradio.live"), **link)
+    assert allowed(AllowedSources(7860, "abc.gradio.live"), host=PAGE)
+    assert not allowed(AllowedSources(7860), **link)
+    assert not allowed(AllowedSources(7860, "xyz.gradio.live"), **link)
 
 
-def test_at_the_standard_port_no_browser_names_it():
-    assert allowed(Sources(80), host="localhost", origin="http://localhost")
+def test_origins_without_a_port_are_allowed_at_port_80():
+    assert allowed(AllowedSources(80), host="localhost", origin="http://localhost")

@@ -1,6 +1,4 @@
-"""A working directory whose features a tiny vision tower made of its pictures, and runs of both
-stages that learned from them.
-"""
+"""A workspace with pictures, their features from a tiny vision tower, and runs of both stages."""
 
 import contextlib
 import json
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pipeline.extract import extract
-from pipeline.index import SCHEMAS
+from pipeline.indexing.tables import SCHEMAS
 from tests.conftest import PATCHES, WIDTH, Workspace, sign_weights
 from tests.eval.conftest import World
 from tests.pipeline.conftest import draw_jpeg
@@ -43,22 +41,22 @@ ENCODER = {
 }
 EXTRACT = {"workers": 0, "engine": "local", "shard_rows": 4, "max_failure_rate": 0.0}
 LIMITS = {"caption_tokens": 14, "answer_tokens": 16, "caption_question": "What is in the box"}
-SIGHT = 8
-"""So much more than at random the runs make of what they see."""
+VISUAL_GAIN = 8
+"""Factor on random weights, so that answers depend on the picture."""
 SPACE = "\u0120"
-"""How a byte-level vocabulary writes a space."""
+"""A space in a byte-level vocabulary."""
 TRAIN, VAL = range(1, 4), range(4, 9)
 
 
-class SeeingWorld(World):
-    """Images 1-3 lie in a folder (train), 4-8 in a zip (val)."""
+class PictureWorld(World):
+    """Images 1-3 are in a folder (train), 4-8 in a zip (val)."""
 
     def params(self, *, encoder=(), **sections):
         encoder = {**ENCODER, **dict(encoder)}
         return super().params(encoder=encoder, extract=EXTRACT, evaluate=LIMITS, **sections)
 
     def write(self):
-        """Write pictures, index, features and both runs; to be called in the folder."""
+        """Write pictures, index, features and both runs into the working directory."""
         Path("tiny.json").write_text(json.dumps(TOWER))
         Path("data/raw/train").mkdir(parents=True)
         for image_id in TRAIN:
@@ -90,20 +88,20 @@ class SeeingWorld(World):
         self.write_run("finetune", 2)
 
 
-def make_seeing_world(root, phi_dir):
-    """Make one in an empty folder; its language model speaks in words, and of what it sees."""
+def make_picture_world(root, phi_dir):
+    """Make a world in an empty folder; its model generates words that depend on the picture."""
     talking_phi(phi_dir, root / "phi")
-    world = SeeingWorld(Workspace(root, root / "phi"))
+    world = PictureWorld(Workspace(root, root / "phi"))
     with contextlib.chdir(root):
         world.write()
         for path in Path("runs").glob("*/projector.safetensors"):
-            change_tensor(path, "layers.2.weight", lambda weight: weight * SIGHT)
+            change_tensor(path, "layers.2.weight", lambda weight: weight * VISUAL_GAIN)
             sign_weights(path.parent)
     return world
 
 
 def talking_phi(phi_dir, folder):
-    """Copy the checkpoint, and let it prefer words that begin with a space."""
+    """Copy the checkpoint, with a bias towards tokens that begin with a space."""
     shutil.copytree(phi_dir, folder)
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     words = [token_id for token, token_id in vocabulary.items() if token[0] == SPACE != token]
@@ -118,7 +116,7 @@ def talking_phi(phi_dir, folder):
     change_tensor(weights, "model.final_layernorm.bias", lambda bias: bias * 0)
     for layer in range(2):
         name = f"model.layers.{layer}.self_attn.dense.weight"
-        change_tensor(weights, name, lambda weight: weight * SIGHT)
+        change_tensor(weights, name, lambda weight: weight * VISUAL_GAIN)
 
 
 def change_tensor(path, name, change):
