@@ -1,4 +1,4 @@
-"""What the tests of evaluation need beside the tiny world: two finished runs, pictures, limits."""
+"""Fixtures of the evaluation tests: a workspace with two finished runs, pictures, settings."""
 
 import io
 import zipfile
@@ -77,7 +77,7 @@ def jpeg(image_id):
 
 @dataclass
 class World:
-    """A working directory as the stages before evaluate leave it."""
+    """A workspace with the outputs of all stages before evaluate."""
 
     workspace: object
 

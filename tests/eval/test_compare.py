@@ -242,7 +242,7 @@ def test_targets_of_both_are_shown_where_they_differ(capsys, tmp_path):
     assert lines[2:4] == ["targets a dog | a brown dog", "targets a cat"]
 
 
-def test_what_steers_a_terminal_is_spelled_out(capsys, tmp_path):
+def test_a_text_that_steers_a_terminal_is_spelled_out(capsys, tmp_path):
     evil = "\x1b[31m\nred"
     ours = [text(evil, 0.0, question=evil, targets=[evil], model=evil, kind=evil, subset=evil)]
     theirs = [ours[0] | {"prediction": ""}]
@@ -352,7 +352,7 @@ def test_metrics_are_shown_with_their_difference(capsys, tmp_path, left_run):
     ]
 
 
-def test_what_only_one_run_has_is_a_dash_on_the_other_side(capsys, tmp_path, left_run):
+def test_a_value_of_one_run_only_is_a_dash_on_the_other_side(capsys, tmp_path, left_run):
     metrics = {"steps": 836, "loss": 0.2361449, "stop_rate": 1.0}
     right = write_run(tmp_path / "right", metrics=metrics)
     assert parts_of(capsys, left_run, right)["metrics"] == [

@@ -643,7 +643,7 @@ def test_the_images_are_never_opened_for_scores(world):
     assert SCORES.read_bytes() == wanted
 
 
-def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
+def test_questions_are_asked_without_their_earlier_turns(world, monkeypatch):
     seen = []
 
     def recording(model, tokenizer, store, image_ids, prompts, **limits):
@@ -735,7 +735,7 @@ class Killed(BaseException):
     pass
 
 
-def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monkeypatch):
+def test_a_stopped_evaluation_generates_no_finished_text_again(world, monkeypatch):
     write_pope(ASKED)
     calls = []
 
@@ -771,7 +771,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
 
 
 @pytest.mark.parametrize("change", ["seed", "projector", "adapter", "limit", "prompt"])
-def test_what_was_made_of_something_else_is_not_taken(world, monkeypatch, change):
+def test_cached_texts_of_other_inputs_are_not_taken(world, monkeypatch, change):
     evaluate(world.params())
     wanted = TABLE.read_bytes()
     monkeypatch.setattr("eval.scoring.generation_cache.clear", lambda: None)

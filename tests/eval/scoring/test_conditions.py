@@ -20,7 +20,7 @@ def test_every_image_gets_another_one_of_the_set_and_none_twice(count):
     assert all(own != other for own, other in others.items())
 
 
-def test_who_gets_whom_depends_on_the_set_alone():
+def test_the_pairing_depends_on_the_set_alone():
     image_ids = [131, 101, 120, 107, 139]
     wanted = other_images(image_ids, STORE)
     assert other_images(image_ids[::-1] + image_ids, STORE) == wanted

@@ -6,7 +6,7 @@ from eval.scoring.questions import choose, choose_evaluation_set
 
 
 @pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
-def test_choosing_keeps_the_order_takes_none_twice_and_follows_the_seed(most):
+def test_the_choice_keeps_the_order_has_no_repeats_and_depends_on_the_seed(most):
     items = list("abcdefghijklmnopqrst")
     found = choose(items, most, 3)
     assert len(found) == len(set(found)) == min(most, 20)
