@@ -128,6 +128,12 @@ def test_an_index_that_was_changed_is_refused_with_both_hashes(store, server):
         FeatureStore(server.url)
 
 
+def test_a_file_in_the_place_of_the_spec_is_not_called_missing(store, server):
+    (store.root / "spec.json").write_text("[]")
+    with pytest.raises(IncompleteStoreError, match=f"^{server.url}/spec.json: not the JSON"):
+        FeatureStore(server.url)
+
+
 def test_a_spec_that_was_changed_is_refused_with_both_fingerprints(store, server):
     path = store.root / "spec.json"
     path.write_bytes(path.read_bytes().replace(b'"layer":-2', b'"layer":-1'))
