@@ -178,11 +178,12 @@ class _Budget:
         """Add up all pages of some columns."""
         self._spend(max(0, self._metadata.num_rows) * VALUE_BYTES)
         self._num_bytes = 0
+        columns = map(self._metadata.schema.column, range(self._metadata.num_columns))
+        wanted = [(n, c) for n, c in enumerate(columns) if c.path.partition(".")[0] in names]
         for group in range(self._metadata.num_row_groups):
-            for number in range(self._metadata.num_columns):
-                column = self._metadata.schema.column(number)
-                if column.path.partition(".")[0] in names:
-                    self._check_chunk(self._metadata.row_group(group).column(number), column)
+            row_group = self._metadata.row_group(group)
+            for number, column in wanted:
+                self._check_chunk(row_group.column(number), column)
 
     def _check_chunk(self, chunk: Any, column: Any) -> None:
         if chunk.num_values <= 0:

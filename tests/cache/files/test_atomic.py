@@ -174,7 +174,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_the_name_before_all_go
 
 
 @pytest.mark.parametrize(("write", "content"), [(write_text, "text"), (write_json, [1])])
-def test_what_is_written_whole_is_synced_with_its_folder(tmp_path, synced, write, content):
+def test_a_file_is_synced_with_its_folder(tmp_path, synced, write, content):
     write(tmp_path / "a", content)
     written = (tmp_path / "a").read_bytes()
     assert written in synced

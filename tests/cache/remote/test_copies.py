@@ -1,4 +1,4 @@
-"""Stores behind a web server with faults: never wrong bytes, and one line that says what it was."""
+"""Stores behind a web server with faults: never wrong bytes, and an error of one line."""
 
 import dataclasses
 import functools
