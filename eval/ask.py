@@ -15,7 +15,7 @@ from pathlib import Path
 from cache.cli.command import command_parser, run_guarded
 from eval.chat.answering import cached_features, make_sampling, stream_answer
 from eval.chat.encoder import RunEncoder, read_picture
-from eval.trained import load_run, open_run
+from eval.runs import load_run, open_run
 
 
 def ask(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
-"""Scores as sums over texts, and how sure they are: 95 % intervals by the bootstrap.
+"""Scores as functions of sums over texts, and their 95 % intervals by the bootstrap.
 
-Images are drawn again, with all their texts, because texts about one image are not independent
-(the percentile bootstrap of Efron and Tibshirani 1993, over clusters).
+Images are resampled with all their texts, because texts about one image are not independent: the
+percentile bootstrap of Efron and Tibshirani 1993, over clusters.
 
 Letters: N texts, K sums that a score is made of, G images, R draws.
 """
@@ -21,12 +21,12 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A score that follows from sums over texts, as a mean, a ratio or BLEU does."""
+    """A score that is a function of sums over texts, like a mean, a ratio or BLEU."""
 
     parts_NK: Sums
-    """What each text adds to the sums."""
+    """Each text's part of the sums."""
     of_sums: Callable[[Sums], NDArray[np.float64]]
-    """The score of some sums: from [..., K] to [...]."""
+    """Maps sums [..., K] to scores [...]."""
 
     @property
     def value(self) -> float:
@@ -37,8 +37,8 @@ class Measure:
         """Return the lower and the upper end of the 95 % interval.
 
         Args:
-            image_ids: The image of each text [N].
-            seed: Of the draws.
+            image_ids: The image of each text: [N].
+            seed: Seed of the draws.
         """
         _, groups_N = np.unique(np.asarray(image_ids), return_inverse=True)
         sums_GK = np.zeros((groups_N.max() + 1, self.parts_NK.shape[1]))
@@ -50,24 +50,24 @@ class Measure:
 
 
 def mean_of(values: Sequence[float]) -> Measure:
-    """Return the mean of a value for each text."""
+    """Return the mean of one value per text."""
     return ratio_of(values, [1.0] * len(values))
 
 
 def ratio_of(numerators: Sequence[float], denominators: Sequence[float]) -> Measure:
-    """Return the ratio of two sums; 0 where the lower one is 0."""
+    """Return the ratio of two sums; 0 if the denominator is 0."""
     parts_N2 = np.array([numerators, denominators], dtype=np.float64).T
     return Measure(parts_N2, lambda sums: divide(sums[..., 0], sums[..., 1]))
 
 
 def divide(numerator: Sums, denominator: Sums) -> Sums:
-    """Divide, with 0 where there is nothing to divide by."""
-    there = denominator != 0
-    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=there)
+    """Divide, with 0 where the denominator is 0."""
+    is_defined = denominator != 0
+    return np.divide(numerator, denominator, out=np.zeros(np.shape(numerator)), where=is_defined)
 
 
 @functools.lru_cache(maxsize=2)
 def _draws(num_images: int, seed: int) -> NDArray[np.float64]:
-    """Return how often each image is drawn: [R, G]; the same for all scores of the same images."""
+    """Return how often each image is drawn: [R, G], the same for all scores of some images."""
     shares = np.full(num_images, 1 / num_images)
     return np.random.default_rng(seed).multinomial(num_images, shares, DRAWS).astype(np.float64)

@@ -1,195 +1,227 @@
-"""Command: compares two evaluations: scores with 95 % intervals, and the texts that differ.
+"""Command: compares two runs or evaluations: settings, provenance, scores, texts.
 
-python -m eval.compare . ../elsewhere
 python -m eval.compare HEAD lucid-wave
+python -m eval.compare . ../elsewhere
+python -m eval.compare runs/finetune copies/finetune
 
-An evaluation is a workspace, its reports folder, or a revision of this repository: a commit, a tag
-or the name of a DVC experiment; `workspace` is what lies here. The difference is the second minus
-the first. Shown are the models' own scores;
-`python -m train.compare` has their controls, the settings and what the runs were made from.
+Names a workspace, its reports folder, a revision of this repository (a commit, a tag, a DVC
+experiment; `workspace` for the checked-out files), or a run directory. Only differences are shown,
+scores with their 95 % intervals, the difference as the second minus the first, and the texts whose
+scores differ most. A run directory is compared with another one, and has no scores or texts.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cache.cli.command import command_parser, run_guarded
-from eval.evaluation import Evaluation, Row, read_evaluation
-from eval.report.scores import CONTROLS
-from train.compare import as_number, print_table
+from cache.errors import SettingsError
+from eval.scoring.score_names import CONTROLS, as_number
+from eval.snapshots import (
+    REPORTS_FILES,
+    PredictionRow,
+    Snapshot,
+    is_run_directory,
+    read_predictions,
+    read_snapshot,
+)
+from eval.text_table import print_table, printable, shown
 
-EXAMPLES = 10
-"""Most examples that are shown of a model and kind of text: a CIDEr and an F1 have no common scale,
-and so no common order."""
+SHOWN_TEXTS = 10
+"""Most pairs of texts that are shown of a model and kind; the scores of two kinds (a CIDEr and an
+F1) have no common scale."""
 
-APART = "*"
-INTERVALS = "intervals"
-NO_SCORES = ("contamination", "weights_sha256")
-"""Sections of `reports/eval.json` that say what was scored."""
-ABSENT = object()
-"""What an evaluation has under a name that only the other one knows."""
+MISSING = object()
+"""The value of a name that only the other side has."""
+
+Interval = tuple[float, float]
+Intervals = Mapping[str, Interval]
+TableRow = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """The texts of one model and kind, each beside the other evaluation's about the same."""
+    """The predictions of one model and kind, those about the same question in pairs."""
 
-    equal: list[tuple[Row, Row]] = field(default_factory=list)
-    differing: list[tuple[Row, Row]] = field(default_factory=list)
-    only_left: list[Row] = field(default_factory=list)
-    only_right: list[Row] = field(default_factory=list)
+    equal: list[tuple[PredictionRow, PredictionRow]] = field(default_factory=list)
+    differing: list[tuple[PredictionRow, PredictionRow]] = field(default_factory=list)
+    only_left: list[PredictionRow] = field(default_factory=list)
+    only_right: list[PredictionRow] = field(default_factory=list)
 
 
 def compare(left_name: str, right_name: str) -> None:
-    """Print how two evaluations differ.
+    """Print the differences between two runs or evaluations.
 
     Raises:
-        SettingsError: One of them is no folder with an evaluation, and no revision.
-        StageError: One of them is not complete, or its files are damaged.
+        SettingsError: A name is neither a folder with results nor a revision, or only one is a run
+            directory.
+        StageError: A side is not complete, or a file is damaged. Predictions that cannot be read
+            are reported after the tables.
     """
-    left, right = read_evaluation(left_name), read_evaluation(right_name)
-    print_table(score_rows(left, right))
-    print_notes(left, right)
-    for (model, kind), pairing in pair_texts(left.predictions, right.predictions).items():
-        print_pairing(f"{printable(model)}, {printable(kind)}", pairing, left.name, right.name)
+    names = (left_name, right_name)
+    runs = [name for name in names if is_run_directory(name)]
+    if len(runs) == 1:
+        other = right_name if runs[0] == left_name else left_name
+        raise SettingsError(
+            f"{runs[0]} is a run directory, and {other} is none. Wanted two run directories, or "
+            f"two of workspace, reports folder and revision."
+        )
+    left, right = read_snapshot(left_name), read_snapshot(right_name)
+    print_table(table_rows(left, right))
+    if left.scores or right.scores:
+        print_interval_notes(left, right)
+    if left.scores and right.scores:
+        pairings = pair_texts(read_predictions(left), read_predictions(right))
+        for (model, kind), pairing in pairings.items():
+            print_pairing(f"{printable(model)}, {printable(kind)}", pairing, left_name, right_name)
 
 
-def score_rows(left: Evaluation, right: Evaluation) -> list[tuple[str, str, str, str]]:
-    """Return the lines of the table of scores: what differs, and how many do not."""
-    names = [name for name in left.scores if is_own_score(name)]
-    names += [n for n in right.scores if is_own_score(n) and n not in left.scores]
+def table_rows(left: Snapshot, right: Snapshot) -> list[TableRow]:
+    """Return the rows of the table: each part's differences, and the number of equal values."""
     rows = [("", printable(left.name), printable(right.name), "second - first")]
+    have_runs = REPORTS_FILES not in (left.files, right.files)
+    if have_runs:
+        rows += part_rows("settings", "settings", left.settings, right.settings)
+        rows += part_rows("metrics", "metrics", left.metrics, right.metrics, are_measured=True)
+    if left.scores or right.scores:
+        intervals = left.intervals, right.intervals
+        for title, are_controls in (("scores", False), ("controls", True)):
+            sides = (
+                {name: v for name, v in side.scores.items() if _is_control(name) == are_controls}
+                for side in (left, right)
+            )
+            rows += part_rows(title, "scores", *sides, are_measured=True, intervals=intervals)
+        rows += part_rows("evaluation", "facts", left.scored, right.scored)
+    if have_runs:
+        rows += part_rows("provenance", "other facts", left.provenance, right.provenance)
+    return rows
+
+
+def part_rows(
+    title: str,
+    noun: str,
+    left: Mapping[str, Any],
+    right: Mapping[str, Any],
+    *,
+    are_measured: bool = False,
+    intervals: tuple[Intervals, Intervals] | None = None,
+) -> list[TableRow]:
+    """Return the rows of one part: measured values with a difference, scores with a mark."""
+    names = [*left, *(name for name in right if name not in left)]
+    rows = []
     for name in names:
-        one, other = (of.scores.get(name, ABSENT) for of in (left, right))
-        if same(one, other) and interval(left, name) == interval(right, name):
+        before, after = left.get(name, MISSING), right.get(name, MISSING)
+        ends = [side.get(name) for side in intervals or ({}, {})]
+        if _is_same(before, after) and ends[0] == ends[1]:
             continue
-        mark = APART if lie_apart(interval(left, name), interval(right, name)) else " "
-        cells = (cell(left, name), cell(right, name), f"{difference(one, other)} {mark}")
-        rows.append((printable(name), *cells))
-    return [*rows, (f"{len(names) + 1 - len(rows)} scores equal", "", "", "")]
+        difference = _difference(before, after) if are_measured else ""
+        if intervals:
+            difference += " *" if lie_apart(*ends) else "  "
+        rows.append((f"  {shown(name)}", _cell(before, ends[0]), _cell(after, ends[1]), difference))
+    equal = (f"  {len(names) - len(rows)} {noun} equal", "", "", "")
+    return [(title, "", "", ""), *rows, equal]
 
 
-def print_notes(left: Evaluation, right: Evaluation) -> None:
-    """Say what the marks mean, and where there can be none."""
-    print(f"{APART} the 95 % intervals do not overlap")
-    for of in (left, right):
-        if not any(INTERVALS in name.split(".") for name in of.scores):
-            print(f"{printable(of.name)} has no intervals: what is chance in it is not known")
+def _is_control(name: str) -> bool:
+    return bool(set(CONTROLS) & set(name.split(".")))
 
 
-def is_own_score(name: str) -> bool:
-    """Whether a dotted name is of a score of a model with an image's own features."""
-    parts = name.split(".")
-    return parts[0] not in NO_SCORES and not {INTERVALS, *CONTROLS} & set(parts)
+def _is_same(before: Any, after: Any) -> bool:
+    # NaN differs from itself.
+    return bool(before == after or (before != before and after != after))
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, or both are no number."""
-    return bool(one == other or (one != one and other != other))
+def _cell(value: Any, interval: Interval | None) -> str:
+    text = "-" if value is MISSING else shown(value)
+    return text if interval is None else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
 
 
-def interval(of: Evaluation, name: str) -> tuple[float, float] | None:
-    """Return the interval of a score, if it has one."""
-    section, _, key = name.rpartition(".")
-    ends = [as_number(of.scores.get(f"{section}.{INTERVALS}.{key}.{end}")) for end in (0, 1)]
-    return None if None in ends else (ends[0], ends[1])  # type: ignore[return-value]
+def _difference(before: Any, after: Any) -> str:
+    first, second = as_number(before), as_number(after)
+    return "" if first is None or second is None else f"{second - first:+.5g}"
 
 
-def lie_apart(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
-    """Whether there are two intervals, and they have no number in common."""
+def lie_apart(one: Interval | None, other: Interval | None) -> bool:
+    """Return whether two intervals are known and have no number in common."""
     if one is None or other is None:
         return False
     return one[1] < other[0] or other[1] < one[0]
 
 
-def cell(of: Evaluation, name: str) -> str:
-    """Write a score, and its interval if it has one."""
-    ends = interval(of, name)
-    written = number(of.scores.get(name, ABSENT))
-    return written if ends is None else f"{written} [{number(ends[0])}, {number(ends[1])}]"
+def print_interval_notes(left: Snapshot, right: Snapshot) -> None:
+    """Explain the mark, and name the sides whose scores have no intervals."""
+    print("* the 95 % intervals do not overlap")
+    for side in (left, right):
+        if not side.scores:
+            print(f"{printable(side.name)} has no scores: evaluate was not run there")
+        elif not side.intervals:
+            print(f"{printable(side.name)} has no intervals: its scores may differ by chance")
 
 
-def number(value: Any) -> str:
-    """Write a score, or what stands in its place."""
-    if value is ABSENT or value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
-
-
-def difference(one: Any, other: Any) -> str:
-    """Write by how much the second score is greater, if both are numbers."""
-    before, after = as_number(one), as_number(other)
-    return "" if before is None or after is None else f"{after - before:+.4g}"
-
-
-def pair_texts(left: Sequence[Row], right: Sequence[Row]) -> dict[tuple[str, str], Pairing]:
-    """Put texts about the same side by side: same model, kind, subset, image and question.
+def pair_texts(
+    left: Sequence[PredictionRow], right: Sequence[PredictionRow]
+) -> dict[tuple[str, str], Pairing]:
+    """Pair the predictions about the same model, kind, subset, image and question.
 
     Returns:
-        Model and kind to their texts, in the order of the first evaluation.
+        Model and kind to their pairing, in the order of the first evaluation.
     """
-    ours, theirs = by_question(left), by_question(right)
+    ours, theirs = _by_question(left), _by_question(right)
     pairings: dict[tuple[str, str], Pairing] = {}
     for key in ours | theirs:
         pairing = pairings.setdefault(key[:2], Pairing())
-        one, other = ours.get(key), theirs.get(key)
-        if other is None and one is not None:
-            pairing.only_left.append(one)
-        elif one is None and other is not None:
-            pairing.only_right.append(other)
-        elif one is not None and other is not None:
-            equal = one["prediction"] == other["prediction"]
-            (pairing.equal if equal else pairing.differing).append((one, other))
+        if key not in theirs:
+            pairing.only_left.append(ours[key])
+        elif key not in ours:
+            pairing.only_right.append(theirs[key])
+        else:
+            is_equal = ours[key]["prediction"] == theirs[key]["prediction"]
+            (pairing.equal if is_equal else pairing.differing).append((ours[key], theirs[key]))
     return pairings
 
 
-def by_question(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
-    """Return rows by what they are about; who asks the same twice is answered twice."""
-    seen: Counter[tuple[Any, ...]] = Counter()
-    found = {}
+def _by_question(rows: Sequence[PredictionRow]) -> dict[tuple[Any, ...], PredictionRow]:
+    """Return predictions by question; repeats of a question are numbered."""
+    repeats: Counter[tuple[Any, ...]] = Counter()
+    by_question = {}
     for row in rows:
-        about = tuple(row[name] for name in ("model", "kind", "subset", "image_id", "question"))
-        seen[about] += 1
-        found[(*about, seen[about])] = row
-    return found
+        question = tuple(row[name] for name in ("model", "kind", "subset", "image_id", "question"))
+        repeats[question] += 1
+        by_question[(*question, repeats[question])] = row
+    return by_question
 
 
 def print_pairing(title: str, pairing: Pairing, left: str, right: str) -> None:
-    """Print how many texts differ, and those whose scores differ most."""
+    """Print how many texts differ, and the pairs with the largest differences of the scores."""
+    names = [printable(left), printable(right)]
     print(
         f"\n{title}: {len(pairing.differing)} texts differ, {len(pairing.equal)} are equal, "
-        f"{len(pairing.only_left)} only in {printable(left)}, "
-        f"{len(pairing.only_right)} only in {printable(right)}"
+        f"{len(pairing.only_left)} only in {names[0]}, {len(pairing.only_right)} only in {names[1]}"
     )
-    width = max(len("targets"), len(printable(left)), len(printable(right)))
-    for one, other in sorted(pairing.differing, key=score_gap, reverse=True)[:EXAMPLES]:
-        about = [f"image {one['image_id']}", one["subset"], one["question"]]
-        print("  " + ", ".join(printable(part) for part in about if part))
-        targets = [one["targets"]] + [other["targets"]] * (one["targets"] != other["targets"])
-        for texts in targets:
+    width = max(map(len, ("targets", *names)))
+    for pair in sorted(pairing.differing, key=_score_gap, reverse=True)[:SHOWN_TEXTS]:
+        question = [f"image {pair[0]['image_id']}", pair[0]["subset"], pair[0]["question"]]
+        print("  " + ", ".join(printable(part) for part in question if part))
+        targets = [row["targets"] for row in pair]
+        for texts in targets[:1] if targets[0] == targets[1] else targets:
             print(f"    {'targets':<{width}}         {' | '.join(map(printable, texts))}")
-        for name, row in ((left, one), (right, other)):
-            text = printable(row["prediction"])
-            print(f"    {printable(name):<{width}} {number(row['score']):>7} {text}")
+        for name, row in zip(names, pair, strict=True):
+            score = "-" if row["score"] is None else shown(row["score"])
+            print(f"    {name:<{width}} {score:>7} {printable(row['prediction'])}")
 
 
-def score_gap(pair: tuple[Row, Row]) -> float:
-    """Return how far the scores of two texts are apart; 0 if one has none."""
+def _score_gap(pair: tuple[PredictionRow, PredictionRow]) -> float:
+    """Return the absolute difference of two scores; 0 if either is missing."""
     one, other = (as_number(row["score"]) for row in pair)
     return 0.0 if one is None or other is None else abs(one - other)
-
-
-def printable(text: str) -> str:
-    """Spell a text as Python does, where it is empty or holds what could steer a terminal."""
-    return text if text and text.isprintable() else ascii(text)
 
 
 def main() -> None:
     """Read the command line and compare."""
     parser = command_parser(__doc__)
-    parser.add_argument("left", metavar="EVALUATION", help="folder, revision or experiment")
-    parser.add_argument("right", metavar="EVALUATION", help="the other one")
+    parser.add_argument("left", metavar="FIRST", help="folder, revision or experiment")
+    parser.add_argument("right", metavar="SECOND", help="the other one")
     arguments = parser.parse_args()
     run_guarded(lambda: compare(arguments.left, arguments.right))
 

@@ -1,8 +1,8 @@
 """Stage evaluate: captions and answers of the trained models, their scores, and the report page.
 
-Captions are made for validation images: by stage 1 alone straight behind the patches, and by the
-fine-tuned model when asked for one. Answers are to the questions about held-out images, and to
-yes-no questions about objects.
+Stage 1 alone captions validation images straight after the patches. The fine-tuned model captions
+the same images when asked to, and answers questions about held-out images and yes-no questions
+about objects. Every text is generated under four conditions (`eval.scoring.conditions`).
 """
 
 from collections.abc import Callable, Mapping
@@ -10,28 +10,18 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.files.atomic import write_json, write_text
-from eval.changed_inputs import changed_inputs_warning
-from eval.random_tower import random_tower_warning
-from eval.report.gallery import gallery_image_ids
+from eval.report.gallery import gallery_image_ids, gallery_texts
 from eval.report.page import render_report
 from eval.report.thumbnails import thumbnails_of
-from eval.runs import (
-    STAGES,
-    Models,
-    finish_times,
-    load_models,
-    read_history,
-    read_provenances,
-    read_settings,
-)
-from eval.scoring.conditions import CONTROLS, Asked
-from eval.scoring.generation import ask_captions, ask_pope, ask_questions
-from eval.scoring.generation_cache import forget
-from eval.scoring.losses import Losses, answer_losses
-from eval.scoring.predictions import Predictions
-from eval.scoring.questions import Work, choose_work
+from eval.runs import STAGES, FinishedRun, finish_times, open_stages, read_history
+from eval.score_warnings import changed_inputs_warning, random_tower_warning
+from eval.scoring import generation_cache
+from eval.scoring.evaluated_models import EvaluatedModels, load_models
+from eval.scoring.generation import answer_questions, answer_yes_no, caption_images
+from eval.scoring.losses import answer_losses
+from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
+from eval.scoring.questions import EvaluationSet, choose_evaluation_set
 from eval.settings import EvaluateSettings
-from train.model.language_model import load_tokenizer
 from train.run import weights_of
 from train.settings import LlmSettings
 from workspace.clock import utc_now
@@ -40,142 +30,114 @@ from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
 from workspace.stage import run_stage
 
-NOTHING: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
-"""Scores of a kind of which there is nothing to ask."""
-
 
 def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     """Score both runs, and write scores, predictions and the report page.
 
     Args:
         params: Settings.
-        now: Tells the time that the page is dated with, as `utc_now` does.
+        now: Returns the time for the page, as `utc_now` does.
     """
     settings = params.section("evaluate", EvaluateSettings)
     data = params.section("data", DataSettings)
-    llm = params.section("llm", LlmSettings)
-    # Read before the models run for hours: a run that is not there is found at once.
-    histories = {stage: read_history(stage) for stage in STAGES}
-    run_settings = read_settings()
+    # Everything that can be missing is read before the models run for hours.
+    histories = {stage: read_history(RUNS / stage) for stage in STAGES}
     store = FeatureStore(FEATURES)
-    tokenizer = load_tokenizer(llm)
-    provenances = read_provenances(store, llm, tokenizer)
-    work = choose_work(settings, store, tokenizer, params.seed())
-    warnings = (
-        random_tower_warning(params.values, *run_settings.values()),
-        changed_inputs_warning(params.values, run_settings, provenances),
-    )
-    warning = " ".join(filter(None, warnings))
-    models = load_models(llm, tokenizer, store, params.seed())
-    scores, predictions = score_models(models, work, settings)
+    runs = open_stages(params.section("llm", LlmSettings), store)
+    tokenizer = runs["finetune"].tokenizer
+    evaluation_set = choose_evaluation_set(settings, store, tokenizer, params.seed())
+    warning = score_warning(params, runs)
+
+    models = load_models(runs, store, params.seed())
+    scores, predictions = score_models(models, evaluation_set, settings)
+
+    contamination = evaluation_set.contamination_list()
     write_json(REPORTS / "eval.json", scores)
-    write_json(REPORTS / "contamination.json", work.contamination_list())
-    predictions.write_table(REPORTS / "predictions.parquet")
-    predictions.write_coco_results(REPORTS / "captions_results.json")
-    examples = predictions.examples()
+    write_json(REPORTS / "contamination.json", contamination)
+    write_predictions(REPORTS / "predictions.parquet", predictions)
+    write_coco_results(REPORTS / "captions_results.json", predictions)
+    texts = gallery_texts(predictions)
     page = render_report(
         scores=scores,
-        examples=examples,
-        thumbnails=thumbnails_of(gallery_image_ids(examples), data),
-        file_names=work.file_names,
+        examples=texts,
+        thumbnails=thumbnails_of(gallery_image_ids(texts), data),
+        file_names=evaluation_set.file_names,
         histories=histories,
-        provenance=provenances["finetune"] | {"settings": params.values},
-        contamination=work.contamination_list(),
-        dates={"evaluate": now()} | finish_times(provenances),
+        provenance=runs["finetune"].provenance | {"settings": params.values},
+        contamination=contamination,
+        dates={"evaluate": now()} | finish_times(runs),
         warning=warning,
     )
     write_text(REPORTS / "index.html", page)
-    forget()
+    generation_cache.clear()
     print_summary(scores, warning)
 
 
+def score_warning(params: Params, runs: Mapping[str, FinishedRun]) -> str:
+    """Return the warnings that stand above the scores, or nothing."""
+    settings = {stage: run.params.values for stage, run in runs.items()}
+    provenances = {stage: run.provenance for stage, run in runs.items()}
+    warnings = (
+        random_tower_warning(params.values, *settings.values()),
+        changed_inputs_warning(params.values, settings, provenances),
+    )
+    return " ".join(filter(None, warnings))
+
+
 def score_models(
-    models: Models, work: Work, settings: EvaluateSettings
-) -> tuple[dict[str, Any], Predictions]:
-    """Ask stage 1 alone and the fine-tuned model, and score them.
+    models: EvaluatedModels, evaluation_set: EvaluationSet, settings: EvaluateSettings
+) -> tuple[dict[str, Any], list[Prediction]]:
+    """Let stage 1 alone and the fine-tuned model generate, and score both.
 
     Returns:
-        The content of eval.json, and everything that was said.
+        The content of eval.json, and all generated texts.
     """
-    said = Predictions(work.splits)
-    both = models.both
-    # Minutes, before the hours that follow: what is wrong with a model mostly shows in its loss.
-    losses = answer_losses(both, work.examples, settings.max_text_tokens) if work.examples else {}
+    model = models.both_stages
+    references, questions = evaluation_set.references, evaluation_set.questions
+    # Takes minutes, before hours of generation, and shows most defects of a model.
+    losses = answer_losses(model, evaluation_set.examples, settings.max_text_tokens)
     with models.adapter.disable_adapter():
-        alone = score_captions(models.stage_1, work, "", settings, said)
+        stage_1_scores, stage_1_captions = caption_images(models.stage_1, references, "", settings)
+    caption_scores, captions = caption_images(
+        model, references, settings.caption_question, settings
+    )
+    answer_scores, answers = answer_questions(model, questions, losses, settings)
+    pope_scores, yes_no_answers = answer_yes_no(
+        model, evaluation_set.pope, evaluation_set.splits, settings
+    )
+    left_out = {
+        kind: {"without_features": count} for kind, count in evaluation_set.without_features.items()
+    }
     scores = {
-        "captions": score_captions(both, work, settings.caption_question, settings, said),
-        "answers": score_answers(both, work, losses, settings, said),
-        "pope": score_pope(both, work, settings, said),
-        "pretrain_only": {"captions": alone},
-        "contamination": work.contamination_counts(),
+        "captions": caption_scores | left_out["captions"],
+        "answers": answer_scores | left_out["answers"] | {"too_long": evaluation_set.num_too_long},
+        "pope": {name: section | left_out["pope"] for name, section in pope_scores.items()},
+        "pretrain_only": {"captions": stage_1_scores | left_out["captions"]},
+        "contamination": evaluation_set.contamination_counts(),
         "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
     }
-    return scores, said
+    return scores, [*stage_1_captions, *captions, *answers, *yes_no_answers]
 
 
-def score_captions(
-    asked: Asked, work: Work, question: str, settings: EvaluateSettings, said: Predictions
-) -> dict[str, Any]:
-    """Let a model caption the validation images; without any, the counts are 0."""
-    without = {"without_features": work.without_features["captions"]}
-    if not work.references:
-        return NOTHING | without
-    scores, captions = ask_captions(asked, work.references, question, settings)
-    said.add(captions, model=asked.name, kind="caption")
-    return scores | without
-
-
-def score_answers(
-    asked: Asked,
-    work: Work,
-    losses: Mapping[str, Losses],
-    settings: EvaluateSettings,
-    said: Predictions,
-) -> dict[str, Any]:
-    """Ask about the held-out images; without any question, the counts are 0."""
-    without = {
-        "without_features": work.without_features["answers"],
-        "too_long": work.num_too_long,
-    }
-    if not work.questions:
-        return NOTHING | without
-    scores, answers = ask_questions(asked, work.questions, losses, settings)
-    said.add(answers, model=asked.name, kind="answer")
-    return scores | without
-
-
-def score_pope(
-    asked: Asked, work: Work, settings: EvaluateSettings, said: Predictions
-) -> dict[str, Any]:
-    """Ask yes-no questions, subset by subset; without any question there is no subset."""
-    if not work.pope:
-        return {}
-    scores, answers = ask_pope(asked, work.pope, settings)
-    for subset, texts in answers.items():
-        said.add(texts, model=asked.name, kind="pope", subset=subset)
-    without = {"without_features": work.without_features["pope"]}
-    return {subset: section | without for subset, section in scores.items()}
-
-
-def print_summary(scores: dict[str, Any], warning: str) -> None:
-    """Say the main scores beside their blind controls, and where the page is."""
+def print_summary(scores: Mapping[str, Any], warning: str) -> None:
+    """Print the main scores beside those with another image's features, and the page's address."""
     if warning:
         print(f"warning:  {warning}")
     captions, answers = scores["captions"], scores["answers"]
     if captions["count"]:
-        blind = captions["blind"]["CIDEr"]
-        print(f"captions: CIDEr {captions['CIDEr']:.3f} (blind {blind:.3f})")
+        print(f"captions: {_beside_wrong_image(captions, 'CIDEr', 'CIDEr')}")
     if answers["count"]:
-        # Long answers are never the same word by word.
-        key, name = ("token_f1", "token F1")
-        if 2 * answers["short_count"] >= answers["count"]:
-            key, name = ("exact_match", "exact match")
-        print(f"answers:  {name} {answers[key]:.3f} (blind {answers['blind'][key]:.3f})")
+        # A long answer never matches its target exactly.
+        mostly_short = 2 * answers["short_count"] >= answers["count"]
+        name, key = ("exact match", "exact_match") if mostly_short else ("token F1", "token_f1")
+        print(f"answers:  {_beside_wrong_image(answers, name, key)}")
     for subset, pope in scores["pope"].items():
-        blind = pope["blind"]["accuracy"]
-        print(f"pope:     {subset} accuracy {pope['accuracy']:.3f} (blind {blind:.3f})")
+        print(f"pope:     {_beside_wrong_image(pope, f'{subset} accuracy', 'accuracy')}")
     print(f"report:   {(REPORTS / 'index.html').resolve().as_uri()}")
+
+
+def _beside_wrong_image(section: Mapping[str, Any], name: str, key: str) -> str:
+    return f"{name} {section[key]:.3f} (wrong image {section['blind'][key]:.3f})"
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ from eval.llava.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheIma
 from eval.llava.processor import image_token_id, make_processor
 from eval.llava.text import phi_config, plain_weights
 from eval.llava.vision import clip_vision_config, clip_vision_weights
+from eval.runs import PROJECTOR, FinishedRun, LoadedRun, load_run, open_run
 from eval.settings import EvaluateSettings
-from eval.trained import PROJECTOR, FinishedRun, Trained, load_run, open_run
 from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
 from train.model.language_model import DTYPES
@@ -106,7 +106,7 @@ def load_parts(run: FinishedRun) -> LlavaParts:
 
 
 def build_model(
-    trained: Trained, parts: LlavaParts, settings: EvaluateSettings
+    trained: LoadedRun, parts: LlavaParts, settings: EvaluateSettings
 ) -> LlavaPhiForConditionalGeneration:
     """Build the LLaVA model of a run, on the CPU."""
     dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
@@ -136,7 +136,7 @@ def build_model(
 
 
 def _weights(
-    trained: Trained, parts: LlavaParts, dtype: torch.dtype
+    trained: LoadedRun, parts: LlavaParts, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in clip_vision_weights(parts.visual):
         yield f"model.vision_tower.{name}", tensor

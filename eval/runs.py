@@ -1,100 +1,159 @@
-"""Both runs that are evaluated: what is known of them, and their models."""
+"""Finished runs: opened and checked against features and language model, then loaded.
 
+Says what a run directory must hold. Opening needs no language model in memory, so that a run that
+does not fit is found before hours or gigabytes are spent on it.
+"""
+
+import contextlib
 import csv
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from cache.files.atomic import canonical_json, check_ordinary, sha256_of
+from cache.errors import SettingsError, SpecMismatchError
+from cache.files.atomic import check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
-from cache.store_index import INDEX_FILE
-from eval.scoring.conditions import Asked
+from cache.spec import Spec
 from train.model.captioner import CaptionModel
-from train.model.fingerprint import language_model_fingerprint, language_model_identity
-from train.model.language_model import load_language_model, load_lora
-from train.model.projector import load_projector, read_projector, seeded_projector
-from train.provenance import START_PROJECTOR, provenance_of
+from train.model.fingerprint import language_model_identity
+from train.model.language_model import load_language_model, load_lora, load_tokenizer
+from train.model.model_files import read_config
+from train.model.projector import Projector, read_projector
+from train.provenance import START_PROJECTOR, check_language_model, read_provenance
 from train.run import FINISHED, pick_device
 from train.settings import LlmSettings
 from workspace.errors import StageError
-from workspace.paths import FEATURES, RUNS
+from workspace.paths import RUNS
 from workspace.settings import Params
 
 STAGES = ("pretrain", "finetune")
-ADAPTER = RUNS / "finetune" / "adapter"
+PROJECTOR, ADAPTER = "projector.safetensors", "adapter"
+"""Files of a run directory."""
 
 
 @dataclass(frozen=True)
-class Models:
-    """Stage 1 alone and the fine-tuned model, around one language model."""
+class FinishedRun:
+    """A run directory that fits its language model, which is not loaded yet."""
 
-    stage_1: Asked
-    """To be asked while the adapter is turned off."""
-    both: Asked
-    adapter: PeftModel
+    folder: Path
+    params: Params
+    """The settings with which the run was made."""
+    llm: LlmSettings
+    """How its language model is to be loaded."""
+    provenance: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    projector: Projector
+    answers: bool
+    """Whether the run was fine-tuned to answer; a run of stage 1 only captions."""
+
+    def check_features(self, spec: Spec, where: str) -> None:
+        """Refuse features other than those that the run learned from.
+
+        Args:
+            spec: Spec of the features.
+            where: Their source, for the error text.
+
+        Raises:
+            SpecMismatchError: Their fingerprint is another one.
+            StageError: The projector takes another width.
+        """
+        wanted = self.provenance.get("features_fingerprint")
+        if spec.fingerprint != wanted:
+            raise SpecMismatchError(
+                f"{where}: gives features of fingerprint {spec.fingerprint[:12]}, {self.folder} "
+                f"learned from those of {str(wanted)[:12]}. Take the vision tower and the settings "
+                f"of section encoder that the run was made with, or train again."
+            )
+        if self.projector.vision_width != spec.width:
+            raise StageError(
+                f"{self.folder / PROJECTOR}: maps width {self.projector.vision_width} to "
+                f"{self.projector.text_width}, wanted {spec.width} (features). Run the stage again."
+            )
 
 
-def load_models(
-    llm: LlmSettings, tokenizer: PreTrainedTokenizerBase, store: FeatureStore, seed: int
-) -> Models:
-    """Load all of both runs, so that a damaged one is found before either is asked.
+@dataclass(frozen=True)
+class LoadedRun(FinishedRun):
+    """A finished run with its model."""
+
+    model: CaptionModel
+
+
+def open_run(folder: Path) -> FinishedRun:
+    """Open a run directory of either stage and check it against its own language model.
 
     Raises:
-        SettingsError: No such language model.
-        StageError: A file of a run is missing, damaged, or does not fit the others.
+        SettingsError: The folder is no run, or its language model cannot be loaded.
+        StageError: A file is missing or damaged, or the run belongs to another language model.
     """
-    language_model = load_language_model(llm, pick_device())
-    width, device = language_model.config.hidden_size, language_model.device
-    decides = {
-        "language_model": language_model_fingerprint(language_model, tokenizer),
-        "features": sha256_of(FEATURES / INDEX_FILE),
-        "seed": seed,
-    }
-    projectors = {
-        stage: load_projector(projector_of(stage), store.spec.width, width) for stage in STAGES
-    }
-    adapter = load_lora(language_model, ADAPTER)
-    adapters = {"finetune": sha256_of(ADAPTER / "adapter_model.safetensors")}
-
-    def asked(stage: str) -> Asked:
-        projector = projectors[stage]
-        untrained = seeded_projector(projector.kind, store.spec.width, width, seed)
-        own = {"projector": sha256_of(projector_of(stage)), "adapter": adapters.get(stage)}
-        return Asked(
-            name=stage,
-            model=CaptionModel(projector.to(device), language_model),
-            untrained=CaptionModel(untrained.to(device), language_model),
-            tokenizer=tokenizer,
-            store=store,
-            seed=seed,
-            identity=hashlib.sha256(canonical_json(decides | own)).hexdigest(),
+    if not (folder / "params.yaml").is_file():
+        raise SettingsError(
+            f"{folder} is no run: it has no params.yaml. Wanted a folder like runs/finetune."
         )
-
-    return Models(asked("pretrain"), asked("finetune"), adapter)
-
-
-def projector_of(stage: str) -> Path:
-    """Return the file of a stage's projector, by whose hash a run is recognised."""
-    return RUNS / stage / "projector.safetensors"
+    llm = Params.read(folder / "params.yaml").section("llm", LlmSettings)
+    tokenizer = load_tokenizer(llm)
+    return _open(folder, llm, tokenizer, language_model_identity(llm, tokenizer))
 
 
-def read_history(stage: str) -> list[dict[str, float]]:
-    """Return the rows of a run's history.csv; what a step does not have is left out.
+def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]:
+    """Open the runs of both stages and check them against features, language model and each other.
+
+    Args:
+        llm: The language model that both are evaluated with.
+        store: The features that both are evaluated with.
+
+    Returns:
+        Stage to run, in the order of `STAGES`.
 
     Raises:
-        StageError: No such file, or not a table of numbers.
+        SettingsError: A run's settings are missing or damaged, or there is no such language model.
+        SpecMismatchError: A run learned from other features.
+        StageError: A file is missing or damaged, or a run belongs to another language model or to
+            another stage 1.
     """
-    path = RUNS / stage / "history.csv"
+    tokenizer = load_tokenizer(llm)
+    identity = language_model_identity(llm, tokenizer)
+    runs = {stage: _open(RUNS / stage, llm, tokenizer, identity) for stage in STAGES}
+    for run in runs.values():
+        run.check_features(store.spec, str(store.root))
+    _check_same_start(runs["pretrain"], runs["finetune"])
+    return runs
+
+
+def load_run(folder: Path, run: FinishedRun | None = None) -> LoadedRun:
+    """Load the model of a run directory of either stage.
+
+    Args:
+        folder: The run directory.
+        run: The same run, if it was opened before.
+
+    Raises:
+        SettingsError: The folder is no run, or its language model cannot be loaded.
+        StageError: A file is missing or damaged, or the run belongs to another language model.
+    """
+    run = run or open_run(folder)
+    device = pick_device()
+    language_model = load_language_model(run.llm, device)
+    if run.answers:
+        load_lora(language_model, folder / ADAPTER)
+    model = CaptionModel(run.projector.to(device), language_model).eval()
+    return LoadedRun(**vars(run), model=model)
+
+
+def read_history(folder: Path) -> list[dict[str, float]]:
+    """Return the rows of a run's history.csv, without their empty cells.
+
+    Raises:
+        StageError: The file is missing, or no table of numbers.
+    """
+    path = folder / "history.csv"
 
     def refuse(detail: str) -> StageError:
-        return StageError(f"{path}: no history ({detail}). Run the {stage} stage.")
+        return StageError(f"{path}: no history ({detail}). Run the {folder.name} stage.")
 
     check_ordinary(path, refuse)
     with (
@@ -107,51 +166,49 @@ def read_history(stage: str) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 
-def read_settings() -> dict[str, dict[str, Any]]:
-    """Return the settings of each stage's run, as they were when it began.
-
-    Raises:
-        SettingsError: A file is missing or damaged.
-    """
-    return {stage: Params.read(RUNS / stage / "params.yaml").values for stage in STAGES}
-
-
-def finish_times(provenances: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return when each stage's run was finished, as ISO 8601; runs of earlier versions say nothing.
+def finish_times(runs: Mapping[str, FinishedRun]) -> dict[str, str]:
+    """Return when each stage's run was finished, as ISO 8601.
 
     Args:
-        provenances: Stage to the provenance of its run. What is no time there is left out.
+        runs: Stage to its run; a run of an earlier version has no time, and is left out.
     """
-    times = {stage: values.get(FINISHED) for stage, values in provenances.items()}
-    return {stage: time for stage, time in times.items() if _is_time(time)}
+    times = {}
+    for stage, run in runs.items():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            # Refuses anything but a time.
+            datetime.fromisoformat(run.provenance[FINISHED])
+            times[stage] = run.provenance[FINISHED]
+    return times
 
 
-def _is_time(value: object) -> TypeGuard[str]:
-    try:
-        return isinstance(value, str) and bool(datetime.fromisoformat(value))
-    except ValueError:
-        return False
-
-
-def read_provenances(
-    store: FeatureStore, llm: LlmSettings, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, dict[str, Any]]:
-    """Return the provenance of both runs, which belong to features and model, and together.
-
-    Raises:
-        StageError: No provenance, or a run of another language model, or of another stage 1.
-        SpecMismatchError: A run learned from other features.
-    """
-    beside = language_model_identity(llm, tokenizer)
-    provenances = {stage: provenance_of(stage, store, beside) for stage in STAGES}
-    read_projector(projector_of("pretrain"))
-    started_from = provenances["finetune"].get(START_PROJECTOR)
-    found = sha256_of(projector_of("pretrain"))
-    if started_from not in (None, found):
-        # Its scores would be shown as those from which stage 2 went on.
+def _open(
+    folder: Path,
+    llm: LlmSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    language_model: Mapping[str, str],
+) -> FinishedRun:
+    params = Params.read(folder / "params.yaml")
+    path = folder / "provenance.json"
+    provenance = read_provenance(path)
+    check_language_model(path, provenance, language_model)
+    projector = read_projector(folder / PROJECTOR)
+    width = read_config(llm.model).hidden_size
+    if projector.text_width != width:
         raise StageError(
-            f"{projector_of('pretrain')}: of sha256 {found[:12]}, but {RUNS / 'finetune'} started "
-            f"from a projector of {str(started_from)[:12]}. Run the finetune stage again, or bring "
-            f"the runs/pretrain back that it started from."
+            f"{folder}: its projector maps to width {projector.text_width}, {llm.model} has "
+            f"{width}: the model is not the one that the run was made with."
         )
-    return provenances
+    answers = (folder / ADAPTER).is_dir()
+    return FinishedRun(folder, params, llm, provenance, tokenizer, projector, answers)
+
+
+def _check_same_start(pretrain: FinishedRun, finetune: FinishedRun) -> None:
+    """Refuse a stage 1 whose scores would be shown as the start of stage 2, but are not."""
+    path = pretrain.folder / PROJECTOR
+    wanted, found = finetune.provenance.get(START_PROJECTOR), sha256_of(path)
+    if wanted not in (None, found):
+        raise StageError(
+            f"{path}: sha256 {found[:12]}, but {finetune.folder} started from a projector of "
+            f"{str(wanted)[:12]}. Run the finetune stage again, or bring the runs/pretrain back "
+            f"that it started from."
+        )

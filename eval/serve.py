@@ -28,11 +28,11 @@ from eval.chat.conversation import ChatHandlers
 from eval.chat.encoder import RunEncoder
 from eval.chat.examples import validation_pictures
 from eval.chat.page import build_page
+from eval.runs import load_run, open_run
 from eval.server.gateway import Gateway
 from eval.server.pictures import MAX_UPLOAD_BYTES, PagePictures
 from eval.server.request import AllowedSources
 from eval.server.web_server import HOST, WebServer, listen
-from eval.trained import load_run, open_run
 from workspace.errors import StageError
 
 NUM_EXAMPLES = 5

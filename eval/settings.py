@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_NEW_TOKENS = 4096
-"""A model that never ends a text, as an untrained one may, goes on to the limit."""
+"""Limit of the token settings: an untrained model may never end a text by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +17,17 @@ class EvaluateSettings:
     questions: int
     """Most held-out questions that are asked."""
     pope_images: int
-    """Most images that yes-no questions are asked about, in each subset."""
+    """Most images of each subset of yes-no questions."""
     caption_question: str
-    """How the fine-tuned model is asked for a caption; stage 1 alone needs no question."""
+    """Request for a caption to the fine-tuned model; stage 1 alone captions without any."""
     caption_tokens: int
     """Most tokens of a caption."""
     answer_tokens: int
     """Most tokens of an answer."""
     max_text_tokens: int
-    """Longest question, and longest text behind an image when the loss of answers is measured."""
+    """Most tokens of a question, and of a conversation in the loss of the answers."""
     batch_size: int
-    """Texts that are generated at the same time."""
+    """Number of texts that are generated together."""
     exclude_contaminated: bool
     """Whether images that were trained on are left out of the evaluation."""
 
@@ -44,10 +44,6 @@ class EvaluateSettings:
 
 
 def shown_setting(values: Mapping[str, Any], section: str, key: str) -> Any:
-    """Return a setting that is only spoken of, from values that nobody has checked.
-
-    Returns:
-        None where the section is absent, is no section, or lacks the key.
-    """
+    """Return a setting from unchecked values, for a text; None if it is absent."""
     part = values.get(section)
     return part.get(key) if isinstance(part, Mapping) else None

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from cache import FeatureStore
 from demo.world import write_world
-from eval.scoring.conditions import CONTROLS
+from eval.scoring.score_names import CONTROLS
 from tests.checkout import (
     SMALL,
     bytes_of,

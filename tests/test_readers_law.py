@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import eval.compare
-import train.compare
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import PatchcacheError
-from eval.evaluation import COLUMNS
+from eval.compare import compare
 from eval.llava.card import read_score_rows
 from eval.runs import read_history
 from eval.score import read_captions, read_results
+from eval.snapshots import COLUMNS
 from pipeline.download import _Partial
 from train.provenance import read_provenance
 from train.run import RunDirectory
@@ -96,33 +95,32 @@ ROW = dict.fromkeys(COLUMNS.names, "x") | {"image_id": 1, "targets": ["x"], "sco
 
 
 def run_folder(folder):
-    """Write what a run directory has, and an evaluation."""
+    """Write the files of a run directory."""
     folder.mkdir()
     for name, values in {
         "params.yaml": {"seed": 0, "llm": {"model": "phi"}},
         "metrics.json": {"loss": 0.5, "steps": 3},
         "provenance.json": {"features_fingerprint": "f", "versions": {"torch": "2"}},
-        "eval.json": SCORES,
     }.items():
         (folder / name).write_text(json.dumps(values))
+    return folder
+
+
+def reports_folder(folder):
+    """Write the files of an evaluation."""
+    folder.mkdir()
+    (folder / "eval.json").write_text(json.dumps(SCORES))
     pq.write_table(pa.Table.from_pylist([ROW], COLUMNS), folder / "predictions.parquet")
     return folder
 
 
-def of_runs(name):
+def compared(write, name):
+    """Compare two folders, of which a file of the second is damaged."""
+
     def prepare():
-        run_folder(Path("whole"))
-        path = run_folder(Path("other")) / name
-        return path, lambda: train.compare.compare("whole", "other")
-
-    return prepare
-
-
-def of_evaluations(name):
-    def prepare():
-        run_folder(Path("whole"))
-        path = run_folder(Path("other")) / name
-        return path, lambda: eval.compare.compare("whole", "other")
+        write(Path("whole"))
+        path = write(Path("other")) / name
+        return path, lambda: compare("whole", "other")
 
     return prepare
 
@@ -131,7 +129,7 @@ def of_history():
     path = Path("runs/pretrain/history.csv")
     path.parent.mkdir(parents=True)
     path.write_text("step,loss\n1,0.5\n2,\n")
-    return path, lambda: read_history("pretrain")
+    return path, lambda: read_history(path.parent)
 
 
 def of_provenance():
@@ -199,11 +197,11 @@ def of_dvc_listing():
 
 
 REFUSING = {
-    "settings of a run": of_runs("params.yaml"),
-    "metrics": of_runs("metrics.json"),
-    "provenance of two runs": of_runs("provenance.json"),
-    "scores": of_evaluations("eval.json"),
-    "predictions": of_evaluations("predictions.parquet"),
+    "settings of a run": compared(run_folder, "params.yaml"),
+    "metrics": compared(run_folder, "metrics.json"),
+    "provenance of two runs": compared(run_folder, "provenance.json"),
+    "scores": compared(reports_folder, "eval.json"),
+    "predictions": compared(reports_folder, "predictions.parquet"),
     "history": of_history,
     "provenance": of_provenance,
     "scores of a model card": of_model_card,

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore
 from cache.errors import MissingImageError, SettingsError
+from eval.runs import FinishedRun, LoadedRun
 from eval.settings import EvaluateSettings
-from eval.trained import FinishedRun, Trained
 from train.data.prompts import dialogue_prompt
 from train.model.generate import Sampling, stream
 from workspace.paths import FEATURES
@@ -21,7 +21,7 @@ TOP_P = 0.9
 
 
 def stream_answer(
-    trained: Trained,
+    trained: LoadedRun,
     patches_PD: NDArray[np.float16],
     question: str,
     *,
@@ -68,7 +68,7 @@ def stream_answer(
 
 
 def _prompt_ids(
-    trained: Trained, question: str, turns: Sequence[tuple[str, str]], caption_question: str
+    trained: LoadedRun, question: str, turns: Sequence[tuple[str, str]], caption_question: str
 ) -> list[int]:
     try:
         question.encode()

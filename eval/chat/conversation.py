@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from cache.errors import PatchcacheError
 from eval.chat.answering import make_sampling, stream_answer
 from eval.chat.encoder import RunEncoder
+from eval.runs import LoadedRun
 from eval.server.pictures import PagePictures
 from eval.server.sessions import visitor_of_session
 from eval.settings import EvaluateSettings
-from eval.trained import Trained
 
 Message = dict[str, str]
 
@@ -53,7 +53,7 @@ class Conversation:
 class ChatHandlers:
     """The handlers of the page's events. Gradio calls one at a time."""
 
-    def __init__(self, trained: Trained, encoder: RunEncoder, pictures: PagePictures) -> None:
+    def __init__(self, trained: LoadedRun, encoder: RunEncoder, pictures: PagePictures) -> None:
         self.trained = trained
         self.settings = trained.params.section("evaluate", EvaluateSettings)
         self._encoder = encoder

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cache.errors import SettingsError
-from eval.trained import FinishedRun
+from eval.runs import FinishedRun
 from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
 from pipeline.images.names import MAX_IMAGE_BYTES
 from pipeline.settings import EncoderSettings

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from eval.report.thumbnails import read_image_columns
+from eval.image_table import read_image_columns
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
 from pipeline.images.names import ImageNameError

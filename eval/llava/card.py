@@ -10,10 +10,10 @@ from ruamel.yaml import YAML
 
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
-from eval.random_tower import random_tower_warning
-from eval.report.scores import BLIND, is_over_nothing
+from eval.runs import LoadedRun
+from eval.score_warnings import random_tower_warning
+from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from eval.trained import Trained
 from train.json_files import read_json
 from train.run import weights_of
 from workspace.errors import StageError
@@ -26,7 +26,7 @@ SHOWN_SECTIONS = ("encoder", "llm", "projector", "pretrain", "finetune")
 """Sections of the settings that the card shows."""
 
 
-def model_card(trained: Trained, spec: Spec, settings: EvaluateSettings) -> str:
+def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> str:
     """Write the model card of a run.
 
     Args:
@@ -69,7 +69,7 @@ def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_score_rows(trained: Trained) -> list[tuple[str, str, str, str]]:
+def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
     """Return the scores of a run from the workspace's `reports/eval.json`.
 
     Returns:
@@ -105,7 +105,7 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
             continue
         control = section.get(BLIND) or {}
         for key, value in section.items():
-            if isinstance(value, float) and not is_over_nothing(section, key):
+            if isinstance(value, float) and not has_no_short_targets(section, key):
                 yield title, key, _written(section, key), _written(control, key)
 
 

@@ -5,20 +5,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from eval.report.scores import (
-    CONTROLS,
+    LABELS,
     METRICS,
-    SEEN,
     STAGE_1,
-    VIEWS,
     Bar,
     Metric,
     Section,
     bars_of,
-    is_over_nothing,
     measured,
-    measured_views,
+    measured_by_condition,
     titled_sections,
 )
+from eval.scoring.score_names import CONTROLS, SEEN, has_no_short_targets
 
 _MAIN_SCORES = {
     "Captions": ("CIDEr",),
@@ -55,7 +53,7 @@ def score_cards(scores: Section) -> list[Card]:
         _card(title, section, key)
         for title, section in sections
         for key in _MAIN_SCORES.get(title, ("accuracy",))
-        if key in section and not is_over_nothing(section, key)
+        if key in section and not has_no_short_targets(section, key)
     ]
 
 
@@ -97,14 +95,14 @@ def judge(section: Section, key: str) -> Verdict:
 
     A score beats a control if it is better and their intervals do not overlap.
     """
-    views = measured_views(section, key)
+    views = measured_by_condition(section, key)
     model = views[SEEN]
     if model.value is None:
         return Verdict(state="open", text="The score was not measured.")
     beaten, not_beaten, unknown = [], [], []
     for control in CONTROLS:
         other = views.get(control) or measured({}, key)
-        name = f"the {VIEWS[control].sentence}"
+        name = f"the {LABELS[control].sentence}"
         outcome = model.beats(other)
         if outcome is None:
             unknown.append(name)

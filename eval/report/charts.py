@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from eval.report.gallery import KINDS, Example
+from eval.report.gallery import KIND_TITLES, GalleryText
 from eval.report.scores import Bar, Section, bars_of, titled_sections
-from train.compare import as_number
+from eval.scoring.score_names import as_number
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 400, 32, 216
@@ -142,16 +142,16 @@ def _loss_summary(name: str, points: list[Point]) -> str:
     return f"{name} loss: {first:.3f} at first, {last:.3f} at step {step:,.0f}. "
 
 
-def length_charts(examples: Sequence[Example]) -> list[LengthChart]:
+def length_charts(examples: Sequence[GalleryText]) -> list[LengthChart]:
     """Lay out the lengths of the texts, a chart for each kind that has any."""
     return [
         _length_chart(title, texts)
-        for kind, title in KINDS.items()
+        for kind, title in KIND_TITLES.items()
         if (texts := [e for e in examples if e.kind == kind])
     ]
 
 
-def _length_chart(title: str, texts: Sequence[Example]) -> LengthChart:
+def _length_chart(title: str, texts: Sequence[GalleryText]) -> LengthChart:
     longest = max(e.num_tokens for e in texts)
     step = math.ceil((longest + 1) / _MAX_BINS)
     numbers = range(longest // step + 1)
@@ -182,7 +182,7 @@ def _length_chart(title: str, texts: Sequence[Example]) -> LengthChart:
     )
 
 
-def _length_summary(texts: Sequence[Example]) -> str:
+def _length_summary(texts: Sequence[GalleryText]) -> str:
     tokens = [e.num_tokens for e in texts]
     num_cut = sum(not e.stopped for e in texts)
     cut = f"{num_cut:,}" if num_cut else "none"

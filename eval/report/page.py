@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from eval.report.cards import headline, score_cards
 from eval.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, length_charts, loss_chart, stop_rates
-from eval.report.gallery import KINDS, Example, choose_examples, filter_options
+from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
 from eval.report.scores import Section, pope_sections, section_of
 from eval.report.tables import (
     SECTION_TITLES,
@@ -46,7 +46,7 @@ _STAGE_TITLES = {
 def render_report(
     *,
     scores: Section,
-    examples: Sequence[Example],
+    examples: Sequence[GalleryText],
     thumbnails: Mapping[int, str],
     file_names: Mapping[int, str],
     histories: Mapping[str, Sequence[Mapping[str, object]]],
@@ -107,7 +107,7 @@ def render_report(
         headline=headline(cards),
         cards=cards,
         unscored=[name for name, section in sections.items() if not section],
-        kinds=KINDS,
+        kinds=KIND_TITLES,
         galleries=galleries,
         options=filter_options(galleries),
         thumbnails=thumbnails,

@@ -1,14 +1,14 @@
-"""The scores of `reports/eval.json` as the page reads them: names, units, intervals, comparisons.
+"""Reads the scores of `reports/eval.json` for the page: labels, units, intervals, comparisons.
 
-A score counts only against its controls, the same questions without what the model needs to know of
-the picture: what it reaches without, it has not learned from pictures.
+A score counts only against its controls, which ask the same questions without the image's own
+features or without a trained projector: a model does not owe a control's score to pictures.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train.compare import as_number
+from eval.scoring.score_names import BLIND, CONTROLS, SEEN, as_number, has_no_short_targets
 
 Section = Mapping[str, Any]
 Style = Literal["number", "share", "length", "count"]
@@ -19,7 +19,7 @@ _DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Metric:
-    """How one key of a section is named, explained and written."""
+    """The label, meaning and format of one score."""
 
     label: str
     meaning: str
@@ -27,7 +27,7 @@ class Metric:
     lower_is_better: bool = False
 
     def written(self, value: object) -> str:
-        """Write a value with its unit, or a dash where there is none."""
+        """Return the value as text with its unit, or a dash for anything but a number."""
         number = as_number(value)
         if number is None:
             return _DASH
@@ -37,8 +37,8 @@ class Metric:
 
 
 METRICS = {
-    "CIDEr": Metric("CIDEr", "agreement with what people wrote; 1.000 is 100 in papers"),
-    "BLEU-1": Metric("BLEU-1", "share of words that people used"),
+    "CIDEr": Metric("CIDEr", "agreement with captions by people; papers print 1.000 as 100"),
+    "BLEU-1": Metric("BLEU-1", "share of words that are in captions by people"),
     "BLEU-2": Metric("BLEU-2", "the same for word pairs"),
     "BLEU-3": Metric("BLEU-3", "for runs of three words"),
     "BLEU-4": Metric("BLEU-4", "for runs of four words"),
@@ -50,49 +50,45 @@ METRICS = {
     "loss": Metric(
         "Loss", "per token of the target, in nats; lower is better", lower_is_better=True
     ),
-    "accuracy": Metric("Accuracy", "yes and no answered rightly", "share"),
-    "precision": Metric("Precision", "of what it said is there, how much is", "share"),
-    "recall": Metric("Recall", "of what is there, how much it said is", "share"),
+    "accuracy": Metric("Accuracy", "right answers", "share"),
+    "precision": Metric("Precision", "share of right answers among those that say yes", "share"),
+    "recall": Metric("Recall", "share of yes among the answers that should be yes", "share"),
     "f1": Metric("F1", "harmonic mean of precision and recall", "share"),
     "yes_rate": Metric("Yes-rate", "questions answered with yes", "share"),
     "stop_rate": Metric("Stop rate", "texts that end by themselves", "share"),
     "repeated_4grams": Metric("Repeated 4-grams", "of all runs of four words", "share"),
     "mean_tokens": Metric("Mean length", "in tokens", "length"),
-    "short_count": Metric("Short targets", "that exact match is over", "count"),
+    "short_count": Metric("Short targets", "targets of at most five words", "count"),
     "count": Metric("Texts", "that were scored", "count"),
 }
 
-SEEN, BLIND = "seen", "blind"
 STAGE_1 = "Captions of stage 1 alone"
 SUBSET = "Yes or no, {}"
 
 
 @dataclass(frozen=True)
 class Label:
-    """What a view is called."""
+    """The names of a condition on the page."""
 
     bar: str
-    """Beside a bar, where there is little room."""
+    """Short, beside a bar."""
     column: str
     """Above a column of a table."""
     sentence: str
-    """In a sentence, behind an article."""
+    """In a sentence, after an article."""
 
 
-VIEWS = {
+LABELS = {
     SEEN: Label("Model", "Model", "model"),
     BLIND: Label("Wrong image", "Wrong image", "wrong-image control"),
     "noise": Label("Noise", "Noise", "noise control"),
     "untrained": Label("Untrained", "Untrained projector", "untrained projector"),
 }
-"""Key of each view of a section, and what it is called; all but the first are controls."""
-
-CONTROLS = tuple(view for view in VIEWS if view != SEEN)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One score with its 95 % interval, each as far as it was measured."""
+    """One score and its 95 % interval; None where nothing was measured."""
 
     metric: Metric
     value: float | None
@@ -113,10 +109,10 @@ class Measured:
         return f"{low.removesuffix('%')}{_DASH}{high}"
 
     def beats(self, control: "Measured") -> bool | None:
-        """Say whether the intervals lie apart, this one on the better side.
+        """Return whether this interval lies entirely on the better side of a control's.
 
         Returns:
-            None if an interval was not measured.
+            None if either interval was not measured.
         """
         if None in (self.low, self.high, control.low, control.high):
             return None
@@ -127,7 +123,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One row of a card; lengths and places are percent of the longest row."""
+    """One row of a card; width, low and high are percent of the longest row."""
 
     label: str
     measured: Measured
@@ -137,7 +133,7 @@ class Bar:
 
 
 def section_of(scores: Section, *path: str) -> Section:
-    """Return a section of the scores, empty if it is absent or counts no text."""
+    """Return a section of the scores; empty if it is absent or has no text."""
     section: Any = scores
     for name in path:
         section = section.get(name) or {}
@@ -145,13 +141,13 @@ def section_of(scores: Section, *path: str) -> Section:
 
 
 def pope_sections(scores: Section) -> dict[str, Section]:
-    """Return the subsets of yes/no questions that were scored."""
+    """Return the scored subsets of yes-no questions by name."""
     subsets = {name: section_of(scores, "pope", name) for name in scores.get("pope") or {}}
     return {name: section for name, section in subsets.items() if section}
 
 
 def titled_sections(scores: Section) -> dict[str, Section]:
-    """Return what was scored, each section under its title, in the order of the page."""
+    """Return the sections that have texts by their titles, in the order of the page."""
     sections = {
         "Captions": section_of(scores, "captions"),
         STAGE_1: section_of(scores, "pretrain_only", "captions"),
@@ -161,26 +157,20 @@ def titled_sections(scores: Section) -> dict[str, Section]:
     return {title: section for title, section in sections.items() if section}
 
 
-def views_of(section: Section) -> dict[str, Section]:
-    """Return what is beside one another: the scores under `seen`, and the controls there are."""
-    controls = {view: section[view] for view in CONTROLS if section.get(view)}
-    return {SEEN: section, **controls}
+def by_condition(section: Section) -> dict[str, Section]:
+    """Return the scores by condition: the section itself under `seen`, then its controls."""
+    return {SEEN: section} | {name: section[name] for name in CONTROLS if section.get(name)}
 
 
-def is_over_nothing(section: Section, key: str) -> bool:
-    """Say whether a score is of nothing, whatever its number: exact match without short targets."""
-    return key == "exact_match" and section.get("short_count") == 0
-
-
-def measured_views(section: Section, key: str) -> dict[str, Measured]:
-    """Return one score of each view there is; of nothing, none has a value."""
-    nothing = is_over_nothing(section, key)
-    views = views_of(section)
-    return {view: measured({} if nothing else values, key) for view, values in views.items()}
+def measured_by_condition(section: Section, key: str) -> dict[str, Measured]:
+    """Return one score under each condition; exact match without short targets has no value."""
+    empty = has_no_short_targets(section, key)
+    sections = by_condition(section)
+    return {name: measured({} if empty else part, key) for name, part in sections.items()}
 
 
 def measured(section: Section, key: str) -> Measured:
-    """Return one score of a view."""
+    """Return one score of a section."""
     low, high = (section.get("intervals") or {}).get(key) or (None, None)
     return Measured(
         metric=METRICS[key],
@@ -191,9 +181,9 @@ def measured(section: Section, key: str) -> Measured:
 
 
 def bars_of(section: Section, key: str) -> list[Bar]:
-    """Return a bar for each view of a section; a share is measured against the whole."""
-    views = measured_views(section, key)
-    ends = [end for m in views.values() for end in (m.value, m.high) if end is not None]
+    """Return a bar for each condition; a share is drawn against 100 %."""
+    conditions = measured_by_condition(section, key)
+    ends = [end for m in conditions.values() for end in (m.value, m.high) if end is not None]
     longest = 1.0 if METRICS[key].style == "share" else max([*ends, 0.0]) or 1.0
 
     def percent(value: float | None) -> float | None:
@@ -201,11 +191,11 @@ def bars_of(section: Section, key: str) -> list[Bar]:
 
     return [
         Bar(
-            label=VIEWS[view].bar,
+            label=LABELS[name].bar,
             measured=m,
             width=percent(m.value) or 0.0,
             low=percent(m.low),
             high=percent(m.high),
         )
-        for view, m in views.items()
+        for name, m in conditions.items()
     ]

@@ -7,18 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from eval.report.scores import (
-    BLIND,
+    LABELS,
     METRICS,
-    SEEN,
-    VIEWS,
     Section,
+    by_condition,
     measured,
-    measured_views,
+    measured_by_condition,
     pope_sections,
     section_of,
     titled_sections,
-    views_of,
 )
+from eval.scoring.score_names import BLIND, SEEN
 
 SECTION_TITLES = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
 
@@ -91,14 +90,14 @@ def still_scored(scores: Section) -> int:
 
 
 def _score_table(title: str, section: Section) -> Table:
-    views = views_of(section)
+    views = by_condition(section)
     rows = []
     for key, metric in METRICS.items():
         if any(key in values for values in views.values()):
-            found = measured_views(section, key).values()
+            found = measured_by_condition(section, key).values()
             cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
             rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
-    return Table(title=title, first="Metric", columns=[VIEWS[v].column for v in views], rows=rows)
+    return Table(title=title, first="Metric", columns=[LABELS[v].column for v in views], rows=rows)
 
 
 def _parts_table(
@@ -124,7 +123,7 @@ def _parts_table(
 
 
 def _beside_wrong_image(section: Section, key: str) -> Cell:
-    views = measured_views(section, key)
+    views = measured_by_condition(section, key)
     model, control = views[SEEN], views.get(BLIND) or measured({}, key)
     lines = (model.written, model.interval, f"wrong image {control.written}")
     return tuple(line for line in lines if line)

@@ -1,4 +1,4 @@
-"""Small copies of the pictures for the report page, where the images are at hand."""
+"""Makes small copies of the pictures for the report page, where the image files are at hand."""
 
 import base64
 import io
@@ -9,37 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from cache.files.parquet import read_columns
+from eval.image_table import read_image_columns
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, decode_upright
 from pipeline.images.names import ImageNameError
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.paths import IMAGES
-
-TYPES = {
-    "image_id": pa.int64(),
-    "split": pa.string(),
-    "file_name": pa.string(),
-    "source_xxh3": pa.uint64(),
-}
-"""Of the columns that are read."""
 
 _JPEG_QUALITY = 80
-
-
-def read_image_columns(*names: str) -> pa.Table:
-    """Read columns of the table of images.
-
-    Raises:
-        StageError: No such table, or a damaged one.
-    """
-    schema = pa.schema([(name, TYPES[name]) for name in names])
-    return read_columns(
-        IMAGES,
-        schema,
-        lambda detail: StageError(f"{IMAGES}: {detail}. Run the index stage, or `dvc pull`."),
-    )
 
 
 def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, str]:
@@ -50,12 +27,12 @@ def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, s
         data: Where the images of each split lie.
 
     Returns:
-        Image id to data URI, in ascending order. An image that is not at hand, is not the file
-        that was indexed, or does not decode is left out: a machine that trains from received
-        features has none, or others under the same names.
+        Image id to data URI, in ascending order of id. An image whose file is missing, does not
+        decode or is not the indexed one is left out: a machine that trains from received features
+        may have no images, or other images under the same names.
 
     Raises:
-        StageError: No table of images, or a damaged one.
+        StageError: The table of images is missing or damaged.
     """
     archives = {split: _archive(split, data) for split in ("train", "val")}
     made = {image_id: _thumbnail(row, archives) for image_id, row in _rows(image_ids).items()}
@@ -66,16 +43,16 @@ def thumbnail_uri(image_bytes: bytes, side: int = 224) -> str:
     """Shrink a picture for the page.
 
     Args:
-        image_bytes: A picture file.
+        image_bytes: Content of an image file.
         side: Largest width and height of the result, in pixels.
 
     Returns:
-        Data URI of a JPEG, without the metadata of the picture.
+        Data URI of a JPEG without the picture's metadata.
 
     Raises:
-        DecodeError: The bytes are no picture, or a cut one.
+        DecodeError: The bytes are not a whole picture.
     """
-    # As the encoder saw it.
+    # The encoder turns pictures upright too.
     picture = decode_upright(image_bytes)
     picture.thumbnail((side, side))
     jpeg = io.BytesIO()
@@ -84,11 +61,7 @@ def thumbnail_uri(image_bytes: bytes, side: int = 224) -> str:
 
 
 def _rows(image_ids: Collection[int]) -> dict[int, dict[str, Any]]:
-    """Return what the index says of some images, in ascending order, of those that it has.
-
-    Raises:
-        StageError: No such table, or a damaged one.
-    """
+    """Return the index's rows of some images, in ascending order of id."""
     table = read_image_columns("image_id", "split", "file_name", "source_xxh3")
     wanted = pa.array(sorted(image_ids), pa.int64())
     rows = table.filter(pc.is_in(table["image_id"], wanted)).to_pylist()
@@ -112,5 +85,4 @@ def _thumbnail(row: dict[str, Any], archives: dict[str, ImageArchive | None]) ->
         is_indexed = xxhash.xxh3_64_intdigest(data) == row["source_xxh3"]
         return thumbnail_uri(data) if is_indexed else None
     except (ImageNameError, DecodeError):
-        # The features were received from elsewhere and this image was not, or came damaged.
         return None

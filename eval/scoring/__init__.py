@@ -1,1 +1,1 @@
-"""What the trained models are asked, under which conditions, and the scores."""
+"""Chooses questions, generates under four conditions, and scores the texts."""

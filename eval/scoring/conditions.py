@@ -1,8 +1,9 @@
-"""The ways in which a model is asked: with an image's own features, and three controls.
+"""The conditions under which a model generates: an image's own features, and three controls.
 
-blind      the features of another image: what is reached with them was not learned from pictures
-noise      no image at all: normal noise with the mean and the deviation of the store's channels
-untrained  the own features through a projector that never learned
+seen       the image's own features
+blind      another image's features: a score reached with them was not learned from pictures
+noise      no image: normal noise with the mean and the deviation of each channel of the store
+untrained  the own features through a projector of random weights
 
 Letters: B images, P patches, D width of the vision tower.
 """
@@ -12,82 +13,68 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore, Spec
-from eval.report.scores import VIEWS
+from eval.scoring.evaluated_models import EvaluatedModel
+from eval.scoring.score_names import BLIND, SEEN
 from train.data.prefetch import Features
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
-SEEN, *_CONTROLS = VIEWS
-CONTROLS = tuple(_CONTROLS)
-
 SAMPLED_IMAGES = 256
-"""Images from which mean and deviation of the channels are taken."""
+"""Images from which the noise takes its means and deviations."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model, its controls, and how its input is made."""
-
-    name: str
-    model: CaptionModel
-    untrained: CaptionModel
-    """The same language model behind a projector that never learned."""
-    tokenizer: PreTrainedTokenizerBase
-    store: FeatureStore
-    seed: int
-    identity: str
-    """Hash of all weights and features."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One way of asking about some images."""
+class Condition:
+    """One way of showing some images to a model."""
 
     name: str
     model: CaptionModel
     features: Features
     image_ids: list[int]
-    """Whose features are shown."""
+    """The images whose features are shown, one for each image that is asked about."""
 
 
-def views(asked: Asked, image_ids: Sequence[int]) -> list[View]:
-    """Return all ways of asking about some images, the one with their own features first.
+def conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:
+    """Return all conditions for some images, their own features first.
 
     Raises:
-        StageError: The store holds a single image, so there is no other.
+        StageError: The store holds a single image, so the blind control has no other.
     """
-    own, others = list(image_ids), other_images(image_ids, asked.store)
+    own, others = list(image_ids), other_images(image_ids, model.store)
     return [
-        View(SEEN, asked.model, asked.store, own),
-        View("blind", asked.model, asked.store, [others[i] for i in own]),
-        View("noise", asked.model, Noise(asked.store, asked.seed), own),
-        View("untrained", asked.untrained, asked.store, own),
+        Condition(SEEN, model.model, model.store, own),
+        Condition(BLIND, model.model, model.store, [others[i] for i in own]),
+        Condition("noise", model.model, Noise(model.store, model.seed), own),
+        Condition("untrained", model.untrained, model.store, own),
     ]
 
 
 def other_images(image_ids: Sequence[int], store: FeatureStore) -> dict[int, int]:
-    """Give each image another one: the one half a round further among them.
+    """Pair each image with another one: half the sorted list further on, wrapping around.
+
+    A single image is paired with an image of the store.
 
     Raises:
-        StageError: The store holds a single image, so there is no other.
+        StageError: The store holds a single image.
     """
     distinct = sorted(set(image_ids))
     if len(distinct) == 1:
         distinct += [int(i) for i in store.image_ids if i != distinct[0]][:1]
     if len(distinct) == 1:
-        raise StageError(f"{store.root}: holds one image, so there is none for the blind control.")
+        raise StageError(
+            f"{store.root}: holds one image, so there is no other for the wrong-image control."
+        )
     half = len(distinct) // 2
     return dict(zip(distinct, distinct[half:] + distinct[:half], strict=True))
 
 
 class Noise:
-    """Features of no picture, as large as those of a store: the same for an id, whoever asks."""
+    """Features of no image, on the scale of a store's; a function of seed and image id alone."""
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
-        """Take mean and deviation of each channel from some images of the store."""
+        """Measure each channel's mean and deviation over some images of the store."""
         self.spec: Spec = store.spec
         ids = np.asarray(store.image_ids)
         chosen = np.random.default_rng(seed).permutation(len(ids))[:SAMPLED_IMAGES]

@@ -1,91 +1,67 @@
-"""Finds images that are trained on and evaluated on: by id, or because their files are the same.
+"""Finds evaluated images that were trained on: by their id, or by an identical file.
 
 A file that was saved anew, in another size or format, is not found.
 """
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-from eval.report.thumbnails import read_image_columns
+from eval.image_table import read_image_columns
 from train.data.examples import held_out_images, read_caption_examples, read_conversation_examples
 
 
 @dataclass(frozen=True)
-class Contaminated:
-    """An image of the evaluation that was trained on."""
+class ContaminatedImage:
+    """An evaluated image that was trained on; the fields are those of `contamination.json`."""
 
     image_id: int
     file_name: str
-    """Name of its file in the index."""
+    """File name in the index."""
     reason: str
 
 
+@dataclass(frozen=True)
 class IndexedImages:
-    """All images of the index, and which of them either stage trains on."""
+    """All images of the index, by image id."""
 
-    def __init__(
-        self,
-        splits: dict[int, str],
-        file_names: dict[int, str],
-        hashes: dict[int, int],
-        trained: Collection[int],
-    ) -> None:
-        """Remember them.
+    splits: dict[int, str]
+    """Train or val."""
+    file_names: dict[int, str]
+    hashes: dict[int, int]
+    """xxh3_64 of the file."""
+    trained: Collection[int]
+    """Ids of the images that either stage trains on."""
 
-        Args:
-            splits: Image id to train or val, of all images.
-            file_names: Image id to the name of its file, of all images.
-            hashes: Image id to the hash of its file, of all images.
-            trained: Those that are trained on.
-        """
-        self.splits = splits
-        self.file_names = file_names
-        self._hashes = hashes
-        self._trained = set(trained)
-        self._by_hash = {hashes[i]: i for i in sorted(self._trained, reverse=True) if i in hashes}
-
-    def trained_on(self, image_ids: Iterable[int]) -> list[Contaminated]:
+    def trained_on(self, image_ids: Iterable[int]) -> list[ContaminatedImage]:
         """Return those of some images that were trained on, in order of id."""
-        pairs = ((image_id, self._reason(image_id)) for image_id in sorted(set(image_ids)))
-        return [
-            Contaminated(image_id, self.file_names.get(image_id, ""), reason)
-            for image_id, reason in pairs
-            if reason
-        ]
-
-    def _reason(self, image_id: int) -> str:
-        if image_id in self._trained:
-            return "trained on"
-        if image_id not in self._hashes or self._hashes[image_id] not in self._by_hash:
-            return ""
-        twin = self._by_hash[self._hashes[image_id]]
-        return f"same file as training image {twin} ({self.file_names[twin]})"
+        trained = set(self.trained)
+        by_hash = {self.hashes[i]: i for i in sorted(trained, reverse=True) if i in self.hashes}
+        found = []
+        for image_id in sorted(set(image_ids)):
+            twin = by_hash.get(self.hashes.get(image_id, -1))
+            if image_id in trained:
+                reason = "trained on"
+            elif twin is not None:
+                reason = f"same file as training image {twin} ({self.file_names[twin]})"
+            else:
+                continue
+            found.append(ContaminatedImage(image_id, self.file_names.get(image_id, ""), reason))
+        return found
 
 
 def read_images() -> IndexedImages:
-    """Read the index: captions are trained on but for held-out images', conversations of train.
+    """Read the index.
+
+    Stage 1 trains on the captions of split train except those of held-out images, stage 2 on the
+    conversations of split train.
 
     Raises:
         StageError: A table is missing or damaged.
     """
     captioned = read_caption_examples("train").without(held_out_images())
     conversed = read_conversation_examples("train")
-    trained = {*captioned.image_ids.tolist(), *conversed.image_ids.tolist()}
     table = read_image_columns("image_id", "split", "file_name", "source_xxh3")
-    image_ids, splits, file_names, hashes = (column.to_pylist() for column in table.columns)
-    return IndexedImages(
-        dict(zip(image_ids, splits, strict=True)),
-        dict(zip(image_ids, file_names, strict=True)),
-        dict(zip(image_ids, hashes, strict=True)),
-        trained,
-    )
-
-
-def counts(num_images: int, found: Collection[Contaminated], *, left_out: bool) -> dict[str, Any]:
-    """Return the numbers of eval.json: images, those found, and those left out for it."""
-    return {
-        "images": num_images,
-        "contaminated": len(found),
-        "left_out": len(found) if left_out else 0,
-    }
+    image_ids, *columns = (column.to_pylist() for column in table.columns)
+    splits, file_names, hashes = (dict(zip(image_ids, c, strict=True)) for c in columns)
+    trained = {*captioned.image_ids.tolist(), *conversed.image_ids.tolist()}
+    return IndexedImages(splits, file_names, hashes, trained)

@@ -1,17 +1,22 @@
-"""Asks a model about pictures in all ways of asking, and scores it beside its controls."""
+"""Generates texts under all conditions and scores them, section by section of `eval.json`.
+
+A section holds the scores with the images' own features; under the name of each control it holds
+the control's scores.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from eval.bootstrap import Measure
-from eval.metrics import cider_by_image, exact_match, is_short, token_f1, yes_or_no
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, views
-from eval.scoring.generation_cache import kept
+from eval.metrics import caption_measures, cider_by_image, pope_measures, yes_or_no
+from eval.scoring.answers import answer_measures, answer_score, form_measures, is_short
+from eval.scoring.conditions import conditions
+from eval.scoring.evaluated_models import EvaluatedModel
+from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
-from eval.scoring.measures import answer_measures, caption_measures, form_measures, pope_measures
-from eval.scoring.question_types import question_type
+from eval.scoring.predictions import Prediction
+from eval.scoring.score_names import CONTROLS, SEEN
 from eval.scoring.yes_no import YesNo
 from eval.settings import EvaluateSettings
 from train.data.examples import Question
@@ -21,200 +26,219 @@ from train.model.generate import Generation, generate
 YES_NO_TOKENS = 16
 """Most tokens of a yes-no answer, of which the first sentence alone counts."""
 
+EMPTY_SCORES: dict[str, Any] = {"count": 0, **{control: {"count": 0} for control in CONTROLS}}
+"""The section of a kind without any question."""
+
 Scores = dict[str, Any]
-Made = Mapping[str, Sequence[Generation]]
-"""Way of asking to what came, text by text."""
-MeasuresOf = Callable[[Sequence[str]], Mapping[str, Measure]]
 
 
-@dataclass(frozen=True)
-class Said:
-    """One text that was asked for, and what came in each way of asking."""
-
-    image_id: int
-    question: str
-    """Empty when the model was to go on straight behind the patches."""
-    targets: tuple[str, ...]
-    made: dict[str, Generation]
-    score: float
-    """CIDEr of a caption; exact match of an answer whose target is short, token F1 of another; 1 or
-    0 of yes and no."""
-
-
-def ask_captions(
-    asked: Asked, references: dict[int, list[str]], question: str, settings: EvaluateSettings
-) -> tuple[Scores, list[Said]]:
-    """Let a model caption images.
+def caption_images(
+    model: EvaluatedModel,
+    references: dict[int, list[str]],
+    question: str,
+    settings: EvaluateSettings,
+) -> tuple[Scores, list[Prediction]]:
+    """Let a model caption validation images.
 
     Args:
-        asked: The model.
-        references: Image id to the captions that people wrote; at least one image.
-        question: How it is asked; empty for a model that only captions, which needs no prompt.
+        model: The model.
+        references: Image id to the captions by people.
+        question: The request for a caption; empty for a model that captions without any.
         settings: Limits.
 
     Returns:
-        The scores with those of the controls, and every caption.
+        The section of scores, and the captions.
     """
+    if not references:
+        return EMPTY_SCORES, []
     image_ids = sorted(references)
     prompts = [question_text(question) if question else ""] * len(image_ids)
-    made = _ask(asked, image_ids, prompts, settings.caption_tokens, settings.batch_size)
+    generations = _generate(model, image_ids, prompts, settings.caption_tokens, settings.batch_size)
 
-    def captions(texts: Sequence[str]) -> dict[int, str]:
+    def by_image(texts: Sequence[str]) -> dict[int, str]:
         return dict(zip(image_ids, texts, strict=True))
 
-    scores = _section(
-        made, image_ids, lambda texts: caption_measures(references, captions(texts)), asked.seed
-    )
-    cider = cider_by_image(references, captions(_texts(made[SEEN])))
-    said = [
-        Said(i, question, tuple(references[i]), one, cider[i])
-        for i, one in zip(image_ids, _by_text(made), strict=True)
+    cider = cider_by_image(references, by_image([texts[SEEN].text for texts in generations]))
+    captions = [
+        Prediction(
+            model=model.name,
+            kind="caption",
+            image_id=image_id,
+            split="val",
+            question=question,
+            targets=tuple(references[image_id]),
+            generations=texts,
+            score=cider[image_id],
+        )
+        for image_id, texts in zip(image_ids, generations, strict=True)
     ]
-    return scores, said
+    section = _section(
+        captions, lambda texts: caption_measures(references, by_image(texts)), model.seed
+    )
+    return section, captions
 
 
-def ask_questions(
-    asked: Asked,
+def answer_questions(
+    model: EvaluatedModel,
     questions: Sequence[Question],
     losses: Mapping[str, Losses],
     settings: EvaluateSettings,
-) -> tuple[Scores, list[Said]]:
-    """Ask a model questions, each without the turns before it.
+) -> tuple[Scores, list[Prediction]]:
+    """Let a model answer held-out questions, each without the turns before it.
 
     Args:
-        asked: The model.
-        questions: At least one.
-        losses: Of the right answers, in each way of asking.
+        model: The model.
+        questions: The questions.
+        losses: Condition to the losses of the right answers.
         settings: Limits.
 
     Returns:
-        The scores with those of the controls and of each type of question, and every answer.
+        The section of scores, with a section for each type of question, and the answers.
     """
+    if not questions:
+        return EMPTY_SCORES, []
     image_ids = [question.image_id for question in questions]
     prompts = [question_text(question.question) for question in questions]
-    made = _ask(asked, image_ids, prompts, settings.answer_tokens, settings.batch_size)
-    said = [
-        Said(q.image_id, q.question, (q.answer,), one, _answer_score(q.answer, one[SEEN].text))
-        for q, one in zip(questions, _by_text(made), strict=True)
-    ]
-    scores = _answer_section(said, asked.seed)
-    for view, one in losses.items():
-        section = scores if view == SEEN else scores[view]
-        section["loss"] = one.measure.value
-        section["intervals"]["loss"] = one.measure.interval(one.image_ids, asked.seed)
-    scores["by_type"] = {
-        name: _answer_section(
-            [one for one in said if question_type(one.question) == name], asked.seed
+    generations = _generate(model, image_ids, prompts, settings.answer_tokens, settings.batch_size)
+    answers = [
+        Prediction(
+            model=model.name,
+            kind="answer",
+            image_id=question.image_id,
+            split="holdout",
+            question=question.question,
+            targets=(question.answer,),
+            generations=texts,
+            score=answer_score(question.answer, texts[SEEN].text),
         )
-        for name in sorted({question_type(one.question) for one in said})
+        for question, texts in zip(questions, generations, strict=True)
+    ]
+    section = _answer_section(answers, model.seed)
+    for condition, loss in losses.items():
+        part = section if condition == SEEN else section[condition]
+        part["loss"] = loss.measure.value
+        part["intervals"]["loss"] = loss.measure.interval(loss.image_ids, model.seed)
+    section["by_type"] = {
+        name: _answer_section([a for a in answers if a.question_type == name], model.seed)
+        for name in sorted({answer.question_type for answer in answers})
     }
-    return scores, said
+    return section, answers
 
 
-def ask_pope(
-    asked: Asked, subsets: Mapping[str, Sequence[YesNo]], settings: EvaluateSettings
-) -> tuple[Scores, dict[str, list[Said]]]:
-    """Ask a model yes-no questions about objects; one that stands in several subsets is asked once.
+def answer_yes_no(
+    model: EvaluatedModel,
+    subsets: Mapping[str, Sequence[YesNo]],
+    splits: Mapping[int, str],
+    settings: EvaluateSettings,
+) -> tuple[dict[str, Scores], list[Prediction]]:
+    """Let a model answer yes-no questions about objects.
+
+    A question that stands in several subsets is answered once.
 
     Args:
-        asked: The model.
-        subsets: Name to its questions, at least one.
+        model: The model.
+        subsets: Subset to its questions, at least one.
+        splits: Image id to its split in the index.
         settings: Limits.
 
     Returns:
-        For each subset the scores with those of the controls, and every answer.
+        Subset to its section of scores, and the answers, subset by subset.
     """
     pairs = sorted({(q.image_id, q.question) for qs in subsets.values() for q in qs})
+    if not pairs:
+        return {}, []
     image_ids = [image_id for image_id, _ in pairs]
     prompts = [question_text(question) for _, question in pairs]
-    made = _ask(asked, image_ids, prompts, YES_NO_TOKENS, settings.batch_size)
-    answers = dict(zip(pairs, _by_text(made), strict=True))
-    said = {
-        name: [_yes_no(q, answers[q.image_id, q.question]) for q in questions]
-        for name, questions in subsets.items()
-    }
-    scores = {name: _pope_section(texts, asked.seed) for name, texts in said.items()}
-    return scores, said
+    generations = _generate(model, image_ids, prompts, YES_NO_TOKENS, settings.batch_size)
+    by_pair = dict(zip(pairs, generations, strict=True))
+
+    def answer(subset: str, question: YesNo) -> Prediction:
+        texts = by_pair[question.image_id, question.question]
+        return Prediction(
+            model=model.name,
+            kind="pope",
+            subset=subset,
+            image_id=question.image_id,
+            split=splits.get(question.image_id, ""),
+            question=question.question,
+            targets=(question.label,),
+            generations=texts,
+            score=float(yes_or_no(texts[SEEN].text) == question.label),
+        )
+
+    answers = {name: [answer(name, q) for q in questions] for name, questions in subsets.items()}
+    sections = {name: _yes_no_section(of_subset, model.seed) for name, of_subset in answers.items()}
+    return sections, [answer for of_subset in answers.values() for answer in of_subset]
 
 
-def _yes_no(question: YesNo, made: dict[str, Generation]) -> Said:
-    right = yes_or_no(made[SEEN].text) == question.label
-    return Said(question.image_id, question.question, (question.label,), made, float(right))
+def _generate(
+    model: EvaluatedModel,
+    image_ids: Sequence[int],
+    prompts: Sequence[str],
+    max_tokens: int,
+    batch_size: int,
+) -> list[dict[str, Generation]]:
+    """Generate a text for each prompt under each condition, or take it from the cache.
 
-
-def _answer_score(target: str, answer: str) -> float:
-    return exact_match(target, answer) if is_short(target) else token_f1(target, answer)
-
-
-def _ask(
-    asked: Asked, image_ids: list[int], prompts: Sequence[str], max_tokens: int, batch_size: int
-) -> dict[str, list[Generation]]:
-    made = {}
-    for view in views(asked, image_ids):
-        decides = {
-            "model": asked.identity,
-            "view": view.name,
-            "image_ids": view.image_ids,
+    Returns:
+        For each prompt, its texts by condition.
+    """
+    by_condition = {}
+    for condition in conditions(model, image_ids):
+        cache_key = {
+            "model": model.identity,
+            "condition": condition.name,
+            "image_ids": condition.image_ids,
             "prompts": prompts,
             "max_tokens": max_tokens,
             "batch_size": batch_size,
         }
         make = functools.partial(
             generate,
-            view.model,
-            asked.tokenizer,
-            view.features,
-            view.image_ids,
+            condition.model,
+            model.tokenizer,
+            condition.features,
+            condition.image_ids,
             prompts,
             max_tokens=max_tokens,
             batch_size=batch_size,
-            description=f"{asked.name}, {view.name}",
+            description=f"{model.name}, {condition.name}",
         )
-        made[view.name] = kept(decides, make)
-    return made
+        by_condition[condition.name] = cached(cache_key, make)
+    rows = zip(*by_condition.values(), strict=True)
+    return [dict(zip(by_condition, row, strict=True)) for row in rows]
 
 
-def _answer_section(said: Sequence[Said], seed: int) -> Scores:
-    targets = [one.targets[0] for one in said]
-    scores = _section(
-        _made(said),
-        [one.image_id for one in said],
-        lambda texts: answer_measures(targets, texts),
-        seed,
-    )
-    return scores | {"short_count": sum(map(is_short, targets))}
+def _answer_section(answers: Sequence[Prediction], seed: int) -> Scores:
+    targets = [answer.targets[0] for answer in answers]
+    section = _section(answers, lambda texts: answer_measures(targets, texts), seed)
+    return section | {"short_count": sum(map(is_short, targets))}
 
 
-def _pope_section(said: Sequence[Said], seed: int) -> Scores:
-    labels = [one.targets[0] for one in said]
-    image_ids = [one.image_id for one in said]
-    return _section(_made(said), image_ids, lambda texts: pope_measures(labels, texts), seed)
+def _yes_no_section(answers: Sequence[Prediction], seed: int) -> Scores:
+    labels = [answer.targets[0] for answer in answers]
+    return _section(answers, lambda texts: pope_measures(labels, texts), seed)
 
 
-def _section(made: Made, image_ids: Sequence[int], measures_of: MeasuresOf, seed: int) -> Scores:
-    """Score every way of asking: that with the own features, the controls inside of it."""
-    sections = {
-        view: _scored({**measures_of(_texts(texts)), **form_measures(texts)}, image_ids, seed)
-        for view, texts in made.items()
-    }
-    return sections[SEEN] | {control: sections[control] for control in CONTROLS}
+def _section(
+    predictions: Sequence[Prediction],
+    measures_of: Callable[[Sequence[str]], Mapping[str, Measure]],
+    seed: int,
+) -> Scores:
+    """Score predictions under every condition.
 
+    Args:
+        predictions: At least one.
+        measures_of: Scores the texts of one condition, in the order of the predictions.
+        seed: Seed of the intervals.
+    """
+    image_ids = [prediction.image_id for prediction in predictions]
 
-def _scored(measures: Mapping[str, Measure], image_ids: Sequence[int], seed: int) -> Scores:
-    values: Scores = {name: measure.value for name, measure in measures.items()}
-    intervals = {name: measure.interval(image_ids, seed) for name, measure in measures.items()}
-    return values | {"count": len(image_ids), "intervals": intervals}
+    def scored(condition: str) -> Scores:
+        generations = [prediction.generations[condition] for prediction in predictions]
+        measures = {**measures_of([g.text for g in generations]), **form_measures(generations)}
+        values = {name: measure.value for name, measure in measures.items()}
+        intervals = {name: measure.interval(image_ids, seed) for name, measure in measures.items()}
+        return values | {"count": len(image_ids), "intervals": intervals}
 
-
-def _texts(made: Sequence[Generation]) -> list[str]:
-    return [one.text for one in made]
-
-
-def _by_text(made: Made) -> list[dict[str, Generation]]:
-    """Turn ways of asking with their texts into texts with their ways of asking."""
-    rows = zip(*made.values(), strict=True)
-    return [dict(zip(made, row, strict=True)) for row in rows]
-
-
-def _made(said: Sequence[Said]) -> dict[str, list[Generation]]:
-    return {view: [one.made[view] for one in said] for view in (SEEN, *CONTROLS)}
+    return scored(SEEN) | {control: scored(control) for control in CONTROLS}

@@ -1,7 +1,7 @@
-"""Keeps texts that were generated, until the evaluation they belong to is finished.
+"""Caches generated texts on disk until the evaluation is finished.
 
-A model's texts in one way of asking are minutes to hours of work: an evaluation that was stopped
-makes none of them again. They are found by all that decides them.
+The texts of a model under one condition take minutes to hours, so an evaluation that was stopped
+continues without generating them again. Their key is everything that cache_key them.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from workspace.paths import WORK
 FOLDER = WORK / "evaluate"
 
 
-def kept(decides: dict[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
-    """Return texts that were made before, or make and keep them; damaged ones are made again.
+def cached(cache_key: dict[str, Any], make: Callable[[], list[Generation]]) -> list[Generation]:
+    """Return cached texts; make and cache them if they are missing or damaged.
 
     Args:
-        decides: All that decides the texts; `prompts` has an entry for each.
-        make: Makes them.
+        cache_key: All inputs of the generation, as JSON values; `prompts` has one entry per text.
+        make: Generates the texts.
 
     Raises:
         OSError: The system cannot read or write the file.
     """
-    path = FOLDER / f"{_hash(decides)[:16]}.json"
+    path = FOLDER / f"{_hash(cache_key)[:16]}.json"
     if path.is_file():
         try:
-            return _read(path, len(decides["prompts"]))
+            return _read(path, len(cache_key["prompts"]))
         except StageError as error:
             print(f"{error}; making the texts again", file=sys.stderr)
-    made = make()
-    texts = [dataclasses.asdict(one) for one in made]
+    generations = make()
+    texts = [dataclasses.asdict(generation) for generation in generations]
     write_json(path, {"sha256": _hash(texts), "texts": texts})
-    return made
+    return generations
 
 
 def _read(path: Path, count: int) -> list[Generation]:
@@ -49,16 +49,16 @@ def _read(path: Path, count: int) -> list[Generation]:
         content = json.loads(path.read_bytes())
         texts = content["texts"]
         if _hash(texts) != content["sha256"]:
-            raise ValueError("it does not hold what was written")
+            raise ValueError("its texts do not match their sha256")
         if len(texts) != count:
             raise ValueError(f"wanted {count} texts, found {len(texts)}")
-        return [Generation(**one) for one in texts]
+        return [Generation(**text) for text in texts]
 
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def forget() -> None:
-    """Delete all that is kept: the evaluation is finished."""
+def clear() -> None:
+    """Delete all cached texts."""
     shutil.rmtree(FOLDER, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Losses of right answers, image by image.
+"""Losses of the right answers, image by image, under all conditions.
 
 Letters: R rows, T positions, S supervised tokens.
 """
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from eval.bootstrap import Measure, ratio_of
-from eval.scoring.conditions import Asked, View, views
+from eval.scoring.conditions import Condition, conditions
+from eval.scoring.evaluated_models import EvaluatedModel
 from train.data.examples import Example
 from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
@@ -23,7 +24,7 @@ PASS_TOKENS = 4096
 """Positions of one forward pass, padding included."""
 
 ROW_TOKENS = 1024
-"""Positions of a row, in which images are packed."""
+"""Positions of one packed row."""
 
 STEP_IMAGES = 256
 """Images whose features are in memory at a time."""
@@ -31,7 +32,7 @@ STEP_IMAGES = 256
 
 @dataclass(frozen=True)
 class Losses:
-    """Cross entropy of each image's answers, summed, and the number of their tokens."""
+    """Each image's summed cross entropy over its answers' tokens, and their number."""
 
     image_ids: list[int]
     sums: list[float]
@@ -39,68 +40,74 @@ class Losses:
 
     @property
     def measure(self) -> Measure:
-        """The mean of a token."""
+        """The mean over tokens, in nats."""
         return ratio_of(self.sums, self.num_tokens)
 
 
 def answer_losses(
-    asked: Asked, examples: Sequence[Example], max_text_tokens: int
+    model: EvaluatedModel, examples: Sequence[Example], max_text_tokens: int
 ) -> dict[str, Losses]:
-    """Return the losses of the right answers, in each way of asking.
+    """Return the losses of the right answers under each condition; nothing without examples.
 
     Args:
-        asked: The model.
+        model: The model.
         examples: Images with their conversations.
-        max_text_tokens: Longest conversation; the turns behind it are left out.
+        max_text_tokens: Longest conversation; the turns beyond it are left out.
 
     Raises:
-        StageError: No other image, no answer within `max_text_tokens`, or a loss that is no number.
+        StageError: The store has no other image, `max_text_tokens` cuts off every answer, or a loss
+            is not finite.
     """
-    kept = [e for e in examples if _num_target_tokens(e, asked, max_text_tokens)]
-    if not kept:
+    if not examples:
+        return {}
+    fitting = [e for e in examples if _num_target_tokens(e, model, max_text_tokens)]
+    if not fitting:
         raise StageError(
             f"evaluate.max_text_tokens: {max_text_tokens} cuts off every answer of "
             f"{len(examples)} images. Raise it."
         )
     losses = {}
-    for view in views(asked, [example.image_id for example in kept]):
-        losses[view.name] = _losses(asked, view, kept, max_text_tokens)
-        if not math.isfinite(losses[view.name].measure.value):
+    for condition in conditions(model, [example.image_id for example in fitting]):
+        of_condition = _losses(model, condition, fitting, max_text_tokens)
+        if not math.isfinite(of_condition.measure.value):
             raise StageError(
-                f"{asked.name}: the loss of the answers ({view.name}) is not finite. Weights or "
-                f"features are damaged: run the {asked.name} stage again."
+                f"{model.name}: the loss of the answers ({condition.name}) is not finite. Weights "
+                f"or features are damaged: run the {model.name} stage again."
             )
+        losses[condition.name] = of_condition
     return losses
 
 
-def _losses(asked: Asked, view: View, examples: Sequence[Example], max_text_tokens: int) -> Losses:
-    # Shown features go with the texts of another image.
-    shown = [Example(i, e.texts) for i, e in zip(view.image_ids, examples, strict=True)]
-    of_image: dict[int, tuple[float, int]] = {}
+def _losses(
+    model: EvaluatedModel, condition: Condition, examples: Sequence[Example], max_text_tokens: int
+) -> Losses:
+    # Each image's texts stand behind the features that the condition shows for it.
+    shown = [Example(i, e.texts) for i, e in zip(condition.image_ids, examples, strict=True)]
+    by_image: dict[int, tuple[float, int]] = {}
     for start in range(0, len(shown), STEP_IMAGES):
         step = build_step(
             shown[start : start + STEP_IMAGES],
-            asked.tokenizer,
-            view.features,
+            model.tokenizer,
+            condition.features,
             pass_tokens=PASS_TOKENS,
             row_tokens=ROW_TOKENS,
             max_text_tokens=max_text_tokens,
-            device=view.model.device,
+            device=condition.model.device,
         )
         for batch in step.batches:
-            of_image |= _losses_by_image(view.model, batch.to(view.model.device))
-    sums, counts = zip(*(of_image[i] for i in view.image_ids), strict=True)
+            by_image |= _losses_by_image(condition.model, batch.to(condition.model.device))
+    sums, counts = zip(*(by_image[i] for i in condition.image_ids), strict=True)
     return Losses([example.image_id for example in examples], list(sums), list(counts))
 
 
-def _num_target_tokens(example: Example, asked: Asked, max_text_tokens: int) -> int:
-    texts = tokenize(example.texts, asked.tokenizer, max_text_tokens)
+def _num_target_tokens(example: Example, model: EvaluatedModel, max_text_tokens: int) -> int:
+    texts = tokenize(example.texts, model.tokenizer, max_text_tokens)
     return sum(text.num_target_tokens for text in texts)
 
 
 @torch.inference_mode()
 def _losses_by_image(model: CaptionModel, batch: PackedBatch) -> dict[int, tuple[float, int]]:
-    """Return the summed loss of each image of a forward pass, and its number of tokens."""
+    """Return each image's summed loss and number of tokens."""
     model.eval()
     images_S = _images_of_targets(batch)
     losses_S = model.token_losses(batch).double()
@@ -111,7 +118,7 @@ def _losses_by_image(model: CaptionModel, batch: PackedBatch) -> dict[int, tuple
 
 
 def _images_of_targets(batch: PackedBatch) -> Tensor:
-    """Return which of the batch's images each supervised token belongs to: int64 [S]."""
+    """Return the image of each supervised token, as an index of the batch's images: int64 [S]."""
     num_images_R = batch.image_numbers.amax(1) + 1
     before_R = num_images_R.cumsum(0) - num_images_R
     images_RT = torch.where(

@@ -1,7 +1,7 @@
 """Runs the programs of the official COCO caption evaluation: its tokenizer, METEOR and SPICE.
 
-They are Java programs, which pycocoevalcap brings and calls. SPICE needs Stanford CoreNLP besides:
-pycocoevalcap fetches it at first use and keeps it in its own folder.
+pycocoevalcap ships these Java programs and calls them. SPICE also needs Stanford CoreNLP, which
+pycocoevalcap downloads into its own folder at first use.
 """
 
 import shutil
@@ -24,30 +24,30 @@ from cache.files.foreign import reading_foreign_file
 from workspace.errors import StageError
 
 CORENLP = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-"""What SPICE needs and pycocoevalcap does not bring."""
+"""Files that SPICE needs and pycocoevalcap does not ship."""
 
-FETCH_SECONDS = 30
-"""How long a server may be silent."""
+DOWNLOAD_TIMEOUT = 30
+"""Seconds without an answer after which a download is given up."""
 
 Tokens = dict[int, list[str]]
-"""Image id to captions, tokens parted by spaces."""
+"""Image id to captions, whose tokens are separated by spaces."""
 
 
 @dataclass(frozen=True)
-class Official:
-    """What the official programs say."""
+class OfficialScores:
+    """The scores of the official programs, and the reasons for those that are missing."""
 
     scores: dict[str, float]
-    """By name: those of `eval.metrics.score_captions`, and METEOR and SPICE, from 0 to 1."""
+    """The scores of `eval.metrics.score_captions`, and METEOR and SPICE, which go from 0 to 1."""
     missing: dict[str, str]
-    """Score that could not be had to the reason."""
+    """Name of a score to the reason why it could not be computed."""
 
 
 def check_java() -> None:
-    """Refuse to go on without Java.
+    """Check that Java is installed.
 
     Raises:
-        SettingsError: No `java` on PATH.
+        SettingsError: There is no `java` on PATH.
     """
     if shutil.which("java") is None:
         raise SettingsError(
@@ -59,15 +59,15 @@ def check_java() -> None:
 
 def score_officially(
     references: Mapping[int, Sequence[str]], candidates: Mapping[int, str]
-) -> Official:
-    """Score one caption an image with the official programs.
+) -> OfficialScores:
+    """Score one caption per image with the official programs.
 
     Args:
-        references: For each image id, at least one caption that a person wrote.
-        candidates: For each of the same image ids, the caption to score.
+        references: Image id to at least one caption by a person.
+        candidates: Image id to the caption to score, for the same images.
 
     Raises:
-        StageError: The tokenizer failed, without which there is no score.
+        StageError: The tokenizer failed, so that no score could be computed.
     """
     wanted = tokenize(references)
     found = tokenize({image_id: [candidates[image_id]] for image_id in references})
@@ -75,29 +75,30 @@ def score_officially(
     scores = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
     missing = {}
     programs: dict[str, Callable[[Tokens, Tokens], float]] = {
-        "ROUGE-L": rouge,
-        "CIDEr": cider,
+        "ROUGE-L": lambda wanted, found: float(Rouge().compute_score(wanted, found)[0]),
+        # A ValueError if no reference has a word.
+        "CIDEr": lambda wanted, found: float(Cider().compute_score(wanted, found)[0]),
         "METEOR": meteor,
         "SPICE": spice_f,
     }
     for name, program in programs.items():
         try:
-            # A Java program that ends early, or a fetch that fails, is an exception of any kind.
+            # A Java program that ends early and a failed download raise exceptions of any kind.
             with reading_foreign_file(StageError):
                 scores[name] = program(wanted, found)
         except (StageError, OSError) as error:
             missing[name] = str(error)
-    return Official(scores, missing)
+    return OfficialScores(scores, missing)
 
 
 def tokenize(captions: Mapping[int, Sequence[str]]) -> Tokens:
     """Split captions as the official evaluation does, in order of image id.
 
     Raises:
-        StageError: The Java program gave other captions back than it was given.
+        StageError: The Java program failed, or returned another number of captions.
     """
     # The Java program ends a caption at a carriage return, a form feed, U+2028 and the like; all
-    # captions behind would go to the wrong images.
+    # later captions would go to the wrong images.
     given = {
         image_id: [{"caption": " ".join(caption.split())} for caption in captions[image_id]]
         for image_id in sorted(captions)
@@ -114,20 +115,6 @@ def tokenize(captions: Mapping[int, Sequence[str]]) -> Tokens:
     return tokens
 
 
-def rouge(wanted: Tokens, found: Tokens) -> float:
-    """Return ROUGE-L of captions with the same image ids."""
-    return float(Rouge().compute_score(wanted, found)[0])
-
-
-def cider(wanted: Tokens, found: Tokens) -> float:
-    """Return CIDEr of captions with the same image ids.
-
-    Raises:
-        ValueError: No reference has a word.
-    """
-    return float(Cider().compute_score(wanted, found)[0])
-
-
 def meteor(wanted: Tokens, found: Tokens) -> float:
     """Return METEOR of captions with the same image ids."""
     program = Meteor()
@@ -135,7 +122,7 @@ def meteor(wanted: Tokens, found: Tokens) -> float:
         with program.meteor_p:
             return float(program.compute_score(wanted, found)[0])
     finally:
-        # Its destructor takes the lock too, and would wait for ever for what an error left taken.
+        # An error leaves the lock taken, and the program's destructor would wait for it forever.
         if program.lock.locked():
             program.lock.release()
 
@@ -144,11 +131,11 @@ def spice_f(wanted: Tokens, found: Tokens) -> float:
     """Return SPICE of captions with the same image ids.
 
     Raises:
-        StageError: What it needs is not there and cannot be fetched, or its program failed.
+        StageError: CoreNLP is missing and cannot be downloaded, or the Java program failed.
     """
     folder = Path(spice.__file__).parent / "lib"
     try:
-        with reading_foreign_file(StageError), silence_limited(FETCH_SECONDS):
+        with reading_foreign_file(StageError), socket_timeout(DOWNLOAD_TIMEOUT):
             program = spice.Spice()
     except (StageError, OSError) as error:
         raise StageError(
@@ -159,15 +146,14 @@ def spice_f(wanted: Tokens, found: Tokens) -> float:
         return float(program.compute_score(wanted, found)[0])
     except subprocess.CalledProcessError as error:
         raise StageError(
-            f"its Java program ended with exit code {error.returncode}, and what it printed "
-            f"stands above. It was written for Java 8; {' and '.join(CORENLP)} in {folder} must "
-            f"be whole"
+            f"its Java program ended with exit code {error.returncode}; its output stands above. "
+            f"It was written for Java 8, and {' and '.join(CORENLP)} in {folder} must be intact"
         ) from None
 
 
 @contextmanager
-def silence_limited(seconds: float) -> Iterator[None]:
-    """Give up on a server that says nothing for so long; urllib's own limit is none."""
+def socket_timeout(seconds: float) -> Iterator[None]:
+    """Set the timeout of new sockets; urllib itself waits forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

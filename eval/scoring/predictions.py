@@ -1,18 +1,22 @@
-"""Everything that was said: as a table, as COCO results, as the examples of the page."""
+"""Predictions: the texts that the models generated, and the files that hold them."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.files.atomic import write_bytes, write_json
-from eval.report.gallery import Example, Kind
-from eval.scoring.conditions import CONTROLS, SEEN
-from eval.scoring.generation import Said
 from eval.scoring.question_types import question_type
+from eval.scoring.score_names import CONTROLS, SEEN
+from train.model.generate import Generation
+
+Kind = Literal["caption", "answer", "pope"]
+
+FINETUNE = "finetune"
+"""The model whose captions are the COCO results."""
 
 SCHEMA = pa.schema(
     [
@@ -31,82 +35,72 @@ SCHEMA = pa.schema(
         *((f"{control}_prediction", pa.string()) for control in CONTROLS),
     ]
 )
-
-BOTH_STAGES = "finetune"
-"""Name of the model whose texts the page and the COCO results show."""
+"""Columns of `reports/predictions.parquet`."""
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Rows of the table, in the order in which things were asked."""
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a model generated for one question about one image, under each condition."""
 
-    splits: Mapping[int, str]
-    """Image id to train or val."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    model: str
+    """The stage that made the model."""
+    kind: Kind
+    subset: str = ""
+    """Subset of a yes-no question."""
+    image_id: int
+    split: str
+    """val of a caption, holdout of an answer, else the image's split in the index."""
+    question: str
+    """Empty where the model continued straight after the patches."""
+    targets: tuple[str, ...]
+    generations: dict[str, Generation]
+    """By condition."""
+    score: float
+    """CIDEr of a caption; exact match of an answer with a short target, token F1 of other answers;
+    1 or 0 of yes and no."""
 
-    def add(self, said: Sequence[Said], *, model: str, kind: Kind, subset: str = "") -> None:
-        """Add what a model said.
+    @property
+    def seen(self) -> Generation:
+        """The text that the model generated with the image's own features."""
+        return self.generations[SEEN]
 
-        Args:
-            said: Its texts.
-            model: The stage that made it.
-            kind: Of text; answers are to questions about held-out images of split train.
-            subset: Of yes-no questions.
-        """
-        for one in said:
-            self.rows.append(
-                {
-                    "model": model,
-                    "kind": kind,
-                    "subset": subset,
-                    "image_id": one.image_id,
-                    "split": self._split(kind, one.image_id),
-                    "question": one.question,
-                    "question_type": question_type(one.question) if kind == "answer" else "",
-                    "targets": list(one.targets),
-                    "prediction": one.made[SEEN].text,
-                    "num_tokens": one.made[SEEN].num_tokens,
-                    "stopped": one.made[SEEN].stopped,
-                    "score": one.score,
-                    **{f"{control}_prediction": one.made[control].text for control in CONTROLS},
-                }
-            )
+    @property
+    def question_type(self) -> str:
+        """The type of the question of an answer; empty for other kinds."""
+        return question_type(self.question) if self.kind == "answer" else ""
 
-    def _split(self, kind: Kind, image_id: int) -> str:
-        known: dict[Kind, str] = {"caption": "val", "answer": "holdout"}
-        return known.get(kind) or self.splits.get(image_id, "")
+    def row(self) -> dict[str, Any]:
+        """Return the row of the table, keyed as `SCHEMA`."""
+        return {
+            "model": self.model,
+            "kind": self.kind,
+            "subset": self.subset,
+            "image_id": self.image_id,
+            "split": self.split,
+            "question": self.question,
+            "question_type": self.question_type,
+            "targets": list(self.targets),
+            "prediction": self.seen.text,
+            "num_tokens": self.seen.num_tokens,
+            "stopped": self.seen.stopped,
+            "score": self.score,
+            **{f"{control}_prediction": self.generations[control].text for control in CONTROLS},
+        }
 
-    def write_table(self, path: Path) -> None:
-        """Write one row a text."""
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), buffer)
-        write_bytes(path, memoryview(buffer.getvalue()))
 
-    def write_coco_results(self, path: Path) -> None:
-        """Write the captions of the fine-tuned model as the COCO evaluation takes them."""
-        results = [
-            {"image_id": row["image_id"], "caption": row["prediction"]}
-            for row in self.rows
-            if (row["model"], row["kind"]) == (BOTH_STAGES, "caption")
-        ]
-        write_json(path, results)
+def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write the table of all predictions."""
+    table = pa.Table.from_pylist([prediction.row() for prediction in predictions], schema=SCHEMA)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_bytes(path, memoryview(buffer.getvalue()))
 
-    def examples(self) -> list[Example]:
-        """Return what the fine-tuned model said as examples of the page."""
-        return [
-            Example(
-                image_id=row["image_id"],
-                kind=row["kind"],
-                split=row["split"],
-                question="" if row["kind"] == "caption" else row["question"],
-                question_type=row["subset"] or row["question_type"],
-                targets=tuple(row["targets"]),
-                prediction=row["prediction"],
-                blind_prediction=row["blind_prediction"],
-                score=row["score"],
-                num_tokens=row["num_tokens"],
-                stopped=row["stopped"],
-            )
-            for row in self.rows
-            if row["model"] == BOTH_STAGES
-        ]
+
+def write_coco_results(path: Path, predictions: Sequence[Prediction]) -> None:
+    """Write the captions of the fine-tuned model in COCO's results format."""
+    results = [
+        {"image_id": prediction.image_id, "caption": prediction.seen.text}
+        for prediction in predictions
+        if (prediction.model, prediction.kind) == (FINETUNE, "caption")
+    ]
+    write_json(path, results)

@@ -1,8 +1,7 @@
 """Splits captions into the tokens that the official COCO caption evaluation counts.
 
 Follows the Stanford PTB tokenizer of CoreNLP 3.4.1 (lower case, punctuation removed), which the
-official evaluation runs in Java; the rules here were found by comparing outputs. It does not
-score: that is `eval.metrics`.
+official evaluation runs in Java; the rules were found by comparing outputs.
 """
 
 import re
@@ -21,8 +20,8 @@ _REPLACEMENTS = {
 }
 _REPLACED = re.compile("|".join(map(re.escape, _REPLACEMENTS)))
 
-# Characters that the Java program cannot tokenize and leaves out, which then part words:
-# everything beyond the basic plane (emoji), joiners, variation selectors, late currency signs.
+# Characters that the Java program drops, which then separate words: everything beyond the basic
+# plane (emoji), joiners, variation selectors, late currency signs.
 _LOST = re.compile(
     r"[\U00010000-\U0010ffff\u200b-\u200f\ufe00-\ufe0f\ufeff\u20a9\u20ab\u20ad-\u20bf]"
 )
@@ -37,7 +36,7 @@ _ABBREVIATIONS = (
 )
 _CAPITAL_ABBREVIATIONS = "Ark|Az|Del|Ill|La|Mass|Miss|Ore|Pa|Tex|Wash"
 
-# After a lone letter these open a new sentence, so that the full stop is no part of the letter.
+# A full stop between a lone letter and one of these words ends a sentence, not an abbreviation.
 _SENTENCE_STARTERS = (
     "A|About|According|Additionally|After|An|As|At|But|He|Her|Here|However|If|In|It|Many|More|"
     "Now|Once|One|Other|Our|She|Since|So|Some|Such|That|The|Their|Then|There|These|They|This|We|"
@@ -57,7 +56,7 @@ _COMPOUNDS = (
     r"\([0-9]{2,3}\) ?[0-9]{3,4}[- ]?[0-9]{3,5}",
     r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}(?!\d)",
     r"(?:\d{1,4}[- ])?\d{1,4}\\?/\d{1,4}(?![\w/-])",
-    # Stops and commas may stand before the first hyphen: 1,000-pound.
+    # Full stops and commas may come before the first hyphen: 1,000-pound.
     rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:-[A-Za-z0-9]+)+(?![\w'/&])(?!-{_ALNUM})",
 )
 _CONTRACTIONS = (
@@ -88,7 +87,7 @@ _WORDS = (
     r"[?!]+|-{5,}|_+|\*+|#+|@+|<<|>>",
     r"\S",
 )
-# The Java program takes the longest match, `re` the first: the order puts the longer ones first.
+# The Java program takes the longest match, `re` the first, so longer patterns come first.
 _TOKEN = re.compile(
     "|".join(
         f"(?:{pattern})"
@@ -106,22 +105,21 @@ _PUNCTUATION = frozenset("'`\"“”«»\u2039\u203a.?!,:;" + _HYPHENS)
 def tokenize_caption(caption: str) -> list[str]:
     """Split one caption into tokens.
 
-    White space of any kind is one separator, so a line break inside a caption cannot shift the
-    captions after it as it does in the Java program.
+    A line break counts as a space, while the Java program would start the next caption there.
 
     Args:
-        caption: A caption as a person or a model wrote it, of any length, possibly empty.
+        caption: Any text, possibly empty.
 
     Returns:
-        Tokens in lower case, without punctuation. A whole number and its fraction are one token
-        with a no-break space inside, as in the original.
+        Tokens in lower case, without punctuation. A number and its fraction are one token with a
+        no-break space inside, as in the original.
     """
     text = " ".join(caption.split())
     text = _REPLACED.sub(lambda match: _REPLACEMENTS[match[0]], text)
     text = " ".join(_LOST.sub(" ", text).split())
     tokens = (match[0] for match in _TOKEN.finditer(text))
-    return [_written(token) for token in tokens if token not in _PUNCTUATION]
+    return [_normalized(token) for token in tokens if token not in _PUNCTUATION]
 
 
-def _written(token: str) -> str:
+def _normalized(token: str) -> str:
     return token.lower().translate(_SPELLINGS)

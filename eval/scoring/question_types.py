@@ -1,4 +1,4 @@
-"""Sorts questions by how they begin, as VQA does (Antol et al. 2015, arXiv 1505.00468)."""
+"""Sorts questions by their first words, as VQA does (Antol et al. 2015, arXiv 1505.00468)."""
 
 import re
 
@@ -17,7 +17,7 @@ TYPES = {
     "you (?:describe|explain)",
     "what": "what(?:'s)?|what's|whats",
 }
-"""Type to the words that its questions begin with; the longest beginning decides."""
+"""Type to the first words of its questions; the longest match decides."""
 
 _BEGINNINGS = {name: re.compile(rf"(?:{words})\b", re.IGNORECASE) for name, words in TYPES.items()}
 
@@ -25,7 +25,7 @@ _BEGINNINGS = {name: re.compile(rf"(?:{words})\b", re.IGNORECASE) for name, word
 def question_type(question: str) -> str:
     """Return the type of a question: a key of `TYPES`, or `OTHER`.
 
-    Words before a comma, as in "In the picture, what ...", are passed over.
+    Words before a comma are skipped, as in "In the picture, what ...".
     """
     types = (_longest(part.strip()) for part in question.split(","))
     return next((found for found in types if found != OTHER), OTHER)

@@ -1,4 +1,4 @@
-"""Chooses what a model is asked: validation images, held-out questions, yes-no questions.
+"""Chooses the evaluation set: validation images, held-out questions, yes-no questions.
 
 Images that were trained on are found here, and left out unless the settings keep them.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
-from eval.scoring.contamination import Contaminated, counts, read_images
+from eval.scoring.contamination import ContaminatedImage, read_images
 from eval.scoring.yes_no import YesNo, read_pope
 from eval.settings import EvaluateSettings
 from train.data.examples import (
@@ -26,43 +26,48 @@ from train.data.examples import (
 from train.data.prompts import encode, question_text
 from workspace.errors import StageError
 
-KINDS = ("captions", "answers", "pope")
-
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Work:
-    """Everything that is asked, and what is not and why."""
+class EvaluationSet:
+    """The images and questions of an evaluation, and the counts of those left out.
+
+    The dictionaries by kind have the keys captions, answers and pope.
+    """
 
     references: dict[int, list[str]]
-    """Captions that people wrote of validation images, by image id."""
+    """Validation image to its captions by people."""
     questions: list[Question]
-    """About held-out images."""
+    """Questions about held-out images."""
     examples: list[Example]
     """The images of the questions with their whole conversations."""
     pope: dict[str, list[YesNo]]
-    """Subset to its questions."""
+    """Subset to its yes-no questions."""
     num_too_long: int
-    """Questions that are left out because they alone exceed `max_text_tokens`."""
+    """Questions left out because they alone exceed `max_text_tokens`."""
     without_features: dict[str, int]
-    """For each of `KINDS`, images that have no features in the store."""
+    """Kind to the number of its images without features in the store."""
     num_images: dict[str, int]
-    """For each of `KINDS`, images that could be asked about."""
-    contaminated: dict[str, list[Contaminated]]
-    """For each of `KINDS`, those of them that were trained on."""
-    left_out: bool
-    """Whether those are left out."""
+    """Kind to the number of its images in the index."""
+    contaminated: dict[str, list[ContaminatedImage]]
+    """Kind to its images that were trained on."""
+    excludes_contaminated: bool
+    """Whether the images that were trained on are left out."""
     splits: dict[int, str]
     """Image id to train or val, of all images."""
     file_names: dict[int, str]
-    """Image id to the name of its file in the index, of all images."""
+    """Image id to file name in the index, of all images."""
 
     def contamination_counts(self) -> dict[str, Any]:
-        """Return the section of eval.json."""
+        """Return section `contamination` of eval.json."""
         return {
-            kind: counts(self.num_images[kind], self.contaminated[kind], left_out=self.left_out)
-            for kind in KINDS
+            kind: {
+                "images": self.num_images[kind],
+                "contaminated": len(found),
+                "left_out": len(found) if self.excludes_contaminated else 0,
+            }
+            for kind, found in self.contaminated.items()
         }
 
     def contamination_list(self) -> dict[str, list[dict[str, Any]]]:
@@ -70,13 +75,13 @@ class Work:
         return {kind: list(map(asdict, found)) for kind, found in self.contaminated.items()}
 
 
-def choose_work(
+def choose_evaluation_set(
     settings: EvaluateSettings,
     store: FeatureStore,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-) -> Work:
-    """Read the index and choose what is asked, by the seed alone.
+) -> EvaluationSet:
+    """Read the index and choose images and questions, by the seed alone.
 
     Raises:
         StageError: A table is missing or damaged, most images have no features, or every question
@@ -91,39 +96,39 @@ def choose_work(
         "pope": sorted({question.image_id for qs in pope.values() for question in qs}),
     }
     images = read_images()
-    contaminated = {kind: images.trained_on(ids[kind]) for kind in KINDS}
-    shut_out: dict[str, set[int]] = {
-        kind: {one.image_id for one in found} if settings.exclude_contaminated else set()
+    contaminated = {kind: images.trained_on(image_ids) for kind, image_ids in ids.items()}
+    excluded: dict[str, set[int]] = {
+        kind: {image.image_id for image in found} if settings.exclude_contaminated else set()
         for kind, found in contaminated.items()
     }
-    captioned_here = with_features(captioned, store, "captions of split val")
-    held_out_here = with_features(held_out, store, "conversations of split holdout")
-    has_features = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
-    pope_ids = {i for i, there in zip(ids["pope"], has_features, strict=True) if there}
-    all_questions = _questions(held_out_here.without(shut_out["answers"]), settings)
-    askable = _not_too_long(all_questions, tokenizer, settings.max_text_tokens)
-    questions = choose(askable, settings.questions, seed)
-    return Work(
-        references=_references(captioned_here.without(shut_out["captions"]), settings, seed),
+    captioned_stored = with_features(captioned, store, "captions of split val")
+    held_out_stored = with_features(held_out, store, "conversations of split holdout")
+    is_stored = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
+    pope_stored = {i for i, stored in zip(ids["pope"], is_stored, strict=True) if stored}
+    all_questions = _questions(held_out_stored.without(excluded["answers"]), settings)
+    fitting = _not_too_long(all_questions, tokenizer, settings.max_text_tokens)
+    questions = choose(fitting, settings.questions, seed)
+    return EvaluationSet(
+        references=_references(captioned_stored.without(excluded["captions"]), settings, seed),
         questions=questions,
-        examples=held_out_here.only({question.image_id for question in questions})[:],
-        pope=_pope(pope, pope_ids - shut_out["pope"], settings, seed),
-        num_too_long=len(all_questions) - len(askable),
+        examples=held_out_stored.only({question.image_id for question in questions})[:],
+        pope=_pope(pope, pope_stored - excluded["pope"], settings, seed),
+        num_too_long=len(all_questions) - len(fitting),
         without_features={
-            "captions": len(captioned) - len(captioned_here),
-            "answers": len(held_out) - len(held_out_here),
-            "pope": len(ids["pope"]) - len(pope_ids),
+            "captions": len(captioned) - len(captioned_stored),
+            "answers": len(held_out) - len(held_out_stored),
+            "pope": len(ids["pope"]) - len(pope_stored),
         },
-        num_images={kind: len(ids[kind]) for kind in KINDS},
+        num_images={kind: len(image_ids) for kind, image_ids in ids.items()},
         contaminated=contaminated,
-        left_out=settings.exclude_contaminated,
+        excludes_contaminated=settings.exclude_contaminated,
         splits=images.splits,
         file_names=images.file_names,
     )
 
 
 def choose(items: Sequence[Item], most: int, seed: int) -> list[Item]:
-    """Return up to so many items, chosen by the seed alone, in their order."""
+    """Return at most so many items, chosen by the seed alone, in their order."""
     order = np.random.default_rng(seed).permutation(len(items))[:most]
     return [items[number] for number in sorted(order)]
 
@@ -136,27 +141,31 @@ def _references(examples: Examples, settings: EvaluateSettings, seed: int) -> di
 
 
 def _questions(examples: Examples, settings: EvaluateSettings) -> list[Question]:
-    """Read questions; one that asks for a caption is none: captions are scored as captions."""
-    known = set(examples.image_ids.tolist())
+    """Read the held-out questions, except the caption request, which is scored as a caption."""
+    image_ids = set(examples.image_ids.tolist())
     return [
         question
         for question in read_questions("holdout")
-        if question.image_id in known and question.question != settings.caption_question
+        if question.image_id in image_ids and question.question != settings.caption_question
     ]
 
 
 def _not_too_long(
     questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> list[Question]:
-    """Leave out what would fill the memory: a batch is as long as its longest prompt."""
+    """Leave out long questions: a batch is as long as its longest prompt, and could fill memory."""
     prompts = encode([question_text(question.question) for question in questions], tokenizer)
-    kept = [q for q, prompt in zip(questions, prompts, strict=True) if len(prompt) <= max_tokens]
-    if questions and not kept:
+    fitting = [
+        question
+        for question, prompt in zip(questions, prompts, strict=True)
+        if len(prompt) <= max_tokens
+    ]
+    if questions and not fitting:
         raise StageError(
             f"evaluate.max_text_tokens: each of {len(questions)} questions has more than "
             f"{max_tokens} tokens. Raise it."
         )
-    return kept
+    return fitting
 
 
 def _pope(
@@ -165,10 +174,10 @@ def _pope(
     settings: EvaluateSettings,
     seed: int,
 ) -> dict[str, list[YesNo]]:
-    """Choose images, each with all its questions, so that yes and no stay balanced."""
+    """Choose images of each subset, each with all its questions: yes and no stay balanced."""
     chosen = {}
     for name, questions in subsets.items():
-        asked_about = sorted({q.image_id for q in questions if q.image_id in image_ids})
-        images = set(choose(asked_about, settings.pope_images, seed))
+        available = sorted({q.image_id for q in questions if q.image_id in image_ids})
+        images = set(choose(available, settings.pope_images, seed))
         chosen[name] = [question for question in questions if question.image_id in images]
     return {name: questions for name, questions in chosen.items() if questions}

@@ -1,4 +1,4 @@
-"""Reads the yes-no questions about objects that the index stage made and collected."""
+"""Reads the index's table of yes-no questions about objects."""
 
 from dataclasses import dataclass
 
@@ -17,28 +17,28 @@ SCHEMA = pa.schema(
         ("subset", pa.string()),
     ]
 )
-"""What is read of the table."""
+"""The columns that are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class YesNo:
-    """A question about an image whose right answer is the label, yes or no."""
+    """A question about an image, and its right answer: the label, yes or no."""
 
     image_id: int
     question: str
     label: str
     question_id: str
-    """Unique over all subsets; of YES_NO_QUESTIONS's own questions, the subset and their number."""
+    """Unique over all subsets."""
 
 
 def read_pope() -> dict[str, list[YesNo]]:
     """Return the questions of each subset, in the table's order.
 
     Returns:
-        Nothing if there is no table: an index made by an older version has none.
+        Nothing without a table: an index of an earlier version has none.
 
     Raises:
-        StageError: The table is damaged, or another one.
+        StageError: The table is damaged, or has other columns.
     """
     if not YES_NO_QUESTIONS.exists():
         return {}
@@ -50,8 +50,7 @@ def read_pope() -> dict[str, list[YesNo]]:
     for row in rows:
         if row["label"] not in ("yes", "no"):
             raise refuse(f"column label holds {row['label'][:20]!r}, wanted yes or no")
-    questions = [(row.pop("subset"), YesNo(**row)) for row in rows]
     subsets: dict[str, list[YesNo]] = {}
-    for subset, question in questions:
-        subsets.setdefault(subset, []).append(question)
+    for row in rows:
+        subsets.setdefault(row.pop("subset"), []).append(YesNo(**row))
     return subsets

@@ -185,25 +185,25 @@ def test_settings_and_scores_of_every_experiment_are_listed(checkout, experiment
 
 def test_compare_names_the_setting_of_the_sweep_and_no_other(swept):
     assert differing_settings(swept.compared) == [["finetune.learning_rate", "0.001", "0.004"]]
-    names = [line.split()[0] for line in swept.compared.splitlines()]
+    names = [line.split()[0] for line in swept.compared.splitlines() if line]
     assert "finetune.validation_loss" in names
     assert not any(name.startswith("pretrain.") for name in names)
 
 
 def test_compare_takes_a_revision_without_a_run_for_a_mistake(checkout, experiment):
-    done = run(checkout, "train.compare", "HEAD~1", experiment.name)
+    done = run(checkout, "eval.compare", "HEAD~1", experiment.name)
     assert done.returncode == 1
     assert done.stderr.startswith("error: HEAD~1 has no metrics")
     assert done.stderr.count("\n") == 1
 
 
 def test_compare_shows_the_workspace_beside_an_experiment(checkout, swept):
-    done = run(checkout, "train.compare", "workspace", "sweep-1")
+    done = run(checkout, "eval.compare", "workspace", "sweep-1")
     assert differing_settings(done.stdout) == [["finetune.learning_rate", "0.002", "0.001"]]
 
 
 def test_compare_of_no_revision_is_one_line(checkout):
-    done = run(checkout, "train.compare", "nowhere", "HEAD")
+    done = run(checkout, "eval.compare", "nowhere", "HEAD")
     assert done.returncode == 2
     assert "error: nowhere is neither a folder nor a revision" in done.stderr
     assert done.stderr.count("\n") == 1

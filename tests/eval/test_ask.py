@@ -15,7 +15,7 @@ from cache.errors import MissingImageError, SettingsError, SpecMismatchError
 from eval.ask import main
 from eval.chat.answering import TOP_P, cached_features, stream_answer
 from eval.chat.encoder import RunEncoder, read_picture
-from eval.trained import load_run
+from eval.runs import load_run
 from tests.eval.picture_world import LIMITS, TRAIN, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text

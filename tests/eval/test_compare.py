@@ -1,4 +1,4 @@
-"""What `python -m eval.compare` prints for two evaluations."""
+"""What `python -m eval.compare` prints for two evaluations, and for two run directories."""
 
 import copy
 import json
@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache.errors import SettingsError
-from eval.compare import EXAMPLES, compare, lie_apart, pair_texts
-from eval.evaluation import COLUMNS, read_evaluation
+from eval.compare import SHOWN_TEXTS, compare, lie_apart, pair_texts
+from eval.snapshots import COLUMNS, flatten, read_predictions, read_snapshot
 from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 
+TITLES = ("settings", "metrics", "scores", "controls", "evaluation", "provenance")
 SCORES = {
     "captions": {
         "CIDEr": 0.8,
@@ -68,14 +69,27 @@ def changed(*path, value):
 
 def printed(capsys, left, right):
     """The lines, with one space between the columns."""
-    compare(left, right)
+    compare(left, str(right))
     return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
+def parts_of(capsys, left, right):
+    """The lines of each part of the table."""
+    parts, title = {}, ""
+    for line in printed(capsys, left, right)[1:]:
+        if line in TITLES:
+            title = line
+        elif title not in parts or not parts[title][-1].endswith("equal"):
+            parts.setdefault(title, []).append(line)
+    return parts
 
 
 def test_an_evaluation_and_its_copy_differ_in_nothing(capsys, tmp_path, left):
     shutil.copytree(left, tmp_path / "copy")
     lines = printed(capsys, left, str(tmp_path / "copy"))
-    assert lines[1] == "4 scores equal"
+    assert lines[1:7] == [
+        "scores", "4 scores equal", "controls", "2 scores equal", "evaluation", "0 facts equal",
+    ]  # fmt: skip
     assert lines[-1].startswith("finetune, caption: 0 texts differ, 1 are equal, 0 only in")
 
 
@@ -83,21 +97,21 @@ def test_a_score_stands_beside_the_other_with_its_interval(capsys, tmp_path, lef
     right = write(tmp_path / "right", changed("captions", "CIDEr", value=0.85))
     lines = printed(capsys, left, right)
     assert lines[0] == f"{left} {right} second - first"
-    assert lines[1:3] == ["captions.CIDEr 0.8 [0.7, 0.9] 0.85 [0.7, 0.9] +0.05", "3 scores equal"]
+    assert lines[2:4] == ["captions.CIDEr 0.8 [0.7, 0.9] 0.85 [0.7, 0.9] +0.05", "3 scores equal"]
 
 
 def test_a_mark_says_that_intervals_do_not_overlap(capsys, tmp_path, left):
     random = {"accuracy": 0.8, "intervals": {"accuracy": [0.71, 0.9]}}
     right = write(tmp_path / "right", changed("pope", "random", value=random))
     lines = printed(capsys, left, right)
-    assert lines[1] == "pope.random.accuracy 0.6 [0.5, 0.7] 0.8 [0.71, 0.9] +0.2 *"
+    assert lines[2] == "pope.random.accuracy 0.6 [0.5, 0.7] 0.8 [0.71, 0.9] +0.2 *"
     assert "* the 95 % intervals do not overlap" in lines
 
 
 def test_the_same_score_with_another_interval_is_shown(capsys, tmp_path, left):
     right = write(tmp_path / "right", changed("captions", "intervals", "CIDEr", value=[0.75, 0.85]))
     lines = printed(capsys, left, right)
-    assert lines[1] == "captions.CIDEr 0.8 [0.7, 0.9] 0.8 [0.75, 0.85] +0"
+    assert lines[2] == "captions.CIDEr 0.8 [0.7, 0.9] 0.8 [0.75, 0.85] +0"
 
 
 @pytest.mark.parametrize(
@@ -121,33 +135,41 @@ def test_an_evaluation_without_intervals_is_compared_without_marks(capsys, tmp_p
     lines = printed(capsys, left, right)
     assert "captions.CIDEr 0.8 [0.7, 0.9] 3 +2.2" in lines
     assert "captions.stop_rate 1 [1, 1] -" in lines
-    assert f"{right} has no intervals: what is chance in it is not known" in lines
+    assert f"{right} has no intervals: its scores may differ by chance" in lines
 
 
-def test_controls_are_left_to_the_other_command(capsys, tmp_path, left):
+def test_scores_of_controls_stand_apart(capsys, tmp_path, left):
     right = write(tmp_path / "right", changed("captions", "blind", "CIDEr", value=0.7))
-    assert printed(capsys, left, right)[1] == "4 scores equal"
+    parts = parts_of(capsys, left, right)
+    assert parts["scores"] == ["4 scores equal"]
+    assert parts["controls"][0].startswith("captions.blind.CIDEr 0.1 [0.05, 0.2] 0.7")
 
 
-def test_what_was_scored_is_no_score(capsys, tmp_path):
-    of_run = {
-        name: SCORES
-        | {
-            "weights_sha256": {"pretrain": {"projector.safetensors": name}},
-            "contamination": {"captions": {"images": number}},
-        }
+def test_scored_weights_and_contamination_are_no_scores(capsys, tmp_path):
+    names = [
+        write(
+            tmp_path / name,
+            SCORES
+            | {
+                "weights_sha256": {"pretrain": {"projector.safetensors": name}},
+                "contamination": {"captions": {"images": number}},
+            },
+        )
         for number, name in enumerate(("one", "other"))
-    }
-    one, other = (write(tmp_path / name, scores) for name, scores in of_run.items())
-    lines = printed(capsys, one, other)
-    assert not [line for line in lines if "projectors" in line or "contamination" in line]
-    assert "4 scores equal" in lines
+    ]
+    parts = parts_of(capsys, *names)
+    assert parts["scores"] == ["4 scores equal"]
+    assert parts["evaluation"] == [
+        "weights_sha256.pretrain.projector.safetensors one other",
+        "contamination.captions.images 0 1",
+        "0 facts equal",
+    ]
 
 
 def test_no_number_equals_no_number(capsys, tmp_path):
     nothing = changed("captions", "CIDEr", value=float("nan"))
     names = [write(tmp_path / name, nothing) for name in ("one", "other")]
-    assert printed(capsys, *names)[1] == "4 scores equal"
+    assert parts_of(capsys, *names)["scores"] == ["4 scores equal"]
 
 
 def examples(capsys, tmp_path, ours, theirs):
@@ -180,7 +202,7 @@ def test_the_largest_difference_of_the_scores_comes_first_and_no_more_than_so_ma
     lines = examples(capsys, tmp_path, ours, theirs)
     assert lines[0].startswith("finetune, caption: 13 texts differ")
     gaps[3] = 0.0
-    wanted = sorted(range(13), key=lambda number: -gaps[number])[:EXAMPLES]
+    wanted = sorted(range(13), key=lambda number: -gaps[number])[:SHOWN_TEXTS]
     assert [line for line in lines if "image" in line] == [f"image {n}" for n in wanted]
 
 
@@ -234,34 +256,35 @@ def test_what_steers_a_terminal_is_spelled_out(capsys, tmp_path):
 
 def test_a_workspace_and_its_reports_are_the_same_evaluation(tmp_path):
     reports = write(tmp_path / "reports", rows=[text("a dog", 2.5)])
-    workspace, folder = read_evaluation(str(tmp_path)), read_evaluation(reports)
-    assert workspace.predictions == folder.predictions == [text("a dog", 2.5)]
+    workspace, folder = read_snapshot(str(tmp_path)), read_snapshot(reports)
+    for snapshot in (workspace, folder):
+        assert read_predictions(snapshot) == [text("a dog", 2.5)]
     assert workspace.scores == folder.scores
-    assert folder.scores["captions.intervals.CIDEr.1"] == 0.9
+    assert folder.intervals["captions.CIDEr"] == (0.7, 0.9)
 
 
 def test_predictions_without_subsets_are_read(tmp_path):
     names = [name for name in COLUMNS.names if name != "subset"]
     schema = pa.schema([COLUMNS.field(name) for name in names] + [("stopped", pa.bool_())])
     folder = write(tmp_path, rows=[text("a dog", 2.5, stopped=True)], schema=schema)
-    assert read_evaluation(folder).predictions == [text("a dog", 2.5)]
+    assert read_predictions(read_snapshot(folder)) == [text("a dog", 2.5)]
 
 
 def test_a_folder_without_an_evaluation_is_named(tmp_path, left):
-    with pytest.raises(SettingsError, match=rf"{tmp_path} has no evaluation: neither reports/eval"):
+    with pytest.raises(SettingsError, match=rf"{tmp_path} is no run and no eval"):
         compare(left, str(tmp_path))
 
 
 def test_missing_predictions_are_named(left):
     (Path(left) / "predictions.parquet").unlink()
-    with pytest.raises(StageError, match=r"left/predictions\.parquet is missing: try `dvc pull`"):
+    with pytest.raises(StageError, match=r"left/predictions\.parquet cannot be read.*`dvc pull`"):
         compare(left, left)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00", b"7", b"[" * 100_000])
 def test_damaged_scores_are_named(left, content):
     (Path(left) / "eval.json").write_bytes(content)
-    with pytest.raises(StageError, match=r"left/eval\.json is damaged"):
+    with pytest.raises(StageError, match=r"left: eval\.json is damaged"):
         compare(left, left)
 
 
@@ -277,6 +300,157 @@ def test_damaged_predictions_are_named(left):
         pq.write_table(table, path)
         with pytest.raises(StageError, match=r"predictions\.parquet is damaged, or no table"):
             compare(left, left)
+
+
+SETTINGS = {
+    "seed": 0,
+    "fetch": {"files": []},
+    "finetune": {"learning_rate": 2e-3, "lora": {"r": 16, "alpha": 32}},
+}
+METRICS = {"steps": 836, "loss": 0.2361449, "validation_loss": None}
+PROVENANCE = {"git_commit": "a" * 40, "versions": {"torch": "2.15.0"}, "device": "CPU, 1 threads"}
+
+
+def write_run(folder, settings=SETTINGS, metrics=METRICS, provenance=PROVENANCE):
+    folder.mkdir(parents=True)
+    files = {"params.yaml": settings, "metrics.json": metrics, "provenance.json": provenance}
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values))
+    return str(folder)
+
+
+@pytest.fixture
+def left_run(tmp_path):
+    return write_run(tmp_path / "left")
+
+
+def test_a_run_and_its_copy_differ_in_nothing(capsys, tmp_path, left_run):
+    shutil.copytree(left_run, tmp_path / "copy")
+    assert parts_of(capsys, left_run, tmp_path / "copy") == {
+        "settings": ["5 settings equal"],
+        "metrics": ["3 metrics equal"],
+        "provenance": ["3 other facts equal"],
+    }
+
+
+def test_the_setting_that_differs_is_named_and_no_other(capsys, tmp_path, left_run):
+    lora = SETTINGS["finetune"]["lora"] | {"r": 64}
+    settings = SETTINGS | {"finetune": SETTINGS["finetune"] | {"lora": lora}}
+    right = write_run(tmp_path / "right", settings=settings)
+    assert parts_of(capsys, left_run, right)["settings"] == [
+        "finetune.lora.r 16 64",
+        "4 settings equal",
+    ]
+
+
+def test_metrics_are_shown_with_their_difference(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right", metrics=METRICS | {"steps": 800, "loss": 0.25})
+    assert parts_of(capsys, left_run, right)["metrics"] == [
+        "steps 836 800 -36",
+        "loss 0.23614 0.25 +0.013855",
+        "1 metrics equal",
+    ]
+
+
+def test_what_only_one_run_has_is_a_dash_on_the_other_side(capsys, tmp_path, left_run):
+    metrics = {"steps": 836, "loss": 0.2361449, "stop_rate": 1.0}
+    right = write_run(tmp_path / "right", metrics=metrics)
+    assert parts_of(capsys, left_run, right)["metrics"] == [
+        "validation_loss null -",
+        "stop_rate - 1",
+        "2 metrics equal",
+    ]
+
+
+def test_a_number_and_none_have_no_difference(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right", metrics=METRICS | {"validation_loss": 0.5})
+    assert "validation_loss null 0.5" in parts_of(capsys, left_run, right)["metrics"]
+
+
+def test_not_a_number_is_the_same_metric(capsys, tmp_path):
+    runs = [write_run(tmp_path / name, metrics={"loss": float("nan")}) for name in ("one", "two")]
+    assert parts_of(capsys, *runs)["metrics"] == ["1 metrics equal"]
+
+
+def test_one_and_one_point_zero_are_the_same_setting(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right", settings=SETTINGS | {"seed": 0.0})
+    assert parts_of(capsys, left_run, right)["settings"] == ["5 settings equal"]
+
+
+def test_another_commit_is_shown_short(capsys, tmp_path, left_run):
+    provenance = PROVENANCE | {"git_commit": "b" * 40 + "+changes"}
+    right = write_run(tmp_path / "right", provenance=provenance)
+    assert parts_of(capsys, left_run, right)["provenance"] == [
+        f"git_commit {'a' * 12} {'b' * 12}+changes",
+        "2 other facts equal",
+    ]
+
+
+def test_a_fact_that_steers_a_terminal_is_spelled_out(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right", provenance=PROVENANCE | {"device": "\x1b[31m"})
+    assert parts_of(capsys, left_run, right)["provenance"][0].endswith(r" '\x1b[31m'")
+
+
+def test_columns_are_aligned(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right", metrics=METRICS | {"steps": 8, "loss": 0.25})
+    compare(left_run, right)
+    head, *lines = [line for line in capsys.readouterr().out.splitlines() if "equal" not in line]
+    metrics = lines[lines.index("metrics") + 1 :][:2]
+    for column in (left_run, right, "second - first"):
+        assert {line[head.index(column) + len(column) - 1] == " " for line in metrics} == {False}
+    assert {len(line) for line in (head, *metrics)} == {len(head)}
+
+
+def test_flattening_keeps_every_value_and_the_order():
+    values = {"a": {"b": 1, "c": {"d": [2, {"e": 3}]}}, "f": [], "g": {}, "h": None}
+    assert list(flatten(values, "x.").items()) == [
+        ("x.a.b", 1),
+        ("x.a.c.d.0", 2),
+        ("x.a.c.d.1.e", 3),
+        ("x.f", []),
+        ("x.g", {}),
+        ("x.h", None),
+    ]
+
+
+def test_a_run_without_metrics_is_named(tmp_path, left_run):
+    right = write_run(tmp_path / "right")
+    (tmp_path / "right/metrics.json").unlink()
+    with pytest.raises(StageError, match=r"right has no metrics: wanted metrics\.json"):
+        compare(left_run, right)
+
+
+def test_a_run_without_provenance_is_compared(capsys, tmp_path, left_run):
+    right = write_run(tmp_path / "right")
+    (tmp_path / "right/provenance.json").unlink()
+    assert "device CPU, 1 threads -" in parts_of(capsys, left_run, right)["provenance"]
+
+
+@pytest.mark.parametrize("name", ["params.yaml", "metrics.json", "provenance.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe\x00", b"7"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, left_run, name, content):
+    right = write_run(tmp_path / "right")
+    (tmp_path / "right" / name).write_bytes(content)
+    with pytest.raises(StageError, match=rf"right: {name} is damaged"):
+        compare(left_run, right)
+
+
+def test_a_run_directory_is_compared_with_another_one_only(left_run):
+    with pytest.raises(SettingsError, match=r"left is a run directory, and HEAD is none"):
+        compare(left_run, "HEAD")
+
+
+def test_workspaces_are_compared_in_runs_and_scores(capsys, tmp_path):
+    for name, loss in (("one", 0.5), ("other", 0.25)):
+        write_run(tmp_path / name / "runs/pretrain", metrics={"loss": loss})
+        write(tmp_path / name / "reports", changed("captions", "CIDEr", value=loss))
+        (tmp_path / name / "params.yaml").write_text(f"seed: {loss}")
+    parts = parts_of(capsys, str(tmp_path / "one"), tmp_path / "other")
+    assert tuple(parts) == TITLES
+    assert parts["settings"][0] == "seed 0.5 0.25"
+    assert parts["metrics"][0] == "pretrain.loss 0.5 0.25 -0.25"
+    assert parts["scores"][0] == "captions.CIDEr 0.5 [0.7, 0.9] 0.25 [0.7, 0.9] -0.25"
+    assert parts["provenance"] == ["3 other facts equal"]
 
 
 def run(folder, *arguments):
@@ -297,6 +471,8 @@ def git(folder, *arguments):
 
 def test_revisions_the_workspace_and_folders_are_compared_with_one_another(tmp_path):
     git(tmp_path, "init")
+    # This repository has a folder of the name that DVC gives to the checked-out files.
+    (tmp_path / "workspace").mkdir()
     assert run(tmp_path, "dvc", "init", "--quiet").returncode == 0
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     reports = tmp_path / "reports"
@@ -311,7 +487,7 @@ def test_revisions_the_workspace_and_folders_are_compared_with_one_another(tmp_p
         done = run(tmp_path, "eval.compare", *pair)
         assert done.returncode == 0, done.stderr
         lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-        assert lines[1] == "captions.CIDEr 0.5 [0.5, 0.5] 0.75 [0.75, 0.75] +0.25 *"
+        assert "captions.CIDEr 0.5 [0.5, 0.5] 0.75 [0.75, 0.75] +0.25 *" in lines
         assert lines[-2:] == [f"{pair[0]} 0.5 text 0", f"{pair[1]} 0.75 text 1"]
     nowhere = run(tmp_path, "eval.compare", "HEAD", "nowhere")
     assert nowhere.returncode == 2
@@ -319,5 +495,23 @@ def test_revisions_the_workspace_and_folders_are_compared_with_one_another(tmp_p
     shutil.rmtree(tmp_path / ".dvc/cache")
     lost = run(tmp_path, "eval.compare", "HEAD~1", ".")
     assert lost.returncode == 1
-    assert lost.stderr.startswith("error: HEAD~1: reports/predictions.parquet cannot be read")
+    assert lost.stderr.startswith("error: HEAD~1/reports/predictions.parquet cannot be read")
+    assert "captions.CIDEr" in lost.stdout, "the scores are printed before"
     assert lost.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("right", "exit_code"), [("nowhere", 2), (".", 2), ("unfinished", 1)])
+def test_a_mistake_is_one_line(left_run, right, exit_code, tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/params.yaml").write_text("seed: 0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.compare", left_run, right],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (exit_code, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

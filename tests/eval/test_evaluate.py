@@ -15,10 +15,11 @@ import eval.evaluate
 from cache.errors import PatchcacheError, SettingsError, SpecMismatchError
 from cache.files.atomic import sha256_of
 from eval.evaluate import evaluate
-from eval.metrics import exact_match
-from eval.random_tower import WARNING
-from eval.scoring.conditions import CONTROLS, Noise, other_images
+from eval.score_warnings import RANDOM_TOWER
+from eval.scoring.answers import exact_match
+from eval.scoring.conditions import Noise, other_images
 from eval.scoring.predictions import SCHEMA
+from eval.scoring.score_names import CONTROLS
 from tests.conftest import sign_weights
 from tests.eval.report.report_page import Page
 from train.data.examples import read_questions
@@ -285,16 +286,16 @@ def test_a_tower_of_random_weights_is_said_before_any_score(world, capsys, where
     if not scored:
         write_index(world, captions=[], conversations=[])
     evaluate(world.params(**random_tower(world, where)))
-    assert capsys.readouterr().out.splitlines()[0] == f"warning:  {WARNING}"
+    assert capsys.readouterr().out.splitlines()[0] == f"warning:  {RANDOM_TOWER}"
     texts = Page(PAGE.read_text()).texts
-    assert texts[texts.index("Scores and controls") + 1] == WARNING
+    assert texts[texts.index("Scores and controls") + 1] == RANDOM_TOWER
 
 
 @pytest.mark.parametrize("encoder", [None, {"pretrained": "openai"}, {}, [], 5, "random"])
 def test_of_any_other_tower_nothing_is_said(world, capsys, encoder):
     evaluate(world.params(encoder=encoder))
     assert "random" not in capsys.readouterr().out
-    assert WARNING not in PAGE.read_text()
+    assert RANDOM_TOWER not in PAGE.read_text()
 
 
 @pytest.mark.parametrize("content", [None, "a: [", "5"])
@@ -323,14 +324,14 @@ def test_the_page_holds_everything_it_shows(world):
     assert "2.500 at step 2" in page
 
 
-def test_the_summary_names_scores_blind_scores_and_the_page(world, capsys):
+def test_the_summary_names_scores_their_control_and_the_page(world, capsys):
     write_pope(ASKED)
     evaluate(world.params())
     captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(blind \d\.\d{3}\)", captions)
-    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(blind \d\.\d{3}\)", answers)
-    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(blind \d\.\d{3}\)", popular)
-    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(blind \d\.\d{3}\)", random)
+    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(wrong image \d\.\d{3}\)", captions)
+    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(wrong image \d\.\d{3}\)", answers)
+    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", popular)
+    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", random)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
 
 
@@ -516,7 +517,7 @@ def test_a_damaged_run_is_one_line_and_found_before_a_model_runs(world, monkeypa
     path.unlink()
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(StageError, match=f"runs/finetune/{name}: .*Run the finetune") as caught:
+    with pytest.raises(StageError, match=f"runs/finetune/{name}: .*Run the ") as caught:
         evaluate(world.params())
     assert one_line(caught)
 
@@ -601,7 +602,7 @@ def test_a_store_of_one_image_has_no_control(world, make_store):
     shutil.rmtree("data/features")
     shutil.move(make_store([112]).root, "data/features")
     write_index(world, captions=[(112, "a cat")], conversations=[])
-    with pytest.raises(StageError, match="holds one image, so there is none for the blind"):
+    with pytest.raises(StageError, match="holds one image"):
         evaluate(world.params())
 
 
@@ -657,7 +658,7 @@ def test_questions_are_asked_without_the_turns_before_them(world, monkeypatch):
 
 def test_a_damaged_adapter_is_found_before_anything_is_asked(world, monkeypatch):
     cut(Path("runs/finetune/adapter/adapter_model.safetensors"))
-    monkeypatch.setattr(eval.evaluate, "ask_captions", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(eval.evaluate, "answer_losses", lambda *_: pytest.fail("asked"))
     sign_weights("runs/finetune")
     with pytest.raises(StageError, match="no adapter for this model"):
         evaluate(world.params())
@@ -773,7 +774,7 @@ def test_an_evaluation_that_was_stopped_makes_no_finished_text_again(world, monk
 def test_what_was_made_of_something_else_is_not_taken(world, monkeypatch, change):
     evaluate(world.params())
     wanted = TABLE.read_bytes()
-    monkeypatch.setattr("eval.evaluate.forget", lambda: None)
+    monkeypatch.setattr("eval.scoring.generation_cache.clear", lambda: None)
     other = {"seed": {"seed": 5}, "limit": {"evaluate": {"caption_tokens": 3}}}
     other |= {"prompt": {"evaluate": {"caption_question": "where is it"}}}
     if change in ("projector", "adapter"):
@@ -796,7 +797,7 @@ def test_a_run_that_learned_from_other_features_is_not_scored(world, monkeypatch
     path = Path("runs/pretrain/provenance.json")
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"features_fingerprint": "0" * 64}))
-    words = "pretrain/provenance.json: the run learned from features of fingerprint 000000000000"
+    words = "runs/pretrain learned from those of 000000000000"
     with pytest.raises(SpecMismatchError, match=words) as caught:
         evaluate(world.params())
     assert one_line(caught)

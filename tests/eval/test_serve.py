@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 
 from cache.files.scratch import LOCK, PREFIX
 from eval.chat.answering import stream_answer
-from eval.trained import load_run
+from eval.runs import load_run
 from tests.browser import visited
 from tests.eval.picture_world import LIMITS, VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from cache.errors import PatchcacheError
+from eval.compare import compare
 from eval.runs import read_history
 from eval.score import read_captions
 from pipeline.extract import extract
 from pipeline.index import index
 from tests.pipeline.test_index import Workspace as IndexWorkspace
-from train.compare import compare
 from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
 from workspace.settings import Params
@@ -131,7 +131,7 @@ def test_a_file_of_a_run_and_of_a_call(tmp_path, monkeypatch, name, kind):
     for other in ("params.yaml", "metrics.json"):
         (folder / other).write_text('{"seed": 1}')
     put(kind, folder / name)
-    readers = {"history.csv": lambda: read_history("pretrain")}
+    readers = {"history.csv": lambda: read_history(folder)}
     readers["captions.json"] = lambda: read_captions(folder / name)
     compared = str(folder)
     check_refused(readers.get(name, lambda: compare(compared, compared)), name)

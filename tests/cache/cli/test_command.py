@@ -176,7 +176,7 @@ def test_every_command_has_the_same_frame():
 
 
 def test_commands_were_found():
-    assert {"pipeline.extract", "cache.verify", "train.compare", "demo.world"} <= set(COMMANDS)
+    assert {"pipeline.extract", "cache.verify", "eval.compare", "demo.world"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

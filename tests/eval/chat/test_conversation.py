@@ -9,9 +9,9 @@ import pytest
 from eval.chat.answering import stream_answer
 from eval.chat.conversation import ChatHandlers
 from eval.chat.encoder import RunEncoder
+from eval.runs import load_run
 from eval.server.pictures import PagePictures
 from eval.server.sessions import session_of
-from eval.trained import load_run
 from tests.eval.picture_world import LIMITS, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 

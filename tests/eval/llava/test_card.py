@@ -9,7 +9,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from eval.llava.card import model_card, read_score_rows
-from eval.random_tower import WARNING
+from eval.score_warnings import RANDOM_TOWER
 from tests.eval.llava.test_processor import spec
 from workspace.errors import StageError
 
@@ -157,11 +157,11 @@ def test_random_weights_of_the_tower_are_warned_of_beneath_the_title(run, scores
     encoder = VALUES["encoder"] | {"pretrained": "random"}
     text = card(run(encoder=encoder, scores=scores))
     title = "# ViT-B-32-quickgelu with microsoft/phi-2"
-    assert f"{title}\n\n**{WARNING}**\n\nA vision-language model" in text
+    assert f"{title}\n\n**{RANDOM_TOWER}**\n\nA vision-language model" in text
 
 
 def test_other_towers_get_no_warning(run):
-    assert WARNING not in card(run())
+    assert RANDOM_TOWER not in card(run())
 
 
 def test_settings_without_a_source_of_data_name_none(run):

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from eval.report.gallery import Example
+from eval.report.gallery import GalleryText
 from eval.report.page import render_report
 
 HOSTILE = (
@@ -70,7 +70,7 @@ def example(image_id, score, **changes):
         "num_tokens": 3,
         "stopped": True,
     }
-    return Example(image_id=image_id, score=score, **(fields | changes))
+    return GalleryText(image_id=image_id, score=score, **(fields | changes))
 
 
 def render(**changes):

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from eval.report.cards import headline, judge, score_cards
-from eval.report.scores import VIEWS, bars_of
+from eval.report.scores import LABELS, bars_of
 from tests.eval.report.report_page import LOW, render, section
 
 SEEN = (0.9, 0.8, 1.0)
@@ -26,7 +26,7 @@ def test_a_better_score_with_a_separate_interval_beats_a_control():
     ],
 )
 def test_a_control_that_is_not_beaten_is_named(control, measured, reason):
-    name = VIEWS[control].sentence
+    name = LABELS[control].sentence
     verdict = judge(section("CIDEr", SEEN, **(LOW | {control: measured})), "CIDEr")
     assert verdict.state == "bad"
     assert verdict.text.startswith(f"Does NOT beat the {name} ({reason}). Beats the ")

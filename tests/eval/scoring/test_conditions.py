@@ -4,7 +4,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, Noise, other_images, views
+from eval.scoring.conditions import Noise, conditions, other_images
+from eval.scoring.evaluated_models import EvaluatedModel
+from eval.scoring.score_names import CONDITIONS
 from workspace.errors import StageError
 
 STORE = SimpleNamespace(image_ids=np.arange(100, 140), root="data/features")
@@ -32,9 +34,9 @@ def test_a_single_image_gets_another_one_of_the_store(image_id):
     assert other in STORE.image_ids
 
 
-def test_a_store_of_one_image_has_no_blind_control(make_store):
+def test_a_store_of_one_image_has_no_wrong_image_control(make_store):
     store = make_store([7])
-    with pytest.raises(StageError, match="holds one image, so there is none for the blind"):
+    with pytest.raises(StageError, match="holds one image"):
         other_images([7, 7], store)
 
 
@@ -42,10 +44,10 @@ def test_no_images_have_no_others():
     assert other_images([], STORE) == {}
 
 
-def test_the_four_ways_of_asking_differ_in_one_thing_each(store):
-    asked = Asked("x", "model", "untrained", None, store, 3, "x")
-    seen, blind, noise, untrained = views(asked, [139, 100, 139])
-    assert (SEEN, *CONTROLS) == tuple(view.name for view in (seen, blind, noise, untrained))
+def test_the_four_conditions_differ_in_one_thing_each(store):
+    model = EvaluatedModel("x", "model", "untrained", None, store, 3, "x")
+    seen, blind, noise, untrained = conditions(model, [139, 100, 139])
+    assert tuple(condition.name for condition in (seen, blind, noise, untrained)) == CONDITIONS
     assert (seen.model, seen.features, seen.image_ids) == ("model", store, [139, 100, 139])
     assert (blind.model, blind.features, blind.image_ids) == ("model", store, [100, 139, 100])
     assert (noise.model, noise.image_ids) == ("model", [139, 100, 139])

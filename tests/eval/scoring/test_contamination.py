@@ -3,7 +3,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from eval.scoring.contamination import Contaminated, IndexedImages, counts, read_images
+from eval.scoring.contamination import ContaminatedImage, IndexedImages, read_images
 from workspace.errors import StageError
 
 
@@ -12,16 +12,16 @@ def test_an_image_is_found_by_its_id_and_by_its_file():
     names = {number: f"{number}.jpg" for number in splits}
     images = IndexedImages(splits, names, {1: 10, 2: 20, 3: 10, 4: 40, 5: 20, 6: 20}, {1, 2, 5, 7})
     assert images.trained_on([6, 3, 2, 4, 3, 7, 99]) == [
-        Contaminated(2, "2.jpg", "trained on"),
-        Contaminated(3, "3.jpg", "same file as training image 1 (1.jpg)"),
-        Contaminated(6, "6.jpg", "same file as training image 2 (2.jpg)"),
-        Contaminated(7, "7.jpg", "trained on"),
+        ContaminatedImage(2, "2.jpg", "trained on"),
+        ContaminatedImage(3, "3.jpg", "same file as training image 1 (1.jpg)"),
+        ContaminatedImage(6, "6.jpg", "same file as training image 2 (2.jpg)"),
+        ContaminatedImage(7, "7.jpg", "trained on"),
     ]
 
 
 def test_an_image_that_the_index_does_not_know_has_no_name():
     images = IndexedImages({}, {}, {}, {1})
-    assert images.trained_on([1]) == [Contaminated(1, "", "trained on")]
+    assert images.trained_on([1]) == [ContaminatedImage(1, "", "trained on")]
 
 
 def test_nothing_is_found_where_nothing_is_shared():
@@ -45,7 +45,7 @@ def test_the_same_file_under_another_id_is_found_in_the_index(world):
     rows[13]["source_xxh3"] = rows[5]["source_xxh3"]
     pq.write_table(type(table).from_pylist(rows, table.schema), "data/index/images.parquet")
     assert read_images().trained_on([112, 113, 114]) == [
-        Contaminated(113, "113.jpg", "same file as training image 105 (105.jpg)")
+        ContaminatedImage(113, "113.jpg", "same file as training image 105 (105.jpg)")
     ]
 
 
@@ -57,12 +57,3 @@ def test_a_missing_or_damaged_table_is_named(world):
     path.unlink()
     with pytest.raises(StageError, match=r"images.parquet: .*Run the index stage"):
         read_images()
-
-
-@pytest.mark.parametrize(("left_out", "wanted"), [(True, 1), (False, 0)])
-def test_counts_say_what_was_left_out(left_out, wanted):
-    assert counts(9, [Contaminated(1, "1.jpg", "x")], left_out=left_out) == {
-        "images": 9,
-        "contaminated": 1,
-        "left_out": wanted,
-    }

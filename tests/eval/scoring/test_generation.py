@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 import eval.scoring.generation
-from eval.metrics import rouge_l, score_captions, score_pope
-from eval.scoring.conditions import CONTROLS, SEEN, Asked, other_images
-from eval.scoring.generation import ask_captions, ask_pope, ask_questions
+from eval.metrics import score_captions, score_pope
+from eval.scoring.answers import rouge_l
+from eval.scoring.conditions import other_images
+from eval.scoring.evaluated_models import EvaluatedModel
+from eval.scoring.generation import answer_questions, answer_yes_no, caption_images
 from eval.scoring.losses import Losses
+from eval.scoring.score_names import CONDITIONS, CONTROLS, SEEN
 from eval.scoring.yes_no import YesNo
 from train.data.examples import Question
 from train.data.prompts import question_text
@@ -30,7 +33,7 @@ QUESTIONS = [
 
 @pytest.fixture
 def say(monkeypatch):
-    """Put a speaker in place of the model, that looks at the image and at nothing else."""
+    """Replace the model with one whose text depends on the image alone."""
 
     def say(texts):
         calls = []
@@ -52,27 +55,26 @@ def said(text, num_tokens=3, stopped=True):
 @pytest.fixture
 def nobody(store, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return Asked("nobody", None, None, None, store, 0, "nobody")
+    return EvaluatedModel("nobody", None, None, None, store, 0, "nobody")
 
 
-WAYS = (SEEN, *CONTROLS)
 ONE_LOSS = Losses([139, 100], [3.0, 2.0], [4, 1])
 
 
-def ask_all(asked, settings, questions=QUESTIONS):
-    return ask_questions(asked, questions, dict.fromkeys(WAYS, ONE_LOSS), settings)
+def ask_all(evaluated, settings, questions=QUESTIONS):
+    return answer_questions(evaluated, questions, dict.fromkeys(CONDITIONS, ONE_LOSS), settings)
 
 
 def shown(ids, store):
-    """The images whose features are shown in each way of asking."""
+    """The images whose features are shown under each condition."""
     others = other_images(ids, store)
     return [ids, [others[i] for i in ids], ids, ids]
 
 
-def test_captions_are_scored_for_their_own_image_and_blind_for_another(say, nobody, store, limits):
+def test_captions_are_scored_with_their_own_image_and_with_another(say, nobody, store, limits):
     texts = {i: said(references[-1]) for i, references in REFERENCES.items()}
     calls = say(texts)
-    scores, captions = ask_captions(nobody, REFERENCES, "", limits(caption_tokens=9))
+    scores, captions = caption_images(nobody, REFERENCES, "", limits(caption_tokens=9))
     ids, others = sorted(REFERENCES), other_images(list(REFERENCES), store)
     assert [call[0] for call in calls] == shown(ids, store)
     for _, prompts, settings in calls:
@@ -85,7 +87,10 @@ def test_captions_are_scored_for_their_own_image_and_blind_for_another(say, nobo
     assert scores["CIDEr"] > 10 * blind["CIDEr"]
     for caption in captions:
         i = caption.image_id
-        assert (caption.made[SEEN], caption.made["blind"]) == (texts[i], texts[others[i]])
+        assert (caption.generations[SEEN], caption.generations["blind"]) == (
+            texts[i],
+            texts[others[i]],
+        )
         assert caption.targets == tuple(REFERENCES[i])
         assert caption.question == ""
     assert [c.image_id for c in captions] == ids
@@ -94,9 +99,9 @@ def test_captions_are_scored_for_their_own_image_and_blind_for_another(say, nobo
 
 def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, limits):
     say({i: said(references[-1]) for i, references in REFERENCES.items()})
-    captions, _ = ask_captions(nobody, REFERENCES, "", limits())
+    captions, _ = caption_images(nobody, REFERENCES, "", limits())
     answers, _ = ask_all(nobody, limits())
-    pope, _ = ask_pope(nobody, POPE, limits())
+    pope, _ = answer_yes_no(nobody, POPE, {}, limits())
     for scores, extra in (
         (captions, set()),
         (answers, {"by_type", "short_count"}),
@@ -114,12 +119,12 @@ def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, 
 
 def test_a_caption_that_is_asked_for_is_asked_as_in_training(say, nobody, limits):
     calls = say({i: said("a cat") for i in REFERENCES})
-    _, captions = ask_captions(nobody, REFERENCES, "What is it", limits())
+    _, captions = caption_images(nobody, REFERENCES, "What is it", limits())
     assert [prompts for _, prompts, _ in calls] == [[question_text("What is it")] * 4] * 4
     assert {caption.question for caption in captions} == {"What is it"}
 
 
-def test_answers_are_scored_for_their_own_image_and_blind_for_another(say, nobody, store, limits):
+def test_answers_are_scored_with_their_own_image_and_with_another(say, nobody, store, limits):
     texts = {139: said("A red cat!"), 100: said("the blue boat")}
     calls = say(texts)
     scores, answers = ask_all(nobody, limits(answer_tokens=7))
@@ -137,8 +142,12 @@ def test_answers_are_scored_for_their_own_image_and_blind_for_another(say, nobod
         (q.image_id, q.question, (q.answer,)) for q in QUESTIONS
     ]
     assert [a.score for a in answers] == [1, 0, 0]
-    assert [a.made[SEEN].text for a in answers] == ["A red cat!", "the blue boat", "A red cat!"]
-    assert [a.made["blind"].text for a in answers] == [
+    assert [a.generations[SEEN].text for a in answers] == [
+        "A red cat!",
+        "the blue boat",
+        "A red cat!",
+    ]
+    assert [a.generations["blind"].text for a in answers] == [
         "the blue boat",
         "A red cat!",
         "the blue boat",
@@ -182,7 +191,7 @@ POPE = {
 
 def test_yes_no_questions_are_scored_by_subset_and_asked_once(say, nobody, store, limits):
     calls = say({139: said("Yes"), 100: said("No, there is none.")})
-    scores, answers = ask_pope(nobody, POPE, limits())
+    scores, answers = answer_yes_no(nobody, POPE, {}, limits())
     assert [call[0] for call in calls] == shown([100, 100, 139, 139], store)
     assert calls[0][1] == [
         question_text(f"Is there a {noun}") for noun in ("boat", "dog", "cat", "dog")
@@ -191,8 +200,9 @@ def test_yes_no_questions_are_scored_by_subset_and_asked_once(say, nobody, store
     assert {key: scores["random"][key] for key in random} == pytest.approx(random)
     assert scores["popular"]["accuracy"] == 1
     assert scores["popular"]["blind"]["accuracy"] == 0
-    assert [a.score for a in answers["random"]] == [1, 0, 0]
-    assert [a.targets for a in answers["popular"]] == [("yes",), ("no",)]
+    of_subset = {name: [a for a in answers if a.subset == name] for name in POPE}
+    assert [a.score for a in of_subset["random"]] == [1, 0, 0]
+    assert [a.targets for a in of_subset["popular"]] == [("yes",), ("no",)]
 
 
 @pytest.mark.parametrize("kind", ["caption", "answer"])
@@ -201,7 +211,7 @@ def test_what_needs_no_target_is_counted_by_hand(say, nobody, limits, kind):
         {139: said("a b c d a b c d", 8, False), 100: said("", 0), 117: said("a", 1), 121: said("")}
     )
     if kind == "caption":
-        scores, _ = ask_captions(nobody, REFERENCES, "", limits())
+        scores, _ = caption_images(nobody, REFERENCES, "", limits())
         assert (scores["stop_rate"], scores["mean_tokens"], scores["count"]) == (3 / 4, 3, 4)
         assert scores["blind"]["mean_tokens"] == 3, "the others are the same images"
     else:
@@ -229,7 +239,7 @@ def numbers_in(value):
 def test_whatever_is_said_or_wanted_has_finite_scores(say, nobody, limits, text):
     say({i: said(text) for i in range(100, 140)})
     for references in ({139: [text]}, {139: [text, ""], 100: [""]}, {139: ["a cat"], 100: ["x"]}):
-        scores, captions = ask_captions(nobody, references, "", limits())
+        scores, captions = caption_images(nobody, references, "", limits())
         numbers = [*numbers_in(scores), *(c.score for c in captions)]
         assert len(numbers) > 40
         assert all(map(math.isfinite, numbers))
@@ -240,16 +250,16 @@ def test_whatever_is_said_or_wanted_has_finite_scores(say, nobody, limits, text)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_each_way_of_asking_really_shows_what_it_says(
+def test_each_condition_shows_the_features_that_it_names(
     make_model, tokenizer, store, limits, quantize, nobody
 ):
     model = make_model(quantize=quantize, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    asked = Asked("tiny", model, untrained, tokenizer, store, 0, quantize)
+    evaluated = EvaluatedModel("tiny", model, untrained, tokenizer, store, 0, quantize)
     questions = [Question(i, "where", "in the box") for i in (139, 100, 117, 121, 130)]
     own = [question.image_id for question in questions]
     others = other_images(own, store)
-    _, answers = ask_all(asked, limits(answer_tokens=12), questions)
+    _, answers = ask_all(evaluated, limits(answer_tokens=12), questions)
 
     def plain(model, image_ids):
         return generate(
@@ -257,9 +267,9 @@ def test_each_way_of_asking_really_shows_what_it_says(
             [question_text("where")] * 5, max_tokens=12, batch_size=8, description="test",
         )  # fmt: skip
 
-    made = {way: [a.made[way] for a in answers] for way in WAYS}
+    made = {name: [a.generations[name] for a in answers] for name in CONDITIONS}
     assert made[SEEN] == plain(model, own)
     assert made["blind"] == plain(model, [others[i] for i in own])
     assert made["untrained"] == plain(untrained, own)
-    texts = {way: tuple(one.text for one in made[way]) for way in WAYS}
+    texts = {name: tuple(one.text for one in made[name]) for name in CONDITIONS}
     assert len(set(texts.values())) == 4

@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from eval.scoring.generation_cache import FOLDER, kept
+from eval.scoring.generation_cache import FOLDER, cached
 from train.model.generate import Generation
 
 TEXTS = [Generation("a red cat", 3, True), Generation("half \ud800", 2, False)]
-DECIDES = {"model": "m", "prompts": ["", "What"]}
+CACHE_KEY = {"model": "m", "prompts": ["", "What"]}
 
 
 @pytest.fixture(autouse=True)
@@ -17,13 +17,13 @@ def _folder(tmp_path, monkeypatch):
 @pytest.fixture
 def path():
     """The file of the texts, which are kept."""
-    assert kept(DECIDES, lambda: list(TEXTS)) == TEXTS
+    assert cached(CACHE_KEY, lambda: list(TEXTS)) == TEXTS
     (found,) = FOLDER.iterdir()
     return found
 
 
 def test_texts_are_made_once(path):
-    assert kept(DECIDES, lambda: pytest.fail("made again")) == TEXTS
+    assert cached(CACHE_KEY, lambda: pytest.fail("made again")) == TEXTS
 
 
 def changed(path, change):
@@ -51,20 +51,20 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_texts_are_named_and_made_again(path, damage, capsys):
     path.write_bytes(DAMAGE[damage](path))
-    assert kept(DECIDES, lambda: list(TEXTS)) == TEXTS
+    assert cached(CACHE_KEY, lambda: list(TEXTS)) == TEXTS
     said = capsys.readouterr().err
     assert said.startswith(f"{path}: damaged (")
     assert said.endswith("); making the texts again\n")
     assert said.count("\n") == 1
-    assert kept(DECIDES, lambda: pytest.fail("made again")) == TEXTS
+    assert cached(CACHE_KEY, lambda: pytest.fail("made again")) == TEXTS
 
 
 def test_texts_of_other_questions_are_not_believed(path, capsys):
     content = json.loads(path.read_bytes())
-    kept(DECIDES | {"prompts": [""]}, lambda: TEXTS[:1])
+    cached(CACHE_KEY | {"prompts": [""]}, lambda: TEXTS[:1])
     (other,) = set(FOLDER.iterdir()) - {path}
     other.write_text(json.dumps(content))
-    assert kept(DECIDES | {"prompts": [""]}, lambda: TEXTS[:1]) == TEXTS[:1]
+    assert cached(CACHE_KEY | {"prompts": [""]}, lambda: TEXTS[:1]) == TEXTS[:1]
     assert "wanted 1 texts, found 2" in capsys.readouterr().err
 
 
@@ -74,4 +74,4 @@ def test_a_failing_disk_is_no_damage(path, monkeypatch):
 
     monkeypatch.setattr(type(path), "read_bytes", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        kept(DECIDES, lambda: pytest.fail("made again"))
+        cached(CACHE_KEY, lambda: pytest.fail("made again"))

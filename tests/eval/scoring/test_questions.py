@@ -2,7 +2,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.scoring.questions import choose, choose_work
+from eval.scoring.questions import choose, choose_evaluation_set
 
 
 @pytest.mark.parametrize("most", [1, 2, 19, 20, 21, 10**9])
@@ -26,7 +26,7 @@ def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, l
     pq.write_table(pa.Table.from_pylist(rows), "data/index/pope.parquet")
 
     def chosen(seed):
-        pope = choose_work(limits(pope_images=5), world.store, tokenizer, seed).pope
+        pope = choose_evaluation_set(limits(pope_images=5), world.store, tokenizer, seed).pope
         assert pope.keys() == {"popular", "random"}
         images = {name: [q.image_id for q in questions] for name, questions in pope.items()}
         assert images["popular"] == images["random"]
@@ -39,13 +39,13 @@ def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, l
 
 
 def test_an_index_without_yes_no_questions_asks_none(world, limits, tokenizer):
-    assert choose_work(limits(), world.store, tokenizer, 0).pope == {}
+    assert choose_evaluation_set(limits(), world.store, tokenizer, 0).pope == {}
 
 
 def test_a_question_that_is_too_long_is_left_out_and_counted(world, limits, tokenizer):
     world.workspace.write_index(
         [], [(116, "holdout", [("how " * 200, "two"), ("how many", "two")])]
     )
-    work = choose_work(limits(), world.store, tokenizer, 0)
+    work = choose_evaluation_set(limits(), world.store, tokenizer, 0)
     assert [question.question for question in work.questions] == ["how many"]
     assert work.num_too_long == 1

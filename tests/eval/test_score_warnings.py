@@ -1,8 +1,27 @@
-"""A score is said to be of another index or precision than the run's, and of nothing else."""
+"""Scores come with a warning after a change of index or precision, or with a random tower."""
 
 import pytest
 
-from eval.changed_inputs import changed_inputs_warning
+from eval.score_warnings import RANDOM_TOWER, changed_inputs_warning, random_tower_warning
+from pipeline.settings import RANDOM
+from workspace.settings import parse_yaml
+
+REAL = {"encoder": {"pretrained": "openai"}}
+
+
+def test_one_of_several_settings_is_enough():
+    settings = parse_yaml("encoder: {model: ViT-B-32, pretrained: random}", "here")
+    assert settings["encoder"]["pretrained"] == RANDOM
+    for all_settings in ([settings], [settings, REAL], [REAL, {}, settings]):
+        assert random_tower_warning(*all_settings) == RANDOM_TOWER
+
+
+@pytest.mark.parametrize(
+    "encoder", [None, 5, "random", ["random"], {}, {"model": "random"}, {"pretrained": "Random"}]
+)
+def test_nothing_else_is_a_tower_of_random_weights(encoder):
+    assert random_tower_warning({"encoder": encoder}, REAL, {}) == ""
+
 
 NF4, PLAIN = ({"llm": {"quantize": name, "dtype": "bf16"}} for name in ("nf4", "none"))
 TABLES = {"captions.parquet": "a", "conversations.parquet": "b"}

@@ -11,8 +11,8 @@ from cache.errors import SpecMismatchError
 from eval.ask import ask
 from eval.evaluate import evaluate
 from eval.export import export
+from eval.runs import load_run
 from eval.serve import serve
-from eval.trained import load_run
 from train.model.projector import seeded_projector
 from workspace.errors import StageError
 
@@ -41,7 +41,7 @@ def no_model(monkeypatch):
     def loaded(*_):
         raise AssertionError("the language model was loaded")
 
-    for module in ("eval.trained", "eval.runs"):
+    for module in ("eval.runs", "eval.scoring.evaluated_models"):
         monkeypatch.setattr(f"{module}.load_language_model", loaded)
 
 
