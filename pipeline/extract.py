@@ -95,10 +95,7 @@ def find_missing(
 ) -> list[PlannedShard]:
     """Return the planned shards that neither the work directory nor DVC has.
 
-    Args:
-        plan: All planned shards.
-        hashes: sha256 of the shards known to exist, by file name; those found now are added.
-        spec: Spec of the features.
+    The sha256 of the others are added to `hashes`, which has those of the shards found before.
     """
     hashes |= verified_hashes([shard for shard in plan if shard.name not in hashes])
     missing = [shard for shard in plan if shard.name not in hashes]
@@ -111,9 +108,7 @@ def find_missing(
 def prepare_probe(encoder: LazyEncoder, must_check: bool) -> None:
     """Check the encoder against the stored probe of its features; store one if there is none.
 
-    Args:
-        encoder: Loaded only if no probe is stored, or if it must be checked.
-        must_check: Whether features will be added.
+    An encoder that is not loaded yet is checked only if it must be, because features will be added.
 
     Raises:
         StageError: The encoder gives other features than before.
@@ -198,7 +193,8 @@ def write_report(
     encoded = len(stats.encoded_shards.keys() & {shard.name for shard in plan})
     rate = stats.images_encoded / stats.elapsed if stats.elapsed else 0.0
     phases = ("decode", "encode", "hash", "write")
-    shares = stats.busy_shares(settings.workers)
+    busy = stats.busy_shares(settings.workers)
+    shares = {phase: busy.get(phase, 0.0) for phase in phases}
     report = {
         "images": images,
         "failed": len(stats.failures),
@@ -208,7 +204,7 @@ def write_report(
         "shards_reused": len(plan) - encoded,
         "images_per_second": round(rate, 2),
         "seconds": {phase: round(stats.seconds[phase], 3) for phase in phases},
-        "shares": {phase: round(shares.get(phase, 0.0), 3) for phase in phases},
+        "shares": {phase: round(share, 3) for phase, share in shares.items()},
         "fingerprint": spec.fingerprint,
     }
     write_json(REPORT, report)
@@ -217,8 +213,9 @@ def write_report(
         f"({rate:.0f} images/s), {len(stats.failures)} failed"
     )
     if encoded:
-        busy = ", ".join(f"{phase} {shares.get(phase, 0.0):.0%}" for phase in phases)
-        print(f"extract: busy {busy}")
+        print(
+            "extract: busy " + ", ".join(f"{phase} {share:.0%}" for phase, share in shares.items())
+        )
 
 
 if __name__ == "__main__":

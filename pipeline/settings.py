@@ -22,6 +22,7 @@ class Download:
     """A file to download, for the source `coco`."""
 
     url: str
+    """The http or https address of the file."""
     path: str
     """Where the file is published; for an unpacked zip, the folder of its members."""
     bytes: int
@@ -43,6 +44,7 @@ class FetchSettings:
     """Section `fetch`: what the source `coco` downloads."""
 
     files: tuple[Download, ...]
+    """The files to download; their last names must differ."""
 
     def __post_init__(self) -> None:
         _check_distinct("files", tuple(item.url for item in self.files))
@@ -61,6 +63,7 @@ class EncoderSettings:
     layer: int
     """The block whose output is stored; -1 is the last, -2 (as in LLaVA) the one before."""
     precision: Literal["fp32", "bf16"]
+    """Number type of the tower's weights and activations."""
     batch_size: int
     """Images per forward pass, at most 4096. Part of the features' identity, because it decides
     their last bits."""

@@ -23,7 +23,7 @@ class DataSettings:
     train: SplitSettings
     val: SplitSettings
     instruct: str
-    """A JSON file in the layout of LLaVA-Instruct, about images of `train`."""
+    """A JSON file in the layout of LLaVA-Instruct, about images of either split."""
     instruct_holdout: float
     """Share of the images whose conversations are held out for evaluation, 0 to 1."""
     max_reject_rate: float

@@ -170,44 +170,34 @@ class _Budget:
     """Adds up the memory to which the pages of a file can unpack, and refuses too much."""
 
     def __init__(self, metadata: pq.FileMetaData, pages: BinaryIO, refuse: Refuse) -> None:
-        self._metadata = metadata
-        self._pages = pages
-        self._refuse = refuse
+        self._metadata, self._pages, self._refuse = metadata, pages, refuse
         self._most_bytes = max(MIN_BUDGET, MAX_RATIO * os.fstat(pages.fileno()).st_size)
-        self._num_bytes = 0
-        self._num_pages = 0
+        self._num_bytes = self._num_pages = 0
 
     def check(self, names: set[str]) -> None:
         """Add up all pages of some columns."""
         self._spend(max(0, self._metadata.num_rows) * VALUE_BYTES)
         self._num_bytes = 0
-        wanted = [
-            number
-            for number in range(self._metadata.num_columns)
-            if self._metadata.schema.column(number).path.partition(".")[0] in names
-        ]
+        columns = map(self._metadata.schema.column, range(self._metadata.num_columns))
+        wanted = [(n, c) for n, c in enumerate(columns) if c.path.partition(".")[0] in names]
         for group in range(self._metadata.num_row_groups):
             row_group = self._metadata.row_group(group)
-            for number in wanted:
-                self._check_chunk(row_group.column(number), number)
+            for number, column in wanted:
+                self._check_chunk(row_group.column(number), column)
 
-    def _check_chunk(self, chunk: Any, number: int) -> None:
+    def _check_chunk(self, chunk: Any, column: Any) -> None:
         if chunk.num_values <= 0:
             # Arrow reads no page of it, and there may be none.
             return
-        kind = self._metadata.schema.column(number)
-        longest = WIDTHS.get(kind.physical_type, max(0, kind.length or 0))
-        start = min(
-            offset
-            for offset in (chunk.data_page_offset, chunk.dictionary_page_offset)
-            if offset is not None
-        )
+        longest = WIDTHS.get(column.physical_type, max(0, column.length or 0))
+        offsets = (chunk.data_page_offset, chunk.dictionary_page_offset)
+        start = min(offset for offset in offsets if offset is not None)
         end = start + chunk.total_compressed_size
         while start < end:
             header, place = self._header_at(start)
-            if header[PAGE_TYPE] == DICTIONARY_PAGE and kind.physical_type == "BYTE_ARRAY":
-                longest = max(longest, self._longest_text(header, place, chunk.compression))
-            self._spend(_unpacked_bytes(header, longest, self._refuse))
+            if header[PAGE_TYPE] == DICTIONARY_PAGE and column.physical_type == "BYTE_ARRAY":
+                longest = max(longest, self._longest_text(header, chunk.compression))
+            self._spend(self._unpacked_bytes(header, longest))
             start = place + header[PACKED_BYTES]
 
     def _header_at(self, start: int) -> tuple[dict[int, Any], int]:
@@ -227,8 +217,8 @@ class _Budget:
             )
         return header, self._pages.tell()
 
-    def _longest_text(self, header: dict[int, Any], place: int, compression: str) -> int:
-        """Return the number of bytes of the longest text in a dictionary."""
+    def _longest_text(self, header: dict[int, Any], compression: str) -> int:
+        """Read the dictionary page behind a header; return the bytes of its longest text."""
         size = header[UNPACKED_BYTES]
         data = self._pages.read(header[PACKED_BYTES])
         if compression in CODECS:
@@ -244,33 +234,23 @@ class _Budget:
             self._spend(ENTRY_BYTES)
         return longest
 
+    def _unpacked_bytes(self, header: dict[int, Any], longest: int) -> int:
+        """Return the most bytes that a page can take in Arrow."""
+        is_v2 = header[PAGE_TYPE] == DATA_PAGE_V2
+        unpacked: int = header[UNPACKED_BYTES]
+        if header[PAGE_TYPE] != DATA_PAGE and not is_v2:
+            return unpacked
+        page = header.get(DATA_HEADER_V2 if is_v2 else DATA_HEADER)
+        page = page if isinstance(page, dict) else {}
+        num_values, encoding = page.get(NUM_VALUES), page.get(ENCODING_V2 if is_v2 else ENCODING)
+        if not isinstance(num_values, int) or num_values < 0 or encoding not in ENCODINGS:
+            raise self._refuse(f"a page of it has {num_values} values in the encoding {encoding}")
+        values = num_values * longest if encoding in DICTIONARY_ENCODINGS else unpacked
+        return values + num_values * VALUE_BYTES
+
     def _spend(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes
         if self._num_bytes > self._most_bytes:
             raise self._refuse(
                 f"it unpacks to more than {self._most_bytes >> 20} MiB, the limit for its size"
             )
-
-
-def _unpacked_bytes(header: dict[int, Any], longest: int, refuse: Refuse) -> int:
-    """Return the most bytes that a page can take in Arrow.
-
-    Args:
-        header: Of the page.
-        longest: Bytes of the longest value of the column's dictionary.
-        refuse: Makes the error.
-    """
-    is_v2 = header[PAGE_TYPE] == DATA_PAGE_V2
-    unpacked: int = header[UNPACKED_BYTES]
-    if header[PAGE_TYPE] != DATA_PAGE and not is_v2:
-        return unpacked
-    page = header.get(DATA_HEADER_V2 if is_v2 else DATA_HEADER)
-    num_values, encoding = (
-        (page.get(NUM_VALUES), page.get(ENCODING_V2 if is_v2 else ENCODING))
-        if isinstance(page, dict)
-        else (None, None)
-    )
-    if not isinstance(num_values, int) or num_values < 0 or encoding not in ENCODINGS:
-        raise refuse(f"a page of it has {num_values} values in the encoding {encoding}")
-    values = num_values * longest if encoding in DICTIONARY_ENCODINGS else unpacked
-    return values + num_values * VALUE_BYTES

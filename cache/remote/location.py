@@ -89,17 +89,21 @@ class Location:
             CorruptShardError: Each copy has other bytes than were written.
         """
         found = self.size(name)
-        if found is not None and most_bytes is not None and found > most_bytes:
+        if found is None:
+            raise self._missing(name)
+        if most_bytes is not None and found > most_bytes:
             raise IncompleteStoreError(
                 f"{self._where(name)}: has {found} bytes, wanted at most {most_bytes}. "
                 f"{self.remedy}"
             )
-        if found is not None and not self._remote:
+        if not self._remote:
             return Path(self.address) / name
-        with contextlib.suppress(FileNotFoundError):
-            if found is not None and self._remote:
-                return self._copy(self._remote, name, found, sha256)
-        raise self._missing(name)
+        try:
+            return self._copy(self._remote, name, found, sha256)
+        except PatchcacheError:
+            raise
+        except FileNotFoundError:
+            raise self._missing(name) from None
 
     def read_spec(self) -> Spec:
         """Read the spec; the errors are those of `path` and of `Spec.from_json`."""

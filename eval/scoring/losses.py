@@ -1,6 +1,6 @@
 """Losses of the right answers, image by image, under all conditions.
 
-Letters: R rows, T positions, S supervised tokens, U slots that predict them, C of them at a time.
+Letters: R rows, T positions, S supervised tokens.
 """
 
 import math
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eval.bootstrap import Measure, ratio_of
 from eval.scoring.conditions import Condition, conditions
@@ -18,7 +18,6 @@ from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
 from train.loop.step import build_step
 from train.model.captioner import CaptionModel
-from train.model.loss import CHUNK
 from workspace.errors import StageError
 
 PASS_TOKENS = 4096
@@ -111,7 +110,7 @@ def _losses_by_image(model: CaptionModel, batch: PackedBatch) -> dict[int, tuple
     """Return each image's summed loss and number of tokens."""
     model.eval()
     images_S = _images_of_targets(batch)
-    losses_S = _token_losses(model, batch).double()
+    losses_S = model.token_losses(batch).double()
     sums = losses_S.new_zeros(len(batch.image_ids)).index_add_(0, images_S, losses_S)
     counts = torch.bincount(images_S, minlength=len(batch.image_ids))
     pairs = zip(sums.tolist(), counts.tolist(), strict=True)
@@ -125,19 +124,4 @@ def _images_of_targets(batch: PackedBatch) -> Tensor:
     images_RT = torch.where(
         batch.image_numbers == PADDING, 0, batch.image_numbers + before_R[:, None]
     )
-    return images_RT.flatten()[batch.slots].repeat_interleave(batch.counts)
-
-
-def _token_losses(model: CaptionModel, batch: PackedBatch) -> Tensor:
-    """Return the cross entropy of each supervised token: [S], float32 or float64."""
-    hidden_UH = model.hidden(batch)
-    ends = [0, *batch.counts.cumsum(0).tolist()]
-    losses = []
-    for start in range(0, len(hidden_UH), CHUNK):
-        stop = min(start + CHUNK, len(hidden_UH))
-        logits_CV = model.language_model.lm_head(hidden_UH[start:stop])
-        logits_SV = logits_CV.repeat_interleave(batch.counts[start:stop], 0)
-        exact = torch.promote_types(logits_SV.dtype, torch.float32)
-        targets_S = batch.targets[ends[start] : ends[stop]]
-        losses.append(nn.functional.cross_entropy(logits_SV.to(exact), targets_S, reduction="none"))
-    return torch.cat(losses)
+    return images_RT.flatten()[batch.target_slots]

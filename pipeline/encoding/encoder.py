@@ -300,10 +300,10 @@ def _num_blocks(visual: nn.Module, model: str) -> int:
 
 
 def _preprocess(model: nn.Module, name: str, settings: EncoderSettings) -> dict[str, Any]:
-    """Return how the weights want their images: size, resize mode, interpolation, mean and std.
+    """Return size, resize mode, interpolation, mean and std of the images that the weights want.
 
-    open_clip knows these for a tag and assumes OpenAI's for all other weights; here, other weights
-    get whatever all tags of their architecture agree on.
+    open_clip assumes OpenAI's values for weights without a tag; here, they get the values on which
+    all tags of their architecture agree.
     """
     preprocess = dict(open_clip.get_model_preprocess_cfg(model))
     if not open_clip.get_pretrained_cfg(name, settings.pretrained):

@@ -1,5 +1,6 @@
 """The image files below a folder."""
 
+import contextlib
 import os
 import stat
 from collections import defaultdict
@@ -33,11 +34,9 @@ class ImageFolder:
     def has(self, full_name: str) -> bool:
         """Whether a file of this name exists, even one that a link outside the folder leads to."""
         path = self._root / full_name
-        try:
-            with reading_image(ImageNameError, str(path)):
-                return stat.S_ISREG(path.stat().st_mode)
-        except ImageNameError:
-            return False
+        with contextlib.suppress(ImageNameError), reading_image(ImageNameError, str(path)):
+            return stat.S_ISREG(path.stat().st_mode)
+        return False
 
     def names(self, base_name: str) -> Sequence[str]:
         """Return the full names of all files with this base name, in all folders."""

@@ -55,26 +55,17 @@ def check_file_name(file_name: str) -> None:
 
 
 def check_size(name: str, num_bytes: int) -> None:
-    """Refuse a file that is too large.
-
-    Raises:
-        ImageNameError: More than `MAX_IMAGE_BYTES`.
-    """
+    """Refuse a file of more than `MAX_IMAGE_BYTES` with an ImageNameError."""
     if num_bytes > MAX_IMAGE_BYTES:
         raise ImageNameError(f"{name!r} has more than {MAX_IMAGE_BYTES} bytes")
 
 
 @contextlib.contextmanager
 def reading_image(refuse: Callable[[str], PatchcacheError], where: str) -> Iterator[None]:
-    """Distinguish a file that cannot be read from a disk that fails.
-
-    Args:
-        refuse: Makes the error of a file that cannot be read from the reason.
-        where: The file, for the error of a disk that fails.
+    """Raise what `refuse` makes of the reason if a file cannot be read.
 
     Raises:
-        PatchcacheError: The error that `refuse` returned.
-        StageError: The disk or the machine failed.
+        StageError: The disk or the machine failed; names `where`.
     """
     try:
         with reading_foreign_file(refuse):

@@ -45,10 +45,6 @@ def collect_captions(
     """Accept the captions whose image is accepted in the split of their own file.
 
     Caption ids are unique within a file only: every file may number its captions from 1.
-
-    Args:
-        files: The caption records by split.
-        images: The images, with the listed ones added.
     """
     rows: dict[tuple[Split, int], CaptionRow] = {}
     rejected = []

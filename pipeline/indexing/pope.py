@@ -9,7 +9,7 @@ since a number alone can be the id of any picture.
 import dataclasses
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -66,6 +66,7 @@ class QuestionFiles:
     num_official: int
     """Questions in POPE's own files, usable or not."""
     names: list[str]
+    """Names of all files."""
     why_empty: str
     """Why no questions result, if none do."""
 
@@ -127,7 +128,7 @@ def collect_questions(
         problems: Why texts cannot rely on an image id, by id.
     """
     rejected = list(files.rejected)
-    mismatches = dict(_name_mismatches(files, images))
+    mismatches = _name_mismatches(files, images)
     rejected += mismatches.values()
     val = [i for i, image in images.items() if image.split == "val" and i not in mismatches]
     rows = make_questions(files.instances, val, seed)
@@ -143,15 +144,16 @@ def collect_questions(
     return Questions(sorted(rows, key=lambda row: row.subset), rejected, num_objects)
 
 
-def _name_mismatches(
-    files: QuestionFiles, images: Mapping[int, ImageRow]
-) -> Iterator[tuple[int, Rejection]]:
-    """Yield the ids that are another picture in the instances file than in split val."""
+def _name_mismatches(files: QuestionFiles, images: Mapping[int, ImageRow]) -> dict[int, Rejection]:
+    """Return the ids that are another picture in the instances file than in split val."""
+    mismatches = {}
     for image_id, name in files.instances.image_names.items():
         image = images.get(image_id)
         if image and image.split == "val" and _coco_name(name) != _coco_name(image.file_name):
             reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
-            yield image_id, Rejection("objects", f"{files.names[0]}: image {image_id}", reason)
+            where = f"{files.names[0]}: image {image_id}"
+            mismatches[image_id] = Rejection("objects", where, reason)
+    return mismatches
 
 
 def _coco_name(file_name: str) -> str:

@@ -21,7 +21,7 @@ def check_reject_rates(
         rejected: All rejections; those of images outside the index do not count.
         num_read: Number of records read, by kind.
         limit: Greatest share of rejected records of a kind.
-        table: The table of all rejections, for the error text.
+        table: File of all rejections, which the error names.
 
     Raises:
         StageError: A share is above the limit; gives the commonest reasons with an example each.

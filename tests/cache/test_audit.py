@@ -1,4 +1,4 @@
-"""What a verification finds; how it looks on the command line is in test_commands.py."""
+"""Findings of a verification; test_commands.py tests the command."""
 
 import hashlib
 import json

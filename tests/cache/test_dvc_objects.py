@@ -1,4 +1,4 @@
-"""Damage in DVC's cache: dropped, so that a sound shard comes from the remote or the encoder."""
+"""Damaged objects in DVC's cache are deleted, so that the remote or the encoder replaces them."""
 
 import hashlib
 import json

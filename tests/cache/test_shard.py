@@ -172,7 +172,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, spec):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_plain_h5py_wrote_in_this_layout_is_accepted(craft, spec, rows):
+def test_a_file_of_plain_h5py_in_this_layout_is_accepted(craft, spec, rows):
     # So each refusal below is for its own change.
     assert np.array_equal(mapped(open_shard(craft(nothing), spec)), rows)
 
@@ -439,7 +439,7 @@ def test_a_file_cut_short_among_its_first_bytes_is_corrupt(tmp_path, spec, shard
             open_shard(tmp_path / "short.h5", spec)
 
 
-def test_what_is_no_hdf5_is_corrupt(tmp_path, spec):
+def test_a_file_that_is_not_hdf5_is_corrupt(tmp_path, spec):
     for content in (b"", b"\0" * 5000, b"PAR1" * 3000):
         (tmp_path / "a.h5").write_bytes(content)
         with pytest.raises(CorruptShardError, match="HDF5 cannot read it"):

@@ -83,7 +83,7 @@ def test_an_unknown_field_is_named(spec):
 @pytest.mark.parametrize(
     "text", [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000]
 )
-def test_what_is_no_json_object_is_refused(text):
+def test_json_that_is_not_an_object_is_refused(text):
     with pytest.raises(IncompleteStoreError, match="not the JSON of a spec"):
         Spec.from_json(text, "here")
 
@@ -137,7 +137,7 @@ def test_a_mismatch_names_every_field_that_differs_and_no_other(spec):
     ],
     ids=lambda text: text[:16],
 )
-def test_what_no_writer_makes_is_one_short_line(text):
+def test_the_error_about_a_forged_spec_is_one_short_line(text):
     with pytest.raises(PatchcacheError) as caught:
         Spec.from_json(text, "spec.json")
     assert "\n" not in str(caught.value)

@@ -118,7 +118,7 @@ def test_an_out_that_does_not_fit_is_refused(store, out):
 @pytest.mark.parametrize(
     "asked", [[1.5], [True, False], ["3"], [None], [[1, 2]], 5, [2**70], np.ones(3, np.float64)]
 )
-def test_what_is_no_list_of_integers_is_refused(store, asked):
+def test_ids_that_are_not_a_list_of_integers_are_refused(store, asked):
     with pytest.raises(ValueError, match="wanted integers"):
         FeatureStore(store.root).gather(asked)
 
@@ -456,7 +456,7 @@ def test_a_missing_shard_is_refused_before_any_row_is_read(store, monkeypatch):
 
 @pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
-def test_what_is_no_file_is_refused_and_not_waited_for(store, number, make):
+def test_a_pipe_a_folder_and_a_device_are_refused_without_waiting(store, number, make):
     path = store.root / ["spec.json", "index.parquet", store.names[0]][number]
     path.unlink()
     make(path)

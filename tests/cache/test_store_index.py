@@ -208,7 +208,7 @@ def test_a_table_without_any_metadata_is_refused(written, read):
         read(written)
 
 
-def test_what_is_no_parquet_is_refused(written, read):
+def test_a_file_that_is_not_parquet_is_refused(written, read):
     data = written.read_bytes()
     contents = [b"", b"PAR1", b"x" * 1000, *(data[: len(data) * n // 10] for n in range(10))]
     for content in contents:
@@ -217,7 +217,7 @@ def test_what_is_no_parquet_is_refused(written, read):
             read(written)
 
 
-def test_what_cannot_be_opened_is_refused(tmp_path, read):
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path, read):
     with pytest.raises(IncompleteStoreError, match="not a parquet file"):
         read(tmp_path / "index.parquet")
     (tmp_path / "index.parquet").mkdir()
@@ -301,7 +301,7 @@ def test_more_rows_than_memory_can_hold_are_refused(written, read):
         read(written)
 
 
-def test_what_a_check_raises_is_not_taken_for_a_damaged_file(written, read, spec):
+def test_an_error_of_the_callers_check_passes_unchanged(written, read, spec):
     def missing(file):
         raise IncompleteStoreError("no such shard")
 

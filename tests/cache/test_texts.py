@@ -24,7 +24,7 @@ def test_a_size_is_written_in_its_unit(num_bytes, text):
     assert human_size(num_bytes) == text
 
 
-def test_what_is_written_is_near_the_size_and_never_nothing():
+def test_a_spelled_size_is_near_the_size_and_never_0():
     rng = random.Random(0)
     for _ in range(500):
         num_bytes = rng.randrange(1, 2 ** rng.randrange(1, 50))

@@ -24,6 +24,11 @@ def pack_images(images, patches, **budgets):
     return [[[images[number] for number in row] for row in rows] for rows in passes]
 
 
+def logits_of(model, batch):
+    """Return the logits of the supervised tokens: [S, V]."""
+    return model.language_model.lm_head(model.hidden(batch))
+
+
 def collate_images(rows, patches):
     """Lay out rows of images; `patches` is their number, or features [N, P, D] by image id."""
     images = list(itertools.chain(*rows))

@@ -139,7 +139,7 @@ def test_every_kind_of_leftover_is_tried(unneeded):
     assert any(name.startswith("probe-") for name in unneeded)
 
 
-def test_what_any_of_several_stores_needs_is_kept(needed, other):
+def test_shards_of_every_named_store_are_kept(needed, other):
     both = names()
     assert both > needed
     collect([FEATURES, str(other.root)], delete=True)
@@ -247,7 +247,7 @@ def test_without_a_work_directory_there_is_nothing_to_do(tmp_path, arguments):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_file_is_left_alone(needed):
+def test_folders_are_left_alone(needed):
     (SHARDS / "folder").mkdir()
     (SHARDS / "link").symlink_to("nowhere")
     collect([FEATURES], delete=True)

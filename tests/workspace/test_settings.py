@@ -70,7 +70,7 @@ def test_a_whole_number_is_good_for_a_float_but_not_the_reverse(tmp_path):
         ("", "data is None (NoneType), wanted a section of keys."),
     ],
 )
-def test_what_does_not_fit_names_key_and_file(tmp_path, text, reason):
+def test_a_wrong_value_is_an_error_that_names_key_and_file(tmp_path, text, reason):
     with pytest.raises(SettingsError) as error:
         data(tmp_path, text)
     assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: ")
@@ -129,7 +129,7 @@ MERGES += "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1}, ' * 9}]}}\n" for n in range
     ],
     ids=lambda text: text[:12],
 )
-def test_what_grows_beyond_measure_is_refused_before_it_is_built(tmp_path, text, monkeypatch):
+def test_yaml_that_grows_without_bound_is_refused_before_it_is_built(tmp_path, text, monkeypatch):
     monkeypatch.setattr(YAML, "load", lambda *_: pytest.fail("it was built"))
     started = time.process_time()
     with pytest.raises(SettingsError, match="this is no settings file") as error:
@@ -183,7 +183,7 @@ def test_a_long_unknown_key_is_cut(tmp_path):
     assert len(str(error.value)) - len(str(tmp_path)) < 500
 
 
-def test_what_the_system_says_of_a_file_is_passed_on(tmp_path, monkeypatch):
+def test_a_failure_of_the_system_is_reported_in_its_own_words(tmp_path, monkeypatch):
     def failing(*arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO), "params.yaml")
 

@@ -10,14 +10,13 @@ for a fraction of the tokens. Several images are packed into a row.
     positions       0 1 2 3   4 5 6    4 5      0 1 2 3   4 5 6     0  0
 
 Letters: R rows, T positions of a row, N images, P patches, D width of the vision tower, S
-supervised tokens, U slots that predict them. A slot is an index into the flattened R x T positions.
+supervised tokens. A slot is an index into the flattened R x T positions.
 """
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -55,12 +54,11 @@ class PackedBatch:
     """int64 [R, T]: 0 for patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
     """int64 [N x P]: slots of the patches."""
-    slots: Tensor
-    """int64 [U], ascending: the slots that predict supervised tokens."""
-    counts: Tensor
-    """int64 [U]: how many tokens each slot predicts; the last patch predicts all first tokens."""
-    targets: Tensor
-    """int64 [S]: the supervised tokens, those of the first of `slots` first."""
+    target_slots: Tensor
+    """int64 [S]: the slot that predicts each supervised token. The last patch of an image predicts
+    the first tokens of all its texts."""
+    target_ids: Tensor
+    """int64 [S]: the supervised tokens, text by text."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return a copy on a device."""
@@ -157,28 +155,28 @@ def collate(
     token_ids, positions, text_ids = np.zeros((3, len(rows) * width), np.int64)
     image_numbers = np.full(len(rows) * width, PADDING)
     patch_slots: list[NDArray[np.int64]] = []
-    targets: list[tuple[int, int]] = []
+    target_slots: list[NDArray[np.int64]] = []
+    target_ids: list[NDArray[np.int64]] = []
     for row_number, row in enumerate(rows):
         start = row_number * width
         for image_number, image in enumerate(row):
             end = start + patches
+            last_patch = end - 1
             patch_slots.append(np.arange(start, end))
             positions[start:end] = np.arange(patches)
             for text_id, text in enumerate(texts[image], start=1):
-                targets += _targets(text, last_patch=start + patches - 1, first=end)
-                inputs = text.token_ids[:-1]
-                place = slice(end, end + len(inputs))
-                token_ids[place] = inputs
-                positions[place] = np.arange(patches, patches + len(inputs))
+                ids, is_target = np.array(text.token_ids), np.array(text.is_target)
+                place = slice(end, end + len(ids) - 1)
+                # The token before predicts each token, the last patch the first one.
+                predicting = np.array([last_patch, *range(place.start, place.stop)])
+                target_slots.append(predicting[is_target])
+                target_ids.append(ids[is_target])
+                token_ids[place] = ids[:-1]
+                positions[place] = np.arange(patches, patches + len(ids) - 1)
                 text_ids[place] = text_id
                 end = place.stop
             image_numbers[start:end] = image_number
             start = end
-    # The shape holds also without targets, when every question is too long for its answer.
-    target_slots, target_ids = (
-        np.array(sorted(targets, key=itemgetter(0)), np.int64).reshape(-1, 2).T.copy()
-    )
-    slots, counts = np.unique(target_slots, return_counts=True)
     shape = (len(rows), width)
     return PackedBatch(
         number=number,
@@ -189,17 +187,6 @@ def collate(
         image_numbers=torch.from_numpy(image_numbers).reshape(shape),
         text_ids=torch.from_numpy(text_ids).reshape(shape),
         patch_slots=torch.from_numpy(np.concatenate(patch_slots)),
-        slots=torch.from_numpy(slots),
-        counts=torch.from_numpy(counts),
-        targets=torch.from_numpy(target_ids),
+        target_slots=torch.from_numpy(np.concatenate(target_slots)),
+        target_ids=torch.from_numpy(np.concatenate(target_ids)),
     )
-
-
-def _targets(text: TokenizedText, *, last_patch: int, first: int) -> Iterator[tuple[int, int]]:
-    """Yield the predicting slot and the token id of each supervised token.
-
-    The first token of a text is predicted by the last patch, which all texts of an image share.
-    """
-    for index, (token_id, is_target) in enumerate(zip(text.token_ids, text.is_target, strict=True)):
-        if is_target:
-            yield (first + index - 1 if index else last_patch), token_id

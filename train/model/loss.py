@@ -1,9 +1,9 @@
 """Cross entropy of a frozen output layer, without ever holding the logits of all tokens.
 
-With 51,200 words the logits of one step and their gradient would be most of the memory. Here they
-live for one chunk of slots at a time, and their gradient is taken at once.
+With 51,200 words, the logits of a step and their gradient would take most of the memory. Here they
+exist for one chunk of tokens at a time, and their gradient is taken in the forward pass.
 
-Letters: U slots that predict, C of them at a time, S supervised tokens, H width, V vocabulary.
+Letters: S supervised tokens, C of them at a time, H width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,68 +13,55 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 256
-"""Slots at a time: 52 MB of float32 logits with 51,200 words."""
+"""Tokens at a time: 52 MB of float32 logits with 51,200 words."""
 
 
-def summed_cross_entropy(
-    head: Callable[[Tensor], Tensor], hidden_UH: Tensor, targets_S: Tensor, counts_U: Tensor
+def cross_entropy(
+    head: Callable[[Tensor], Tensor], hidden_SH: Tensor, target_ids_S: Tensor
 ) -> Tensor:
-    """Return the cross entropy summed over the tokens: [], float32 or float64.
+    """Return the cross entropy of each token: [S], float32 or float64.
 
     Args:
-        head: From [C, H] to logits [C, V]; none of its parameters learns.
-        hidden_UH: What it is applied to.
-        targets_S: int64, the words that come: those of the first slot, then of the second, ...
-        counts_U: int64, how many of them each slot predicts, with logits made once for all.
+        head: Maps [C, H] to logits [C, V]; none of its parameters is trainable.
+        hidden_SH: Hidden states that predict the tokens.
+        target_ids_S: int64, the tokens.
     """
-    loss: Tensor = _SummedCrossEntropy.apply(hidden_UH, targets_S, counts_U, head)
-    return loss
+    losses_S: Tensor = _CrossEntropy.apply(hidden_SH, target_ids_S, head)
+    return losses_S
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_UH: Tensor,
-        targets_S: Tensor,
-        counts_U: Tensor,
-        head: Callable[[Tensor], Tensor],
+        ctx: Any, hidden_SH: Tensor, target_ids_S: Tensor, head: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        ends = [0, *counts_U.cumsum(0).tolist()]
+        needs_gradient = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for start in range(0, max(1, len(hidden_UH)), CHUNK):
-            stop = min(start + CHUNK, len(hidden_UH))
-            hidden_CH = hidden_UH[start:stop].detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+        for start in range(0, max(1, len(hidden_SH)), CHUNK):
+            hidden_CH = hidden_SH[start : start + CHUNK].detach().requires_grad_(needs_gradient)
+            target_ids_C = target_ids_S[start : start + CHUNK]
+            with torch.set_grad_enabled(needs_gradient):
                 logits_CV = head(hidden_CH)
-            loss, gradient_CV = _loss_and_gradient(
-                logits_CV.detach(), targets_S[ends[start] : ends[stop]], counts_U[start:stop]
-            )
-            losses.append(loss)
-            if ctx.needs_input_grad[0]:
-                gradients += torch.autograd.grad(logits_CV, hidden_CH, gradient_CV)
-        if ctx.needs_input_grad[0]:
+            # Half precision would lose small terms in the sum over the vocabulary.
+            exact = torch.promote_types(logits_CV.dtype, torch.float32)
+            scores_CV = nn.functional.log_softmax(logits_CV.detach(), dim=1, dtype=exact)
+            cells_C = torch.arange(len(target_ids_C), device=target_ids_C.device)
+            cells_C = cells_C * scores_CV.shape[1] + target_ids_C
+            losses.append(-scores_CV.flatten().index_select(0, cells_C))
+            if needs_gradient:
+                # Softmax minus one at the target, in place of the scores.
+                gradient_CV = scores_CV.exp_()
+                ones_C = torch.ones_like(cells_C, dtype=exact)
+                gradient_CV.view(-1).index_add_(0, cells_C, ones_C, alpha=-1)
+                gradients += torch.autograd.grad(
+                    logits_CV, hidden_CH, gradient_CV.to(logits_CV.dtype)
+                )
+        if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
-        return torch.stack(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient_UH,) = ctx.saved_tensors
-        return gradient_UH * grad, None, None, None
-
-
-def _loss_and_gradient(
-    logits_CV: Tensor, targets_S: Tensor, counts_C: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the summed loss and its gradient with respect to the logits, of their type."""
-    # Not of half precision: the sum over the words would lose small ones.
-    exact = torch.promote_types(logits_CV.dtype, torch.float32)
-    scores_CV = nn.functional.log_softmax(logits_CV, dim=1, dtype=exact)
-    cells_S = torch.arange(len(counts_C), device=counts_C.device).repeat_interleave(counts_C)
-    cells_S = cells_S * logits_CV.shape[1] + targets_S
-    loss = -scores_CV.flatten().index_select(0, cells_S).sum()
-    # Softmax, once for each target, minus one where the target is; in place of the scores.
-    gradient_CV = scores_CV.exp_().mul_(counts_C[:, None])
-    gradient_CV.view(-1).index_add_(0, cells_S, torch.full_like(cells_S, -1, dtype=exact))
-    return loss, gradient_CV.to(logits_CV.dtype)
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_SH,) = ctx.saved_tensors
+        return (gradient_SH * grad_S[:, None]).to(gradient_SH.dtype), None, None

@@ -28,7 +28,7 @@ def run(body, before=""):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_one_signal_or_many_leave_by_the_front_door(name):
+def test_one_signal_or_many_end_the_command_in_order(name):
     send = f"os.kill(os.getpid(), signal.{name})"
     once = f"{send}; signal.pause()"
     again = f"try: {once}\n    finally: {send}; print('put away')"
@@ -54,7 +54,7 @@ def test_an_interruption_that_a_library_drops_is_made_again_and_clean_up_is_left
     assert run(body, before) == (130, "dropped\nput away\n", LINE)
 
 
-def test_what_the_caller_ignores_stays_ignored_but_for_sigterm():
+def test_signals_that_the_caller_ignores_stay_ignored_except_sigterm():
     ignore = "for n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)"
     body = "os.kill(os.getpid(), 1); os.kill(os.getpid(), 2); print('on'); os.kill(os.getpid(), 15)"
     assert run(body, ignore) == (130, "on\n", LINE)

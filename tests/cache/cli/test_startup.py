@@ -1,4 +1,4 @@
-"""What a command says before it has begun."""
+"""Messages of a command that ends during its imports."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ FIRST = ("fsspec", "h5py", "numpy", "pyarrow", "requests", "ruamel", "torch", "t
 
 
 def write_first(folder, text):
-    """Put a module in the place of whatever a command imports first."""
+    """Put a module in the place of the first package that a command imports."""
     for package in FIRST:
         (folder / f"{package}.py").write_text(text)
 
@@ -97,7 +97,7 @@ def test_a_signal_ends_an_import_that_waits(tmp_path):
     assert stderr == b"error: interrupted; run the same command again\n"
 
 
-def test_what_the_caller_ignores_stays_ignored_during_the_imports(tmp_path):
+def test_signals_that_the_caller_ignores_stay_ignored_during_the_imports(tmp_path):
     before = "assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN"
     write_first(tmp_path, HELD_UP.format(name="SIGHUP", before=before))
     usual = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -107,7 +107,7 @@ def test_what_the_caller_ignores_stays_ignored_during_the_imports(tmp_path):
         signal.signal(signal.SIGHUP, usual)
 
 
-def test_who_imports_the_package_keeps_a_hook_and_signals_of_his_own():
+def test_a_program_that_imports_the_package_keeps_its_hook_and_signals():
     code = (
         "import signal, sys; now = lambda: [sys.excepthook, *map(signal.getsignal, (1, 2, 15))]; "
         "before = now(); import cache, cache.cli.command; assert now() == before"

@@ -1,4 +1,4 @@
-"""Whatever a foreign library raises becomes one error of ours; the system's failures do not."""
+"""All errors of libraries become one error of the project, except failures of the system."""
 
 import errno
 import re
@@ -15,7 +15,7 @@ A = Path("a file")
 
 
 class PanicError(BaseException):
-    """What Rust's panics are in Python: no Exception."""
+    """Like a panic of Rust, a BaseException but no Exception."""
 
 
 def refuse(detail):
@@ -89,7 +89,7 @@ def test_a_failure_keeps_the_name_of_its_file_and_its_class():
 
 
 @pytest.mark.parametrize("text", ["errno = 0", "os error", "errno = 12345", "shape [5]"])
-def test_what_is_no_failure_of_the_system_stays_what_it_is(text):
+def test_other_errors_pass_unchanged(text):
     raised = ValueError(text)
     with pytest.raises(StageError), reading_foreign_file(refuse):
         raise raised

@@ -119,7 +119,7 @@ def test_a_header_that_goes_on_in_itself_ends(shard):
         find_tree(shard)
 
 
-def test_what_does_not_begin_as_hdf5_is_not_looked_at(tmp_path):
+def test_a_file_that_is_not_hdf5_is_not_examined(tmp_path):
     for content in (b"", b"x" * 100, b"PAR1"):
         (tmp_path / "file").write_bytes(content)
         assert find_tree(tmp_path / "file") is None

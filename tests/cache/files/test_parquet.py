@@ -1,4 +1,4 @@
-"""Tables of other machines: real ones are read whoever wrote them, the others are one line."""
+"""Tables of any writer are read; hostile and damaged ones are refused in one line."""
 
 import os
 import subprocess
@@ -230,7 +230,7 @@ def test_text_that_is_no_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+def test_a_pipe_a_folder_and_a_device_are_refused_without_waiting(tmp_path, make):
     make(tmp_path / "t")
     with pytest.raises(
         StageError, match=r"table: (a pipe, a socket or a device|.*Is a directory|.*No such file)"

@@ -1,4 +1,4 @@
-"""Scratch folders go with their owner, and what a kill leaves goes with the next one."""
+"""Scratch folders are deleted with their owner, or after a kill by the next owner."""
 
 import contextlib
 import os
@@ -86,7 +86,7 @@ def test_a_folder_goes_at_the_end_of_its_block_however_that_ends(temporary, erro
     assert folders(temporary) == []
 
 
-def test_what_a_kill_leaves_goes_with_the_next_and_a_living_process_keeps_its_own(
+def test_a_killed_owners_folder_is_deleted_by_the_next_and_a_living_owners_stays(
     temporary, start, store
 ):
     killed, living = start(OPENS), start(OPENS)
@@ -137,7 +137,7 @@ def test_a_forked_child_removes_nothing_when_it_ends(temporary):
     assert folder.is_dir()
 
 
-def test_what_is_not_ours_stays(temporary, tmp_path):
+def test_other_files_and_folders_stay(temporary, tmp_path):
     """A link, a file, a folder that nobody has marked, and other names."""
     target = tmp_path / "elsewhere"
     target.mkdir()

@@ -1,4 +1,4 @@
-"""Stores behind a web server with faults: never wrong bytes, and one line that says what it was."""
+"""Stores behind a web server with faults: never wrong bytes, and an error of one line."""
 
 import dataclasses
 import functools
@@ -125,6 +125,12 @@ def test_a_store_in_any_file_system_is_held_against_its_hashes(store):
 def test_an_index_that_was_changed_is_refused_with_both_hashes(store, server):
     flip(store.root / INDEX_FILE, 100)
     with pytest.raises(CorruptShardError, match=f"/{INDEX_FILE}: its sha256 is .* carries"):
+        FeatureStore(server.url)
+
+
+def test_a_file_in_the_place_of_the_spec_is_not_called_missing(store, server):
+    (store.root / "spec.json").write_text("[]")
+    with pytest.raises(IncompleteStoreError, match=f"^{server.url}/spec.json: not the JSON"):
         FeatureStore(server.url)
 
 

@@ -1,4 +1,4 @@
-"""What the exceptions of several libraries mean, and which of them are worth another attempt."""
+"""Exceptions of several libraries are explained, and retried if another attempt can help."""
 
 import errno
 import socket
@@ -13,7 +13,7 @@ URL = "s3://bucket/features/spec.json"
 
 
 class ForeignError(Exception):
-    """Of a library whose exceptions are no OSErrors; its attributes say what it means."""
+    """Of a library whose exceptions are not OSErrors; its attributes explain it."""
 
     def __init__(self, text="it failed", **attributes):
         super().__init__(text)
@@ -69,7 +69,7 @@ def test_an_exception_says_what_it_means(error, reason):
         ForeignError(response={"ResponseMetadata": {"HTTPStatusCode": 404}}),
     ],
 )
-def test_what_is_missing_is_missing(error):
+def test_a_missing_file_is_reported_as_missing(error):
     assert fault_of(error).is_missing
     with pytest.raises(FileNotFoundError):
         attempt(raising([error]), URL, folder=None)
@@ -97,7 +97,7 @@ def pauses(monkeypatch):
 
 
 @pytest.mark.parametrize("times", [0, 1, 2, 3])
-def test_what_can_pass_is_tried_again_after_ever_longer_pauses(tmp_path, pauses, times):
+def test_temporary_faults_are_retried_after_ever_longer_pauses(tmp_path, pauses, times):
     errors = [ForeignError(status=503)] * times
     assert attempt(raising(errors), URL, tmp_path) == "done"
     assert pauses == list(network.BACK_OFF[:times])
@@ -115,7 +115,7 @@ def test_the_last_attempt_says_what_it_was_in_one_line(tmp_path, pauses):
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404])
-def test_what_cannot_pass_is_not_tried_again(tmp_path, pauses, status):
+def test_permanent_faults_are_not_retried(tmp_path, pauses, status):
     calls = []
     with pytest.raises((UnreachableStoreError, FileNotFoundError)):
         attempt(raising([ForeignError(status=status)] * 9, calls), URL, tmp_path)
@@ -123,7 +123,7 @@ def test_what_cannot_pass_is_not_tried_again(tmp_path, pauses, status):
     assert pauses == []
 
 
-def test_one_attempt_may_be_asked_for(tmp_path, pauses):
+def test_retries_can_be_turned_off(tmp_path, pauses):
     with pytest.raises(UnreachableStoreError, match="503"):
         attempt(raising([ForeignError(status=503)]), URL, tmp_path, retry=False)
     assert pauses == []
@@ -137,7 +137,7 @@ def test_one_attempt_may_be_asked_for(tmp_path, pauses):
         KeyboardInterrupt(),
     ],
 )
-def test_what_is_no_fault_of_the_network_passes(tmp_path, pauses, error):
+def test_errors_of_this_machine_pass_unchanged(tmp_path, pauses, error):
     with pytest.raises(type(error)) as caught:
         attempt(raising([error]), URL, tmp_path)
     assert caught.value is error

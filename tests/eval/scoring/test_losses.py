@@ -45,9 +45,7 @@ def loss_of(evaluated, examples, max_text_tokens=64, model=None):
     return mean_loss(model or evaluated.model, data)
 
 
-@pytest.mark.parametrize(
-    "cut", [{}, {"PASS_TOKENS": 1}, {"ROW_TOKENS": 1}, {"STEP_IMAGES": 2}, {"CHUNK": 3}]
-)
+@pytest.mark.parametrize("cut", [{}, {"PASS_TOKENS": 1}, {"ROW_TOKENS": 1}, {"STEP_IMAGES": 2}])
 def test_the_loss_is_that_of_training_whatever_the_chunk_sizes(evaluated, monkeypatch, cut):
     for name, value in cut.items():
         monkeypatch.setattr(eval.scoring.losses, name, value)

@@ -139,10 +139,7 @@ def test_collate_places_every_token_as_if_its_text_were_alone(random_images, see
             ):
                 if is_target:
                     wanted_targets[r * width + column, token_id] += 1
-    assert torch.equal(batch.slots, batch.slots.unique())
-    assert (batch.counts > 0).all()
-    slots = batch.slots.repeat_interleave(batch.counts)
-    found = zip(slots.tolist(), batch.targets.tolist(), strict=True)
+    found = zip(batch.target_slots.tolist(), batch.target_ids.tolist(), strict=True)
     assert Counter(found) == wanted_targets
     assert torch.equal(covered, batch.image_numbers != PADDING)
     assert (batch.image_numbers != PADDING).any(dim=0)[-1], "no column is padding alone"
@@ -157,8 +154,8 @@ def test_the_images_of_a_row_are_counted_from_nought(random_images):
 
 def test_texts_without_anything_to_learn_give_no_target():
     batch = collate_images([[Image(1, (TokenizedText([3, 4], [False, False]),))]], PATCHES)
-    assert batch.targets.shape == batch.slots.shape == batch.counts.shape == (0,)
-    assert batch.targets.dtype == batch.slots.dtype == batch.counts.dtype == torch.int64
+    assert batch.target_ids.shape == batch.target_slots.shape == (0,)
+    assert batch.target_ids.dtype == batch.target_slots.dtype == torch.int64
 
 
 def test_moving_a_batch_keeps_all_of_it(random_images):
@@ -166,7 +163,7 @@ def test_moving_a_batch_keeps_all_of_it(random_images):
     moved = batch.to(torch.device("meta"))
     assert moved.image_ids is batch.image_ids
     tensors = {name: value for name, value in vars(batch).items() if torch.is_tensor(value)}
-    assert len(tensors) == 9
+    assert len(tensors) == 8
     for name, value in tensors.items():
         assert getattr(moved, name).device.type == "meta", name
         assert getattr(moved, name).shape == value.shape

@@ -89,10 +89,10 @@ def test_the_data_of_each_step_are_those_of_its_plan(task, order):
 def test_an_epoch_reads_every_token_of_every_text_once(task):
     made = task(texts_per_image=3)
     whole = made.step_data(EXAMPLES)
-    wanted = Counter(itertools.chain(*(one.targets.tolist() for one in whole.batches)))
+    wanted = Counter(itertools.chain(*(one.target_ids.tolist() for one in whole.batches)))
     found = Counter()
     for data in made.prefetch(made.plan(), 0):
-        found.update(itertools.chain(*(one.targets.tolist() for one in data.batches)))
+        found.update(itertools.chain(*(one.target_ids.tolist() for one in data.batches)))
     assert found == wanted
     assert sum(wanted.values()) > TEXTS
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.train.images import logits_of
 from train.data.examples import Example
 from train.data.packing import PADDING
 from train.data.prompts import caption_turns, conversation_turns, tokenize
@@ -84,7 +85,7 @@ def test_counts_are_those_of_the_texts(build, tokenizer, row_tokens, pass_tokens
     batches = data.batches
     assert data.image_ids == [139, 100, 120]
     assert data.num_target_tokens == sum(b.num_target_tokens for b in texts)
-    assert data.num_target_tokens == sum(len(batch.targets) for batch in batches)
+    assert data.num_target_tokens == sum(len(batch.target_ids) for batch in batches)
     assert data.num_positions == 3 * 4 + sum(len(b.token_ids) - 1 for b in texts)
     assert data.num_positions == sum(int((b.image_numbers != PADDING).sum()) for b in batches)
     assert data.num_slots == sum(batch.token_ids.numel() for batch in batches)
@@ -167,8 +168,8 @@ def test_a_step_has_the_gradients_of_the_mean_over_all_its_tokens(model, build):
     model.zero_grad()
     data = build()
     (batch,) = data.batches
-    logits = model.train().logits(batch)
-    loss = nn.functional.cross_entropy(logits, batch.targets)
+    logits = logits_of(model.train(), batch)
+    loss = nn.functional.cross_entropy(logits, batch.target_ids)
     loss.backward()
     assert found_loss == pytest.approx(loss.item() * data.num_target_tokens, rel=1e-12)
     assert_same(found, {name: p.grad for name, p in model.trainable_parameters().items()})

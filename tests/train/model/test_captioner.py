@@ -1,7 +1,5 @@
 """Laws of the model as a whole: what learns, what runs while training, which types meet."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,8 +72,8 @@ def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patch
         lambda module, inputs, output: seen.append(tuple(output.shape))
     )
     model(batch)
-    assert seen == [(len(batch.targets), model.language_model.config.vocab_size)]
-    assert len(batch.targets) < batch.token_ids.numel()
+    assert seen == [(len(batch.target_ids), model.language_model.config.vocab_size)]
+    assert len(batch.target_ids) < batch.token_ids.numel()
 
 
 def test_the_gelu_of_one_operation_is_that_of_eight(make_model):
@@ -103,20 +101,3 @@ def test_no_gradient_is_added_in_an_order_that_threads_decide(make_model, batch,
         make_model(lora=0.0)(batch).backward()
     assert "aten::index_add" in names
     assert not {name for name in names if "index_put" in name or "scatter_add" in name}
-
-
-def test_the_last_blocks_mlp_computes_where_a_token_is_predicted_and_nowhere_else(
-    make_model, batch, patches
-):
-    model = make_model(lora=0.0).double().eval()
-    mlps = [layer.mlp for layer in model.language_model.model.layers]
-    seen = []
-    for mlp in mlps:
-        mlp.fc1.register_forward_hook(lambda _, inputs, out: seen.append(out.numel() // 128))
-    found = model.hidden(batch)
-    assert seen == [batch.token_ids.numel(), len(batch.slots)]
-    assert len(batch.slots) < batch.token_ids.numel()
-    everywhere = torch.arange(batch.token_ids.numel())
-    whole = model.hidden(dataclasses.replace(batch, slots=everywhere))
-    torch.testing.assert_close(found, whole[batch.slots], rtol=1e-12, atol=1e-12)
-    assert not any(mlp._forward_hooks or mlp._forward_pre_hooks for mlp in mlps)

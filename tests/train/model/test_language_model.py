@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PhiConfig, PhiForCausalLM
 
 from cache.errors import SettingsError
-from tests.train.images import Image, collate_images
+from tests.train.images import Image, collate_images, logits_of
 from train.data.prompts import caption_turns, tokenize
 from train.model.captioner import CaptionModel
 from train.model.language_model import (
@@ -134,12 +134,12 @@ def test_lora_stands_beside_every_layer_of_the_blocks_and_alone_learns(load, qua
 
 def test_fresh_lora_changes_no_logit_and_depends_on_the_seed_alone(make_model, batch):
     plain = make_model().eval()
-    before = plain.logits(batch)
+    before = logits_of(plain, batch)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     add_lora(plain.language_model, LORA, seed=5)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(plain.eval().logits(batch), before)
+    assert torch.equal(logits_of(plain.eval(), batch), before)
     torch.manual_seed(2)
     models = [make_model().language_model for _ in range(2)]
     for model, seed in zip(models, (5, 6), strict=True):
@@ -207,9 +207,9 @@ def test_training_turns_on_the_dropout_of_lora_and_no_other(make_model, batch):
             assert module.training == (mode and name not in phis), name
         assert model.projector.training == mode
     model.eval()
-    assert torch.equal(model.logits(batch), model.logits(batch))
+    assert torch.equal(logits_of(model, batch), logits_of(model, batch))
     model.train()
-    assert not torch.equal(model.logits(batch), model.logits(batch))
+    assert not torch.equal(logits_of(model, batch), logits_of(model, batch))
 
 
 def test_a_frozen_model_computes_the_same_in_training_and_in_eval(make_model, batch):
@@ -225,11 +225,11 @@ def test_saved_lora_gives_the_logits_that_it_had(make_model, load, quantize, bat
         if "lora_B" in name:
             nn.init.normal_(parameter)
     adapter.save_pretrained(tmp_path, safe_serialization=True)
-    wanted = model.eval().logits(batch)
+    wanted = logits_of(model.eval(), batch)
     model = CaptionModel(model.projector, load(quantize))
-    assert not torch.equal(model.eval().logits(batch), wanted)
+    assert not torch.equal(logits_of(model.eval(), batch), wanted)
     load_lora(model.language_model, tmp_path)
-    assert torch.equal(model.eval().logits(batch), wanted)
+    assert torch.equal(logits_of(model.eval(), batch), wanted)
     assert not any(p.requires_grad for p in model.language_model.parameters())
 
 

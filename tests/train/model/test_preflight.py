@@ -61,7 +61,7 @@ def test_logits_that_are_not_finite_are_refused_and_counted(make_model, first_st
     check_first_logits(model, first_step)
     assert not any(module.training for module in model.modules())
     model.language_model.lm_head.bias.data[7] = torch.inf
-    number = sum(len(batch.slots) for batch in first_step.batches)
+    number = sum(len(batch.target_slots) for batch in first_step.batches)
     text = f"that are not finite: wanted 0, found {number}"
     with refused(f"logits of the first forward pass {text}"):
         check_first_logits(model, first_step)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.train.images import Image, collate_images, pack_images
+from tests.train.images import Image, collate_images, logits_of, pack_images
 from train.data.packing import PADDING
 from train.data.prompts import TokenizedText, caption_turns, conversation_turns, tokenize
 from train.model.attention import NAME
@@ -126,24 +126,20 @@ def test_the_same_holds_in_float32_within_the_promised_tolerance(make_model, ima
 
 def test_the_loss_is_that_of_the_logits(model, images, patches):
     batch = collate_images([images[:2], images[2:]], patches)
-    logits_SV = model.logits(batch)
-    assert logits_SV.shape == (len(batch.targets), model.language_model.config.vocab_size)
-    wanted = nn.functional.cross_entropy(logits_SV, batch.targets, reduction="sum")
+    logits_SV = logits_of(model, batch)
+    assert logits_SV.shape == (len(batch.target_ids), model.language_model.config.vocab_size)
+    wanted = nn.functional.cross_entropy(logits_SV, batch.target_ids, reduction="sum")
     torch.testing.assert_close(model(batch), wanted, rtol=1e-12, atol=0)
 
 
 def owners(images):
-    """Return image and text number of each supervised token, in collate's order.
-
-    First tokens stand first: the last patch predicts them, and stands before every text.
-    """
+    """Return image and text number of each supervised token, in collate's order."""
     return [
         (image.image_id, number)
         for image in images
-        for first in (True, False)
         for number, text in enumerate(image.texts)
-        for index, is_target in enumerate(text.is_target)
-        if is_target and (index == 0) == first
+        for is_target in text.is_target
+        if is_target
     ]
 
 
@@ -156,7 +152,7 @@ def laid_out(images, patches):
 
 @torch.no_grad()
 def test_no_text_sees_another(model, images, patches):
-    before = model.logits(laid_out(images, patches))
+    before = logits_of(model, laid_out(images, patches))
     owner = owners(images)
     swept = 0
     for image, number in sorted(set(owner)):
@@ -168,7 +164,7 @@ def test_no_text_sees_another(model, images, patches):
         texts[number] = TokenizedText(tokens, text.is_target)
         changed = list(images)
         changed[image] = Image(image, tuple(texts))
-        after = model.logits(laid_out(changed, patches))
+        after = logits_of(model, laid_out(changed, patches))
         mine = torch.tensor([one == (image, number) for one in owner])
         assert torch.equal(after[~mine], before[~mine])
         assert not torch.equal(after[mine], before[mine])
@@ -178,11 +174,11 @@ def test_no_text_sees_another(model, images, patches):
 
 @torch.no_grad()
 def test_a_text_sees_nothing_that_follows_in_it(model, images, patches):
-    before = model.logits(laid_out(images, patches))
+    before = logits_of(model, laid_out(images, patches))
     (text,) = images[4].texts
     tokens = [*text.token_ids[:-3], *(token ^ 1 for token in text.token_ids[-3:])]
     changed = [*images[:4], Image(4, (TokenizedText(tokens, text.is_target),))]
-    after = model.logits(laid_out(changed, patches))
+    after = logits_of(model, laid_out(changed, patches))
     # Of the three tokens, all learned, the last one is never read.
     assert text.is_target[-3:] == [True] * 3
     assert torch.equal(after[:-2], before[:-2])
@@ -192,12 +188,12 @@ def test_a_text_sees_nothing_that_follows_in_it(model, images, patches):
 @torch.no_grad()
 def test_no_image_sees_another_and_every_patch_matters(model, images, patches):
     batch = laid_out(images, patches)
-    before = model.logits(batch)
+    before = logits_of(model, batch)
     owner = torch.tensor([image for image, _ in owners(images)])
     for image, patch in itertools.product(range(len(images)), range(PATCHES)):
         changed = patches.clone()
         changed[image, patch] += 1
-        differs = (model.logits(laid_out(images, changed)) != before).any(dim=1)
+        differs = (logits_of(model, laid_out(images, changed)) != before).any(dim=1)
         assert differs[owner == image].all()
         assert not differs[owner != image].any()
 
@@ -205,7 +201,7 @@ def test_no_image_sees_another_and_every_patch_matters(model, images, patches):
 @torch.no_grad()
 def test_padding_changes_nothing(model, images, patches):
     batch = laid_out(images, patches)
-    before = model.logits(batch)
+    before = logits_of(model, batch)
     is_padding = batch.image_numbers == PADDING
     assert is_padding.any()
     noise = dataclasses.replace(
@@ -213,12 +209,12 @@ def test_padding_changes_nothing(model, images, patches):
         token_ids=batch.token_ids.masked_fill(is_padding, 7),
         positions=batch.positions.masked_fill(is_padding, 3),
     )
-    assert torch.equal(model.logits(noise), before)
+    assert torch.equal(logits_of(model, noise), before)
     for numbers in ROWS:
         alone = collate_images([[images[n] for n in numbers]], patches)
         assert (alone.image_numbers != PADDING).all()
         mine = torch.tensor([image in numbers for image, _ in owners(images)])
-        found = model.logits(alone)
+        found = logits_of(model, alone)
         torch.testing.assert_close(found, before[mine], rtol=1e-10, atol=1e-10)
 
 
