@@ -7,6 +7,7 @@ What needs torch is imported within its fixture: most other tests run without it
 import csv
 import hashlib
 import json
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from cache import FeatureStore, Spec
+from cache.cli.startup import OPENMP
 from cache.files.atomic import sha256_of, write_text
 from cache.shard import hash_rows, write_shard
 from cache.store_index import ShardFile, StoreIndex
 from workspace.settings import Params
+
+# Before any test imports torch.
+os.environ |= OPENMP | os.environ
 
 PATCHES, WIDTH, HIDDEN, ROWS, EOS = 4, 8, 64, 512, "<|endoftext|>"
 IMAGE_IDS = tuple(range(100, 140))

@@ -41,13 +41,12 @@ def leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 OPENMP = {"GOMP_SPINCOUNT": "10000"}
-"""Environment in which idle OpenMP threads give up their core soon: as fast on a quiet machine, and
-2.3 times as fast beside other work (docs/design-notes.md)."""
+"""Environment in which idle OpenMP threads give up their core soon (see docs/design-notes.md)."""
 
 # `sys.argv` starts with "-m" while Python looks for a command's module. A program that imports the
 # package as a library keeps its own hook and signal handlers.
 if sys.argv[:1] == ["-m"]:
     sys.excepthook = explain
-    # Read by OpenMP when torch loads it.
+    # OpenMP reads the environment when torch loads it.
     os.environ |= OPENMP | os.environ
     handle_interrupts(leave)

@@ -29,13 +29,14 @@ def write_first(folder, text):
         (folder / f"{package}.py").write_text(text)
 
 
-def call(name, tmp_path, *, isolated=True, code=0):
+def call(name, tmp_path, *, isolated=True, **environment):
     """Call a command, without or with the packages of the environment."""
     flags = ["-S"] if isolated else []
     return subprocess.run(
         [sys.executable, *flags, "-m", name],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]},
+        env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PATH": os.environ["PATH"]}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -105,6 +106,13 @@ def test_signals_that_the_caller_ignores_stay_ignored_during_the_imports(tmp_pat
         assert call("cache.verify", tmp_path).stdout == "went on\n"
     finally:
         signal.signal(signal.SIGHUP, usual)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("given", "used"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_idle_openmp_threads_of_a_command_do_not_spin(tmp_path, command, given, used):
+    write_first(tmp_path, "import os\nprint(os.environ['GOMP_SPINCOUNT'])\nexit()")
+    assert call(command, tmp_path, **given).stdout == f"{used}\n"
 
 
 def test_a_program_that_imports_the_package_keeps_its_hook_and_signals():
