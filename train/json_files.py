@@ -1,4 +1,4 @@
-"""JSON files: reading small ones strictly, and flattening their values."""
+"""Reads small JSON files, and gives nested values dotted names."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Checks the provenance of a run: whether it fits the current features and language model.
 
-Weights trained on other features, or beside another language model, load without complaint where
+Weights trained on other features, or with another language model, load without complaint where
 the widths agree, and are worthless.
 """
 
@@ -76,7 +76,7 @@ def provenance_of(
         language_model: Identity of the current language model.
 
     Raises:
-        StageError: No provenance, or the run was trained beside another language model.
+        StageError: No provenance, or the run was trained with another language model.
         SpecMismatchError: The run was trained on other features.
     """
     path = RUNS / stage / "provenance.json"
@@ -103,7 +103,7 @@ def changed_tables(values: Mapping[str, Any]) -> list[str]:
 
 
 def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[str, str]) -> None:
-    """Refuse a language model other than the one beside which a run was trained.
+    """Refuse a language model other than the one that a run was trained with.
 
     Provenance of earlier versions does not name it: a warning, and the run is accepted.
 

@@ -1,8 +1,8 @@
 """How images and their texts become tensors: the shape of what the model sees.
 
 All texts of an image stand behind one copy of its patches. Each text sees the patches and itself,
-at the positions that it would have alone, so loss and gradients are those of one sequence a text,
-for a fraction of the tokens. Several images are packed into a row.
+at the positions that it would have alone. So loss and gradients equal those of one sequence per
+text, for a fraction of the tokens. Several images are packed into a row.
 
     row             patches   text 1   text 2   patches   text 1   padding
     image_numbers   0 0 0 0   0 0 0    0 0      1 1 1 1   1 1 1    -1 -1

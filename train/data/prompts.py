@@ -1,4 +1,4 @@
-"""What the language model reads behind the patches of an image, and which tokens it must learn.
+"""The text behind the patches of an image, and which of its tokens the model must learn.
 
 A text is a list of turns, each with a prompt and a target. Targets are captions or answers; an EOS
 follows each of them, so that the model learns to stop. Prompts and targets are tokenised apart:

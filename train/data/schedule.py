@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """The texts of one optimizer step: a slice of those of some images."""
+    """The texts of one optimizer step: the same slice of the texts of some images."""
 
     image_numbers: NDArray[np.int64]
     """int64 [K], in order."""

@@ -30,9 +30,6 @@ from train.run import RunDirectory
 from train.settings import CheckpointSettings
 from workspace.errors import StageError
 
-NAMED_IMAGES = 8
-"""Most image ids that an error names."""
-
 
 def train(
     setup: TrainingSetup, saving: CheckpointSettings, run: RunDirectory, tracker: Tracker
@@ -123,7 +120,7 @@ class _Training:
                 seed=(setup.seed, step),
             )
         except FloatingPointError as error:
-            names = first_few(data.image_ids, NAMED_IMAGES)
+            names = first_few(data.image_ids)
             raise StageError(
                 f"step {step}: {error}. Images of the step ({len(data.image_ids)}): {names}. "
                 f"{self._last_checkpoint()} Lower the learning rate, or check the features with "

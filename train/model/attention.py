@@ -22,7 +22,7 @@ from cache.texts import one_line
 from train.data.packing import PackedBatch
 
 NAME = "packed"
-"""Name of this attention among those of transformers."""
+"""Name under which transformers knows this attention."""
 
 
 def mask_mod(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
