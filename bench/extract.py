@@ -108,7 +108,7 @@ def bare_loop() -> None:
             return len(decoder)
 
         def __getitem__(self, number: int) -> torch.Tensor:
-            return torch.from_numpy(decoder[number].pixels_BSSC)
+            return torch.from_numpy(decoder.decode(number).pixels_BSSC)
 
     loader = DataLoader(
         Pixels(),

@@ -1,7 +1,8 @@
 """Assigns images to shards, and names shards: pure functions, no files.
 
-A shard ends after an image whose hashed id says so, or when it is full. So adding or removing an
-image changes only the shards up to the next such image (content-defined chunking, as in rsync).
+A shard ends after an image whose hashed id is divisible by `shard_rows`, or when it holds twice
+`shard_rows` images. So adding or removing an image changes only the shards up to the next such
+image (content-defined chunking, as in rsync).
 """
 
 import hashlib
@@ -18,7 +19,7 @@ class PlannedShard:
     """The rows of one shard, before it is encoded."""
 
     key: str
-    """16 hexadecimal digits over the encoder and the rows."""
+    """The result of `shard_key`."""
     image_ids: NDArray[np.int64]
     """[N], ascending."""
     source_xxh3: NDArray[np.uint64]
@@ -39,7 +40,7 @@ def plan_shards(
         image_ids: [N] in any order, without repeats.
         source_xxh3: [N] hashes of the image files, in the same order.
         fingerprint: Of the spec of the features.
-        shard_rows: Mean rows in a shard; the largest shard has twice as many.
+        shard_rows: Expected rows of a shard; a shard has at most twice as many.
 
     Returns:
         The shards in order of image id. They depend on the set of images alone.
@@ -52,11 +53,11 @@ def plan_shards(
             image_ids[start:stop],
             source_xxh3[start:stop],
         )
-        for start, stop in _cuts(image_ids, shard_rows)
+        for start, stop in _shard_ranges(image_ids, shard_rows)
     ]
 
 
-def _cuts(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, int]]:
+def _shard_ranges(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, int]]:
     start = 0
     for stop, image_id in enumerate(image_ids.astype("<i8"), start=1):
         is_cut = xxhash.xxh3_64_intdigest(image_id.tobytes()) % shard_rows == 0
@@ -68,7 +69,7 @@ def _cuts(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, 
 def shard_key(
     fingerprint: str, image_ids: NDArray[np.int64], source_xxh3: NDArray[np.uint64]
 ) -> str:
-    """Return the 16 hexadecimal digits of a shard: a hash of encoder, images and their bytes."""
+    """Return 16 hexadecimal digits of a sha256 over the fingerprint, the images' ids and hashes."""
     rows = np.empty(len(image_ids), dtype=[("image_id", "<i8"), ("source_xxh3", "<u8")])
     rows["image_id"], rows["source_xxh3"] = image_ids, source_xxh3
     return hashlib.sha256(fingerprint.encode() + rows.tobytes()).hexdigest()[:16]

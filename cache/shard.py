@@ -50,7 +50,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Shard:
-    """A checked shard: everything but its features."""
+    """The structure of a shard that passed the checks; all but its features."""
 
     path: Path
     offset: int
@@ -95,12 +95,12 @@ def shard_bytes(
         row_xxh3: `hash_rows(features_NPD)`; computed when not given.
     """
     features = features_NPD.astype("<f2", copy=False)
-    image = SparseFile()
+    skeleton = SparseFile()
     with h5py.File(
         "shard",
         "w",
         driver="fileobj",
-        fileobj=image,
+        fileobj=skeleton,
         libver=LIBRARY_VERSIONS,
         track_order=False,
         # Aligns datasets of any size, also a last shard of one small row.
@@ -120,7 +120,7 @@ def shard_bytes(
         for name, text in _attributes(spec).items():
             utf8 = h5py.string_dtype("utf-8", len(text))
             file.attrs.create(name, np.array(text, dtype=utf8), dtype=utf8)
-    head, tail = image.between(0, start), image.between(start + features.nbytes)
+    head, tail = skeleton.between(0, start), skeleton.between(start + features.nbytes)
     return [head, features.reshape(-1).view(np.uint8).data, tail]
 
 
@@ -139,6 +139,7 @@ def open_shard(path: Path, spec: Spec) -> Shard:
 
     check_ordinary(path, refuse)
     with reading_foreign_file(refuse, path):
+        # HDF5 overflows the stack on a damaged tree of the old group layout.
         if tree := find_tree(path):
             raise _unsafe(path, tree)
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)

@@ -1,7 +1,7 @@
 """Reads features: opens a store and gathers batches.
 
-The features of all shards lie in one array (`mapping`); a shard is mapped on its first use. Forked
-processes and threads share the mappings. A pickled store opens itself again.
+The features of all shards are mapped into one address range (`mapping`), each shard on its first
+use. Forked processes and threads share the mappings. A pickled store opens itself again.
 
 Letters: B images asked for, N images of the store, P patches, D width of the vision tower.
 """
@@ -34,7 +34,7 @@ class FeatureStore:
 
         Args:
             root: Folder or fsspec URL. Each shard of a URL is copied here on its first use, and
-                its bytes are held against the index; the copies are deleted with the store.
+                its bytes are compared with the index; the copies are deleted with the store.
             partial: Whether shards may be missing. Their images are then not in the store, and
                 `missing_shards` names them.
 
@@ -42,8 +42,8 @@ class FeatureStore:
             IncompleteStoreError: A part is missing or is not what it should be.
             SpecMismatchError: Spec, index and shards are of different encoders.
             CorruptShardError: The index contradicts itself, or a shard is not what it says.
-            UnsafeShardError: A shard is not built as shards are built.
-            UnreachableStoreError: The server of a URL does not deliver.
+            UnsafeShardError: A shard has links, filters, attributes or another layout.
+            UnreachableStoreError: The server of a URL fails or refuses access.
         """
         self.root = str(root)
         self._layout, index = StoreLayout.open(root, partial=partial)
@@ -131,7 +131,7 @@ class FeatureStore:
             MissingImageError: An id is not in the store; names up to five.
             IncompleteStoreError: A shard has been deleted.
             CorruptShardError: A shard is not what the index says.
-            UnreachableStoreError: The server of a URL does not deliver a shard.
+            UnreachableStoreError: The server of a URL fails or refuses access.
             ValueError: Ids that are no integers, or `out` of another shape, type or layout.
         """
         rows = self._rows_of(image_ids)
@@ -206,7 +206,7 @@ class FeatureStore:
         wanted = numbers[~self._is_mapped[numbers]]
         if not len(wanted):
             return
-        # A lock for each process: a fork can copy a lock that its holder never releases there.
+        # A lock for each process: a lock that is held at a fork stays locked in the child.
         with self._locks.setdefault(os.getpid(), threading.Lock()):
             for number in np.unique(wanted).tolist():
                 if not self._is_mapped[number]:

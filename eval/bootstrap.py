@@ -3,7 +3,7 @@
 Images are resampled with all their texts, because texts about one image are not independent: the
 percentile bootstrap of Efron and Tibshirani 1993, over clusters.
 
-Letters: N texts, K sums that a score is made of, G images, R draws.
+Letters: N texts, K sums per score, G images, R draws.
 """
 
 import functools
@@ -14,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 DRAWS = 1000
+"""Resamplings of the images."""
+
 LEVEL = 0.95
+"""Coverage of the intervals."""
 
 Sums = NDArray[np.float64]
 

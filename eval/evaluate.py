@@ -21,6 +21,7 @@ from eval.scoring.generation import answer_questions, answer_yes_no, caption_ima
 from eval.scoring.losses import answer_losses
 from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
+from eval.scoring.score_names import BLIND
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
@@ -94,7 +95,7 @@ def score_models(
     """
     model = models.both_stages
     references, questions = evaluation_set.references, evaluation_set.questions
-    # Takes minutes, before hours of generation, and shows most defects of a model.
+    # Losses first: they take minutes and show most faults before hours of generation.
     losses = answer_losses(model, evaluation_set.examples, settings.max_text_tokens)
     with models.adapter.disable_adapter():
         stage_1_scores, stage_1_captions = caption_images(models.stage_1, references, "", settings)
@@ -105,14 +106,15 @@ def score_models(
     pope_scores, yes_no_answers = answer_yes_no(
         model, evaluation_set.pope, evaluation_set.splits, settings
     )
-    left_out = {
-        kind: {"without_features": count} for kind, count in evaluation_set.without_features.items()
-    }
+    counts = evaluation_set.without_features.items()
+    without_features = {kind: {"without_features": count} for kind, count in counts}
     scores = {
-        "captions": caption_scores | left_out["captions"],
-        "answers": answer_scores | left_out["answers"] | {"too_long": evaluation_set.num_too_long},
-        "pope": {name: section | left_out["pope"] for name, section in pope_scores.items()},
-        "pretrain_only": {"captions": stage_1_scores | left_out["captions"]},
+        "captions": caption_scores | without_features["captions"],
+        "answers": answer_scores
+        | without_features["answers"]
+        | {"too_long": evaluation_set.num_too_long},
+        "pope": {name: section | without_features["pope"] for name, section in pope_scores.items()},
+        "pretrain_only": {"captions": stage_1_scores | without_features["captions"]},
         "contamination": evaluation_set.contamination_counts(),
         "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
     }
@@ -137,7 +139,7 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
 
 
 def _beside_wrong_image(section: Mapping[str, Any], name: str, key: str) -> str:
-    return f"{name} {section[key]:.3f} (wrong image {section['blind'][key]:.3f})"
+    return f"{name} {section[key]:.3f} (wrong image {section[BLIND][key]:.3f})"
 
 
 if __name__ == "__main__":

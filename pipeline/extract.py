@@ -70,6 +70,7 @@ def make_shards(
         StageError: More images failed than the settings allow, or the tower has changed.
     """
     hashes: dict[str, str] = {}
+    # Each round adds the failed images to `stats.failures` and the finished shards to `hashes`.
     while True:
         decodable = ~np.isin(source.image_ids, list(stats.failures))
         plan = plan_shards(
@@ -78,7 +79,7 @@ def make_shards(
             encoder.spec.fingerprint,
             settings.shard_rows,
         )
-        missing = find_missing(plan, hashes, encoder.spec)
+        missing = recover_or_list_missing(plan, hashes, encoder.spec)
         prepare_probe(encoder, must_check=bool(missing))
         if not missing:
             break
@@ -90,12 +91,12 @@ def make_shards(
     return plan, hashes
 
 
-def find_missing(
+def recover_or_list_missing(
     plan: list[PlannedShard], hashes: dict[str, str], spec: Spec
 ) -> list[PlannedShard]:
-    """Return the planned shards that neither the work directory nor DVC has.
+    """Recover planned shards from DVC; return the shards that the work directory still lacks.
 
-    The sha256 of the others are added to `hashes`, which has those of the shards found before.
+    The sha256 of every other planned shard is in `hashes` afterwards.
     """
     hashes |= verified_hashes([shard for shard in plan if shard.name not in hashes])
     missing = [shard for shard in plan if shard.name not in hashes]
@@ -108,7 +109,10 @@ def find_missing(
 def prepare_probe(encoder: LazyEncoder, must_check: bool) -> None:
     """Check the encoder against the stored probe of its features; store one if there is none.
 
-    An encoder that is not loaded yet is checked only if it must be, because features will be added.
+    Args:
+        encoder: The encoder.
+        must_check: Whether shards will be encoded. Otherwise an encoder that is not loaded is not
+            checked, because the check would load it.
 
     Raises:
         StageError: The encoder gives other features than before.

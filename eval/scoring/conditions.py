@@ -1,9 +1,9 @@
 """The conditions under which a model generates: an image's own features, and three controls.
 
 seen       the image's own features
-blind      another image's features: a score reached with them was not learned from pictures
+blind      the features of a wrong image: a score reached this way owes nothing to the picture
 noise      no image: normal noise with the mean and the deviation of each channel of the store
-untrained  the own features through a projector of random weights
+untrained  the image's own features through a projector of random weights
 
 Letters: B images, P patches, D width of the vision tower.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore, Spec
 from eval.scoring.evaluated_models import EvaluatedModel
-from eval.scoring.score_names import BLIND, SEEN
+from eval.scoring.score_names import BLIND, NOISE, SEEN, UNTRAINED
 from train.data.prefetch import Features
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
@@ -27,16 +27,16 @@ SAMPLED_IMAGES = 256
 
 @dataclass(frozen=True)
 class Condition:
-    """One way of showing some images to a model."""
+    """A model, and the features that it gets for each question."""
 
     name: str
     model: CaptionModel
     features: Features
     image_ids: list[int]
-    """The images whose features are shown, one for each image that is asked about."""
+    """For each question, the image whose features the model gets."""
 
 
-def conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:
+def make_conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:
     """Return all conditions for some images, their own features first.
 
     Raises:
@@ -46,13 +46,13 @@ def conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Conditio
     return [
         Condition(SEEN, model.model, model.store, own),
         Condition(BLIND, model.model, model.store, [others[i] for i in own]),
-        Condition("noise", model.model, Noise(model.store, model.seed), own),
-        Condition("untrained", model.untrained, model.store, own),
+        Condition(NOISE, model.model, Noise(model.store, model.seed), own),
+        Condition(UNTRAINED, model.untrained, model.store, own),
     ]
 
 
 def other_images(image_ids: Sequence[int], store: FeatureStore) -> dict[int, int]:
-    """Pair each image with another one: half the sorted list further on, wrapping around.
+    """Pair each image with the image half a list away in sorted order, wrapping around.
 
     A single image is paired with an image of the store.
 
@@ -71,7 +71,7 @@ def other_images(image_ids: Sequence[int], store: FeatureStore) -> dict[int, int
 
 
 class Noise:
-    """Features of no image, on the scale of a store's; a function of seed and image id alone."""
+    """Random features with a store's means and deviations; a function of seed and image id."""
 
     def __init__(self, store: FeatureStore, seed: int) -> None:
         """Measure each channel's mean and deviation over some images of the store."""

@@ -11,7 +11,7 @@ from typing import Any
 from eval.bootstrap import Measure
 from eval.metrics import caption_measures, cider_by_image, pope_measures, yes_or_no
 from eval.scoring.answers import answer_measures, answer_score, form_measures, is_short
-from eval.scoring.conditions import conditions
+from eval.scoring.conditions import make_conditions
 from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
@@ -184,7 +184,7 @@ def _generate(
         For each prompt, its texts by condition.
     """
     by_condition = {}
-    for condition in conditions(model, image_ids):
+    for condition in make_conditions(model, image_ids):
         cache_key = {
             "model": model.identity,
             "condition": condition.name,

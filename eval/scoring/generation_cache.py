@@ -1,7 +1,7 @@
 """Caches generated texts on disk until the evaluation is finished.
 
 The texts of a model under one condition take minutes to hours, so an evaluation that was stopped
-continues without generating them again. Their key is everything that cache_key them.
+continues without generating them again. The cache key holds all inputs of the generation.
 """
 
 import dataclasses

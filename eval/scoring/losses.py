@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.bootstrap import Measure, ratio_of
-from eval.scoring.conditions import Condition, conditions
+from eval.scoring.conditions import Condition, make_conditions
 from eval.scoring.evaluated_models import EvaluatedModel
 from train.data.examples import Example
 from train.data.packing import PADDING, PackedBatch
@@ -67,7 +67,7 @@ def answer_losses(
             f"{len(examples)} images. Raise it."
         )
     losses = {}
-    for condition in conditions(model, [example.image_id for example in fitting]):
+    for condition in make_conditions(model, [example.image_id for example in fitting]):
         of_condition = _losses(model, condition, fitting, max_text_tokens)
         if not math.isfinite(of_condition.measure.value):
             raise StageError(

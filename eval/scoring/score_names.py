@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-SEEN, BLIND = "seen", "blind"
-"""The image's own features, and the features of another image."""
+SEEN, BLIND, NOISE, UNTRAINED = "seen", "blind", "noise", "untrained"
+"""The conditions of `eval.scoring.conditions`. Pages call `blind` "wrong image"."""
 
-CONTROLS = (BLIND, "noise", "untrained")
+CONTROLS = (BLIND, NOISE, UNTRAINED)
+"""Keys under which a section of scores holds its controls."""
+
 CONDITIONS = (SEEN, *CONTROLS)
-"""The conditions of `eval.scoring.conditions`; a section holds its controls under these keys."""
 
 
 def has_no_short_targets(section: Mapping[str, Any], key: str) -> bool:

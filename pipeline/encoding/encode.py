@@ -38,20 +38,20 @@ PREFETCH_BATCHES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Shards to encode, with everything that a process of another device needs for them."""
+    """The input of the encoding processes; pickled for each device."""
 
     shards: list[PlannedShard]
     source: ImageSource
     settings: EncoderSettings
     spec: Spec
     probe: Path
-    """File of the probe that the encoder of every device must reproduce."""
+    """The stored features of eight known pictures, which every device's encoder must reproduce."""
     folder: Path
     """Each shard appears here under its own name, whole, as soon as it is finished."""
     workers: int
     """Decoding processes of all devices together; 0 decodes in the encoding process."""
     max_failures: int
-    """More images than this that do not decode stop the run."""
+    """The run stops when more images than this fail to decode."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class BatchDecoder:
         for shard_number in shard_numbers:
             yield from np.flatnonzero(shard_of_batch == shard_number).tolist()
 
-    def __getitem__(self, number: int) -> DecodedBatch:
+    def decode(self, number: int) -> DecodedBatch:
+        """Read and decode the images of a batch."""
         started = time.perf_counter()
         shard_number, start, image_ids = self._batches[number]
         pixels: list[NDArray[np.uint8]] = []
@@ -134,12 +135,13 @@ class ShardEncoder:
     def run(self, shard_numbers: Iterable[int]) -> None:
         """Encode shards of the job and write them.
 
-        A shard with an image that does not decode is not written, because it is another shard
-        without that image. Its images are still decoded, so that one pass finds all failures.
+        A shard with an image that does not decode is not written: without that image it is
+        another shard, with another name. All its images are still decoded, so that one pass finds
+        all failures.
 
         Args:
-            shard_numbers: Positions in the job's shards; advanced only when the next shard is
-                about to be decoded.
+            shard_numbers: Positions in the job's shards, read lazily: devices take them from one
+                counter, each when the decoding of a shard begins.
 
         Raises:
             StageError: Too many failures, images other than the indexed ones, or a dead worker.
@@ -149,11 +151,11 @@ class ShardEncoder:
         features_NPD = np.empty((0, spec.patches, spec.width), np.float16)
         writing: Future[None] | None = None
         with (
-            WorkerPool(self._decoder.__getitem__, workers) as pool,
+            WorkerPool(self._decoder.decode, workers) as pool,
             ThreadPoolExecutor(1) as writer,
         ):
             decoded = pool.results(self._decoder.batches_of(shard_numbers), PREFETCH_BATCHES)
-            for batch, features_BPD in self._encoded(self._of_whole_shards(decoded)):
+            for batch, features_BPD in self._encoded(self._without_failed_shards(decoded)):
                 shard = self._job.shards[batch.shard_number]
                 num_rows = len(shard.image_ids)
                 if batch.start == 0:
@@ -167,7 +169,7 @@ class ShardEncoder:
             if writing:
                 writing.result()
 
-    def _of_whole_shards(self, batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
+    def _without_failed_shards(self, batches: Iterator[DecodedBatch]) -> Iterator[DecodedBatch]:
         """Yield the batches of shards without a failure so far; record the failures."""
         failed_shards: set[int] = set()
         for batch in batches:

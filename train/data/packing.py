@@ -1,4 +1,4 @@
-"""How images and their texts become tensors: the shape of what the model sees.
+"""Packs images and their texts into rows, and rows into the tensors of a forward pass.
 
 All texts of an image stand behind one copy of its patches. Each text sees the patches and itself,
 at the positions that it would have alone. So loss and gradients equal those of one sequence per
@@ -33,6 +33,12 @@ EXTRA_ROWS = 8
 PADDING = -1
 """Image number of positions that hold nothing."""
 
+Row = list[int]
+"""Indices of the images in a row."""
+
+Pass = list[Row]
+"""The rows of a forward pass."""
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -47,7 +53,7 @@ class PackedBatch:
     token_ids: Tensor
     """int64 [R, T]: 0 at patches and padding."""
     positions: Tensor
-    """int64 [R, T]: position of each token in its own text, behind the patches."""
+    """int64 [R, T]: position ids. Patches have 0 to P - 1; every text begins at P."""
     image_numbers: Tensor
     """int64 [R, T]: 0, 1, ... the images of a row, or PADDING."""
     text_ids: Tensor
@@ -71,11 +77,15 @@ class PackedBatch:
 
 
 def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
-    """Return the positions of an image: a text's last token is predicted, never read."""
+    """Return how many positions an image takes.
+
+    These are its patches and the tokens of its texts, without the last token of each text, which
+    is only predicted.
+    """
     return patches + sum(len(text.token_ids) - 1 for text in texts)
 
 
-def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[list[list[int]]]:
+def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[Pass]:
     """Pack images into rows, and rows into forward passes, with little padding.
 
     The loss of a step does not depend on how it is packed.
@@ -90,14 +100,14 @@ def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[l
         For each pass its rows, for each row the indices of its images.
     """
     fewest = min(math.ceil(sum(lengths) / row_tokens), len(lengths))
-    best: list[list[list[int]]] = []
+    best: list[Pass] = []
     for num_rows in range(fewest, len(lengths) + 1):
         if best and num_rows > fewest + EXTRA_ROWS:
             break
         rows = _fill_rows(lengths, num_rows)
         if any(length > row_tokens and len(row) > 1 for length, row in rows):
             continue
-        passes = _cut(rows, pass_tokens)
+        passes = _split_into_passes(rows, pass_tokens)
         if not best or num_slots(passes, lengths) < num_slots(best, lengths):
             best = passes
     return best
@@ -110,9 +120,9 @@ def num_slots(passes: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int])
     )
 
 
-def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, list[int]]]:
+def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, Row]]:
     """Put the longest remaining image into the shortest row; return lengths and rows."""
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    rows: list[Row] = [[] for _ in range(num_rows)]
     shortest = [(0, number) for number in range(num_rows)]
     for image in sorted(range(len(lengths)), key=lambda image: -lengths[image]):
         length, number = shortest[0]
@@ -121,15 +131,15 @@ def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, list[in
     return [(length, rows[number]) for length, number in shortest]
 
 
-def _cut(rows: list[tuple[int, list[int]]], pass_tokens: int) -> list[list[list[int]]]:
+def _split_into_passes(rows: list[tuple[int, Row]], pass_tokens: int) -> list[Pass]:
     """Put rows of similar length into the same pass."""
-    passes: list[list[list[int]]] = []
-    width = 0
+    passes: list[Pass] = []
+    row_length = 0
     # The longest row first: it decides the width of its pass.
     for length, row in sorted(rows, key=lambda row: -row[0]):
-        if not passes or (len(passes[-1]) + 1) * width > pass_tokens:
+        if not passes or (len(passes[-1]) + 1) * row_length > pass_tokens:
             passes.append([])
-            width = length
+            row_length = length
         passes[-1].append(row)
     return passes
 
@@ -151,14 +161,14 @@ def collate(
         number: Of the pass within its step.
     """
     patches = patches_NPD.shape[1]
-    width = max(sum(image_length(texts[image], patches) for image in row) for row in rows)
-    token_ids, positions, text_ids = np.zeros((3, len(rows) * width), np.int64)
-    image_numbers = np.full(len(rows) * width, PADDING)
+    row_length = max(sum(image_length(texts[image], patches) for image in row) for row in rows)
+    token_ids, positions, text_ids = np.zeros((3, len(rows) * row_length), np.int64)
+    image_numbers = np.full(len(rows) * row_length, PADDING)
     patch_slots: list[NDArray[np.int64]] = []
     target_slots: list[NDArray[np.int64]] = []
     target_ids: list[NDArray[np.int64]] = []
     for row_number, row in enumerate(rows):
-        start = row_number * width
+        start = row_number * row_length
         for image_number, image in enumerate(row):
             end = start + patches
             last_patch = end - 1
@@ -167,7 +177,7 @@ def collate(
             for text_id, text in enumerate(texts[image], start=1):
                 ids, is_target = np.array(text.token_ids), np.array(text.is_target)
                 place = slice(end, end + len(ids) - 1)
-                # The token before predicts each token, the last patch the first one.
+                # Each position predicts the next token; the last patch predicts the first token.
                 predicting = np.array([last_patch, *range(place.start, place.stop)])
                 target_slots.append(predicting[is_target])
                 target_ids.append(ids[is_target])
@@ -177,7 +187,7 @@ def collate(
                 end = place.stop
             image_numbers[start:end] = image_number
             start = end
-    shape = (len(rows), width)
+    shape = (len(rows), row_length)
     return PackedBatch(
         number=number,
         image_ids=np.array([image_ids[image] for row in rows for image in row]),

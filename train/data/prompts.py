@@ -1,4 +1,4 @@
-"""The text behind the patches of an image, and which of its tokens the model must learn.
+"""Builds the token sequences behind the patches of an image, and their loss masks.
 
 A text is a list of turns, each with a prompt and a target. Targets are captions or answers; an EOS
 follows each of them, so that the model learns to stop. Prompts and targets are tokenised apart:
@@ -32,7 +32,7 @@ class TokenizedText:
 
 
 def caption_turns(caption: str) -> Turns:
-    """Return the text of stage 1: the caption, straight behind the patches."""
+    """Return the turns of a caption: a single target, straight behind the patches."""
     return (("", caption),)
 
 
@@ -45,7 +45,7 @@ def question_text(question: str) -> str:
 
 
 def conversation_turns(turns: Sequence[tuple[str, str]]) -> Turns:
-    """Return the text of stage 2: a prompt for each question, then its answer.
+    """Return the turns of a conversation: a prompt for each question, then its answer.
 
     Args:
         turns: Question and answer of each turn.
@@ -56,7 +56,7 @@ def conversation_turns(turns: Sequence[tuple[str, str]]) -> Turns:
 def dialogue_prompt(
     turns: Sequence[tuple[str, str]], question: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Return the tokens of a conversation so far and of a new question, as training has them.
+    """Return the tokens of a conversation so far and of a new question, tokenised as in training.
 
     Args:
         turns: Earlier questions and answers.
@@ -78,6 +78,7 @@ def tokenize(
         max_tokens: Most tokens of a text. Turns beyond are left out; a first turn that is longer
             is cut, and then has no EOS.
     """
+    # Strings of all turns in one call, which is faster; they come back in the same order.
     pieces = iter(encode([part for text in texts for turn in text for part in turn], tokenizer))
     eos = tokenizer.eos_token_id
     return [
@@ -107,5 +108,6 @@ def _join(turns: list[tuple[list[int], list[int]]], max_tokens: int) -> Tokenize
         is_target += [False] * len(prompt) + [True] * len(target)
         if len(token_ids) <= max_tokens:
             end = len(token_ids)
+    # A first turn that is too long is cut.
     end = end or max_tokens
     return TokenizedText(token_ids[:end], is_target[:end], was_cut=end < len(token_ids))

@@ -76,16 +76,15 @@ class _Training:
     def run(self) -> dict[str, Any]:
         """Make the remaining steps and return the metrics."""
         setup, history = self._setup, self._history
-        # Prepare: another thread reads, tokenises and packs the data of the next steps.
+        # Another thread reads, tokenises and packs the data of the next steps.
         prefetcher = setup.prefetch(self._plan, self._completed_steps)
         with StopRequest() as stop, self._progress_bar() as bar:
             if self._completed_steps:
-                # The checkpoint was written before its step's row of history.
+                # Checkpoints are saved before the row of their step is written.
                 self._log_and_validate(stop)
             for data in prefetcher:
                 if not self._completed_steps:
                     check_first_logits(setup.model, data)
-                # Forward, backward and update.
                 loss_sum = self._step(data)
                 learning_rate = float(self._schedule.get_last_lr()[0])
                 self._schedule.step()
@@ -187,8 +186,8 @@ class _Training:
             return 0
         with reading_foreign_file(
             lambda why: StageError(
-                f"{found.path}: is not of this run, though whole ({why}). Delete it to go on from "
-                f"the one before."
+                f"{found.path}: is intact but belongs to another run ({why}). Delete it to go on "
+                f"from the one before."
             )
         ):
             if found.step not in range(1, len(self._plan) + 1):

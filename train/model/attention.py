@@ -26,7 +26,7 @@ NAME = "packed"
 
 
 def mask_mod(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return FlexAttention's `mask_mod`: whether, in a row and head, a query sees a key.
+    """Return FlexAttention's `mask_mod`: whether a query position may attend to a key position.
 
     A query sees its own image's patches and its own text, up to itself. Padding sees padding:
     attention without any key is undefined.
@@ -46,6 +46,7 @@ def dense_mask(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     num_rows, length = batch.token_ids.shape
     rows = torch.arange(num_rows, device=batch.token_ids.device)[:, None, None]
     positions = torch.arange(length, device=batch.token_ids.device)
+    # All heads share the mask, so the second argument is ignored.
     seen = mask_mod(batch)(rows, rows, positions[:, None], positions)
     # Not bool: SDPA would convert a bool mask in every layer.
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]

@@ -1,7 +1,7 @@
 """Cross entropy of a frozen output layer, without ever holding the logits of all tokens.
 
-With 51,200 words, the logits of a step and their gradient would take most of the memory. Here they
-exist for one chunk of tokens at a time, and their gradient is taken in the forward pass.
+With a vocabulary of 51,200, the logits of a step and their gradient would take most of the memory.
+Here they exist for one chunk of tokens at a time, and their gradient is taken in the forward pass.
 
 Letters: S supervised tokens, C of them at a time, H width, V vocabulary.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 CHUNK = 256
-"""Tokens at a time: 52 MB of float32 logits with 51,200 words."""
+"""Tokens at a time: 52 MB of float32 logits for a vocabulary of 51,200."""
 
 
 def cross_entropy(
@@ -31,6 +31,8 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """Computes the gradient together with the loss, chunk by chunk."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden_SH: Tensor, target_ids_S: Tensor, head: Callable[[Tensor], Tensor]
@@ -44,16 +46,17 @@ class _CrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 logits_CV = head(hidden_CH)
             # Half precision would lose small terms in the sum over the vocabulary.
-            exact = torch.promote_types(logits_CV.dtype, torch.float32)
-            scores_CV = nn.functional.log_softmax(logits_CV.detach(), dim=1, dtype=exact)
-            cells_C = torch.arange(len(target_ids_C), device=target_ids_C.device)
-            cells_C = cells_C * scores_CV.shape[1] + target_ids_C
-            losses.append(-scores_CV.flatten().index_select(0, cells_C))
+            dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+            log_probs_CV = nn.functional.log_softmax(logits_CV.detach(), dim=1, dtype=dtype)
+            flat_targets_C = torch.arange(len(target_ids_C), device=target_ids_C.device)
+            flat_targets_C = flat_targets_C * log_probs_CV.shape[1] + target_ids_C
+            losses.append(-log_probs_CV.flatten().index_select(0, flat_targets_C))
             if needs_gradient:
-                # Softmax minus one at the target, in place of the scores.
-                gradient_CV = scores_CV.exp_()
-                ones_C = torch.ones_like(cells_C, dtype=exact)
-                gradient_CV.view(-1).index_add_(0, cells_C, ones_C, alpha=-1)
+                # The gradient of the logits is softmax, minus 1 at the target; it overwrites the
+                # log-probabilities.
+                gradient_CV = log_probs_CV.exp_()
+                ones_C = torch.ones_like(flat_targets_C, dtype=dtype)
+                gradient_CV.view(-1).index_add_(0, flat_targets_C, ones_C, alpha=-1)
                 gradients += torch.autograd.grad(
                     logits_CV, hidden_CH, gradient_CV.to(logits_CV.dtype)
                 )

@@ -45,13 +45,14 @@ class Projector(nn.Module):
     def __init__(self, kind: str, vision_width: int, text_width: int) -> None:
         super().__init__()
         self.kind, self.vision_width, self.text_width = kind, vision_width, text_width
-        first = nn.Linear(vision_width, text_width)
-        rest: dict[str, list[nn.Module]] = {
-            "linear": [],
-            "mlp": [nn.GELU(), nn.Linear(text_width, text_width)],
-            "resblock": [Residual(text_width)],
-        }
-        self.layers = nn.Sequential(first, *rest[kind])
+        layers: list[nn.Module] = [nn.Linear(vision_width, text_width)]
+        if kind == "mlp":
+            layers += [nn.GELU(), nn.Linear(text_width, text_width)]
+        elif kind == "resblock":
+            layers += [Residual(text_width)]
+        elif kind != "linear":
+            raise ValueError(f"no kind of projector: {kind!r}")
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map [..., P, D] to [..., P, H]."""

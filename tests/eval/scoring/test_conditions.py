@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from eval.scoring.conditions import Noise, conditions, other_images
+from eval.scoring.conditions import Noise, make_conditions, other_images
 from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.score_names import CONDITIONS
 from workspace.errors import StageError
@@ -46,7 +46,7 @@ def test_no_images_have_no_others():
 
 def test_the_four_conditions_differ_in_one_thing_each(store):
     model = EvaluatedModel("x", "model", "untrained", None, store, 3, "x")
-    seen, blind, noise, untrained = conditions(model, [139, 100, 139])
+    seen, blind, noise, untrained = make_conditions(model, [139, 100, 139])
     assert tuple(condition.name for condition in (seen, blind, noise, untrained)) == CONDITIONS
     assert (seen.model, seen.features, seen.image_ids) == ("model", store, [139, 100, 139])
     assert (blind.model, blind.features, blind.image_ids) == ("model", store, [100, 139, 100])

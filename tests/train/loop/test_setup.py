@@ -117,7 +117,7 @@ def test_a_pass_keeps_to_the_settings(setup):
         data = made.step_data(EXAMPLES)
         shapes = [one.token_ids.shape for one in data.batches]
         assert len(shapes) > 1
-        assert all(rows * width <= pass_tokens for rows, width in shapes)
+        assert all(rows * width <= micro_batch_tokens for rows, width in shapes)
         assert all(width <= row_tokens for _, width in shapes)
     long = setup(max_text_tokens=2).step_data(EXAMPLES)
     assert long.num_cut > 0
