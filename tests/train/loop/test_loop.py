@@ -54,11 +54,11 @@ def make_run(tmp_path):
 
 @pytest.fixture
 def loop(make_run, tracker):
-    """Train a task; return metrics and the run."""
+    """Train a setup; return metrics and the run."""
 
-    def loop(task, run=None, **saving):
+    def loop(setup, run=None, **saving):
         run = run or make_run()
-        return run_loop(task, CheckpointSettings(**SAVING | saving), run, tracker), run
+        return run_loop(setup, CheckpointSettings(**SAVING | saving), run, tracker), run
 
     return loop
 
@@ -69,7 +69,7 @@ def run_once(make_setup, make_model, settings, loop):
 
     def run_once(seed=0, lora=0.2, kind="mlp", validation=QUESTIONS, batch_size=8, **changes):
         model = make_model(kind, lora=lora, seed=seed)
-        task = make_setup(
+        setup = make_setup(
             EXAMPLES,
             validation=validation,
             seed=seed,
@@ -77,7 +77,7 @@ def run_once(make_setup, make_model, settings, loop):
             batch_size=batch_size,
             settings=settings(**changes),
         )
-        metrics, run = loop(task)
+        metrics, run = loop(setup)
         return metrics, run.rows, {n: p.detach() for n, p in model.trainable_parameters().items()}
 
     return run_once
@@ -87,16 +87,16 @@ def without_speed(rows):
     return [without_speeds(row) for row in rows]
 
 
-def poison_at(task, step, value):
+def poison_at(setup, step, value):
     """Spoil a weight after an optimizer step; return the steps that are made."""
     made = []
 
     def spoil(*_):
         made.append(1)
         if len(made) == step:
-            task.model.projector.layers[2].bias.data.fill_(value)
+            setup.model.projector.layers[2].bias.data.fill_(value)
 
-    task.optimizer.register_step_post_hook(spoil)
+    setup.optimizer.register_step_post_hook(spoil)
     return made
 
 
@@ -202,82 +202,82 @@ def test_without_texts_it_says_where_to_look(make_setup, loop):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_images_and_checkpoint(
     make_setup, settings, make_run, loop, value
 ):
-    task = make_setup(EXAMPLES[:2], batch_size=2, settings=settings(epochs=3))
-    made, run = poison_at(task, 2, value), make_run()
+    setup = make_setup(EXAMPLES[:2], batch_size=2, settings=settings(epochs=3))
+    made, run = poison_at(setup, 2, value), make_run()
     with pytest.raises(
         StageError,
         match=r"^step 3: the loss is (nan|inf).*Images of the step \(1\): 10[01]\. "
         r"Last checkpoint: none yet\. Lower the learning rate, or check the features with "
-        rf"`python -m cache.verify {task.store.root}`\.$",
+        rf"`python -m cache.verify {setup.store.root}`\.$",
     ):
-        loop(task, run)
+        loop(setup, run)
     assert len(made) == 2, "no step is made on it"
     assert run.saved == []
 
 
 def test_a_model_whose_first_logits_are_not_finite_is_refused_before_a_step(make_setup, loop):
-    task = make_setup(EXAMPLES)
-    task.model.projector.layers[2].bias.data.fill_(math.nan)
+    setup = make_setup(EXAMPLES)
+    setup.model.projector.layers[2].bias.data.fill_(math.nan)
     with pytest.raises(StageError, match=r"^before the first step: logits of the first forward"):
-        loop(task)
+        loop(setup)
 
 
 def test_of_many_images_the_first_are_named(make_setup, settings, loop):
-    task = make_setup(EXAMPLES, batch_size=20, settings=settings(epochs=2))
-    poison_at(task, 1, math.nan)
+    setup = make_setup(EXAMPLES, batch_size=20, settings=settings(epochs=2))
+    poison_at(setup, 1, math.nan)
     with pytest.raises(StageError, match=r"Images of the step \(10\): (\d+, ){5}\.\.\.\. Last"):
-        loop(task)
+        loop(setup)
 
 
 def test_the_last_checkpoint_before_a_loss_that_is_not_finite_is_named_and_is_fine(
     make_setup, settings, make_run, loop
 ):
-    def task():
+    def setup():
         return make_setup(EXAMPLES, settings=settings(epochs=2))
 
-    failing, run = task(), make_run()
+    failing, run = setup(), make_run()
     poison_at(failing, 3, math.nan)
     path = run.checkpoints / "step-00000002.safetensors"
     with pytest.raises(StageError, match=rf"^step 4: .*Last checkpoint: {path}\. Lower"):
         loop(failing, run, every_steps=2)
     assert run.saved == [2]
-    metrics, _ = loop(task(), run, every_steps=2)
+    metrics, _ = loop(setup(), run, every_steps=2)
     assert run.continued == (2, 6)
-    unbroken, whole = loop(task())
+    unbroken, whole = loop(setup())
     assert without_speed([metrics]) == without_speed([unbroken])
     assert without_speed(run.rows) == without_speed(whole.rows)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_never_saved(make_setup, settings, make_run, loop, value):
-    task, run = make_setup(EXAMPLES, settings=settings(epochs=2)), make_run()
-    poison_at(task, 4, value)
+    setup, run = make_setup(EXAMPLES, settings=settings(epochs=2)), make_run()
+    poison_at(setup, 4, value)
     path = run.checkpoints / "step-00000002.safetensors"
     with pytest.raises(
         StageError,
         match=rf"^step 4: the weights are not finite any more\. Last checkpoint: {path}\. Lower",
     ):
-        loop(task, run, every_steps=2)
+        loop(setup, run, every_steps=2)
     assert run.saved == [2]
 
 
 def test_weights_that_are_not_finite_after_the_last_step_stop_the_run(make_setup, make_run, loop):
     """No loss would tell, where nothing is validated on."""
-    task, run = make_setup(EXAMPLES), make_run()
-    poison_at(task, 3, math.nan)
+    setup, run = make_setup(EXAMPLES), make_run()
+    poison_at(setup, 3, math.nan)
     with pytest.raises(StageError, match=r"^step 3: the weights are not finite"):
-        loop(task, run)
+        loop(setup, run)
     assert run.saved == []
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(make_setup, loop, monkeypatch):
-    monkeypatch.setattr(train.loop.loop, "validation_loss", lambda task: math.inf)
-    task = make_setup(EXAMPLES, validation=QUESTIONS)
+    monkeypatch.setattr(train.loop.loop, "validation_loss", lambda setup: math.inf)
+    setup = make_setup(EXAMPLES, validation=QUESTIONS)
     with pytest.raises(
         StageError,
         match=r"^step 3: the validation loss is inf\. Last checkpoint: .*/step-00000003",
     ):
-        loop(task)
+        loop(setup)
 
 
 # Checkpoints
@@ -303,9 +303,9 @@ def test_checkpoints_come_as_often_as_asked_and_always_at_the_end(
 
 def test_checkpoints_do_not_change_what_is_learned(make_setup, settings, loop):
     def weights(**saving):
-        task = make_setup(EXAMPLES, settings=settings(epochs=2))
-        loop(task, **saving)
-        return [p.detach() for p in task.model.trainable_parameters().values()]
+        setup = make_setup(EXAMPLES, settings=settings(epochs=2))
+        loop(setup, **saving)
+        return [p.detach() for p in setup.model.trainable_parameters().values()]
 
     assert all(map(torch.equal, weights(), weights(every_steps=1)))
 
@@ -314,9 +314,9 @@ def test_from_the_last_checkpoint_only_the_end_is_made_again(make_setup, make_ru
     run = make_run()
     first, _ = loop(make_setup(EXAMPLES), run)
     rows = run.rows
-    task = make_setup(EXAMPLES)
-    made = poison_at(task, -1, 0.0)
-    again, _ = loop(task, run)
+    setup = make_setup(EXAMPLES)
+    made = poison_at(setup, -1, 0.0)
+    again, _ = loop(setup, run)
     assert made == []
     assert run.continued == (3, 3)
     assert without_speed([again]) == without_speed([first])

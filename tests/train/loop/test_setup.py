@@ -1,4 +1,4 @@
-"""Laws of a task: its plan over the store's images, and the data of its steps made ahead."""
+"""Laws of a training setup: its plan over the store's images, and its prefetched steps."""
 
 import itertools
 from collections import Counter
@@ -21,11 +21,11 @@ TEXTS = sum(len(example.texts) for example in EXAMPLES)
 
 
 @pytest.fixture
-def task(make_setup, settings):
-    def task(examples=EXAMPLES, *, batch_size=8, seed=0, **changes):
+def setup(make_setup, settings):
+    def setup(examples=EXAMPLES, *, batch_size=8, seed=0, **changes):
         return make_setup(examples, batch_size=batch_size, seed=seed, settings=settings(**changes))
 
-    return task
+    return setup
 
 
 def planned(steps):
@@ -47,8 +47,8 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])
-def test_the_plan_is_that_of_the_settings(task, order):
-    made = task(batch_size=6, seed=5, texts_per_image=2, epochs=1.5, order=order, window_shards=1)
+def test_the_plan_is_that_of_the_settings(setup, order):
+    made = setup(batch_size=6, seed=5, texts_per_image=2, epochs=1.5, order=order, window_shards=1)
     shards = made.store.shards_of(made.train.image_ids)
     orders = {
         "global": lambda number: global_order(len(EXAMPLES), 5, number),
@@ -65,8 +65,8 @@ def test_the_plan_is_that_of_the_settings(task, order):
     assert planned(made.plan()) == planned(wanted)
 
 
-def test_the_windowed_order_stays_in_its_window(task):
-    made = task(texts_per_image=4, order="windowed", window_shards=1)
+def test_the_windowed_order_stays_in_its_window(setup):
+    made = setup(texts_per_image=4, order="windowed", window_shards=1)
     numbers = np.concatenate([step.image_numbers for step in made.plan()])
     shards = made.store.shards_of(made.train.image_ids)[numbers]
     assert len(set(shards.tolist())) == 2
@@ -74,8 +74,8 @@ def test_the_windowed_order_stays_in_its_window(task):
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])
-def test_the_data_of_each_step_are_those_of_its_plan(task, order):
-    made = task(texts_per_image=2, order=order)
+def test_the_data_of_each_step_are_those_of_its_plan(setup, order):
+    made = setup(texts_per_image=2, order=order)
     steps = made.plan()
     found = list(made.prefetch(steps, 0))
     assert len(found) == len(steps)
@@ -86,8 +86,8 @@ def test_the_data_of_each_step_are_those_of_its_plan(task, order):
         assert_equal(data, made.step_data(part))
 
 
-def test_an_epoch_reads_every_token_of_every_text_once(task):
-    made = task(texts_per_image=3)
+def test_an_epoch_reads_every_token_of_every_text_once(setup):
+    made = setup(texts_per_image=3)
     whole = made.step_data(EXAMPLES)
     wanted = Counter(itertools.chain(*(one.target_ids.tolist() for one in whole.batches)))
     found = Counter()
@@ -98,8 +98,8 @@ def test_an_epoch_reads_every_token_of_every_text_once(task):
 
 
 @pytest.mark.parametrize("order", ["global", "windowed"])
-def test_who_begins_in_the_middle_gets_what_would_have_come(task, order):
-    made = task(texts_per_image=2, order=order, window_shards=1)
+def test_who_begins_in_the_middle_gets_what_would_have_come(setup, order):
+    made = setup(texts_per_image=2, order=order, window_shards=1)
     steps = made.plan()
     whole = list(made.prefetch(steps, 0))
     for start in (1, len(steps) // 2, len(steps) - 1, len(steps)):
@@ -109,22 +109,22 @@ def test_who_begins_in_the_middle_gets_what_would_have_come(task, order):
             assert_equal(found, wanted)
 
 
-def test_a_pass_keeps_to_the_settings(task):
-    for micro_batch_tokens, row_tokens in ((40, 40), (200, 60), (200, 200)):
-        made = task(texts_per_image=4, micro_batch_tokens=micro_batch_tokens, row_tokens=row_tokens)
+def test_a_pass_keeps_to_the_settings(setup):
+    for pass_tokens, row_tokens in ((40, 40), (200, 60), (200, 200)):
+        made = setup(texts_per_image=4, micro_batch_tokens=pass_tokens, row_tokens=row_tokens)
         data = made.step_data(EXAMPLES)
         shapes = [one.token_ids.shape for one in data.batches]
         assert len(shapes) > 1
-        assert all(rows * width <= micro_batch_tokens for rows, width in shapes)
+        assert all(rows * width <= pass_tokens for rows, width in shapes)
         assert all(width <= row_tokens for _, width in shapes)
-    long = task(max_text_tokens=2).step_data(EXAMPLES)
+    long = setup(max_text_tokens=2).step_data(EXAMPLES)
     assert long.num_cut > 0
     assert long.num_positions <= len(EXAMPLES) * 4 + TEXTS
 
 
 @pytest.mark.parametrize(("order", "asks"), [("global", False), ("windowed", True)])
-def test_shards_are_read_ahead_in_the_windowed_order_only(task, monkeypatch, order, asks):
-    made = task(batch_size=1, texts_per_image=4, order=order, window_shards=1)
+def test_shards_are_read_ahead_in_the_windowed_order_only(setup, monkeypatch, order, asks):
+    made = setup(batch_size=1, texts_per_image=4, order=order, window_shards=1)
     asked = []
     monkeypatch.setattr(type(made.store), "read_ahead", lambda store, shards: asked.extend(shards))
     seen = [image_id for data in made.prefetch(made.plan(), 0) for image_id in data.image_ids]
@@ -133,14 +133,14 @@ def test_shards_are_read_ahead_in_the_windowed_order_only(task, monkeypatch, ord
     assert asked == (list(dict.fromkeys(visited)) if asks else [])
 
 
-def test_the_next_window_is_asked_for_before_this_one_ends(task, monkeypatch):
-    made = task(batch_size=1, texts_per_image=4, order="windowed", window_shards=1)
+def test_the_next_window_is_asked_for_before_this_one_ends(setup, monkeypatch):
+    made = setup(batch_size=1, texts_per_image=4, order="windowed", window_shards=1)
     steps = made.plan()
     events = []
     monkeypatch.setattr(type(made.store), "read_ahead", lambda store, shards: events.extend(shards))
     build = type(made).step_data
     monkeypatch.setattr(
-        type(made), "step_data", lambda task, part: events.append("step") or build(task, part)
+        type(made), "step_data", lambda setup, part: events.append("step") or build(setup, part)
     )
     assert all(isinstance(data, StepData) for data in made.prefetch(steps, 0))
     first, second = (n for n, event in enumerate(events) if event != "step")

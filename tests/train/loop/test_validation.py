@@ -17,40 +17,40 @@ VALIDATION = [
 
 
 @pytest.fixture
-def task(make_setup, settings):
-    def task(validation=VALIDATION, model=None, **changes):
+def setup(make_setup, settings):
+    def setup(validation=VALIDATION, model=None, **changes):
         return make_setup(TRAIN, validation=validation, model=model, settings=settings(**changes))
 
-    return task
+    return setup
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 99])
-def test_the_loss_is_the_mean_over_the_first_images(task, images):
-    made = task(validation_images=images)
+def test_the_loss_is_the_mean_over_the_first_images(setup, images):
+    made = setup(validation_images=images)
     wanted = mean_loss(made.model, made.step_data(VALIDATION[:images]))
     assert validation_loss(made) == wanted
     if images < 3:
-        assert validation_loss(task(validation_images=images + 1)) != wanted
+        assert validation_loss(setup(validation_images=images + 1)) != wanted
 
 
-def test_it_is_the_same_however_it_is_cut(task):
+def test_it_is_the_same_however_it_is_cut(setup):
     losses = [
-        validation_loss(task(micro_batch_tokens=tokens, row_tokens=tokens))
+        validation_loss(setup(micro_batch_tokens=tokens, row_tokens=tokens))
         for tokens in (1, 60, 1000)
     ]
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)
 
 
-def test_without_images_there_is_none(task):
-    assert validation_loss(task(validation_images=0)) is None
-    assert validation_loss(task(validation=[])) is None
-    assert samples(task(samples=0)) == []
-    assert samples(task(validation=[])) == []
+def test_without_images_there_is_none(setup):
+    assert validation_loss(setup(validation_images=0)) is None
+    assert validation_loss(setup(validation=[])) is None
+    assert samples(setup(samples=0)) == []
+    assert samples(setup(validation=[])) == []
 
 
-def test_nothing_of_it_is_random_or_left_behind(task, make_model):
+def test_nothing_of_it_is_random_or_left_behind(setup, make_model):
     """Dropout is off, no gradient is left, and the generator of the weights' noise is untouched."""
-    made = task(model=make_model(lora=0.5))
+    made = setup(model=make_model(lora=0.5))
     made.model.train()
     torch.manual_seed(0)
     wanted = torch.random.get_rng_state()
@@ -64,8 +64,8 @@ def test_nothing_of_it_is_random_or_left_behind(task, make_model):
     assert all(p.grad is None and not p.is_inference() for p in learning.values())
 
 
-def test_samples_ask_the_first_question_and_show_the_right_answer(task):
-    made = task(samples=2)
+def test_samples_ask_the_first_question_and_show_the_right_answer(setup):
+    made = setup(samples=2)
     first, second = samples(made)
     prompt = "Instruct: where\nOutput:"
     assert first[:2] == (111, f"{prompt} in the box")
@@ -76,4 +76,4 @@ def test_samples_ask_the_first_question_and_show_the_right_answer(task):
     )  # fmt: skip
     assert first[2] == f"{prompt} {generated[0].text}"
     assert second[2] == f" {generated[1].text}"
-    assert len(samples(task(samples=99))) == len(VALIDATION)
+    assert len(samples(setup(samples=99))) == len(VALIDATION)
