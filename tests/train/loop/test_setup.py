@@ -110,14 +110,12 @@ def test_who_begins_in_the_middle_gets_what_would_have_come(setup, order):
 
 
 def test_a_pass_keeps_to_the_settings(setup):
-    for micro_batch_tokens, row_tokens in ((40, 40), (200, 60), (200, 200)):
-        made = setup(
-            texts_per_image=4, micro_batch_tokens=micro_batch_tokens, row_tokens=row_tokens
-        )
+    for pass_tokens, row_tokens in ((40, 40), (200, 60), (200, 200)):
+        made = setup(texts_per_image=4, micro_batch_tokens=pass_tokens, row_tokens=row_tokens)
         data = made.step_data(EXAMPLES)
         shapes = [one.token_ids.shape for one in data.batches]
         assert len(shapes) > 1
-        assert all(rows * width <= micro_batch_tokens for rows, width in shapes)
+        assert all(rows * width <= pass_tokens for rows, width in shapes)
         assert all(width <= row_tokens for _, width in shapes)
     long = setup(max_text_tokens=2).step_data(EXAMPLES)
     assert long.num_cut > 0
