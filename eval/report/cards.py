@@ -6,7 +6,6 @@ from typing import Literal
 
 from eval.report.scores import (
     LABELS,
-    METRICS,
     STAGE_1,
     Bar,
     Metric,
@@ -14,6 +13,7 @@ from eval.report.scores import (
     bars_of,
     measured,
     measured_by_condition,
+    metric_of,
     titled_sections,
 )
 from eval.scoring.score_names import CONTROLS, SEEN, has_no_short_targets
@@ -63,8 +63,8 @@ def _card(title: str, section: Section, key: str) -> Card:
         count = section.get("short_count", count)
     return Card(
         title=title,
-        metric=METRICS[key],
-        texts="" if count is None else f"{METRICS['count'].written(count)} texts",
+        metric=metric_of(key),
+        texts="" if count is None else f"{metric_of('count').written(count)} texts",
         bars=bars_of(section, key),
         verdict=judge(section, key),
     )
@@ -112,7 +112,7 @@ def judge(section: Section, key: str) -> Verdict:
             reason = "which is better" if other.beats(model) else "the intervals overlap"
             not_beaten.append(f"{name} ({reason})")
     if len(beaten) == len(CONTROLS):
-        return Verdict(state="good", text="Beats all three controls.")
+        return Verdict(state="good", text="Beats every control.")
     sentences = []
     if not_beaten:
         sentences.append(f"Does NOT beat {_listed(not_beaten, 'or')}.")

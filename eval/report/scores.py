@@ -62,6 +62,12 @@ METRICS = {
     "count": Metric("Texts", "that were scored", "count"),
 }
 
+
+def metric_of(key: str) -> Metric:
+    """Return the metric of a key in `eval.json`; an unlisted key is its own label."""
+    return METRICS.get(key, Metric(key, ""))
+
+
 STAGE_1 = "Captions of stage 1 alone"
 SUBSET = "Yes or no, {}"
 
@@ -173,7 +179,7 @@ def measured(section: Section, key: str) -> Measured:
     """Return one score of a section."""
     low, high = (section.get("intervals") or {}).get(key) or (None, None)
     return Measured(
-        metric=METRICS[key],
+        metric=metric_of(key),
         value=as_number(section.get(key)),
         low=as_number(low),
         high=as_number(high),
@@ -184,7 +190,7 @@ def bars_of(section: Section, key: str) -> list[Bar]:
     """Return a bar for each condition; a share is drawn against 100 %."""
     conditions = measured_by_condition(section, key)
     ends = [end for m in conditions.values() for end in (m.value, m.high) if end is not None]
-    longest = 1.0 if METRICS[key].style == "share" else max([*ends, 0.0]) or 1.0
+    longest = 1.0 if metric_of(key).style == "share" else max([*ends, 0.0]) or 1.0
 
     def percent(value: float | None) -> float | None:
         return None if value is None else round(100 * min(max(value / longest, 0.0), 1.0), 2)

@@ -13,6 +13,7 @@ from eval.report.scores import (
     by_condition,
     measured,
     measured_by_condition,
+    metric_of,
     pope_sections,
     section_of,
     titled_sections,
@@ -75,7 +76,7 @@ def contamination_table(scores: Section) -> Table | None:
     rows = [
         Row(
             name=SECTION_TITLES.get(kind, kind),
-            cells=[(METRICS["count"].written(of_kind.get(key)),) for key in keys],
+            cells=[(metric_of("count").written(of_kind.get(key)),) for key in keys],
         )
         for kind, of_kind in counts.items()
     ]
@@ -92,8 +93,10 @@ def still_scored(scores: Section) -> int:
 def _score_table(title: str, section: Section) -> Table:
     views = by_condition(section)
     rows = []
-    for key, metric in METRICS.items():
+    # Every score has an interval; one that METRICS does not list comes last, under its own key.
+    for key in dict.fromkeys([*METRICS, *section.get("intervals", {})]):
         if any(key in values for values in views.values()):
+            metric = metric_of(key)
             found = measured_by_condition(section, key).values()
             cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
             rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
@@ -112,13 +115,13 @@ def _parts_table(
         Row(
             name=name,
             cells=[
-                *((METRICS[key].written(part.get(key)),) for key in counts),
+                *((metric_of(key).written(part.get(key)),) for key in counts),
                 *(_beside_wrong_image(part, key) for key in keys),
             ],
         )
         for name, part in parts.items()
     ]
-    columns = ["Questions", *(METRICS[key].label for key in (*counts[1:], *keys))]
+    columns = ["Questions", *(metric_of(key).label for key in (*counts[1:], *keys))]
     return Table(title=title, first=first, columns=columns, rows=rows) if rows else None
 
 

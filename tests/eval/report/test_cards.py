@@ -7,7 +7,7 @@ from eval.report.scores import LABELS, bars_of
 from tests.eval.report.report_page import LOW, render, section
 
 SEEN = (0.9, 0.8, 1.0)
-WINS = "Beats all three controls."
+WINS = "Beats every control."
 
 
 def test_a_better_score_with_a_separate_interval_beats_a_control():

@@ -40,6 +40,12 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
     assert rows["Short targets"] == [("7",), ("\u2013",), ("\u2013",), ("\u2013",)]
 
 
+def test_a_score_without_a_label_stands_under_its_own_key():
+    (table,) = score_tables({"captions": section("new_score", SEEN, **LOW)})
+    row = next(row for row in table.rows if row.name == "new_score")
+    assert row.cells[0] == ("0.900", "0.800\u20131.000")
+
+
 def test_types_are_ordered_by_frequency_and_show_the_wrong_image_score():
     types = {
         "rare": section("token_f1", SEEN, blind=(0.3, 0.2, 0.4), count=2),
