@@ -21,6 +21,7 @@ from cache.files.foreign import reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
 from cache.texts import one_line
 from eval.scoring.score_names import as_number
+from train.json_files import flatten
 from workspace.errors import StageError
 from workspace.paths import REPORTS, RUNS
 from workspace.settings import parse_yaml
@@ -236,28 +237,6 @@ def _read_all(name: str, read: Callable[[str], bytes], paths: Mapping[str, str])
 
 def _damaged(name: str, path: str, why: str) -> StageError:
     return StageError(f"{name}: {path} is damaged: {why}")
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give every value in nested dictionaries and lists a dotted name.
-
-    Args:
-        values: Dictionaries and lists, as JSON has them.
-        prefix: The beginning of each name.
-
-    Returns:
-        Names like `lora.r` and `files.0.url` to values, in the same order. An empty dictionary or
-        list is a value.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, list):
-            value = dict(enumerate(value)) or value
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _intervals(flat: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
