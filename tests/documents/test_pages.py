@@ -112,7 +112,7 @@ def test_every_module_that_the_pages_name_can_be_started():
         for page in PAGES
         for name in re.findall(r"python -m ([a-z]\w*\.[\w.]+)", page.read_text())
     }
-    assert len(modules) > 10
+    assert {"cache.verify", "eval.ask", "pipeline.extract"} < modules
     assert [module for module in modules if not can_be_started(module)] == []
 
 
