@@ -36,6 +36,8 @@ def handle_interrupts(handler: Callable[[int, FrameType | None], NoReturn] | Non
     for number in INTERRUPTS:
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler or _interrupt)
+    if not handler and sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _report_unraisable
 
 
 def ignore_interrupts() -> None:
@@ -61,6 +63,12 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     signal.signal(signal.SIGALRM, _interrupt_again)
     signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS, REPEAT_SECONDS)
     raise KeyboardInterrupt
+
+
+def _report_unraisable(error: "sys.UnraisableHookArgs") -> None:
+    """Stay silent about an interruption of a destructor or a fork hook; it is raised again."""
+    if not issubclass(error.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(error)
 
 
 def _interrupt_again(number: int, frame: FrameType | None) -> None:

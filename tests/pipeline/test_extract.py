@@ -60,7 +60,7 @@ from pipeline.encoding.encoder import Encoder
 from pipeline.extract import extract
 
 def slow(function):
-    return lambda *args: (time.sleep(0.07), function(*args))[1]
+    return lambda *args: (time.sleep(0.2), function(*args))[1]
 
 Encoder.submit = slow(Encoder.submit)
 publish.link_or_copy = slow(publish.link_or_copy)
@@ -857,8 +857,6 @@ def test_a_second_extraction_at_the_same_time_is_refused(workspace, wanted):
     with folder_lock(workspace.finished):
         done = python(workspace, "-m", "pipeline.extract")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "error: .work/shards: another process works in it. Wait until it is done, then run the "
-        "same command again.\n"
-    )
+    assert done.stderr.startswith("error: .work/shards: another process works in it.")
+    assert done.stderr.count("\n") == 1
     assert workspace.store_bytes() == wanted

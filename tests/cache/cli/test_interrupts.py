@@ -60,6 +60,16 @@ def test_signals_that_the_caller_ignores_stay_ignored_except_sigterm():
     assert run(body, ignore) == (130, "on\n", LINE)
 
 
+def test_an_interruption_of_a_destructor_is_made_again_without_a_word():
+    before = """
+class Interrupted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(10): pass
+"""
+    assert run("Interrupted(); signal.pause()", before) == (130, "", LINE)
+
+
 def test_a_process_that_begins_in_the_block_never_sees_them():
     code = "import os; [os.kill(os.getpid(), n) for n in (1, 2, 15)]; print('on')"
     with without_interrupts():

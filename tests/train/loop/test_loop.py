@@ -342,7 +342,7 @@ def test_a_whole_checkpoint_that_is_not_of_the_run_is_refused_by_name(
     other = dataclasses.replace(found, **change(found))
     monkeypatch.setattr(Checkpoints, "latest", lambda self: other)
     with pytest.raises(
-        StageError, match=r"step-00000003\.safetensors: is not of this run"
+        StageError, match=r"step-00000003\.safetensors: is intact but belongs to another run"
     ) as caught:
         loop(make_setup(EXAMPLES), run)
     assert "\n" not in str(caught.value)
