@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/installed
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PYTHONPATH := $(CURDIR)
 
+# A test module stays in one process, so that its fixtures are made once.
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: demo check test lint bench
 
 demo: $(INSTALLED)
@@ -14,10 +17,10 @@ demo: $(INSTALLED)
 	@echo "report: $(CURDIR)/reports/index.html"
 
 check: lint
-	pytest -m "not slow"
+	pytest $(PARALLEL) -m "not slow"
 
 test: lint
-	pytest
+	pytest $(PARALLEL)
 
 lint: $(INSTALLED)
 	ruff check

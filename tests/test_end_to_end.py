@@ -27,6 +27,8 @@ from tests.checkout import (
     stages_run,
 )
 
+pytestmark = pytest.mark.slow("runs the whole pipeline under DVC")
+
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:

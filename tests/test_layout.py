@@ -179,6 +179,7 @@ def help_of(command: str, folder: Path, **environment: str) -> subprocess.Comple
     )
 
 
+@pytest.mark.slow("starts commands")
 @pytest.mark.parametrize("command", ["pipeline.extract", "train.pretrain", "eval.score"])
 def test_a_command_runs_ours_beside_modules_of_the_same_names(tmp_path, command):
     for name in OTHERS:

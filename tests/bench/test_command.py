@@ -9,6 +9,8 @@ import pytest
 from bench import command
 from bench.command import benchmark_parser, run_benchmark
 
+pytestmark = pytest.mark.slow("starts every benchmark")
+
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(
     path.stem for path in (ROOT / "bench").glob("*.py") if "__main__" in path.read_text()

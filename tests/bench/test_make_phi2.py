@@ -9,6 +9,8 @@ from train.data.prompts import encode
 from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
 
+pytestmark = pytest.mark.slow("makes a checkpoint of Phi-2's layout")
+
 SMALL = PHI2 | {
     "hidden_size": 64,
     "intermediate_size": 128,

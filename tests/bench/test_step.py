@@ -11,6 +11,8 @@ from bench.step import BY_LENGTH, CONTENDERS, FINETUNE, OURS, PRETRAIN, STUDENT,
 from bench.stores import SPEC
 from bench.usual_loop import by_length, make_samples, shuffled
 
+pytestmark = pytest.mark.slow("trains with every loop of the benchmark")
+
 IMAGES = 3
 TINY = PhiConfig(
     vocab_size=51_200,

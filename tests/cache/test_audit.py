@@ -17,6 +17,8 @@ from cache.shard import open_shard, write_shard
 from cache.store_index import ShardFile, StoreIndex
 from cache.verify import verify
 
+pytestmark = pytest.mark.slow("damages a store in a thousand ways")
+
 
 def check(root, deep=True, **options):
     return audit(Location(root), deep=deep, **options)

@@ -11,6 +11,8 @@ import pytest
 
 from cache.dvc_objects import drop_damaged_objects
 
+pytestmark = pytest.mark.slow("runs DVC")
+
 SETTINGS = """[core]
     no_scm = true
     analytics = false

@@ -13,6 +13,8 @@ import pytest
 from tests.checkout import change_params, dvc, run, stages_run
 from tests.documents.pages import run_commands, section
 
+pytestmark = pytest.mark.slow("runs experiments and a sweep under DVC")
+
 TRAINING = ["pretrain", "finetune", "evaluate"]
 SCORE = "captions.CIDEr"
 

@@ -18,6 +18,8 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import NOT_RUN, PAGES, ROOT, all_blocks, run_commands, run_python
 
+pytestmark = pytest.mark.slow("runs the commands of README and docs/")
+
 ELSEWHERE = {
     "Experiments": "test_everyday_use",
     "Features": "test_everyday_use",

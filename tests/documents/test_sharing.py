@@ -25,6 +25,8 @@ from demo.world import write_world
 from tests.checkout import WORLD, bytes_of, dvc, run, stages_run
 from tests.documents.pages import Block, run_commands, section
 
+pytestmark = pytest.mark.slow("shares a store between repositories under DVC")
+
 TRAINING = ["pretrain", "finetune", "evaluate"]
 
 PUSH, CLONE, PULL_RUNS, TRAIN, PULL_AGAIN, ONE_SHARD = section("Sharing features")

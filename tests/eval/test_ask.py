@@ -22,6 +22,8 @@ from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
 from workspace.errors import StageError
 
+pytestmark = pytest.mark.slow("starts the command for many tests")
+
 ROOT = Path(__file__).parents[2]
 QUESTIONS = ["What is on the dog", "how many", "where"]
 FINETUNE, PRETRAIN = Path("runs/finetune"), Path("runs/pretrain")

@@ -33,6 +33,8 @@ from train.settings import LlmSettings
 from workspace.errors import StageError
 from workspace.stage import run_stage
 
+pytestmark = pytest.mark.slow("runs the whole evaluation")
+
 SCORES, TABLE, RESULTS, LIST, PAGE = (
     Path("reports", name)
     for name in (

@@ -18,6 +18,8 @@ from eval.scoring.official import score_officially, tokenize
 from eval.scoring.ptb_tokenizer import tokenize_caption
 from workspace.errors import StageError
 
+pytestmark = pytest.mark.slow("runs the official programs")
+
 ROOT = Path(__file__).parents[2]
 
 REFERENCES = {

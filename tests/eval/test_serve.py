@@ -20,6 +20,8 @@ from tests.browser import visited
 from tests.eval.picture_world import LIMITS, VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 
+pytestmark = pytest.mark.slow("starts the served page and a browser")
+
 ROOT = Path(__file__).parents[2]
 SECONDS = 60
 TOLERATED = ["Method not implemented."]

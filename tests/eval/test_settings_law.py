@@ -16,6 +16,8 @@ from pipeline.indexing.tables import SCHEMAS
 from tests.conftest import HOLDOUT, TRAIN, VAL
 from tests.settings_law import ODD_NUMBERS, leaves
 
+pytestmark = pytest.mark.slow("evaluates once for each setting")
+
 CHANGES = {
     "evaluate.caption_images": 2,
     "evaluate.questions": 2,

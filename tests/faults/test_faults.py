@@ -15,6 +15,8 @@ import pytest
 from tests.faults.campaign import FAULTS
 from tests.faults.stages import ROOT, STAGES
 
+pytestmark = pytest.mark.slow("runs every stage with failing writes")
+
 SOURCE = Path(__file__).with_name("failing_io.c")
 
 TRIES = 3

@@ -13,6 +13,8 @@ from tests.checkout import ROOT
 from workspace import code_hash as hashing
 from workspace.code_hash import PACKAGES, code_hash, modules_of
 
+pytestmark = pytest.mark.slow("parses the whole project for each test")
+
 SOURCE = (
     '"""Says what it is."""\n\nLIMIT = 3\n"""Most of them."""\n\ndef double(x):\n    return 2 * x\n'
 )

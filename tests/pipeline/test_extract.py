@@ -35,7 +35,10 @@ from workspace.errors import StageError
 from workspace.locks import folder_lock
 from workspace.paths import FEATURES, SHARDS
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+    pytest.mark.slow("encodes a store for nearly every test"),
+]
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,10 @@ from cache.errors import CorruptShardError
 from cache.remote.location import Location
 from cache.verify import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+    pytest.mark.slow("repairs a store under DVC"),
+]
 
 PLACES = 6
 """Bits flipped in each file."""

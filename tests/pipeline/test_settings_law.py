@@ -10,6 +10,8 @@ from pipeline.settings import EncoderSettings, ExtractSettings
 from tests.pipeline.conftest import TINY
 from tests.settings_law import ODD_NUMBERS, leaves
 
+pytestmark = pytest.mark.slow("encodes once for each setting")
+
 CHANGES = {
     "encoder.model": "wider.json",
     "encoder.pretrained": "weights.pt",

@@ -23,6 +23,8 @@ from train.settings import (
 )
 from workspace.paths import RUNS
 
+pytestmark = pytest.mark.slow("trains once for each setting")
+
 SHARED = {
     "llm": LlmSettings,
     "checkpoints": CheckpointSettings,

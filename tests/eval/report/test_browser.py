@@ -12,6 +12,8 @@ from eval.report.page import render_report
 from tests.browser import visited
 from tests.eval.report.report_page import EMPTY_PAGE, HOSTILE, LOW, example, section
 
+pytestmark = pytest.mark.slow("starts a browser")
+
 WIDTHS = (390, 1280)
 SEEN = (0.9, 0.8, 1.0)
 

@@ -12,6 +12,8 @@ from tests.eval.picture_world import make_picture_world
 from tests.eval.server.served_page import MAX_UPLOADS, Client, served_page
 from tests.pipeline.conftest import draw_jpeg
 
+pytestmark = pytest.mark.slow("starts the served page")
+
 EVIL = "http://evil.example"
 ANSWERED = {
     ("GET", "/"), ("HEAD", "/"), ("GET", "/config"), ("GET", "/favicon.ico"), ("GET", "/theme.css"),

@@ -33,7 +33,10 @@ from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This process:DeprecationWarning"),
+    pytest.mark.slow("starts a process for each device"),
+]
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from pipeline.settings import EncoderSettings
 from workspace import code_hash
 from workspace.errors import StageError
 
+pytestmark = pytest.mark.slow("loads a tower in many tests")
+
 OTHER = {
     "model": "ViT-B-32",
     "pretrained": "openai",

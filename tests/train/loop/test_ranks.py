@@ -25,6 +25,8 @@ from train.model.projector import seeded_projector
 from train.run import pick_device
 from train.settings import LlmSettings, LoraSettings
 
+pytestmark = pytest.mark.slow("trains in several processes")
+
 FEW = {"epochs": 2, "log_every_steps": 1, "validate_every_steps": 4, "samples": 1}
 STEPS = 6
 CAPTIONS = ("a red cat", "the dog is on the box in the red box")

@@ -23,6 +23,8 @@ from train.model.projector import seeded_projector
 from train.pretrain import pretrain
 from train.run import RunDirectory
 
+pytestmark = pytest.mark.slow("kills and resumes training runs")
+
 STAGES = {"pretrain": pretrain, "finetune": finetune}
 STEPS = 9
 LOOP = {"epochs": 3, "log_every_steps": 3, "validate_every_steps": 4, "samples": 2}

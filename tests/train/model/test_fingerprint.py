@@ -15,6 +15,8 @@ from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_tokenizer
 from train.settings import LlmSettings
 
+pytestmark = pytest.mark.slow("starts a process for each hash")
+
 ROOT = Path(__file__).parents[3]
 KINDS = [("nf4", "bf16"), ("nf4", "fp32"), ("none", "bf16"), ("none", "fp32")]
 ELSEWHERE = """
