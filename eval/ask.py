@@ -30,7 +30,7 @@ def ask(arguments: argparse.Namespace) -> None:
         patches_PD = cached_features(run, arguments.image_id)
     else:
         patches_PD = RunEncoder(run).encode(picture, str(arguments.image))
-    trained = load_run(arguments.run, run)
+    trained = load_run(run)
     question = arguments.question.strip()
     try:
         for piece in stream_answer(trained, patches_PD, question, sampling=sampling):

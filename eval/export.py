@@ -72,7 +72,7 @@ def export(run: Path, out: Path) -> None:
     opened = open_run(run)
     parts = load_parts(opened)
     opened.check_features(parts.spec, "the vision tower")
-    trained = load_run(run, opened)
+    trained = load_run(opened)
     settings = trained.params.section("evaluate", EvaluateSettings)
     model = build_model(trained, parts, settings)
     processor = make_processor(

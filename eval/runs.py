@@ -124,22 +124,17 @@ def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]
     return runs
 
 
-def load_run(folder: Path, run: FinishedRun | None = None) -> LoadedRun:
-    """Load the model of a run directory of either stage.
-
-    Args:
-        folder: The run directory.
-        run: The same run, if it was opened before.
+def load_run(run: FinishedRun) -> LoadedRun:
+    """Load the model of a run of either stage.
 
     Raises:
-        SettingsError: The folder is no run, or its language model cannot be loaded.
-        StageError: A file is missing or damaged, or the run belongs to another language model.
+        SettingsError: The language model cannot be loaded.
+        StageError: The adapter is missing, damaged, or does not fit the language model.
     """
-    run = run or open_run(folder)
     device = pick_device()
     language_model = load_language_model(run.llm, device)
     if run.answers:
-        load_lora(language_model, folder / ADAPTER)
+        load_lora(language_model, run.folder / ADAPTER)
     model = CaptionModel(run.projector.to(device), language_model).eval()
     return LoadedRun(**vars(run), model=model)
 

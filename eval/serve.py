@@ -51,7 +51,7 @@ def serve(arguments: argparse.Namespace) -> None:
         encoder = RunEncoder(run)
         # A wrong vision tower is refused now instead of at the first picture.
         encoder.load()
-        trained = load_run(arguments.run, run)
+        trained = load_run(run)
         pictures = PagePictures(folder / "uploads")
         handlers = ChatHandlers(trained, encoder, pictures)
         page = build_page(handlers, validation_pictures(trained.params, folder, NUM_EXAMPLES))

@@ -2,8 +2,8 @@
 
 Each shard is encoded into the work directory under a name that determines its content, so that a
 killed run continues where it stopped and a changed image costs one shard. The finished shards are
-then linked into `data/features/`, the index last. If every shard is already there, the tower is
-not loaded and no image is opened.
+then linked into `data/features/`, the index last. If every shard exists already, no image is
+opened, and the tower is not loaded unless its weights are named by a hub id.
 """
 
 import shutil

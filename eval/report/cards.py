@@ -95,13 +95,13 @@ def judge(section: Section, key: str) -> Verdict:
 
     A score beats a control if it is better and their intervals do not overlap.
     """
-    views = measured_by_condition(section, key)
-    model = views[SEEN]
+    conditions = measured_by_condition(section, key)
+    model = conditions[SEEN]
     if model.value is None:
         return Verdict(state="open", text="The score was not measured.")
     beaten, not_beaten, unknown = [], [], []
     for control in CONTROLS:
-        other = views.get(control) or measured({}, key)
+        other = conditions.get(control) or measured({}, key)
         name = f"the {LABELS[control].sentence}"
         outcome = model.beats(other)
         if outcome is None:

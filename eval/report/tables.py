@@ -91,16 +91,18 @@ def still_scored(scores: Section) -> int:
 
 
 def _score_table(title: str, section: Section) -> Table:
-    views = by_condition(section)
+    conditions = by_condition(section)
     rows = []
     # Every score has an interval; one that METRICS does not list comes last, under its own key.
     for key in dict.fromkeys([*METRICS, *section.get("intervals", {})]):
-        if any(key in values for values in views.values()):
+        if any(key in values for values in conditions.values()):
             metric = metric_of(key)
             found = measured_by_condition(section, key).values()
             cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
             rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
-    return Table(title=title, first="Metric", columns=[LABELS[v].column for v in views], rows=rows)
+    return Table(
+        title=title, first="Metric", columns=[LABELS[name].column for name in conditions], rows=rows
+    )
 
 
 def _parts_table(
@@ -126,7 +128,7 @@ def _parts_table(
 
 
 def _beside_wrong_image(section: Section, key: str) -> Cell:
-    views = measured_by_condition(section, key)
-    model, control = views[SEEN], views.get(BLIND) or measured({}, key)
+    conditions = measured_by_condition(section, key)
+    model, control = conditions[SEEN], conditions.get(BLIND) or measured({}, key)
     lines = (model.written, model.interval, f"wrong image {control.written}")
     return tuple(line for line in lines if line)

@@ -81,16 +81,16 @@ def recover_shards(names: Collection[str], spec: Spec) -> None:
     shutil.rmtree(PULLED, ignore_errors=True)
 
 
-def _accept_recovered(names: Collection[str], table: StoreIndex, spec: Spec) -> None:
+def _accept_recovered(names: Collection[str], index: StoreIndex, spec: Spec) -> None:
     """Move recovered files whose sha256 is that of the index to the finished ones.
 
     A store with another probe than the one here is left out: its encoder was slightly different.
     """
     probe_sha256 = verified_hash(probe_path(spec))
-    if probe_sha256 is not None and probe_sha256 != table.probe_sha256:
+    if probe_sha256 is not None and probe_sha256 != index.probe_sha256:
         return
     targets = {name: SHARDS / name for name in names} | {PROBE_FILE: probe_path(spec)}
-    hashes = {file.name: file.sha256 for file in table.shards} | {PROBE_FILE: table.probe_sha256}
+    hashes = {file.name: file.sha256 for file in index.shards} | {PROBE_FILE: index.probe_sha256}
     for name, target in targets.items():
         pulled = PULLED / name
         digest = hashes.get(name)

@@ -15,7 +15,7 @@ from cache.errors import MissingImageError, SettingsError, SpecMismatchError
 from eval.ask import main
 from eval.chat.answering import TOP_P, cached_features, stream_answer
 from eval.chat.encoder import RunEncoder, read_picture
-from eval.runs import load_run
+from eval.runs import load_run, open_run
 from tests.eval.picture_world import LIMITS, TRAIN, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
 from train.data.prompts import encode, question_text
@@ -42,7 +42,7 @@ def _in_folder(picture_world, monkeypatch):
 @pytest.fixture(scope="module")
 def runs(picture_world):
     folder = picture_world.workspace.root / "runs"
-    return {stage: load_run(folder / stage) for stage in ("finetune", "pretrain")}
+    return {stage: load_run(open_run(folder / stage)) for stage in ("finetune", "pretrain")}
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_the_answer_is_printed_piece_by_piece(runs, picture_world, monkeypatch):
         "builtins.print", lambda *text, **settings: printed.append((text, settings))
     )
     monkeypatch.setattr("eval.ask.open_run", lambda folder: runs["finetune"])
-    monkeypatch.setattr("eval.ask.load_run", lambda folder, run: run)
+    monkeypatch.setattr("eval.ask.load_run", lambda run: run)
     monkeypatch.setattr(sys, "argv", ["ask", "--run", "x", "--image-id", "1", "where"])
     with pytest.raises(SystemExit):
         main()
@@ -206,7 +206,7 @@ def test_the_error_names_both_towers(runs, picture_world, tmp_path):
     (copy / "params.yaml").write_text(picture_world.params(encoder={"layer": -1}).text)
     picture_world.params()
     with pytest.raises(SpecMismatchError) as caught:
-        RunEncoder(load_run(copy)).load()
+        RunEncoder(load_run(open_run(copy))).load()
     wanted = picture_world.store.fingerprint[:12]
     assert wanted in str(caught.value)
     assert "fingerprint" in str(caught.value)
@@ -218,7 +218,10 @@ def test_the_device_of_the_features_does_not_matter(picture_world, tmp_path):
     subprocess.run(["cp", "-r", FINETUNE, copy], check=True)
     (copy / "params.yaml").write_text(picture_world.params(encoder={"device": "cuda:7"}).text)
     picture_world.params()
-    assert RunEncoder(load_run(copy)).load().spec.fingerprint == picture_world.store.fingerprint
+    assert (
+        RunEncoder(load_run(open_run(copy))).load().spec.fingerprint
+        == picture_world.store.fingerprint
+    )
 
 
 def test_features_of_another_store_are_refused(runs, workspace):

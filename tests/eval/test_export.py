@@ -21,7 +21,7 @@ from transformers import (
 from cache.errors import SettingsError, SpecMismatchError
 from eval import export as module
 from eval.export import atomic_folder, export, main
-from eval.runs import load_run
+from eval.runs import load_run, open_run
 from pipeline.encoding.encoder import load_encoder, patch_tokens
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
@@ -128,7 +128,7 @@ class Made:
         self.out = self.root / "out"
         with contextlib.chdir(self.root):
             export(self.run, self.out)
-            self.trained = load_run(self.run)
+            self.trained = load_run(open_run(self.run))
         return self
 
 

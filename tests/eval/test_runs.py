@@ -11,7 +11,7 @@ from cache.errors import SpecMismatchError
 from eval.ask import ask
 from eval.evaluate import evaluate
 from eval.export import export
-from eval.runs import load_run
+from eval.runs import load_run, open_run
 from eval.serve import serve
 from train.model.projector import seeded_projector
 from workspace.errors import StageError
@@ -82,7 +82,7 @@ def test_a_run_of_an_earlier_version_is_taken_with_a_word(world, capsys):
     values = json.loads(PROVENANCE.read_text())
     del values["language_model"]
     PROVENANCE.write_text(json.dumps(values))
-    load_run(RUN)
+    load_run(open_run(RUN))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{PROVENANCE}: ")
     assert "cannot check" in line

@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 
 from cache.files.scratch import LOCK, PREFIX
 from eval.chat.answering import stream_answer
-from eval.runs import load_run
+from eval.runs import load_run, open_run
 from tests.browser import visited
 from tests.eval.picture_world import LIMITS, VAL, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
@@ -50,7 +50,7 @@ def _in_folder(root, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(root):
-    return load_run(root / "runs/finetune")
+    return load_run(open_run(root / "runs/finetune"))
 
 
 def free_port():
@@ -308,7 +308,7 @@ def test_the_page_has_room_on_a_phone(browser, address):
 def test_a_run_of_stage_1_captions_and_ctrl_c_ends_it(
     browser, root, picture_world, pictures, tmp_path
 ):
-    stage_1 = load_run(root / "runs/pretrain")
+    stage_1 = load_run(open_run(root / "runs/pretrain"))
     wanted = "".join(stream_answer(stage_1, picture_world.store.gather([1])[0], ""))
     arguments = ["--run", "runs/pretrain", "--port", free_port()]
     uploads = tmp_path / "uploads"

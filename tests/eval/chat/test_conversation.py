@@ -9,7 +9,7 @@ import pytest
 from eval.chat.answering import stream_answer
 from eval.chat.conversation import ChatHandlers
 from eval.chat.encoder import RunEncoder
-from eval.runs import load_run
+from eval.runs import load_run, open_run
 from eval.server.pictures import PagePictures
 from eval.server.sessions import session_of
 from tests.eval.picture_world import LIMITS, make_picture_world
@@ -28,7 +28,7 @@ def _in_folder(picture_world, monkeypatch):
 
 @pytest.fixture(scope="module")
 def trained(picture_world):
-    return load_run(picture_world.workspace.root / "runs/finetune")
+    return load_run(open_run(picture_world.workspace.root / "runs/finetune"))
 
 
 @pytest.fixture(scope="module")
