@@ -52,6 +52,7 @@ class WorkerPool(Generic[Result]):
                 worker.start()
         except BaseException:
             self._kill_workers()
+            self._close_pipes()
             raise
         self._idle = deque(self._workers)
         # Each thread waits for one process.
@@ -63,6 +64,7 @@ class WorkerPool(Generic[Result]):
     def __exit__(self, *error: object) -> None:
         self._kill_workers()
         self._threads.shutdown(cancel_futures=True)
+        self._close_pipes()
 
     def results(self, numbers: Iterable[int], prefetch: int) -> Iterator[Result]:
         """Yield the result of each number, in order.
@@ -100,6 +102,10 @@ class WorkerPool(Generic[Result]):
     def _kill_workers(self) -> None:
         for worker in self._workers:
             worker.kill()
+
+    def _close_pipes(self) -> None:
+        for worker in self._workers:
+            worker.close()
 
 
 class _Worker(Generic[Result]):
@@ -141,6 +147,13 @@ class _Worker(Generic[Result]):
             f"extract: a decoding process died ({how}). Finished shards are kept; lower "
             f"extract.workers if memory ran out, and run again."
         )
+
+    def close(self) -> None:
+        """Close the pipe, once no thread waits for it."""
+        if self._process:
+            # Data for a dead process cannot be written.
+            with contextlib.suppress(OSError):
+                self._pipe.close()
 
     def kill(self) -> None:
         if self._process and self._process.ident:

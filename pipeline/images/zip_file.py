@@ -70,6 +70,9 @@ class _Reader(io.FileIO):
                 f"{self.name!s}: {error.strerror}. Look after the disk."
             ) from None
 
+    def _dealloc_warn(self, source: object) -> None:
+        """Stay silent when the buffer around this file is collected first."""
+
     def __del__(self) -> None:
         """Close the file together with its last zip, as `zipfile` does with its own files."""
         self.close()

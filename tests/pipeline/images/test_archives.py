@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.images import names as module
 from pipeline.images.archives import ImageArchive
+from pipeline.images.folder import ImageFolder
 from pipeline.images.names import ImageNameError, check_file_name
 from workspace.errors import StageError
 
@@ -206,7 +207,7 @@ def test_a_failing_disk_is_an_error_of_the_stage_and_no_bad_name(folder, zipped,
 
 
 def test_folders_are_not_walked_while_all_names_are_exact(folder, monkeypatch):
-    monkeypatch.delattr(os, "scandir")
+    monkeypatch.delattr(ImageFolder, "_walk")
     assert read_all(ImageArchive(folder, key="k")) == FILES
 
 
