@@ -57,6 +57,8 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     if not report.bad_files:
         # A server that does not deliver, or another version of the format.
         return ". No file is known to be damaged; each problem says what to do."
+    if not (location.is_remote or Path(location.address).is_dir()):
+        return "."
     if location.is_remote:
         return ". Repair the store where it is, or push it there again."
     return ". Run the extract stage." if repair else ". --repair deletes damaged files."

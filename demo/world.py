@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache.cli.command import command_parser, run_guarded
+from cache.errors import SettingsError
 from cache.files.atomic import replacing, write_json
 from demo.coco import captions_file, file_name, instances_file, instruct_file
 from demo.draw import draw_scene
@@ -35,7 +36,13 @@ def write_world(root: Path, num_train: int, num_val: int, seed: int) -> None:
         num_train: Number of images in `train2017.zip`, with ids from 1.
         num_val: Number of images in `val2017.zip`, with the ids that follow.
         seed: Every seed gives other pictures.
+
+    Raises:
+        SettingsError: A number of images below 1.
     """
+    for name, number in (("--train", num_train), ("--val", num_val)):
+        if number < 1:
+            raise SettingsError(f"{name} is {number}, wanted 1 or more images.")
     train = split_scenes("train2017", seed, first_id=1, num_images=num_train)
     val = split_scenes("val2017", seed, first_id=num_train + 1, num_images=num_val)
     for split, scenes in (("train2017", train), ("val2017", val)):
@@ -67,12 +74,23 @@ def _write_images(path: Path, split: str, scenes: dict[int, Scene]) -> None:
 def main() -> None:
     """Read the command line and render."""
     parser = command_parser(__doc__)
-    parser.add_argument("root", type=Path, metavar="DIR")
-    parser.add_argument("--train", type=int, default=NUM_TRAIN, help="images (%(default)s)")
-    parser.add_argument("--val", type=int, default=NUM_VAL, help="images (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="%(default)s")
+    parser.add_argument("root", type=Path, metavar="DIR", help="folder for the files")
+    parser.add_argument(
+        "--train", type=int, default=NUM_TRAIN, help="images of split train (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val", type=int, default=NUM_VAL, help="images of split val (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the pictures (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    run_guarded(lambda: write_world(arguments.root, arguments.train, arguments.val, arguments.seed))
+
+    def work() -> None:
+        write_world(arguments.root, arguments.train, arguments.val, arguments.seed)
+        print(f"world: {arguments.train} + {arguments.val} images in {arguments.root}")
+
+    run_guarded(work)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def _read_json(path: Path) -> Any:
     def refuse(why: str) -> StageError:
         return StageError(f"{path}: no usable JSON in UTF-8: {why}.")
 
+    if not path.exists():
+        raise StageError(f"{path}: no such file. Name a file of captions and one of results.")
     check_ordinary(path, refuse)
     with reading_foreign_file(refuse, path):
         return parse_json(path.read_bytes().decode("utf-8-sig"))

@@ -206,7 +206,8 @@ def _refuse_incomplete(name: str, files: Files, settings: Mapping[str, Any]) -> 
         wanted = [path for part in ("metrics", "scores") for path in files.get(part, {}).values()]
         raise StageError(
             f"{name} has no metrics: wanted {', '.join(wanted)}. Either the run did not finish, or "
-            f"it was made elsewhere: try `dvc pull`."
+            f"it was made elsewhere: try `dvc pull`. A revision has the runs of its "
+            f"dvc.lock: commit that file after `dvc repro`."
         )
     found = "it has no params.yaml"
     if files is not RUN_FILES:

@@ -7,6 +7,7 @@ import torch
 from cache import FeatureStore
 from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
+from cache.texts import first_few
 from train.data.examples import read_conversation_examples, with_features
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
@@ -22,7 +23,7 @@ from train.model.language_model import (
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
 from train.model.projector import Projector, load_projector
-from train.provenance import changed_tables, provenance_of
+from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
 from workspace.paths import FEATURES, REPORTS, RUNS
@@ -53,6 +54,12 @@ def finetune(params: Params) -> None:
         print(
             f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
             f"may have been trained on images that are held out now",
+            file=sys.stderr,
+        )
+    if differing := changed_settings("pretrain", params, ("seed", "projector", "pretrain")):
+        print(
+            f"finetune: {start_path.parent} was trained with other settings: "
+            f"{first_few(differing)}. Run the pretrain stage to train it with those of now.",
             file=sys.stderr,
         )
     language_model = load_language_model(llm, device)

@@ -5,16 +5,17 @@ the widths agree, and are worthless.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError
-from train.json_files import read_json
+from train.json_files import flatten, read_json
 from train.run import WEIGHTS, index_hashes, weights_of
 from workspace.errors import StageError
 from workspace.paths import RUNS
+from workspace.settings import Params
 
 LANGUAGE_MODEL = "language_model"
 START_PROJECTOR = "start_projector_sha256"
@@ -100,6 +101,25 @@ def changed_tables(values: Mapping[str, Any]) -> list[str]:
     """
     before, now = values.get("index_sha256"), index_hashes()
     return [name for name in now if isinstance(before, dict) and before.get(name) != now[name]]
+
+
+def changed_settings(stage: str, params: Params, sections: Sequence[str]) -> list[str]:
+    """Return the settings in which a stage's run differs from the current ones, with both values.
+
+    Args:
+        stage: Its name; without the run's settings, the result is empty.
+        params: The current settings.
+        sections: Sections to compare.
+    """
+    path = RUNS / stage / "params.yaml"
+    if not path.is_file():
+        return []
+    then, now = (
+        flatten({section: values.get(section) for section in sections})
+        for values in (Params.read(path).values, params.values)
+    )
+    names = dict.fromkeys([*then, *now])
+    return [f"{n} {then.get(n)} (now {now.get(n)})" for n in names if then.get(n) != now.get(n)]
 
 
 def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[str, str]) -> None:

@@ -139,6 +139,11 @@ class Location:
             if self.is_remote
             else "Run `dvc pull`, or the extract stage."
         )
+        if not (self.is_remote or Path(self.address).is_dir()):
+            return IncompleteStoreError(
+                f"{self.root}: no such folder, so this is no whole store. Check its name; `dvc "
+                f"pull` or the extract stage makes data/features."
+            )
         return IncompleteStoreError(
             f"{self._where(name)}: missing, so this is no whole store. {remedy}"
         )

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -53,6 +55,14 @@ def test_inspect_of_another_folder_is_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["cache.inspect", "cache.verify"])
+def test_a_folder_that_does_not_exist_is_named(tmp_path, command):
+    done = run(command, tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'nowhere'}: no such folder" in done.stdout + done.stderr
+    assert "--repair" not in done.stderr
 
 
 def test_verify_finds_nothing_in_a_good_store(store):

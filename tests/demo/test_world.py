@@ -5,6 +5,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from cache.errors import SettingsError
 from demo.draw import picture_size
 from demo.questions import CAPTION_REQUEST
 from demo.scenes import NOUNS
@@ -145,3 +146,10 @@ def test_turns_alternate_and_a_good_share_asks_for_a_caption(world):
         assert len(turns) >= 6
         asked += any(CAPTION_REQUEST in turn["value"] for turn in turns)
     assert 0.3 < asked / len(conversations) < 0.8
+
+
+@pytest.mark.parametrize(("num_train", "num_val"), [(0, 1), (1, 0), (-4, 2)])
+def test_a_world_without_images_is_refused(tmp_path, num_train, num_val):
+    with pytest.raises(SettingsError, match="wanted 1 or more images"):
+        write_world(tmp_path, num_train, num_val, seed=0)
+    assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ PAGE = ROOT / "docs/settings.md"
 HEAD = """# Settings
 
 All settings are in `params.yaml`; `configs/` has whole files. A key that is unknown, or a value of
-another type or out of range, is refused before any work, with exit code 2.
+another type or out of range, is refused before its stage begins, with exit code 2.
 `dvc exp run -S section.key=value` changes a setting for one experiment.
 
 `seed` (whole number) decides every random choice. `python -m tests.documents.settings_page` makes

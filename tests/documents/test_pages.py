@@ -17,6 +17,8 @@ from dvc.cli.parser import get_main_parser
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import NOT_RUN, PAGES, ROOT, all_blocks, run_commands, run_python
+from workspace.data_settings import DataSettings
+from workspace.settings import Params
 
 pytestmark = pytest.mark.slow("runs the commands of README and docs/")
 
@@ -44,15 +46,17 @@ def words(checkout, world) -> dict[str, str]:
         "photo.jpg": picture,
         "3021": "61",
         "OUT": str(checkout.parent / "exported"),
-        "captions_val2017.json": str(world / "annotations/captions_val2017.json"),
+        "data/raw/annotations/captions_val2017.json": str(
+            world / "annotations/captions_val2017.json"
+        ),
     }
 
 
 def test_every_block_says_what_it_is():
-    blocks = [block for page in PAGES for block in all_blocks("", "sh", "python", "text")]
-    assert {block.language for block in blocks} == {"sh", "python", "text"}
+    blocks = [block for page in PAGES for block in all_blocks("", "sh", "python", "text", "yaml")]
+    assert {block.language for block in blocks} == {"sh", "python", "text", "yaml"}
     fences = sum(len(re.findall(r"^```", page.read_text(), re.M)) for page in PAGES)
-    assert fences == 2 * len(all_blocks("sh", "python", "text"))
+    assert fences == 2 * len(all_blocks("sh", "python", "text", "yaml"))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.text.split("\n")[0])
@@ -61,6 +65,12 @@ def test_a_block_runs_as_written(checkout, words, block):
         run_python(block.text, checkout, words)
     else:
         run_commands(block.runnable, checkout, words)
+
+
+def test_a_section_of_settings_fits_its_class(tmp_path):
+    (block,) = all_blocks("yaml")
+    (tmp_path / "my.yaml").write_text(block.text)
+    assert Params.read(tmp_path / "my.yaml").section("data", DataSettings).source == "local"
 
 
 def test_a_section_that_is_run_elsewhere_is_there():

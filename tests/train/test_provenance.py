@@ -162,6 +162,18 @@ def test_stage_2_refuses_a_projector_that_learned_from_other_features(workspace,
         finetune(workspace.params())
 
 
+@pytest.mark.parametrize("changes", [{}, {"learning_rate": 0.5}])
+def test_stage_2_says_which_settings_of_stage_1_are_others_now(workspace, capsys, changes):
+    workspace.write_stage_1()
+    params = workspace.params()
+    stage_1 = workspace.params(pretrain=dict(params.values["pretrain"]) | changes)
+    workspace.write("runs/pretrain/params.yaml", stage_1.text)
+    finetune(workspace.params())
+    usual = params.values["pretrain"]["learning_rate"]
+    text = f"trained with other settings: pretrain.learning_rate 0.5 (now {usual})"
+    assert (text in capsys.readouterr().err) is bool(changes)
+
+
 def test_other_images_of_the_same_features_are_no_other_features(workspace):
     workspace.write_stage_1()
     shutil.rmtree("data/features")
