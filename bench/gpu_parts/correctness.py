@@ -156,7 +156,13 @@ def gradients(model: CaptionModel, texts: Texts) -> dict[str, Tensor]:
     """Make a step and return the gradients of projector and LoRA: float64 [N], on the CPU."""
     parameters = model.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, weight_decay=0.0)
-    optimizer_step(model, optimizer, _step_data(model, texts, one_row=model.packs_one_row), clip_norm=math.inf, seed=(0, 1))
+    optimizer_step(
+        model,
+        optimizer,
+        _step_data(model, texts, one_row=model.packs_one_row),
+        clip_norm=math.inf,
+        seed=(0, 1),
+    )
     groups = {"projector": "projector.", "lora": "language_model."}
     return {
         group: torch.cat(

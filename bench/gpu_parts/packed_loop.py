@@ -1,4 +1,4 @@
-"""An optimizer step as loops make it that pack: the best that others do, to be measured beside ours.
+"""An optimizer step of a loop that packs: the best that others do, to be measured beside ours.
 
 One sequence a text, behind a copy of its image's patches, packed without padding between them, and
 FlashAttention over sequences of any lengths, from torch itself. The output layer is one of `HEADS`.
@@ -66,28 +66,28 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """Attend within each sequence, causally; signature and keywords are transformers'."""
     rows, _heads, length, _width = query.shape
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    # [N, heads, head width]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if query.is_cuda:
         # The operation under torch's `varlen_attn`, whose own signature differs between versions.
         out = torch.ops.aten._flash_attention_forward(
-            *flat, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, 0.0, True, False,
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, 0.0, True, False,
             scale=scaling,
         )[0]  # fmt: skip
     else:
-        out = _masked_attention(*flat, cu_seq_lens_q, scaling)
+        out = _masked_attention(q, k, v, cu_seq_lens_q, scaling)
     return out.unflatten(0, (rows, length)), None
 
 
 def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scaling: float
 ) -> Tensor:
-    """Do the same on a CPU, [N, heads, head width], by a mask over all pairs."""
+    """Do the same on a CPU, by a mask over all pairs of the N positions."""
     places = torch.arange(len(query))
     document = torch.searchsorted(starts, places, right=True)
     sees = (document[:, None] == document) & (places[:, None] >= places)
-    out = nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1) for x in (query, key, value)), attn_mask=sees, scale=scaling
-    )
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scaling)
     return out.transpose(0, 1)
 
 
@@ -111,7 +111,7 @@ def optimizer_step(
     losses = []
     for documents in passes:
         loss = summed_loss(model, documents, head)
-        (loss / data.num_target_tokens).backward()
+        torch.autograd.backward(loss / data.num_target_tokens)
         losses.append(loss.detach().double())
     finish(optimizer)
     return float(torch.stack(losses).sum()) / data.num_target_tokens

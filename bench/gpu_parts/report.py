@@ -109,9 +109,7 @@ class Report:
     def _write(self) -> None:
         seconds = round(self._clock() - self._started, 1)
         concluded = self._conclude(self.rows)
-        write_json(
-            self._path, {**self._about, "seconds": seconds, "parts": self.rows, **concluded}
-        )
+        write_json(self._path, {**self._about, "seconds": seconds, "parts": self.rows, **concluded})
 
 
 def _failure(error: Exception) -> Row:
@@ -121,7 +119,7 @@ def _failure(error: Exception) -> Row:
 def free_gpu_memory() -> None:
     """Return the memory of tensors that nothing holds any more; it helps after an error."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 

@@ -4,7 +4,6 @@ Every step learns from other images, as in a run, so its passes have other lengt
 their data from the same thread ahead of use. The learning rate is 0: weights stay as they are.
 """
 
-import copy
 import math
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,6 +38,7 @@ from train.data.prompts import tokenize
 from train.loop.step import StepData, build_step, optimizer_step
 from train.model.attention import NAME as OUR_ATTENTION
 from train.model.captioner import use_fused_gelu
+from train.model.language_model import lora_dropouts
 from train.settings import LoraSettings
 
 SDPA_ROW_TOKENS = 256
@@ -148,13 +149,17 @@ def usual_loop_of(stage: Stage, batch_size: int) -> Loop:
     model = stage.model
     features = cached(stage.store)
 
+    def start() -> None:
+        model.train()
+        as_published(model.language_model)
+
     def step(samples: list[usual_loop.Sample]) -> float:
         return usual_loop.optimizer_step(
             model.projector, model.language_model, samples, features, stage.optimizer, batch_size
         )
 
     return Loop(
-        partial(as_published, model.language_model),
+        start,
         lambda examples: shuffled(make_samples(examples, stage.tokenizer)),
         step,
         shares_patches=False,
@@ -165,6 +170,7 @@ def packed_loop_of(stage: Stage, pass_tokens: int, head: str) -> Loop:
     """Return the packing loop of `bench.gpu_parts.packed_loop` with one of its heads."""
 
     def start() -> None:
+        stage.model.train()
         packed_loop.use_document_attention(stage.model)
         use_fused_gelu(stage.model.language_model)
 
@@ -224,9 +230,7 @@ def estimate_seconds(
     return 4 + (steps.warmup + steps.timed + 1) * flops / (0.2 * chip.measured)
 
 
-def measure_loop(
-    stage: Stage, loop: Loop, images: int, steps: Steps, rank: int, chip: Chip
-) -> Row:
+def measure_loop(stage: Stage, loop: Loop, images: int, steps: Steps, rank: int, chip: Chip) -> Row:
     """Make some steps and return what they took.
 
     Args:
@@ -291,7 +295,7 @@ def padding_share(data: Any) -> float:
 
 
 @contextmanager
-def peak_gpu_memory(model: torch.nn.Module) -> Iterator[dict[str, float]]:
+def peak_gpu_memory(model: nn.Module) -> Iterator[dict[str, float]]:
     """Take the most memory of the block: this model's weights, and all that is made meanwhile.
 
     Yields:
@@ -332,11 +336,20 @@ def host_waits(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def difference(stage: Stage, found: Loop, wanted: Loop) -> float:
-    """Return the relative difference of the gradients of two loops, in the L2 norm."""
-    examples = stage.examples[:DIFFERENCE_IMAGES]
-    return gradient_difference(
-        stage, *(_contender(loop, copy.copy(examples)) for loop in (found, wanted))
-    )
+    """Return the relative difference of the gradients of two loops, in the L2 norm.
+
+    LoRA's dropout is off meanwhile: every loop would drop other inputs.
+    """
+    contenders = [_contender(loop, stage.examples[:DIFFERENCE_IMAGES]) for loop in (found, wanted)]
+    dropouts = [m for m in lora_dropouts(stage.model) if isinstance(m, nn.Dropout)]
+    shares = [dropout.p for dropout in dropouts]
+    try:
+        for dropout in dropouts:
+            dropout.p = 0.0
+        return gradient_difference(stage, *contenders)
+    finally:
+        for dropout, share in zip(dropouts, shares, strict=True):
+            dropout.p = share
 
 
 def _contender(loop: Loop, examples: list[Example]) -> StepContender:
