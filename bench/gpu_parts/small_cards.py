@@ -79,7 +79,7 @@ def train_on_card(card: Card, training: Training) -> Row:
     device = torch.device(training.device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1, (card.gib - CUDA_GIB) / total))
+        torch.cuda.set_per_process_memory_fraction(memory_share(card, total))
     with tempfile.TemporaryDirectory() as folder:
         store = FeatureStore(make_features(Path(folder), training.images))
         base = make_language_model(training.phi, quantize=True, dtype=training.dtype, device=device)
@@ -87,6 +87,11 @@ def train_on_card(card: Card, training: Training) -> Row:
             name: largest_pass(partial(_train, name, base, store, card, training), training.passes)
             for name in (PRETRAIN, FINETUNE)
         }
+
+
+def memory_share(card: Card, total_gib: float) -> float:
+    """Return the share of a GPU's memory that torch's allocator has on a card."""
+    return min(1.0, (card.gib - CUDA_GIB) / total_gib)
 
 
 def largest_pass(train: Callable[[int], Row], passes: tuple[int, ...]) -> Row:

@@ -341,7 +341,8 @@ def difference(stage: Stage, found: Loop, wanted: Loop) -> float:
     LoRA's dropout is off meanwhile: every loop would drop other inputs.
     """
     contenders = [_contender(loop, stage.examples[:DIFFERENCE_IMAGES]) for loop in (found, wanted)]
-    dropouts = [m for m in lora_dropouts(stage.model) if isinstance(m, nn.Dropout)]
+    modules = [m for dropout in lora_dropouts(stage.model) for m in dropout.modules()]
+    dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
     shares = [dropout.p for dropout in dropouts]
     try:
         for dropout in dropouts:
