@@ -75,6 +75,10 @@ class LoopSettings:
     row_tokens: int
     """Most positions of a row of packed images. Short rows suit SDPA, which computes all pairs of
     a row; with FlexAttention use the value of `micro_batch_tokens`."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the language model's blocks and compute the rest again in the
+    backward pass: a fraction of the memory, up to half more time, the same numbers. Off by
+    default."""
     max_text_tokens: int
     """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]
