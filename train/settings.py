@@ -77,8 +77,8 @@ class LoopSettings:
     """Most positions of a forward pass, patches and padding included; limited by memory. `auto`
     tries what fits the GPU; on a CPU it is 4096."""
     row_tokens: int
-    """Most positions of a row of packed images. Short rows suit SDPA, which computes all pairs of
-    a row; with FlexAttention use the value of `micro_batch_tokens`."""
+    """Most positions of a row of packed images, for SDPA, which computes all pairs of a row. With
+    FlexAttention, on a GPU, a forward pass is one row."""
     gradient_checkpointing: bool = False
     """Keep only the inputs of the language model's blocks and compute the rest again in the
     backward pass: a fraction of the memory, up to half more time, the same numbers. Off by

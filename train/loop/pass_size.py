@@ -160,15 +160,17 @@ def pass_of(setup: TrainingSetup, tokens: int) -> StepData:
         setup: Of the run.
         tokens: Positions of the pass; one image is taken in any case.
     """
-    room = tokens * PartialState().num_processes
+    num_processes = PartialState().num_processes
     chosen: list[Example] = []
+    total = longest = 0
     for step in itertools.cycle(setup.plan()):
         examples = setup.examples_of(step)
         for example, length in zip(examples, _lengths(setup, examples), strict=True):
-            if chosen and length > room:
+            total, longest = total + length, max(longest, length)
+            # Processes share images evenly, but for one image.
+            if chosen and total + (num_processes - 1) * longest > num_processes * tokens:
                 return _with_tokens(setup, tokens).step_data(chosen)
             chosen.append(example)
-            room -= length
     raise AssertionError("a plan has a step, and a step an image")
 
 

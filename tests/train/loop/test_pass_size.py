@@ -165,10 +165,14 @@ def test_on_a_cpu_the_number_is_fixed(setup, capsys):
 # The passes that are tried
 
 
-@pytest.mark.parametrize("tokens", [1, 30, 100, 500, 3000])
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("tokens", [1, 30, 100, 512, 3072])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_pass_is_filled_with_the_runs_own_images(setup, monkeypatch, tokens, num_processes):
+def test_a_pass_is_filled_with_the_runs_own_images(
+    setup, monkeypatch, tokens, num_processes, one_row
+):
     made = setup(batch_size=4)
+    made.model.packs_one_row = one_row
     processes = SimpleNamespace(num_processes=num_processes, process_index=0)
     for module in (train.loop.pass_size, train.loop.step):
         monkeypatch.setattr(module, "PartialState", lambda: processes)
@@ -176,8 +180,11 @@ def test_a_pass_is_filled_with_the_runs_own_images(setup, monkeypatch, tokens, n
     first = made.examples_of(made.plan()[0])
     assert data.image_ids[:2] == [example.image_id for example in first][: len(data.image_ids)][:2]
     longest = max(made.step_data([example]).num_positions for example in EXAMPLES)
+    if tokens >= 512:
+        # The process with the most has nearly a whole pass.
+        assert 0.85 * tokens < max(batch.token_ids.numel() for batch in data.batches) <= tokens
     assert len(data.image_ids) == 1 or data.num_positions <= num_processes * tokens
-    assert data.num_positions > num_processes * tokens - longest * num_processes
+    assert data.num_positions > num_processes * (tokens - longest)
 
 
 class FakeCuda:
