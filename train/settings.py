@@ -73,8 +73,8 @@ class LoopSettings:
     micro_batch_tokens: int
     """Most positions of a forward pass, patches and padding included; limited by memory."""
     row_tokens: int
-    """Most positions of a row of packed images. Short rows suit SDPA, which computes all pairs of
-    a row; with FlexAttention use the value of `micro_batch_tokens`."""
+    """Most positions of a row of packed images, for SDPA, which computes all pairs of a row. With
+    FlexAttention, on a GPU, a forward pass is one row."""
     max_text_tokens: int
     """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]

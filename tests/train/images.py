@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from train.data.packing import collate, image_length, pack
+from train.data.packing import Pass, collate, image_length, pack
 from train.data.prompts import TokenizedText
 
 
@@ -21,7 +21,7 @@ def length_of(row, patches):
 def pack_images(images, patches, **budgets):
     """Pack images; return them in the rows of each pass."""
     passes = pack([image_length(image.texts, patches) for image in images], **budgets)
-    return [[[images[number] for number in row] for row in rows] for rows in passes]
+    return [[[images[number] for number in row] for row in part.rows] for part in passes]
 
 
 def logits_of(model, batch):
@@ -36,4 +36,6 @@ def collate_images(rows, patches):
     numbers = iter(range(len(images)))
     features = torch.zeros(len(ids), patches, 8) if isinstance(patches, int) else patches[ids]
     places = [[next(numbers) for _ in row] for row in rows]
-    return collate(places, ids, [image.texts for image in images], features)
+    count = features.shape[1]
+    row_length = max(length_of(row, count) for row in rows)
+    return collate(Pass(places, row_length), ids, [image.texts for image in images], features)

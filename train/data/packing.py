@@ -30,14 +30,31 @@ EXTRA_ROWS = 8
 """Extra row counts to try beyond the minimum: 12 equal images pack tighter as 3 x 4 than as
 5 + 4 + 3."""
 
+BLOCK = 128
+"""Positions of a block of FlexAttention's."""
+
+LENGTHS_PER_OCTAVE = 16
+"""Row lengths between a power of two and the next one: padding is 1/17 of a row at most."""
+
 PADDING = -1
 """Image number of positions that hold nothing."""
 
 Row = list[int]
 """Indices of the images in a row."""
 
-Pass = list[Row]
-"""The rows of a forward pass."""
+
+@dataclass(frozen=True)
+class Pass:
+    """The rows of a forward pass."""
+
+    rows: list[Row]
+    row_length: int
+    """Positions of each row, padding included."""
+
+    @property
+    def num_slots(self) -> int:
+        """Positions of the pass, padding included."""
+        return len(self.rows) * self.row_length
 
 
 @dataclass(frozen=True)
@@ -65,15 +82,46 @@ class PackedBatch:
     the first tokens of all its texts."""
     target_ids: Tensor
     """int64 [S]: the supervised tokens, text by text."""
+    block: Tensor | None = None
+    """uint8: the memory of all tensors above, if they share one block."""
+
+    def in_one_block(self, *, pin_memory: bool) -> "PackedBatch":
+        """Return a copy whose tensors share one block of main memory, so that one copy moves them.
+
+        Only from pinned memory does a GPU copy while it computes.
+        """
+        size = sum(_aligned(tensor.nbytes) for tensor in self._tensors().values())
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
+        copy = self._in(block)
+        for name, tensor in copy._tensors().items():
+            tensor.copy_(getattr(self, name))
+        return copy
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Return a copy on a device."""
-        tensors: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **tensors)
+        """Return the batch on a device; does not wait for a copy from pinned memory."""
+        if self.block is not None:
+            return self._in(self.block.to(device, non_blocking=True))
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
+        return replace(self, **moved)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {name: value for name, value in vars(self).items() if name != "block"}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+    def _in(self, block: Tensor) -> "PackedBatch":
+        """Return a batch of the same shapes whose tensors are views of a block of bytes."""
+        views: dict[str, Any] = {}
+        start = 0
+        for name, tensor in self._tensors().items():
+            view = block[start : start + tensor.nbytes].view(tensor.dtype)
+            views[name] = view.view(tensor.shape)
+            start += _aligned(tensor.nbytes)
+        return replace(self, **views, block=block)
+
+
+def _aligned(num_bytes: int) -> int:
+    """Round up to a multiple of 64, at which tensors of every dtype may begin."""
+    return -(-num_bytes // 64) * 64
 
 
 def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
@@ -83,6 +131,38 @@ def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
     is only predicted.
     """
     return patches + sum(len(text.token_ids) - 1 for text in texts)
+
+
+def padded_length(length: int) -> int:
+    """Return the row length of a forward pass on a GPU: one of 16 an octave, all multiples of 128.
+
+    Kernels are compiled for, and memory is divided by, the lengths that occur. FlexAttention
+    computes blocks of 128 positions.
+    """
+    octave = 1 << (length.bit_length() - 1)
+    unit = max(BLOCK, octave // LENGTHS_PER_OCTAVE)
+    return -(-length // unit) * unit
+
+
+def pack_one_row_each(lengths: Sequence[int], *, pass_tokens: int, num_processes: int) -> list[Pass]:
+    """Pack images into forward passes of one row each, all of nearly the same length.
+
+    For FlexAttention, which skips what lies between images: a pass needs no second row.
+
+    Args:
+        lengths: Positions of each image; at least one image.
+        pass_tokens: Most positions of a pass, padding included; a longer image gets a pass of its
+            own.
+        num_processes: Every process gets as many passes, where the images suffice.
+    """
+    fewest = max(math.ceil(sum(lengths) / pass_tokens), num_processes)
+    fewest = -(-fewest // num_processes) * num_processes
+    for num_passes in range(fewest, len(lengths), num_processes):
+        rows = _fill_rows(lengths, num_passes)
+        passes = [Pass([row], padded_length(length)) for length, row in rows]
+        if all(p.row_length <= pass_tokens or len(p.rows[0]) == 1 for p in passes):
+            return passes
+    return [Pass([[image]], padded_length(length)) for image, length in enumerate(lengths)]
 
 
 def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[Pass]:
@@ -95,9 +175,6 @@ def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[P
         row_tokens: Most positions of a row; an image that is longer gets a row of its own.
         pass_tokens: Most positions of a forward pass, padding included; a pass has at least one
             row.
-
-    Returns:
-        For each pass its rows, for each row the indices of its images.
     """
     fewest = min(math.ceil(sum(lengths) / row_tokens), len(lengths))
     best: list[Pass] = []
@@ -108,16 +185,14 @@ def pack(lengths: Sequence[int], *, row_tokens: int, pass_tokens: int) -> list[P
         if any(length > row_tokens and len(row) > 1 for length, row in rows):
             continue
         passes = _split_into_passes(rows, pass_tokens)
-        if not best or num_slots(passes, lengths) < num_slots(best, lengths):
+        if not best or num_slots(passes) < num_slots(best):
             best = passes
     return best
 
 
-def num_slots(passes: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+def num_slots(passes: Sequence[Pass]) -> int:
     """Return the positions of packed passes, padding included."""
-    return sum(
-        len(rows) * max(sum(lengths[image] for image in row) for row in rows) for rows in passes
-    )
+    return sum(part.num_slots for part in passes)
 
 
 def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, Row]]:
@@ -134,18 +209,16 @@ def _fill_rows(lengths: Sequence[int], num_rows: int) -> list[tuple[int, Row]]:
 def _split_into_passes(rows: list[tuple[int, Row]], pass_tokens: int) -> list[Pass]:
     """Put rows of similar length into the same pass."""
     passes: list[Pass] = []
-    row_length = 0
     # The longest row first: it decides the width of its pass.
     for length, row in sorted(rows, key=lambda row: -row[0]):
-        if not passes or (len(passes[-1]) + 1) * row_length > pass_tokens:
-            passes.append([])
-            row_length = length
-        passes[-1].append(row)
+        if not passes or passes[-1].num_slots + passes[-1].row_length > pass_tokens:
+            passes.append(Pass([], length))
+        passes[-1].rows.append(row)
     return passes
 
 
 def collate(
-    rows: Sequence[Sequence[int]],
+    packed: Pass,
     image_ids: Sequence[int],
     texts: Sequence[Sequence[TokenizedText]],
     patches_NPD: Tensor,
@@ -154,14 +227,14 @@ def collate(
     """Lay out the rows of a forward pass as tensors.
 
     Args:
-        rows: Indices of the images of each row.
+        packed: Rows and row length.
         image_ids: Id of each image, by index.
         texts: Tokenised texts of each image, by index.
         patches_NPD: float16, in the order of the images in the rows.
         number: Of the pass within its step.
     """
     patches = patches_NPD.shape[1]
-    row_length = max(sum(image_length(texts[image], patches) for image in row) for row in rows)
+    rows, row_length = packed.rows, packed.row_length
     token_ids, positions, text_ids = np.zeros((3, len(rows) * row_length), np.int64)
     image_numbers = np.full(len(rows) * row_length, PADDING)
     patch_slots: list[NDArray[np.int64]] = []

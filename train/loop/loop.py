@@ -169,7 +169,8 @@ class _Training:
         if not self._run.is_main:
             return
         parameters = self._setup.model.trainable_parameters()
-        if not all(torch.isfinite(parameter).all() for parameter in parameters.values()):
+        are_finite = [torch.isfinite(parameter).all() for parameter in parameters.values()]
+        if not torch.stack(are_finite).all():
             raise StageError(
                 f"step {self._completed_steps}: the weights are not finite any more. "
                 f"{self._last_checkpoint()} Lower the learning rate."

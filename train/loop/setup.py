@@ -86,7 +86,7 @@ class TrainingSetup:
             self.tokenizer,
             self.store,
             pass_tokens=self.settings.micro_batch_tokens,
-            row_tokens=self.settings.row_tokens,
+            row_tokens=None if self.model.packs_one_row else self.settings.row_tokens,
             max_text_tokens=self.settings.max_text_tokens,
             device=self.model.device,
         )

@@ -16,8 +16,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from train.data.examples import Example
-from train.data.packing import PackedBatch, collate, image_length, num_slots, pack
-from train.data.prefetch import Features, gather_tensor
+from train.data.packing import (
+    PackedBatch,
+    collate,
+    image_length,
+    num_slots,
+    pack,
+    pack_one_row_each,
+)
+from train.data.prefetch import Features
 from train.data.prompts import tokenize
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
@@ -46,7 +53,7 @@ def build_step(
     store: Features,
     *,
     pass_tokens: int,
-    row_tokens: int,
+    row_tokens: int | None,
     max_text_tokens: int,
     device: torch.device,
 ) -> StepData:
@@ -59,9 +66,10 @@ def build_step(
         tokenizer: Of the language model.
         store: Holds the features.
         pass_tokens: Most positions of a forward pass, padding included.
-        row_tokens: Most positions of a row of packed images.
+        row_tokens: Most positions of a row of packed images; None: a forward pass is one row, of
+            one of few lengths (`padded_length`).
         max_text_tokens: Most tokens of a text.
-        device: The model's; for a GPU, features are gathered into pinned memory.
+        device: The model's; for a GPU, the tensors of a pass share one block of pinned memory.
 
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
@@ -78,16 +86,22 @@ def build_step(
     image_ids = [example.image_id for example in examples]
     lengths = [image_length(image_texts, store.spec.patches) for image_texts in texts]
     processes = PartialState()
-    if processes.num_processes > 1:
-        # Cut at least one pass per process, so that no rank idles.
-        share = -(-sum(lengths) // processes.num_processes)
-        row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
-    passes = pack(lengths, row_tokens=row_tokens, pass_tokens=pass_tokens)
+    if row_tokens is None:
+        passes = pack_one_row_each(
+            lengths, pass_tokens=pass_tokens, num_processes=processes.num_processes
+        )
+    else:
+        if processes.num_processes > 1:
+            # Cut at least one pass per process, so that no rank idles.
+            share = -(-sum(lengths) // processes.num_processes)
+            row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
+        passes = pack(lengths, row_tokens=row_tokens, pass_tokens=pass_tokens)
 
     def batch(number: int) -> PackedBatch:
-        ids = np.array([image_ids[image] for row in passes[number] for image in row])
-        patches_NPD = gather_tensor(store, ids, device)
-        return collate(passes[number], image_ids, texts, patches_NPD, number)
+        ids = np.array([image_ids[image] for row in passes[number].rows for image in row])
+        patches_NPD = torch.from_numpy(store.gather(ids))
+        collated = collate(passes[number], image_ids, texts, patches_NPD, number)
+        return collated.in_one_block(pin_memory=True) if device.type == "cuda" else collated
 
     own_passes = range(processes.process_index, len(passes), processes.num_processes)
     return StepData(
@@ -95,7 +109,7 @@ def build_step(
         image_ids=image_ids,
         num_target_tokens=num_target_tokens,
         num_positions=sum(lengths),
-        num_slots=num_slots(passes, lengths),
+        num_slots=num_slots(passes),
         num_cut=sum(text.was_cut for text in all_texts),
     )
 
@@ -135,8 +149,9 @@ def optimizer_step(
         loss_sum += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _sum_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
-    total = float(reduce(loss_sum, "sum"))
+    norm_tensor = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    # One transfer: the host waits for a GPU here, and nowhere else in the step.
+    total, norm = map(float, torch.stack([reduce(loss_sum, "sum"), norm_tensor.double()]).tolist())
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total}, its gradient's norm {norm}")
     optimizer.step()

@@ -9,7 +9,7 @@ Letters: R rows, T positions of a row.
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,14 +24,22 @@ from train.data.packing import PackedBatch
 NAME = "packed"
 """Name under which transformers knows this attention."""
 
+PROBE_LENGTH = 256
+"""Positions of the pass that tries FlexAttention: two blocks."""
 
-def mask_mod(batch: PackedBatch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def mask_mod(image_numbers: Tensor, text_ids: Tensor) -> MaskMod:
     """Return FlexAttention's `mask_mod`: whether a query position may attend to a key position.
 
     A query sees its own image's patches and its own text, up to itself. Padding sees padding:
     attention without any key is undefined.
+
+    Args:
+        image_numbers: int64 [R, T], as in `PackedBatch`.
+        text_ids: int64 [R, T], as in `PackedBatch`.
     """
-    image_numbers, text_ids = batch.image_numbers, batch.text_ids
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_image = image_numbers[row, query] == image_numbers[row, key]
@@ -47,16 +55,25 @@ def dense_mask(batch: PackedBatch, dtype: torch.dtype) -> Tensor:
     rows = torch.arange(num_rows, device=batch.token_ids.device)[:, None, None]
     positions = torch.arange(length, device=batch.token_ids.device)
     # All heads share the mask, so the second argument is ignored.
-    seen = mask_mod(batch)(rows, rows, positions[:, None], positions)
+    sees = mask_mod(batch.image_numbers, batch.text_ids)
+    seen = sees(rows, rows, positions[:, None], positions)
     # Not bool: SDPA would convert a bool mask in every layer.
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)[:, None]
 
 
 def block_mask(batch: PackedBatch) -> BlockMask:
     """Return the mask as FlexAttention's blocks, for any number of heads."""
-    num_rows, length = batch.token_ids.shape
-    device = batch.token_ids.device
-    return create_block_mask(mask_mod(batch), num_rows, None, length, length, device=device)
+    return _block_mask(batch.image_numbers, batch.text_ids)
+
+
+def _block_mask(image_numbers: Tensor, text_ids: Tensor) -> BlockMask:
+    num_rows, length = image_numbers.shape
+    device = image_numbers.device
+    # Uncompiled, all T x T pairs are materialised.
+    create = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+    sees = mask_mod(image_numbers, text_ids)
+    mask: BlockMask = create(sees, num_rows, None, length, length, device=device)
+    return mask
 
 
 def packed_attention(
@@ -76,8 +93,18 @@ def packed_attention(
             module, query, key, value, attention_mask, **options
         )
         return attended
-    attend = _compiled() if query.is_cuda else cast(Callable[..., Tensor], flex_attention)
-    out = attend(query, key, value, block_mask=attention_mask, scale=options.get("scaling"))
+    # Uncompiled, FlexAttention materialises the whole score matrix.
+    attend: Callable[..., Tensor] = flex_attention
+    if query.is_cuda:
+        attend = _compiled(flex_attention)
+    out = attend(
+        query,
+        key,
+        value,
+        block_mask=attention_mask,
+        scale=options.get("scaling"),
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -99,14 +126,24 @@ def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tens
 def _flex_works(model: PreTrainedModel) -> bool:
     """Try a small forward and backward pass of compiled FlexAttention with the model's heads."""
     config = model.config
-    shape = (1, config.num_attention_heads, 256, config.hidden_size // config.num_attention_heads)
-    query = torch.randn(shape, dtype=model.dtype, device=model.device, requires_grad=True)
-    causal = create_block_mask(
-        lambda row, head, query, key: key <= query, 1, None, 256, 256, device=model.device
+    heads = config.num_attention_heads
+    # Configs without grouped queries or a head width of their own lack these.
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, key, value = (
+        torch.randn(
+            (1, num_heads, PROBE_LENGTH, head_width),
+            dtype=model.dtype,
+            device=model.device,
+            requires_grad=True,
+        )
+        for num_heads in (heads, key_heads, key_heads)
     )
     try:
-        out = _compiled()(query, query, query, block_mask=causal)
-        torch.autograd.grad(out.sum(), query)
+        zeros = torch.zeros((1, PROBE_LENGTH), dtype=torch.int64, device=model.device)
+        mask = _block_mask(zeros, zeros)
+        out, _ = packed_attention(model, query, key, value, mask)
+        torch.autograd.grad(out.sum(), (query, key, value))
     except (RuntimeError, NotImplementedError) as error:
         reason = one_line(error)
         print(f"FlexAttention does not work here, SDPA is used: {reason}", file=sys.stderr)
@@ -115,6 +152,10 @@ def _flex_works(model: PreTrainedModel) -> bool:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
-    # Uncompiled, FlexAttention materialises the whole score matrix.
-    return torch.compile(flex_attention)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of FlexAttention's: for the first length, and once more for all others.
+
+    With `fullgraph`, one compilation too many is an error. Without it, torch would go on with the
+    uncompiled function, and run out of memory.
+    """
+    return torch.compile(function, fullgraph=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from train.data.packing import PackedBatch
-from train.model.attention import use_packed_attention
+from train.model.attention import block_mask, use_packed_attention
 from train.model.language_model import lora_dropouts
 from train.model.loss import cross_entropy
 from train.model.projector import Projector
@@ -23,6 +23,9 @@ class CaptionModel(nn.Module):
         self.projector = projector
         self.language_model = language_model
         self._mask = use_packed_attention(language_model)
+        self.packs_one_row = self._mask is block_mask
+        """Whether a forward pass should be one row: FlexAttention skips what lies between images,
+        SDPA computes all pairs of a row."""
         use_fused_gelu(language_model)
 
     @property

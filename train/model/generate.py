@@ -2,9 +2,11 @@
 
 Texts are generated in batches; a single text can be streamed.
 
-Letters: B texts of a batch, P patches, D width of the vision tower, T positions, H width.
+Letters: B texts of a batch, P patches, D width of the vision tower, T positions, H width, S rows of
+a table.
 """
 
+import itertools
 import math
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -210,17 +212,27 @@ def _prompt_embeds(
     patches_BPH = model.embed_patches(torch.from_numpy(patches_BPD))
     num_patches, width = patches_BPH.shape[1:]
     length = num_patches + max(map(len, prompt_ids))
-    embeds_BTH = patches_BPH.new_zeros(len(prompt_ids), length, width)
-    mask_BT = torch.zeros(len(prompt_ids), length, dtype=torch.int64, device=model.device)
+    # Rows of a table: nothing at 0, then all patches, then all prompts.
+    sources_BT = np.zeros((len(prompt_ids), length), np.int64)
+    next_text = 1 + len(prompt_ids) * num_patches
     for row, ids in enumerate(prompt_ids):
-        start = length - len(ids) - num_patches
-        embeds_BTH[row, start : start + num_patches] = patches_BPH[row]
-        if ids:
-            embeds_BTH[row, start + num_patches :] = model.embed_text(
-                torch.tensor(ids, device=model.device)
-            )
-        mask_BT[row, start:] = 1
-    return embeds_BTH, mask_BT
+        first_text = length - len(ids)
+        first_patch = 1 + row * num_patches
+        sources_BT[row, first_text - num_patches : first_text] = np.arange(
+            first_patch, first_patch + num_patches
+        )
+        sources_BT[row, first_text:] = np.arange(next_text, next_text + len(ids))
+        next_text += len(ids)
+    token_ids = torch.tensor(list(itertools.chain(*prompt_ids)), dtype=torch.int64)
+    sources = torch.from_numpy(sources_BT).to(model.device)
+    table_SH = torch.cat(
+        [
+            patches_BPH.new_zeros(1, width),
+            patches_BPH.flatten(0, 1),
+            model.embed_text(token_ids.to(model.device)),
+        ]
+    )
+    return table_SH[sources], (sources > 0).long()
 
 
 def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:

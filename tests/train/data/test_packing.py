@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from bench.texts import CAPTION_LENGTHS
 from tests.train.images import Image, collate_images, length_of, pack_images
-from train.data.packing import PADDING
+from train.data.packing import PADDING, num_slots, pack_one_row_each, padded_length
 from train.data.prompts import TokenizedText
 
 PATCHES = 4
@@ -169,3 +170,80 @@ def test_moving_a_batch_keeps_all_of_it(random_images):
         assert getattr(moved, name).shape == value.shape
         wanted = torch.float32 if name == "patches_NPD" else torch.int64
         assert getattr(moved, name).dtype == value.dtype == wanted
+
+
+# One row a pass
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("pass_tokens", [1, 200, 1000, 5000])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_one_row_a_pass_loses_nothing_and_keeps_to_the_budget(seed, pass_tokens, num_processes):
+    lengths = np.random.default_rng(seed).integers(50, 400, 30).tolist()
+    passes = pack_one_row_each(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
+    assert sorted(image for part in passes for (row,) in [part.rows] for image in row) == [*range(30)]
+    for part in passes:
+        (row,) = part.rows
+        used = sum(lengths[image] for image in row)
+        assert used <= part.row_length == padded_length(used)
+        assert part.row_length <= pass_tokens or len(row) == 1
+    assert len(passes) % num_processes == 0 or len(passes) == 30
+    assert num_slots(passes) == sum(part.row_length for part in passes)
+
+
+def test_more_processes_than_images_get_one_image_each_as_far_as_they_suffice():
+    passes = pack_one_row_each([70, 300], pass_tokens=1000, num_processes=4)
+    assert [(part.rows, part.row_length) for part in passes] == [([[0]], 128), ([[1]], 384)]
+
+
+def test_row_lengths_are_few_multiples_of_a_block():
+    lengths = {padded_length(length) for length in range(1, 32_769)}
+    assert all(length % 128 == 0 for length in lengths)
+    # Up to 2,048 all multiples of 128, then 16 between two powers of two.
+    assert len(lengths) == 16 + 4 * 16
+    for length in range(2048, 32_769, 77):
+        assert length <= padded_length(length) <= length * 17 / 16
+
+
+CAPTIONS = 49 + np.random.default_rng(0).choice(
+    np.repeat([*CAPTION_LENGTHS], [*CAPTION_LENGTHS.values()]), (118_287, 5)
+).sum(1)
+"""Positions of COCO's training images: 49 patches and five captions."""
+
+
+@pytest.mark.parametrize(
+    ("pass_tokens", "shapes"), [(2048, 4), (4096, 4), (8192, 4), (16_384, 4), (32_768, 4)]
+)
+def test_an_epoch_of_coco_has_few_shapes_and_little_padding(pass_tokens, shapes):
+    images_of_a_step = 52
+    rows = Counter()
+    for start in range(0, len(CAPTIONS), images_of_a_step):
+        step = CAPTIONS[start : start + images_of_a_step].tolist()
+        for part in pack_one_row_each(step, pass_tokens=pass_tokens, num_processes=1):
+            assert len(part.rows) == 1
+            rows[part.row_length] += 1
+    padding = 1 - CAPTIONS.sum() / sum(length * count for length, count in rows.items())
+    assert len(rows) <= shapes
+    assert padding < 0.05
+
+
+# One block of memory
+
+
+def test_a_batch_in_one_block_is_the_same_batch(random_images):
+    images = random_images(0)
+    features = torch.randn(len(images), PATCHES, 5).half()
+    (rows,) = pack_images(images, PATCHES, row_tokens=60, pass_tokens=10_000)
+    batch = collate_images(rows, features)
+    block = batch.in_one_block(pin_memory=False)
+    moved = block.to(torch.device("cpu", 0))
+    for copy in (block, moved):
+        storage = copy.block.untyped_storage().data_ptr()
+        assert copy.number == batch.number
+        for name, tensor in vars(batch).items():
+            if isinstance(tensor, torch.Tensor):
+                found = getattr(copy, name)
+                assert found.dtype == tensor.dtype
+                assert torch.equal(found, tensor)
+                assert found.is_contiguous()
+                assert found.untyped_storage().data_ptr() == storage

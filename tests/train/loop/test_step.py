@@ -25,7 +25,8 @@ MANY = [
     )
     for n in range(100, 112)
 ]
-BUDGETS = [(1, 1), (30, 30), (60, 100), (10_000, 10_000)]
+BUDGETS = [(1, 1), (30, 30), (60, 100), (10_000, 10_000), (None, 1), (None, 300)]
+"""Row and pass tokens."""
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_no_pass_is_larger_than_asked_but_for_one_row(build):
         for batch in build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens).batches:
             rows, width = batch.token_ids.shape
             assert rows == 1 or rows * width <= pass_tokens
-            assert width <= row_tokens or (batch.image_numbers <= 0).all()
+            assert width <= (row_tokens or pass_tokens) or (batch.image_numbers <= 0).all()
 
 
 def test_a_question_that_leaves_no_room_for_its_answer_costs_no_one_else(build, make_model):
@@ -175,7 +176,10 @@ def test_a_step_has_the_gradients_of_the_mean_over_all_its_tokens(model, build):
     assert_same(found, {name: p.grad for name, p in model.trainable_parameters().items()})
 
 
-@pytest.mark.parametrize(("row_tokens", "pass_tokens"), [*BUDGETS[:-1], (40, 40), (100, 90)])
+@pytest.mark.parametrize(
+    ("row_tokens", "pass_tokens"),
+    [(1, 1), (30, 30), (60, 100), (40, 40), (100, 90), (None, 1), (None, 128)],
+)
 def test_no_packing_changes_the_gradients_of_a_step(model, build, row_tokens, pass_tokens):
     wanted_loss, wanted = step_gradients(model, build(MANY, row_tokens=10_000))
     data = build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import PhiConfig, PhiForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -17,8 +19,10 @@ from train.data.packing import PADDING
 from train.data.prompts import TokenizedText
 from train.model.attention import (
     NAME,
+    PROBE_LENGTH,
     block_mask,
     dense_mask,
+    mask_mod,
     packed_attention,
     use_packed_attention,
 )
@@ -149,13 +153,17 @@ def test_blocks_in_which_nothing_is_seen_are_left_out(seed):
 @eager_flex
 @torch.no_grad()
 @pytest.mark.parametrize(("head_width", "scaling"), [(16, None), (80, None), (80, 0.3)])
-def test_both_forms_give_the_same_attention(head_width, scaling):
+@pytest.mark.parametrize("key_heads", [2, 1])
+def test_both_forms_give_the_same_attention(head_width, scaling, key_heads):
     batch = large_batch(0, patches=130)
-    shape = (len(batch.image_numbers), 2, batch.image_numbers.shape[1], head_width)
+    num_rows, length = batch.image_numbers.shape
+    shape = (num_rows, 2, length, head_width)
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, *shape, dtype=torch.float64)
+    query = torch.randn(shape, dtype=torch.float64)
+    key, value = torch.randn(2, num_rows, key_heads, length, head_width, dtype=torch.float64)
     module = nn.Module()
     module.is_causal = True
+    module.num_key_value_groups = 2 // key_heads
     options = {"dropout": 0.0, "scaling": scaling}
     blocks, no_weights = packed_attention(module, query, key, value, block_mask(batch), **options)
     dense, _ = packed_attention(
@@ -226,29 +234,48 @@ def test_on_the_cpu_a_model_gets_the_dense_form_in_its_own_type(make_model, rand
         assert torch.equal(model.to(dtype)._mask(batch), dense_mask(batch, dtype))
 
 
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        ({"num_attention_heads": 32, "hidden_size": 2560}, [(32, 80), (32, 80)]),
+        (
+            {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576},
+            [(9, 64), (3, 64)],
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "hidden_size": 8},
+            [(4, 256), (1, 256)],
+        ),
+    ],
+)
 @pytest.mark.parametrize("error", [None, RuntimeError("no such\nkernel"), NotImplementedError("x")])
-def test_on_a_gpu_blocks_are_used_where_they_work(monkeypatch, capsys, error, random_images):
+def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
+    monkeypatch, capsys, random_images, config, wanted, error
+):
     shapes = []
 
-    def attend(query, key, value, block_mask):
-        shapes.append(tuple(query.shape))
+    def attend(module, query, key, value, mask):
+        assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+        shapes.extend([query.shape, key.shape])
         if error:
             raise error
-        return query + key + value
+        return query * key.sum() * value.sum(), None
 
-    monkeypatch.setattr(train.model.attention, "_compiled", lambda: attend)
-    monkeypatch.setattr(train.model.attention, "create_block_mask", lambda *sizes, device: None)
-    device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(train.model.attention, "packed_attention", attend)
+    for name in ("randn", "zeros"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *shape, real=real, device=None, **options: real(*shape, **options)
+        )
+    monkeypatch.setattr(train.model.attention, "_block_mask", lambda *numbers: None)
     model = SimpleNamespace(
-        device=device,
+        device=SimpleNamespace(type="cuda"),
         dtype=torch.bfloat16,
-        config=SimpleNamespace(num_attention_heads=32, hidden_size=2560),
+        config=SimpleNamespace(**config),
         set_attn_implementation=lambda name: None,
     )
-    real = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *shape, device, **options: real(*shape, **options))
     make_mask = use_packed_attention(model)
-    assert shapes == [(1, 32, 256, 80)]
+    assert shapes == [(1, heads, PROBE_LENGTH, width) for heads, width in wanted]
     said = capsys.readouterr().err
     if error is None:
         assert make_mask is block_mask
@@ -256,8 +283,31 @@ def test_on_a_gpu_blocks_are_used_where_they_work(monkeypatch, capsys, error, ra
     else:
         batch = small_batch(random_images, 0)
         assert torch.equal(make_mask(batch), dense_mask(batch, torch.bfloat16))
-        wanted = " ".join(str(error).split())
-        assert said == f"FlexAttention does not work here, SDPA is used: {wanted}\n"
+        reason = " ".join(str(error).split())
+        assert said == f"FlexAttention does not work here, SDPA is used: {reason}\n"
+
+
+@torch.no_grad()
+def test_compiled_functions_are_compiled_twice_whatever_the_lengths(monkeypatch):
+    """Once for the first length and once for all others; grouped queries and a new mask a pass."""
+    compilations = Counter()
+
+    def compiled(function):
+        def count(module, inputs):
+            compilations[function.__name__] += 1
+            return module.forward
+
+        return torch.compile(function, fullgraph=True, backend=count)
+
+    torch.compiler.reset()
+    attend, create = compiled(flex_attention), compiled(create_block_mask)
+    for length in (256, 384, 512, 2176, 384, 4096, 256):
+        numbers = torch.arange(length)[None] // 50
+        mask = create(mask_mod(numbers, numbers % 3), 1, None, length, length, device="cpu")
+        query, key = torch.randn(1, 9, length, 16), torch.randn(1, 3, length, 16)
+        attend(query, key, key, block_mask=mask, scale=0.1, enable_gqa=True)
+    torch.compiler.reset()
+    assert compilations == {"flex_attention": 2, "create_block_mask": 2}
 
 
 @pytest.mark.parametrize("lora", [None, 0.5])
