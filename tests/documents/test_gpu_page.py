@@ -9,6 +9,7 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from bench.full_size import BLOCK_PARAMETERS, PEAK_FLOPS
 from bench.make_phi2 import PHI2
+from bench.texts import CAPTION_LENGTHS, CAPTIONS_AN_IMAGE, KINDS
 from tests.documents.pages import ROOT
 from tests.documents.test_figures import agrees, result, table
 from train.data.packing import PackedBatch
@@ -31,11 +32,12 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight: four bits, a byte for each 64 of them, a float32 for each 256 bytes."""
 ADAMW = 16
 """Bytes of a trainable float32 weight: itself, its gradient, two moments."""
-RESERVE = 1e9
+FREE = 0.15
 BUSY = 0.4
 OTHER_RATES = {"T4 (fp16)": 65e12, "RTX 4090": 165e12}
 """Dense, with float32 sums, of NVIDIA's data sheets; the other cards are in `bench.full_size`."""
-POSITIONS = {"stage 1": 13e6, "stage 2": 35e6}
+CAPTIONS, CONVERSATIONS = 591_753, 0.98 * 157_712
+"""Texts to train on: those of train2017, and those of images that are not held out."""
 
 
 def number(pattern):
@@ -126,8 +128,9 @@ def test_what_fits_a_card_follows_from_the_counts(bytes_a_position):
         "`nf4`": BLOCK_PARAMETERS * NF4 + 2 * ENDS,
         "`none`": 2 * (BLOCK_PARAMETERS + ENDS),
     }
+    assert number(r"With (\d+) % of the memory free") == f"{FREE:.0%}"[:-1]
     for gigabytes, _, quantize, *shown in table(PAGE, "| memory, GB "):
-        free = int(gigabytes) * 1e9 - RESERVE - weights[quantize] - ADAMW * projector
+        free = (1 - FREE) * int(gigabytes) * 1e9 - weights[quantize] - ADAMW * projector
         with_lora = free - ADAMW * LORA_PARAMETERS
         for count, room, size in zip(
             shown, (free, with_lora, with_lora), bytes_a_position.values(), strict=True
@@ -136,19 +139,50 @@ def test_what_fits_a_card_follows_from_the_counts(bytes_a_position):
             assert int(count.replace(",", "")) == float(f"{room / size:.2g}"), gigabytes
 
 
+def positions_of_images():
+    """Positions of an image with its captions, and with its conversations; texts of the latter."""
+    caption = np.average(list(CAPTION_LENGTHS), weights=list(CAPTION_LENGTHS.values()))
+    shares = np.array([share for share, _ in KINDS])
+    lengths = [np.mean([np.sum(turns) for turns in texts]) for _, texts in KINDS]
+    some = 1 - np.prod(1 - shares)
+    with_conversations = PATCHES + shares @ lengths / some
+    return PATCHES + CAPTIONS_AN_IMAGE * caption, with_conversations, shares.sum() / some
+
+
+def test_positions_follow_from_the_lengths_of_real_texts():
+    captioned, discussed, conversations = positions_of_images()
+    assert agrees(number(r"captions takes about (\d+) positions"), float(captioned))
+    assert agrees(number(r"conversations (\d+); a step"), float(discussed))
+    in_a_step = [256 / CAPTIONS_AN_IMAGE * captioned, 128 / conversations * discussed]
+    for shown, found in zip(
+        re.findall(r"([\d,]+) in stage", PROSE[PROSE.index("a step of") :]), in_a_step, strict=True
+    ):
+        assert agrees(shown, float(found))
+    whole = positions_of_stages()
+    assert agrees(number(r"has (\d+) million positions, stage 2"), whole["stage 1"] / 1e6)
+    assert agrees(number(r"stage 2 has (\d+) million"), whole["stage 2"] / 1e6)
+
+
+def positions_of_stages():
+    captioned, discussed, conversations = positions_of_images()
+    return {
+        "stage 1": float(CAPTIONS / CAPTIONS_AN_IMAGE * captioned),
+        "stage 2": float(CONVERSATIONS / conversations * discussed),
+    }
+
+
 def test_hours_follow_from_positions_and_rates():
-    assert number(r"has (\d+) million positions, stage 2") == f"{POSITIONS['stage 1'] / 1e6:.0f}"
-    assert number(r"stage 2 has (\d+) million") == f"{POSITIONS['stage 2'] / 1e6:.0f}"
-    operations = {
-        "stage 1": POSITIONS["stage 1"] * 4 * BLOCK_PARAMETERS,
-        "stage 2": POSITIONS["stage 2"] * (4 * BLOCK_PARAMETERS + 6 * LORA_PARAMETERS),
+    weights = {
+        "stage 1": 4 * BLOCK_PARAMETERS,
+        "stage 2": 4 * BLOCK_PARAMETERS + 6 * LORA_PARAMETERS,
     }
     known = set(PEAK_FLOPS.values())
     for card, rate, *hours in table(PAGE, "| card | rate"):
         peak = float(rate) * 1e12
         assert peak == OTHER_RATES.get(card) or peak in known, card
-        for shown, count in zip(hours, operations.values(), strict=True):
-            assert agrees(shown, count / (BUSY * peak) / 3600), f"{card}: {count}"
+        for shown, (stage, operations) in zip(hours, weights.items(), strict=True):
+            found = positions_of_stages()[stage] * operations / (BUSY * peak) / 3600
+            assert agrees(shown, found), f"{card}, {stage}: {found}"
 
 
 def test_the_rate_of_decoding_is_that_of_the_result_file():
