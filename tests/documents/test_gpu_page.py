@@ -14,7 +14,7 @@ from tests.documents.pages import ROOT
 from tests.documents.test_figures import agrees, result, table
 from train.data.packing import PackedBatch
 from train.model.captioner import CaptionModel
-from train.model.language_model import add_lora
+from train.model.language_model import add_lora, compute_lora_in_input_dtype
 from train.model.projector import seeded_projector
 from train.settings import LoraSettings
 
@@ -32,6 +32,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight: four bits, a byte for each 64 of them, a float32 for each 256 bytes."""
 ADAMW = 16
 """Bytes of a trainable float32 weight: itself, its gradient, two moments."""
+COPY = 2
+"""Bytes of a weight of LoRA in the dtype in which it multiplies."""
 FREE = 0.15
 BUSY = 0.4
 OTHER_RATES = {"T4 (fp16)": 65e12, "RTX 4090": 165e12}
@@ -49,9 +51,10 @@ def test_the_bytes_of_weights_follow_from_their_number():
     assert agrees(number(r"take ([\d.]+) GB in NF4"), (BLOCK_PARAMETERS * NF4 + 2 * ENDS) / 1e9)
     assert agrees(number(r"NF4 and ([\d.]+) GB in bf16"), 2 * (BLOCK_PARAMETERS + ENDS) / 1e9)
     assert agrees(number(r"moments take ([\d.]+) GB"), ADAMW * LORA_PARAMETERS / 1e9)
+    assert agrees(number(r"copies in bf16 take ([\d.]+) GB"), COPY * LORA_PARAMETERS / 1e9)
 
 
-def some_images(count=4, text=79):
+def some_images(count, text=79):
     """A row of images with a text each."""
     length = PATCHES + text
     starts = torch.arange(count)[:, None] * length
@@ -71,25 +74,29 @@ def some_images(count=4, text=79):
 
 
 def kept_bytes(num_blocks, *, lora):
-    """Bytes that autograd keeps for each position of a pass, weights left out."""
+    """Bytes that autograd keeps for each position of a pass; those of any pass are left out."""
     config = PhiConfig(**PHI2 | {"num_hidden_layers": num_blocks, "vocab_size": 8})
     language_model = PhiForCausalLM(config).to(torch.bfloat16).requires_grad_(False).eval()
     if lora:
-        add_lora(language_model, LORA, seed=0)
+        compute_lora_in_input_dtype(add_lora(language_model, LORA, seed=0))
     model = CaptionModel(seeded_projector("mlp", WIDTH, 2560, 0), language_model).train()
-    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    small, large = some_images(4), some_images(8)
+    more = large.token_ids.numel() - small.token_ids.numel()
+    return (kept_of(model, large) - kept_of(model, small)) / more
+
+
+def kept_of(model, batch):
+    """Bytes that autograd keeps of a pass."""
     kept = {}
 
     def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            # With the tensor itself, so that no other one takes its address.
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        # The tensor itself, so that no other one takes its address.
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = some_images()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model.hidden(batch)
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) / batch.token_ids.numel()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +138,10 @@ def test_what_fits_a_card_follows_from_the_counts(bytes_a_position):
     assert number(r"With (\d+) % of the memory free") == f"{FREE:.0%}"[:-1]
     for gigabytes, _, quantize, *shown in table(PAGE, "| memory, GB "):
         free = (1 - FREE) * int(gigabytes) * 1e9 - weights[quantize] - ADAMW * projector
-        with_lora = free - ADAMW * LORA_PARAMETERS
+        checkpointed = free - ADAMW * LORA_PARAMETERS
+        with_lora = checkpointed - COPY * LORA_PARAMETERS
         for count, room, size in zip(
-            shown, (free, with_lora, with_lora), bytes_a_position.values(), strict=True
+            shown, (free, with_lora, checkpointed), bytes_a_position.values(), strict=True
         ):
             # Two digits say enough of a calculation.
             assert int(count.replace(",", "")) == float(f"{room / size:.2g}"), gigabytes

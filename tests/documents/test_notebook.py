@@ -108,8 +108,8 @@ def test_the_figures_are_those_of_the_page_about_gpus():
     page = (ROOT / "docs/gpu.md").read_text()
     assert "take 1.8 GB in NF4 and 5.6 GB" in " ".join(page.split())
     assert "takes 1.8 GB instead of 5.6" in PROSE
-    assert "| stage 2 | 234,000 | 7.5 |" in page
-    assert "keeps 7.5 MB a position" in PROSE
+    assert "| stage 2 | 140,000 | 4.5 |" in page
+    assert "keeps 4.5 MB a position" in PROSE
     assert "never ran on a GPU" in PROSE
 
 
