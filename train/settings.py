@@ -7,6 +7,9 @@ from typing import Literal
 MAX_EPOCHS = 10_000
 """All steps of a run are planned, in memory, before the first one."""
 
+CPU_TOKENS = 4096
+"""What `micro_batch_tokens: auto` is on a CPU; the most that fits would differ between machines."""
+
 MAX_LORA_RANK = 1024
 """Far above any use; the LoRA matrices are allocated at the start."""
 
@@ -70,11 +73,16 @@ class LoopSettings:
     """Gradients are scaled down so that their norm is at most this."""
     texts_per_image: int
     """Most texts of an image in one step; the others follow later in the epoch."""
-    micro_batch_tokens: int
-    """Most positions of a forward pass, patches and padding included; limited by memory."""
+    micro_batch_tokens: int | Literal["auto"]
+    """Most positions of a forward pass, patches and padding included; limited by memory. `auto`
+    tries what fits the GPU; on a CPU it is 4096."""
     row_tokens: int
     """Most positions of a row of packed images, for SDPA, which computes all pairs of a row. With
     FlexAttention, on a GPU, a forward pass is one row."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the language model's blocks and compute the rest again in the
+    backward pass: a fraction of the memory, up to half more time, the same numbers. Off by
+    default."""
     max_text_tokens: int
     """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]
@@ -92,8 +100,10 @@ class LoopSettings:
     """Validation images for which a text is generated at every validation."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "learning_rate", "clip_norm", "texts_per_image", "micro_batch_tokens")
-        _check_positive(self, *positive, "row_tokens", "max_text_tokens", "window_shards")
+        positive = ("epochs", "learning_rate", "clip_norm", "texts_per_image", "row_tokens")
+        _check_positive(self, *positive, "max_text_tokens", "window_shards")
+        if self.micro_batch_tokens != "auto":
+            _check_positive(self, "micro_batch_tokens")
         _check_positive(self, "log_every_steps", "validate_every_steps")
         _check_share(self, "warmup_share")
         _check_at_most(self, "epochs", MAX_EPOCHS)

@@ -196,10 +196,7 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
             raise _wrong(path, key, "a list", value)
         return tuple(_build(v, arguments[0], f"{key}[{i}]", path) for i, v in enumerate(value))
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        (wanted,) = (a for a in arguments if a is not type(None))
-        return _build(value, wanted, key, path)
+        return _build_alternative(value, arguments, key, path)
     if wanted is float and type(value) is int:
         _check_extent(value, key, path)
         return float(value)
@@ -207,6 +204,21 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
         raise _wrong(path, key, wanted.__name__, value)
     _check_extent(value, key, path)
     return value
+
+
+def _build_alternative(value: Any, alternatives: tuple[Any, ...], key: str, path: Path) -> Any:
+    """Build a value of one type, or one of some words, or nothing."""
+    words = [w for a in alternatives if typing.get_origin(a) is Literal for w in typing.get_args(a)]
+    if isinstance(value, str) and value in words:
+        return value
+    if value is None and type(None) in alternatives:
+        return None
+    (wanted,) = (
+        a for a in alternatives if a is not type(None) and typing.get_origin(a) is not Literal
+    )
+    if words and type(value) not in (wanted, int):
+        raise _wrong(path, key, f"{wanted.__name__} or {', '.join(words)}", value)
+    return _build(value, wanted, key, path)
 
 
 def _check_extent(value: Any, key: str, path: Path) -> None:

@@ -80,7 +80,7 @@ def type_name(hint: object) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if typing.get_origin(hint) is tuple:
         return f"list of {type_name(arguments[0])}"
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(type_name(a) for a in arguments if a is not type(None))
     names = {str: "text", bool: "true or false", int: "whole number", float: "number"}
     return names.get(hint, "section")

@@ -23,6 +23,8 @@ POSITIVE = (
 )
 NOT_NEGATIVE = ("weight_decay", "validation_images", "samples", "warmup_share")
 
+STAGES = {"pretrain": PretrainSettings, "finetune": FinetuneSettings}
+
 BAD = [
     *((name, value) for name in POSITIVE for value in (0, -1)),
     *((name, -1) for name in NOT_NEGATIVE),
@@ -32,6 +34,15 @@ BAD = [
     ("learning_rate", float("nan")),
     ("weight_decay", float("nan")),
 ]
+
+
+@pytest.mark.parametrize(("section", "cls"), STAGES.items())
+def test_the_size_of_a_pass_may_be_found_automatically(workspace, section, cls):
+    params = workspace.params(**{section: {"micro_batch_tokens": "auto"}})
+    assert params.section(section, cls).micro_batch_tokens == "auto"
+    params = workspace.params(**{section: {"micro_batch_tokens": "most"}})
+    with pytest.raises(SettingsError, match=r"micro_batch_tokens is 'most'.*wanted int or auto"):
+        params.section(section, cls)
 
 
 @pytest.mark.parametrize(("name", "value"), [*BAD, ("batch_captions", 0)])

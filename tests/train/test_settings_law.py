@@ -46,6 +46,7 @@ LOOP_CHANGES = {
     "texts_per_image": 1,
     "micro_batch_tokens": 32,
     "row_tokens": 24,
+    "gradient_checkpointing": True,
     "max_text_tokens": 6,
     "order": "windowed",
     "window_shards": 1,
@@ -89,6 +90,10 @@ NEEDED = {
 ONLY_ROUNDING = ("micro_batch_tokens", "row_tokens")
 """How a step is cut into forward passes: it changes what a pass holds, not what is learned."""
 
+ONLY_ASKED_FOR = {"samples": "samples", "gradient_checkpointing": "saved"}
+"""Settings that change no bit of what is learned, and what else they change: the texts that are
+generated, and the tensors that a step saves for its backward passes."""
+
 BESIDE_THE_RUN = ("checkpoints", "tracking")
 """Sections that change nothing in what is learned."""
 
@@ -123,7 +128,7 @@ def other_model(phi_dir, tmp_path_factory):
 @pytest.fixture
 def observe(workspace, monkeypatch, other_model):
     """Run a stage with some sections changed and return what it made and what it asked for."""
-    requests = {"wandb": [], "samples": [], "checkpoints": [], "passes": []}
+    requests = {"wandb": [], "samples": [], "checkpoints": [], "passes": [], "saved": []}
     init, save, step = (
         train.loop.tracking.wandb.init,
         train.loop.loop.Checkpoints.save,
@@ -141,7 +146,16 @@ def observe(workspace, monkeypatch, other_model):
 
     def stepped(model, optimizer, data, **named):
         requests["passes"].append([tuple(batch.token_ids.shape) for batch in data.batches])
-        return step(model, optimizer, data, **named)
+        kept = []
+
+        def keep(tensor):
+            kept.append(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = step(model, optimizer, data, **named)
+        requests["saved"].append(kept)
+        return loss
 
     monkeypatch.setattr(train.loop.tracking.wandb, "init", started)
     monkeypatch.setattr(train.loop.loop.Checkpoints, "save", saved)
@@ -233,8 +247,8 @@ def test_a_setting_changes_what_is_learned_or_asked_for(observe, usual, stage, l
     elif name in ("log_every_steps", "validate_every_steps", "validation_images"):
         assert "history" in found
         assert "weights" not in found
-    elif name == "samples":
-        assert found == {"samples"}
+    elif name in ONLY_ASKED_FOR:
+        assert found == {ONLY_ASKED_FOR[name]}
     else:
         assert "weights" in found
 

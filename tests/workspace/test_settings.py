@@ -25,6 +25,8 @@ class Outer:
     names: tuple[str, ...] = ()
     inners: tuple[Inner, ...] = ()
     note: str | None = None
+    size: int | Literal["auto"] = 1
+    cut: float | Literal["auto", "off"] | None = None
 
     def __post_init__(self):
         if self.rate < 0:
@@ -48,6 +50,16 @@ def test_values_arrive_with_their_types(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("size", "cut"), [(2048, 0.5), ("auto", "off"), (1, None), (3, 2.0), ("auto", "auto")]
+)
+def test_a_number_or_a_word_arrives_as_it_is(tmp_path, size, cut):
+    text = f"{{rate: 1, kind: mlp, size: {size}, cut: {'null' if cut is None else cut}}}"
+    found = data(tmp_path, text)
+    assert (found.size, found.cut) == (size, cut)
+    assert type(found.size) is type(size)
+
+
 def test_a_whole_number_is_good_for_a_float_but_not_the_reverse(tmp_path):
     assert isinstance(data(tmp_path, "{rate: 1, kind: mlp}").rate, float)
     with pytest.raises(SettingsError, match=r"data\.inners\[0\]\.rank is 2\.0 \(float\)"):
@@ -65,6 +77,14 @@ def test_a_whole_number_is_good_for_a_float_but_not_the_reverse(tmp_path):
         ("{rate: 1, kind: mlp, names: a}", "data.names is 'a' (str), wanted a list."),
         ("{rate: 1, kind: mlp, names: [a, 1]}", "data.names[1] is 1 (int), wanted str."),
         ("{rate: 1, kind: mlp, inners: [3]}", "data.inners[0] is 3 (int), wanted a section"),
+        (
+            "{rate: 1, kind: mlp, size: automatic}",
+            "data.size is 'automatic' (str), wanted int or auto",
+        ),
+        ("{rate: 1, kind: mlp, size: 1.5}", "data.size is 1.5 (float), wanted int or auto."),
+        ("{rate: 1, kind: mlp, size: [auto]}", "data.size is ['auto'] (list), wanted int or auto."),
+        ("{rate: 1, kind: mlp, size: }", "data.size is None (NoneType), wanted int or auto."),
+        ("{rate: 1, kind: mlp, cut: x}", "data.cut is 'x' (str), wanted float or auto, off."),
         ("{rate: -1, kind: mlp}", "data: rate is -1.0, wanted 0 or more"),
         ("3", "data is 3 (int), wanted a section of keys."),
         ("", "data is None (NoneType), wanted a section of keys."),

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from cache.files.foreign import reading_foreign_file
-from cache.texts import first_few
-from train.loop.checkpoint import Checkpoints
+from cache.texts import first_few, one_line
+from train.loop.checkpoint import Checkpoint, Checkpoints
 from train.loop.history import History
 from train.loop.interrupt import StopRequest
+from train.loop.pass_size import with_pass_size
 from train.loop.setup import TrainingSetup
 from train.loop.step import StepData, optimizer_step
 from train.loop.tracking import Tracker
@@ -29,6 +30,9 @@ from train.model.preflight import check_first_logits
 from train.run import RunDirectory
 from train.settings import CheckpointSettings
 from workspace.errors import StageError
+
+PASS_SIZE = "micro_batch_tokens"
+"""Key of a checkpoint's progress and of the metrics: most positions of a forward pass."""
 
 
 def train(
@@ -65,11 +69,16 @@ class _Training:
     def __init__(
         self, setup: TrainingSetup, saving: CheckpointSettings, run: RunDirectory, tracker: Tracker
     ) -> None:
-        self._setup, self._saving, self._run, self._tracker = setup, saving, run, tracker
-        self._plan = setup.plan()
+        self._saving, self._run, self._tracker = saving, run, tracker
+        self._setup, self._plan = setup, setup.plan()
         self._history = History(run, tracker)
         self._checkpoints = Checkpoints(run.checkpoints, saving.keep)
-        self._completed_steps = self._restore()
+        found = self._checkpoints.latest()
+        # No process writes a checkpoint before all have read this one.
+        PartialState().wait_for_everyone()
+        self._completed_steps = self._restore(found) if found else 0
+        stored = found.progress.get(PASS_SIZE) if found else None
+        self._setup = with_pass_size(setup, run.stage, stored)
         self._saved_at = time.monotonic()
         self._schedule = _schedule(setup, len(self._plan), self._completed_steps)
 
@@ -105,7 +114,11 @@ class _Training:
                 bar.set_postfix(history.latest(), refresh=False)
                 bar.update()
         texts = setup.train.num_texts
-        return history.summary() | {"images": len(texts), "texts": int(texts.sum())}
+        return history.summary() | {
+            "images": len(texts),
+            "texts": int(texts.sum()),
+            PASS_SIZE: setup.pass_tokens,
+        }
 
     def _step(self, data: StepData) -> float:
         """Make one optimizer step; return the summed loss of its tokens."""
@@ -124,6 +137,13 @@ class _Training:
                 f"step {step}: {error}. Images of the step ({len(data.image_ids)}): {names}. "
                 f"{self._last_checkpoint()} Lower the learning rate, or check the features with "
                 f"`python -m cache.verify {setup.store.root}`."
+            ) from None
+        except torch.OutOfMemoryError as error:
+            stage = self._run.stage
+            raise StageError(
+                f"step {step}: the GPU's memory is full: {one_line(error)} "
+                f"{self._last_checkpoint()} Lower {stage}.micro_batch_tokens "
+                f"({setup.pass_tokens}), or set {stage}.gradient_checkpointing: true."
             ) from None
 
     def _log_and_validate(self, stop: StopRequest) -> None:
@@ -175,16 +195,12 @@ class _Training:
                 f"step {self._completed_steps}: the weights are not finite any more. "
                 f"{self._last_checkpoint()} Lower the learning rate."
             )
+        progress = progress | {PASS_SIZE: self._setup.pass_tokens}
         self._checkpoints.save(self._completed_steps, parameters, self._setup.optimizer, progress)
         self._saved_at = time.monotonic()
 
-    def _restore(self) -> int:
-        """Load the last checkpoint, if any; return the number of completed steps."""
-        found = self._checkpoints.latest()
-        # No process writes a checkpoint before all have read this one.
-        PartialState().wait_for_everyone()
-        if found is None:
-            return 0
+    def _restore(self, found: Checkpoint) -> int:
+        """Continue from a checkpoint; return the number of completed steps."""
         with reading_foreign_file(
             lambda why: StageError(
                 f"{found.path}: is intact but belongs to another run ({why}). Delete it to go on "

@@ -16,7 +16,7 @@ from train.data.prefetch import Prefetcher, ShardReadahead
 from train.data.schedule import PlannedStep, num_rounds, plan_steps
 from train.loop.step import StepData, build_step
 from train.model.captioner import CaptionModel
-from train.settings import LoopSettings
+from train.settings import CPU_TOKENS, LoopSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,12 @@ class TrainingSetup:
     optimizer: torch.optim.Optimizer
     seed: int
     settings: LoopSettings
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most positions of a forward pass; `train.loop.pass_size` finds those of a GPU."""
+        tokens = self.settings.micro_batch_tokens
+        return tokens if isinstance(tokens, int) else CPU_TOKENS
 
     def plan(self) -> list[PlannedStep]:
         """Decide which texts make which optimizer step."""
@@ -71,11 +77,12 @@ class TrainingSetup:
 
         def build(number: int) -> StepData:
             readahead.advance_to(number)
-            return self.step_data(self._examples(steps[number]))
+            return self.step_data(self.examples_of(steps[number]))
 
         return Prefetcher(build, range(len(steps)))
 
-    def _examples(self, step: PlannedStep) -> list[Example]:
+    def examples_of(self, step: PlannedStep) -> list[Example]:
+        """Return the images of a step, each with those of its texts that belong to the step."""
         whole = [self.train[number] for number in step.image_numbers.tolist()]
         return [Example(example.image_id, example.texts[step.texts]) for example in whole]
 
@@ -85,7 +92,7 @@ class TrainingSetup:
             examples,
             self.tokenizer,
             self.store,
-            pass_tokens=self.settings.micro_batch_tokens,
+            pass_tokens=self.pass_tokens,
             row_tokens=None if self.model.packs_one_row else self.settings.row_tokens,
             max_text_tokens=self.settings.max_text_tokens,
             device=self.model.device,

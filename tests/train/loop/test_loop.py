@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import train.loop.loop
+import train.loop.setup
 from tests.train.stage_server import without_speeds
 from train.data.examples import Example
 from train.data.prompts import caption_turns, conversation_turns
 from train.loop.checkpoint import Checkpoints
 from train.loop.history import peak_memory_gib
 from train.loop.loop import train as run_loop
-from train.settings import CheckpointSettings
+from train.settings import CPU_TOKENS, CheckpointSettings
 from workspace.errors import StageError
 
 COLORS = ("red", "blue", "green")
@@ -123,6 +124,46 @@ def test_two_runs_of_one_seed_are_bitwise_equal_and_of_two_are_not(run_once, kin
     _, other_rows, other = run_once(kind=kind, seed=1)
     assert without_speed(rows) != without_speed(other_rows)
     assert not any(torch.equal(weights[n], other[n]) for n in weights if "weight" in n)
+
+
+def test_auto_on_a_cpu_is_the_run_of_its_number(run_once):
+    metrics, rows, weights = run_once(micro_batch_tokens="auto")
+    other_metrics, other_rows, other = run_once(micro_batch_tokens=CPU_TOKENS)
+    assert metrics["micro_batch_tokens"] == other_metrics["micro_batch_tokens"] == CPU_TOKENS
+    assert without_speed(rows) == without_speed(other_rows)
+    assert all(torch.equal(weights[name], other[name]) for name in weights)
+
+
+def test_a_resumed_run_goes_on_with_the_passes_it_began_with(
+    make_setup, settings, loop, make_run, monkeypatch, capsys
+):
+    """Whatever fits by now."""
+    made = make_setup(EXAMPLES, settings=settings(micro_batch_tokens="auto"))
+    monkeypatch.setattr(train.loop.setup, "CPU_TOKENS", 96)
+    run = make_run()
+    poison_at(made, 2, math.nan)
+    with pytest.raises(StageError, match="step 2"):
+        loop(made, run, every_steps=1)
+    monkeypatch.setattr(train.loop.setup, "CPU_TOKENS", 512)
+    again = make_setup(EXAMPLES, settings=settings(micro_batch_tokens="auto"))
+    metrics, _ = loop(again, run, every_steps=1)
+    assert run.continued[0] == 1
+    assert metrics["micro_batch_tokens"] == 96
+    said = capsys.readouterr().err
+    assert "test: micro_batch_tokens is 96: as before the interruption" in said
+
+
+def test_a_full_memory_is_an_error_that_says_what_to_do(make_setup, loop, monkeypatch):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    monkeypatch.setattr(train.loop.loop, "optimizer_step", full)
+    with pytest.raises(StageError) as error:
+        loop(make_setup(EXAMPLES))
+    said = str(error.value)
+    assert said.startswith("step 1: the GPU's memory is full: CUDA out of memory. Tried to")
+    assert "\n" not in said
+    assert "Lower test.micro_batch_tokens (128), or set test.gradient_checkpointing: true." in said
 
 
 def test_generating_and_validating_do_not_change_what_is_learned(run_once):
