@@ -60,6 +60,8 @@ def run(command, *, capability=80, **options):
         "PYTHONPATH": str(ROOT),
         # Kernels of an earlier run would hide what no longer compiles.
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        # Inductor leaves its folder there after an error.
+        "TMPDIR": library_folder().name,
         # Triton 3.9 warns unless it is chosen.
         "TRITON_DEFAULT_FP_FUSION": "1",
     } | options.pop("env", {})
