@@ -57,6 +57,9 @@ class Encoder:
         self.device = device
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec.precision]
         self._visual = visual.to(device, self._dtype)
+        if device.type == "cuda" and spec.precision == "fp32":
+            # By default, cuDNN multiplies float32 patches in TF32.
+            torch.backends.cudnn.allow_tf32 = False
         self._mean = torch.tensor(spec.mean, device=device).view(1, 3, 1, 1)
         self._std = torch.tensor(spec.std, device=device).view(1, 3, 1, 1)
 

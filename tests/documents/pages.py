@@ -16,6 +16,14 @@ NOT_RUN = {
     "cp configs/coco.yaml params.yaml && dvc repro": "downloads 26 GB",
     "torchrun --nproc-per-node 4 -m train.pretrain && dvc commit --force pretrain": "four GPUs",
     "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
+    "accelerate launch --multi_gpu --num_processes 4 -m train.pretrain && "
+    "dvc commit --force pretrain": "four GPUs",
+    "nvidia-smi": "a GPU",
+    "sudo apt-get update && sudo apt-get install --yes git make build-essential python3-dev "
+    "python3-venv": "installs packages of the system",
+    "git clone <repository> patchcache && cd patchcache": "another machine",
+    "make .venv/installed && source .venv/bin/activate": "installs 6 GB",
+    "jupyter nbconvert --to html --execute docs/patchcache.ipynb": "runs the demo",
     "python -m eval.serve --run runs/finetune": "serves until it is stopped",
 }
 """Commands that cannot run in a test, and why; they are parsed."""

@@ -3,19 +3,13 @@
 The blocks of some sections are run by the modules that look closer at what they do.
 """
 
-import contextlib
-import importlib
-import io
 import re
-import shlex
-import sys
 import zipfile
 
 import numpy as np
 import pytest
-from dvc.cli.parser import get_main_parser
-from torch.distributed.run import get_args_parser as get_torchrun_parser
 
+from tests.documents.commands import can_be_started, check_line
 from tests.documents.pages import NOT_RUN, PAGES, ROOT, all_blocks, run_commands, run_python
 from workspace.data_settings import DataSettings
 from workspace.settings import Params
@@ -82,40 +76,7 @@ def test_a_section_that_is_run_elsewhere_is_there():
 @pytest.mark.parametrize("command", NOT_RUN)
 def test_a_command_that_is_not_run_is_in_the_pages_and_can_be_parsed(monkeypatch, command):
     assert [block for block in all_blocks("sh") if command in block.commands]
-    for part in command.split(" && "):
-        parse(monkeypatch, *shlex.split(part))
-
-
-def parse(monkeypatch, program, *arguments):
-    """Check a command against what it would run, without running it."""
-    if program == "cp":
-        assert (ROOT / arguments[0]).is_file()
-    elif program == "dvc":
-        parsed = get_main_parser().parse_args(arguments)
-        assert set(getattr(parsed, "targets", [])) <= stages()
-    elif program == "torchrun":
-        parsed = get_torchrun_parser().parse_args(arguments)
-        assert parsed.module
-        parse(monkeypatch, "python", "-m", parsed.training_script, *parsed.training_script_args)
-    else:
-        assert (program, arguments[0]) == ("python", "-m"), f"{program}: no way to parse it"
-        assert can_be_started(arguments[1])
-        options = [word for word in arguments[2:] if word.startswith("--")]
-        text = help_of(monkeypatch, arguments[1]) if options else ""
-        assert [option for option in options if not re.search(rf"{option}\b", text)] == []
-
-
-def stages():
-    return set(re.findall(r"^  (\w+):\n    cmd:", (ROOT / "dvc.yaml").read_text(), re.M))
-
-
-def help_of(monkeypatch, module):
-    """What `python -m module --help` prints."""
-    monkeypatch.setattr(sys, "argv", [module, "--help"])
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        importlib.import_module(module).main()
-    return printed.getvalue()
+    check_line(monkeypatch, command)
 
 
 def test_every_module_that_the_pages_name_can_be_started():
@@ -126,10 +87,6 @@ def test_every_module_that_the_pages_name_can_be_started():
     }
     assert {"cache.verify", "eval.ask", "pipeline.extract"} < modules
     assert [module for module in modules if not can_be_started(module)] == []
-
-
-def can_be_started(module):
-    return "__main__" in (ROOT / f"{module.replace('.', '/')}.py").read_text()
 
 
 def test_the_reader_of_the_format_page_reads_a_store(store):

@@ -15,6 +15,7 @@ from train.model.captioner import CaptionModel
 from train.model.language_model import (
     LORA_TARGETS,
     add_lora,
+    compute_lora_in_input_dtype,
     load_language_model,
     load_lora,
     load_tokenizer,
@@ -198,6 +199,41 @@ def test_a_step_changes_lora_and_projector_and_no_bit_of_the_base(
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not any(torch.equal(p, o) for p, o in zip(learning, old, strict=True))
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "none"])
+@pytest.mark.parametrize(
+    ("dtype", "most_difference"), [("fp32", 0.0), ("bf16", 0.03), ("fp16", 0.01)]
+)
+def test_lora_in_the_dtype_of_its_input_learns_the_same_in_less_memory(
+    make_model, batch, quantize, dtype, most_difference
+):
+    model = make_model(quantize=quantize, dtype=dtype, lora=0.0).train()
+    matrices = {n: p for n, p in model.named_parameters() if "lora_" in n}
+
+    def gradient_and_saved_bytes():
+        saved = {}
+
+        def count(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(batch)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in matrices.values()])
+        return gradient, sum(saved.values())
+
+    wanted, bytes_of_peft = gradient_and_saved_bytes()
+    compute_lora_in_input_dtype(model)
+    found, num_bytes = gradient_and_saved_bytes()
+    assert found.dtype == torch.float32
+    assert {p.dtype for p in matrices.values()} == {torch.float32}
+    assert (found - wanted).norm() <= most_difference * wanted.norm()
+    assert wanted.norm() > 0
+    if dtype != "fp32":
+        assert num_bytes < 0.8 * bytes_of_peft
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
