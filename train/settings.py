@@ -22,8 +22,9 @@ class LlmSettings:
     """A hub id, or a local directory in the same layout."""
     quantize: Literal["nf4", "none"]
     """NF4 with double quantisation through bitsandbytes, or weights as they are."""
-    dtype: Literal["bf16", "fp32"]
-    """Computing dtype of the language model. Not fp16: Phi-2's attention overflows in it."""
+    dtype: Literal["bf16", "fp16", "fp32"]
+    """Computing dtype of the language model. fp16 is for GPUs that have no bf16, like the T4;
+    attention is computed in float32 then, because Phi-2's overflows in fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
