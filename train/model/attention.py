@@ -133,6 +133,8 @@ def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tens
     return lambda batch: dense_mask(batch, score_dtype(model.dtype))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _flex_works(model: PreTrainedModel) -> bool:
     """Try a small forward and backward pass of compiled FlexAttention with the model's heads."""
     config = model.config

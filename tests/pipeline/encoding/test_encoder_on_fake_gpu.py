@@ -50,6 +50,15 @@ def test_images_are_encoded_on_the_gpu_and_copied_back(gpu, make_fake_encoder, p
     assert host.waits == []
 
 
+@pytest.mark.parametrize(("precision", "may_use_tf32"), [("bf16", True), ("fp32", False)])
+def test_float32_patches_are_not_multiplied_in_tf32(
+    make_fake_encoder, monkeypatch, precision, may_use_tf32
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    make_fake_encoder(precision)
+    assert torch.backends.cudnn.allow_tf32 == may_use_tf32
+
+
 def test_pixels_that_were_left_on_the_cpu_are_found(gpu, make_fake_encoder):
     encoder = make_fake_encoder()
     side = encoder.spec.image_size
