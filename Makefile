@@ -9,7 +9,7 @@ export PYTHONPATH := $(CURDIR)
 # A test module stays in one process, so that its fixtures are made once.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo check test lint bench
+.PHONY: demo check test lint bench bench-gpu
 
 demo: $(INSTALLED)
 	@echo "dependencies: those of requirements.lock are in $(VENV)"
@@ -41,6 +41,10 @@ bench: $(INSTALLED)
 	python -m bench.startup
 	python -m bench.full_size
 	python -m bench.demo
+
+# On a machine with a GPU; with ARGUMENTS=--dry-run on any.
+bench-gpu: $(INSTALLED)
+	python -m bench.gpu $(ARGUMENTS)
 
 # The lock is complete, so --no-deps: Gradio declares an older Pillow and tomlkit than it needs.
 $(INSTALLED): requirements.lock

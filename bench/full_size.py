@@ -10,9 +10,6 @@ the number and size of the steps; every stage is a fresh process, as a user star
 Two peaks of memory are taken of each process: `peak_gib` is ru_maxrss, which counts the pages of
 mapped files (the checkpoint's, which the system can drop at any time); `peak_anonymous_gib` leaves
 them out, and is the largest of a reading every 20 ms.
-
-With a GPU it also tells tokens and captions a second, memory, and the share of the chip's bf16
-rate, for several sizes of a forward pass.
 """
 
 import argparse
@@ -31,7 +28,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from ruamel.yaml import YAML
 
 from bench.command import benchmark_parser, run_benchmark
@@ -75,29 +71,6 @@ TURNS = (
     ("What can be said about the station?", " ".join(CAPTIONS[3:] + CAPTIONS[:1])),
 )
 """Of every image: LLaVA's conversations have about as many words."""
-
-TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384)
-"""Positions of a forward pass, on a GPU."""
-
-IMAGE_TOKENS = 100
-"""About as many positions as an image takes with its captions."""
-
-GPU_STEPS = 8
-
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-}
-"""Dense bf16 with float32 sums, of NVIDIA's data sheets, which name twice as much with sparsity."""
-
-BLOCK_PARAMETERS = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
-"""Weights of the layers that every position goes through."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +160,7 @@ def write_index(folder: Path, num_train: int) -> None:
 
 
 def run_stage(
-    folder: Path, model: Path, stage: str, *, batch: int, steps: int, **changes: int
+    folder: Path, model: Path, stage: str, *, batch: int, steps: int
 ) -> tuple[Child, list[dict[str, float]]]:
     """Train some steps in a fresh process, on as many images as they need.
 
@@ -202,11 +175,10 @@ def run_stage(
     params["llm"]["model"] = str(model)
     params["tracking"]["wandb"] = "disabled"
     few = {key: batch, "log_every_steps": 1, "validate_every_steps": 2, "samples": 0}
-    params[stage] |= few | {name: v for name, v in changes.items() if name in params[stage]}
+    params[stage] |= few
     yaml.dump(params, folder / "params.yaml")
     child = run_measured(["-m", f"train.{stage}"], folder)
-    if child.exit_code:
-        return child, []
+    _check(child, stage)
     with (folder / "runs" / stage / "history.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     metrics = json.loads((folder / "runs" / stage / "metrics.json").read_text())
@@ -221,7 +193,6 @@ def measure_stage(folder: Path, model: Path, stage: str) -> dict[str, Any]:
     """Measure some steps of a stage."""
     batch = BATCH[stage][1]
     child, rows = run_stage(folder, model, stage, batch=batch, steps=STEPS)
-    _check(child, stage)
     losses = [row[name] for row in rows for name in ("loss", "validation_loss") if name in row]
     return {
         BATCH[stage][0]: batch,
@@ -235,43 +206,14 @@ def measure_stage(folder: Path, model: Path, stage: str) -> dict[str, Any]:
     }
 
 
-def measure_budget(folder: Path, model: Path, stage: str, budget: int) -> dict[str, Any]:
-    """Measure a stage on a GPU with forward passes of so many positions, two of them a step."""
-    images = max(1, 2 * budget // IMAGE_TOKENS)
-    batch = images * len(CAPTIONS) if stage == "pretrain" else images
-    sizes = {"micro_batch_tokens": budget, "row_tokens": budget}
-    child, rows = run_stage(folder, model, stage, batch=batch, steps=GPU_STEPS, **sizes)
-    if child.exit_code:
-        return {"exit_code": child.exit_code}
-    # The first steps choose and compile kernels.
-    rows = rows[2:]
-    tokens = statistics.median(row["tokens_per_second"] for row in rows)
-    result = {
-        "tokens_per_second": round(tokens, 1),
-        "texts_per_second": round(batch / statistics.median(row["seconds"] for row in rows), 1),
-        "peak_gpu_gib": max(row["peak_memory_gib"] for row in rows),
-    }
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_name())
-    if peak is not None:
-        # Forward, and the gradient of what goes through: a frozen weight takes part in both with
-        # two operations. LoRA, attention and the head are not counted.
-        result["share_of_bf16_peak"] = round(4 * BLOCK_PARAMETERS * tokens / peak, 3)
-    return result
-
-
-def measure_model(folder: Path, model: Path, *, on_gpu: bool) -> dict[str, Any]:
+def measure_model(folder: Path, model: Path) -> dict[str, Any]:
     """Run everything in an empty folder; never two of the large processes at once."""
-    most = GPU_STEPS * 2 * TOKEN_BUDGETS[-1] // IMAGE_TOKENS if on_gpu else STEPS * 4
+    most = STEPS * BATCH["finetune"][1]
     (folder / "data").mkdir()
     make_random_store(folder / "made", most + 2).rename(folder / "data/features")
     result: dict[str, Any] = {"load": measure_load(model, folder)}
     for stage in BATCH:
         result[stage] = measure_stage(folder, model, stage)
-    if on_gpu:
-        result["forward_passes"] = {
-            stage: {str(size): measure_budget(folder, model, stage, size) for size in TOKEN_BUDGETS}
-            for stage in BATCH
-        }
     return result
 
 
@@ -291,8 +233,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             model = (arguments.model or model).resolve()
             if not (model / "model.safetensors.index.json").is_file():
                 write_phi(model, PHI2, SHARD_BYTES, seed=0)
-        on_gpu = torch.cuda.is_available() and not arguments.quick
-        result = measure_model(folder, model, on_gpu=on_gpu)
+        result = measure_model(folder, model)
     print(json.dumps(result, indent=2))
     return result
 

@@ -123,10 +123,11 @@ def optimizer_step(
     """
     optimizer.zero_grad(set_to_none=True)
     num_target_tokens = sum(sample.text.num_target_tokens for sample in samples)
-    loss_sum = 0.0
+    device = language_model.device
+    losses = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        patches_BPD = features([sample.image_id for sample in batch]).to(torch.float32)
+        patches_BPD = features([sample.image_id for sample in batch]).to(device, torch.float32)
         # Transformers' Trainer has the loss divided by the tokens of the whole step in this way.
         loss = language_model(
             **inputs(projector(patches_BPD), language_model, [sample.text for sample in batch]),
@@ -134,25 +135,26 @@ def optimizer_step(
             use_cache=False,
         ).loss
         loss.backward()
-        loss_sum += loss.item()
+        losses.append(loss.detach())
     finish(optimizer)
-    return loss_sum
+    return float(torch.stack(losses).sum())
 
 
 def inputs(
     patches_BPH: Tensor, language_model: PreTrainedModel, texts: Sequence[TokenizedText]
 ) -> dict[str, Tensor]:
     """Return embeddings [B, P + T, H], mask and labels [B, P + T], padded on the right."""
+    device = patches_BPH.device
     tokens = [torch.tensor(text.token_ids) for text in texts]
     is_target = [torch.tensor(text.is_target) for text in texts]
-    ids_BT = pad_sequence(tokens, batch_first=True)
-    is_target_BT = pad_sequence(is_target, batch_first=True)
-    mask_BT = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True)
+    ids_BT = pad_sequence(tokens, batch_first=True).to(device)
+    is_target_BT = pad_sequence(is_target, batch_first=True).to(device)
+    mask_BT = pad_sequence([torch.ones_like(ids) for ids in tokens], batch_first=True).to(device)
     embeds_BTH = language_model.get_input_embeddings()(ids_BT)
     patch_mask_BP = mask_BT.new_ones(patches_BPH.shape[:2])
     labels_BT = ids_BT.masked_fill(~is_target_BT, IGNORE_INDEX)
     return {
-        "inputs_embeds": torch.cat([patches_BPH, embeds_BTH], dim=1),
+        "inputs_embeds": torch.cat([patches_BPH.to(embeds_BTH.dtype), embeds_BTH], dim=1),
         "attention_mask": torch.cat([patch_mask_BP, mask_BT], dim=1),
         "labels": torch.cat([torch.full_like(patch_mask_BP, IGNORE_INDEX), labels_BT], dim=1),
     }

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from bench.full_size import BLOCK_PARAMETERS, PEAK_FLOPS
+from bench.gpu_parts.arithmetic import PEAK_FLOPS, block_parameters
 from bench.make_phi2 import PHI2
 from bench.texts import CAPTION_LENGTHS, CAPTIONS_AN_IMAGE, KINDS
 from tests.documents.pages import ROOT
@@ -22,6 +22,7 @@ PAGE = (ROOT / "docs/gpu.md").read_text()
 PROSE = " ".join(PAGE.split())
 
 BLOCKS = 32
+BLOCK_PARAMETERS = block_parameters(PhiConfig(**PHI2))
 PATCHES, WIDTH = 49, 768
 """Of ViT-B/32."""
 LORA = LoraSettings(r=128, alpha=256, dropout=0.05)
@@ -37,7 +38,7 @@ COPY = 2
 FREE = 0.15
 BUSY = 0.4
 OTHER_RATES = {"T4 (fp16)": 65e12, "RTX 4090": 165e12}
-"""Dense, with float32 sums, of NVIDIA's data sheets; the other cards are in `bench.full_size`."""
+"""Dense, with float32 sums, of NVIDIA's data sheets; `bench.gpu_parts.arithmetic` has the others."""
 CAPTIONS, CONVERSATIONS = 591_753, 0.98 * 157_712
 """Texts to train on: those of train2017, and those of images that are not held out."""
 
