@@ -84,6 +84,9 @@ class LoopSettings:
     """Keep only the inputs of the language model's blocks and compute the rest again in the
     backward pass: a fraction of the memory, up to half more time, the same numbers. Off by
     default."""
+    compile: bool = False
+    """Compile the language model's blocks and the projector with torch.compile, which takes a
+    minute or more at the start; needs a C++ compiler. Off by default; no gain is measured yet."""
     max_text_tokens: int
     """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]

@@ -105,7 +105,8 @@ def packed_attention(
         return attended.to(dtype), None
     # Uncompiled, FlexAttention materialises the whole score matrix.
     attend: Callable[..., Tensor] = flex_attention
-    if query.is_cuda:
+    # Within compiled blocks, it is compiled with them.
+    if query.is_cuda and not torch.compiler.is_compiling():
         attend = _compiled(flex_attention)
     out = attend(
         query,

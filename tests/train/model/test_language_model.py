@@ -233,7 +233,8 @@ def test_lora_in_the_dtype_of_its_input_learns_the_same_in_less_memory(
     assert (found - wanted).norm() <= most_difference * wanted.norm()
     assert wanted.norm() > 0
     if dtype != "fp32":
-        assert num_bytes < 0.8 * bytes_of_peft
+        # In float16, attention keeps float32 copies of its own.
+        assert num_bytes < (0.8 if dtype == "bf16" else 0.85) * bytes_of_peft
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
