@@ -13,6 +13,7 @@ from tests.stand_in_gpu.models import ARCHITECTURES
 from train.data.examples import Example
 from train.data.prompts import caption_turns, conversation_turns
 from train.loop.step import build_step, mean_loss, optimizer_step
+from train.model.attention import score_dtype
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora
 from train.model.projector import seeded_projector
@@ -137,7 +138,7 @@ def test_sdpa_is_given_a_mask_that_it_need_not_convert(
     monkeypatch.setattr(train.model.attention, "sdpa_attention_forward", attend)
     with gpu.running():
         model(build(model).batches[0].to(DEVICE))
-    assert seen == [{dtype}] * 2
+    assert seen == [{score_dtype(dtype)}] * 2
 
 
 def test_a_pass_is_one_pinned_copy(make_fake_model, build):
