@@ -22,6 +22,7 @@ from cache.cli.startup import OPENMP
 from cache.files.atomic import sha256_of, write_text
 from cache.shard import hash_rows, write_shard
 from cache.store_index import ShardFile, StoreIndex
+from tests.stand_in_gpu import process as stand_in_gpu
 from workspace.settings import Params
 
 # Before any test imports torch.
@@ -58,6 +59,15 @@ def _interruptible_again():
     """Heed signals after a test: a command that ran in this process ignores them at its end."""
     yield
     _heed_signals()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Run a test marked `stand_in_gpu` in a process that has one."""
+    if "stand_in_gpu" not in pyfuncitem.keywords or stand_in_gpu.is_loaded():
+        return None
+    stand_in_gpu.check_there(pyfuncitem)
+    return True
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from train.data.examples import held_out_images, read_caption_examples, with_fea
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
-from train.model.blocks import recompute_blocks
+from train.model.blocks import compile_blocks, recompute_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import check_supported, load_language_model, load_tokenizer
@@ -45,10 +45,12 @@ def pretrain(params: Params) -> None:
     check_vocabulary(tokenizer, llm)
     language_model_id = language_model_identity(llm, tokenizer)
     language_model = load_language_model(llm, device)
-    if settings.gradient_checkpointing:
-        recompute_blocks(language_model)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
+    if settings.compile:
+        compile_blocks(language_model, projector)
+    if settings.gradient_checkpointing:
+        recompute_blocks(language_model)
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,

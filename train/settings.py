@@ -22,8 +22,9 @@ class LlmSettings:
     """A hub id, or a local directory in the same layout."""
     quantize: Literal["nf4", "none"]
     """NF4 with double quantisation through bitsandbytes, or weights as they are."""
-    dtype: Literal["bf16", "fp32"]
-    """Computing dtype of the language model. Not fp16: Phi-2's attention overflows in it."""
+    dtype: Literal["bf16", "fp16", "fp32"]
+    """Computing dtype of the language model. fp16 is for GPUs that have no bf16, like the T4;
+    attention is computed in float32 then, because Phi-2's overflows in fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,9 @@ class LoopSettings:
     """Keep only the inputs of the language model's blocks and compute the rest again in the
     backward pass: a fraction of the memory, up to half more time, the same numbers. Off by
     default."""
+    compile: bool = False
+    """Compile the language model's blocks and the projector with torch.compile, which takes a
+    minute or more at the start; needs a C++ compiler. Off by default; no gain is measured yet."""
     max_text_tokens: int
     """Most tokens of a text; a longer text loses whole turns at its end."""
     order: Literal["global", "windowed"]

@@ -38,7 +38,7 @@ COPY = 2
 FREE = 0.15
 BUSY = 0.4
 OTHER_RATES = {"T4 (fp16)": 65e12, "RTX 4090": 165e12}
-"""Dense, with float32 sums, of NVIDIA's data sheets. The others: `bench.gpu_parts.arithmetic`."""
+"""Dense, with float32 sums, of NVIDIA's data sheets; `PEAK_FLOPS` has the others."""
 CAPTIONS, CONVERSATIONS = 591_753, 0.98 * 157_712
 """Texts to train on: those of train2017, and those of images that are not held out."""
 

@@ -4,12 +4,15 @@ import ast
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.documents.commands import check_line
 from tests.documents.pages import ROOT, run_python
+from tests.test_pipeline_definition import SECTIONS
+from workspace.settings import Params
 
 PAGE = ROOT / "docs/patchcache.ipynb"
 NOTEBOOK = json.loads(PAGE.read_text())
@@ -168,3 +171,18 @@ def test_four_lines_read_the_features():
 @pytest.mark.slow("reads a store that the pipeline made")
 def test_the_lines_that_read_the_features_run(checkout):
     run_python(python("features"), checkout, {"3021": "61", "3001": "62"})
+
+
+def test_the_settings_of_a_small_card_are_valid_and_those_of_the_table(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / ".work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    exec(python("t4"), {})
+    made = Params.read(tmp_path / ".work/t4.yaml")
+    for name, section in SECTIONS.items():
+        made.section(name, section)
+    rows = re.findall(r"^\| `(?:(\w+)\.)?(\w+)`.*?\| `(\w+)` \|", PROSE, re.M)
+    assert len(rows) == 5
+    for section, key, value in rows:
+        found = made.values[section or "finetune"][key]
+        assert str(found).lower() == value, key

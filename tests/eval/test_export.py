@@ -142,6 +142,7 @@ RUNS = {
     "nf4": {"llm": {"quantize": "nf4"}},
     "last layer": {"layer": -1},
     "bf16": {"llm": {"quantize": "nf4", "dtype": "bf16"}},
+    "fp16": {"llm": {"quantize": "nf4", "dtype": "fp16"}},
     "bf16 tower": {"llm": {"dtype": "bf16"}, "precision": "bf16"},
 }
 
@@ -192,7 +193,7 @@ def distance(found, wanted):
 
 def test_logits_from_pixels_are_those_from_the_features(exported):
     model, processor = load(exported.out)
-    kernels, float16 = (BFLOAT16,) * 2 if "bf16" in exported.name else (KERNELS, FLOAT16)
+    kernels, float16 = (BFLOAT16,) * 2 if "16" in exported.name else (KERNELS, FLOAT16)
     for image_id, question in enumerate(QUESTIONS):
         found = their_logits(model, inputs_of(processor, [image_id], [question]))
         exact = our_logits(exported, exported.features.unrounded(image_id), question)

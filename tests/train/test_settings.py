@@ -95,7 +95,7 @@ def test_minutes_between_checkpoints_may_be_a_fraction_but_must_be_a_number(work
     [
         ("pretrain", PretrainSettings, "order", "random"),
         ("llm", LlmSettings, "quantize", "int8"),
-        ("llm", LlmSettings, "dtype", "fp16"),
+        ("llm", LlmSettings, "dtype", "fp8"),
         ("projector", ProjectorSettings, "kind", "conv"),
     ],
 )

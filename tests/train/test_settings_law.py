@@ -13,6 +13,7 @@ import train.loop.tracking
 import train.pretrain
 from cache.errors import PatchcacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
+from train.model.blocks import compile_blocks
 from train.settings import (
     CheckpointSettings,
     FinetuneSettings,
@@ -47,6 +48,7 @@ LOOP_CHANGES = {
     "micro_batch_tokens": 32,
     "row_tokens": 24,
     "gradient_checkpointing": True,
+    "compile": True,
     "max_text_tokens": 6,
     "order": "windowed",
     "window_shards": 1,
@@ -83,12 +85,14 @@ NEEDED = {
     # What is dropped depends on the number of a pass.
     "finetune.micro_batch_tokens": {"finetune": {"lora": {"dropout": 0.0}}},
     "finetune.row_tokens": {"finetune": {"lora": {"dropout": 0.0}}},
+    "finetune.compile": {"finetune": {"lora": {"dropout": 0.0}}},
     "checkpoints.every_minutes": {"checkpoints": {"every_steps": 99}},
 }
 """Other settings without which one does nothing, or does more than its own."""
 
-ONLY_ROUNDING = ("micro_batch_tokens", "row_tokens")
-"""How a step is cut into forward passes: it changes what a pass holds, not what is learned."""
+ONLY_ROUNDING = {"micro_batch_tokens": "passes", "row_tokens": "passes", "compile": "compiled"}
+"""How a step is computed, not what is learned; and what it changes: the cut into forward passes, or
+whether blocks are compiled."""
 
 ONLY_ASKED_FOR = {"samples": "samples", "gradient_checkpointing": "saved"}
 """Settings that change no bit of what is learned, and what else they change: the texts that are
@@ -128,12 +132,27 @@ def other_model(phi_dir, tmp_path_factory):
 @pytest.fixture
 def observe(workspace, monkeypatch, other_model):
     """Run a stage with some sections changed and return what it made and what it asked for."""
-    requests = {"wandb": [], "samples": [], "checkpoints": [], "passes": [], "saved": []}
+    requests = {
+        "wandb": [],
+        "samples": [],
+        "checkpoints": [],
+        "passes": [],
+        "saved": [],
+        "compiled": [],
+    }
     init, save, step = (
         train.loop.tracking.wandb.init,
         train.loop.loop.Checkpoints.save,
         train.loop.loop.optimizer_step,
     )
+
+    def compiled(*arguments):
+        requests["compiled"].append(len(arguments))
+        return compile_blocks(*arguments, backend="aot_eager")
+
+    for module in (train.pretrain, train.finetune):
+        # A backend that needs no compiler.
+        monkeypatch.setattr(module, "compile_blocks", compiled)
 
     def started(**named):
         requests["wandb"].append(named["mode"])
@@ -196,6 +215,7 @@ def observe(workspace, monkeypatch, other_model):
         STAGES[stage](workspace.params(**values))
         learned = {path.name: load_file(path) for path in (RUNS / stage).rglob("*.safetensors")}
         metrics = workspace.json(f"runs/{stage}/metrics.json")
+        torch._dynamo.reset()
         return {
             "weights": {name: w for one in learned.values() for name, w in one.items()},
             "history": [_without_clock(row) for row in workspace.history(stage)],
@@ -239,7 +259,7 @@ def test_a_setting_changes_what_is_learned_or_asked_for(observe, usual, stage, l
     if section in BESIDE_THE_RUN:
         assert found == {{"checkpoints": "checkpoints", "tracking": "wandb"}[section]}
     elif name in ONLY_ROUNDING:
-        assert "passes" in found
+        assert ONLY_ROUNDING[name] in found
         for weight, before in usual[key]["weights"].items():
             torch.testing.assert_close(changed["weights"][weight], before, rtol=1e-3, atol=1e-4)
         losses = [[float(row["loss"]) for row in one["history"]] for one in (usual[key], changed)]

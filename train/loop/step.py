@@ -142,13 +142,18 @@ def optimizer_step(
     model.train()
     optimizer.zero_grad(set_to_none=True)
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    is_half = model.language_model.dtype == torch.float16
     for batch in data.batches:
         torch.manual_seed(pass_seed(*seed, batch.number))
         loss = model(batch.to(model.device))
-        (loss / data.num_target_tokens).backward()
+        # In float16, gradients of a mean over many tokens would underflow.
+        (loss if is_half else loss / data.num_target_tokens).backward()
         loss_sum += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     _sum_gradients(parameters)
+    if is_half:
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            gradient /= data.num_target_tokens
     norm_tensor = nn.utils.clip_grad_norm_(parameters, clip_norm)
     # One transfer: the host waits for a GPU here, and nowhere else in the step.
     total, norm = map(float, torch.stack([reduce(loss_sum, "sum"), norm_tensor.double()]).tolist())

@@ -76,6 +76,14 @@ def _block_mask(image_numbers: Tensor, text_ids: Tensor) -> BlockMask:
     return mask
 
 
+def score_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a model of some dtype computes attention.
+
+    Float32 instead of float16, whose largest number is 65,504: Phi-2's scores exceed it.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -88,14 +96,17 @@ def packed_attention(
 
     The signature is transformers'; query, key and value are [R, heads, T, head width].
     """
+    dtype, computed = query.dtype, score_dtype(query.dtype)
+    query, key, value = query.to(computed), key.to(computed), value.to(computed)
     if not isinstance(attention_mask, BlockMask):
-        attended: tuple[Tensor, None] = sdpa_attention_forward(
+        attended: Tensor = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
-        )
-        return attended
+        )[0]
+        return attended.to(dtype), None
     # Uncompiled, FlexAttention materialises the whole score matrix.
     attend: Callable[..., Tensor] = flex_attention
-    if query.is_cuda:
+    # Within compiled blocks, it is compiled with them.
+    if query.is_cuda and not torch.compiler.is_compiling():
         attend = _compiled(flex_attention)
     out = attend(
         query,
@@ -105,7 +116,7 @@ def packed_attention(
         scale=options.get("scaling"),
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous().to(dtype), None
 
 
 def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tensor | BlockMask]:
@@ -120,9 +131,11 @@ def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tens
     model.set_attn_implementation(NAME)
     if model.device.type == "cuda" and _flex_works(model):
         return block_mask
-    return lambda batch: dense_mask(batch, model.dtype)
+    return lambda batch: dense_mask(batch, score_dtype(model.dtype))
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _flex_works(model: PreTrainedModel) -> bool:
     """Try a small forward and backward pass of compiled FlexAttention with the model's heads."""
     config = model.config

@@ -7,6 +7,7 @@ stages: Phi-2's config has a dropout of 0.1, which would make a frozen model ran
 import ctypes
 import functools
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -51,7 +52,7 @@ PROBE = "Instruct: What is in\tthe box?\nOutput: 12 Äpfel, ﬁve 犬 and 🙂."
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1
 """Parameter numbers of mallopt in glibc's malloc.h."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
@@ -111,11 +112,14 @@ def check_supported(settings: LlmSettings) -> None:
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
     """Load the language model: frozen, in `eval()`, quantised if the settings say so.
 
-    On a CPU, a checkpoint gives the same bits with any number of threads.
+    On a CPU, a checkpoint gives the same bits with any number of threads. A GPU that only emulates
+    bf16 is named on stderr.
 
     Raises:
         SettingsError: No such model, no causal language model, or incomplete weights.
     """
+    if settings.dtype == "bf16" and device.type == "cuda":
+        _warn_of_emulated_bf16()
     quantization = None
     if settings.quantize == "nf4":
         quantization = BitsAndBytesConfig(
@@ -149,6 +153,19 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
     model.generation_config = GenerationConfig()
     _keep_trainable_layout(model)
     return model.requires_grad_(False).eval()
+
+
+def _warn_of_emulated_bf16() -> None:
+    """Say that bf16 is slow on an old GPU.
+
+    Not an error: a run that was trained in bf16 can be evaluated there in its own dtype.
+    """
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        print(
+            f"llm.dtype: {torch.cuda.get_device_name()} has no bf16 and emulates it slowly: train "
+            f"with llm.dtype: fp16 here",
+            file=sys.stderr,
+        )
 
 
 @contextmanager

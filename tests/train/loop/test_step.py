@@ -189,6 +189,26 @@ def test_no_packing_changes_the_gradients_of_a_step(model, build, row_tokens, pa
     assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("lora", [None, 0.0])
+def test_a_step_in_float16_is_that_in_float32(make_model, build, lora):
+    data = build(MANY, row_tokens=80, pass_tokens=80)
+    wanted_loss, wanted = step_gradients(make_model(lora=lora), data)
+    loss, found = step_gradients(make_model(lora=lora, dtype="fp16"), data)
+    assert loss == pytest.approx(wanted_loss, rel=1e-3)
+    assert_same(found, wanted, 2e-2)
+
+
+def test_gradients_of_many_tokens_do_not_underflow_in_float16(make_model, build):
+    """A step of ten million tokens, of which these are a few."""
+    many = 10_000_000
+    data = build(MANY)
+    few = data.num_target_tokens
+    _, wanted = step_gradients(make_model(lora=0.0, dtype="fp16"), data)
+    data = dataclasses.replace(data, num_target_tokens=many)
+    _, found = step_gradients(make_model(lora=0.0, dtype="fp16"), data)
+    assert_same(found, {name: gradient * (few / many) for name, gradient in wanted.items()}, 1e-5)
+
+
 def test_gradients_do_not_pile_up_over_steps(model, build):
     first = step_gradients(model, build())
     second = step_gradients(model, build())

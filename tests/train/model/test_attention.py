@@ -175,6 +175,82 @@ def test_both_forms_give_the_same_attention(head_width, scaling, key_heads):
     torch.testing.assert_close(blocks, dense, rtol=1e-12, atol=1e-12)
 
 
+@eager_flex
+@torch.no_grad()
+@pytest.mark.parametrize("form", [block_mask, lambda batch: dense_mask(batch, torch.float32)])
+def test_scores_beyond_float16_attend_as_in_float64(form, monkeypatch):
+    """Some kernels keep scores in float32 anyway; no kernel is relied on."""
+    dtypes = []
+    for name in ("flex_attention", "sdpa_attention_forward"):
+        real = getattr(train.model.attention, name)
+
+        def recorded(*arguments, real=real, **options):
+            dtypes.append({a.dtype for a in arguments if isinstance(a, torch.Tensor)})
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(train.model.attention, name, recorded)
+    batch = large_batch(0, patches=130)
+    torch.manual_seed(0)
+    shape = (len(batch.image_numbers), 2, batch.image_numbers.shape[1], 32)
+    query, key, value = torch.randn(3, *shape)
+    # The same number is added to all scores, and attention does not change.
+    query[..., 16:], key[..., 16:] = 160, 160
+    half = [tensor.half() for tensor in (query, key, value)]
+    assert (half[0][..., :1, :] @ half[1].mT).isinf().all()
+    module = nn.Module()
+    module.is_causal = True
+    found, _ = packed_attention(module, *half, form(batch))
+    assert dtypes == [{torch.float32}]
+    exact = [tensor.double() for tensor in half]
+    mask = dense_mask(batch, torch.float64)
+    wanted, _ = packed_attention(module, *exact, mask)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), wanted, rtol=0.03, atol=0.03)
+
+
+def overflowing(model):
+    """Let the scores of a model exceed the largest float16, without any change to attention."""
+    for block in model.language_model.model.layers:
+        for layer in (block.self_attn.q_proj, block.self_attn.k_proj):
+            # Rotary embeddings leave the last half of a head as it is.
+            parts = [p.data.unflatten(0, (2, 32))[:, 16:] for p in layer.parameters()]
+            for part, number in zip(parts, (0.0, 160.0), strict=True):
+                part.fill_(number)
+    return model
+
+
+def test_a_float16_model_whose_scores_overflow_has_the_loss_of_float64(make_model, random_images):
+    batch = small_batch(random_images, 0)
+    features = torch.randn(len(batch.image_ids), PATCHES, 8).half()
+    batch = dataclasses.replace(batch, patches_NPD=features)
+    model = overflowing(make_model(dtype="fp16"))
+    losses = model.train().token_losses(batch)
+    losses.sum().backward()
+    exact = overflowing(make_model()).double().train()
+    wanted = exact.token_losses(batch)
+    wanted.sum().backward()
+    torch.testing.assert_close(losses.double(), wanted, rtol=0.03, atol=0.03)
+    for name, parameter in exact.trainable_parameters().items():
+        found = model.get_parameter(name).grad
+        assert (found - parameter.grad).norm() < 0.05 * parameter.grad.norm() + 1e-6, name
+
+
+def test_generation_in_float16_attends_in_float32(make_model, tokenizer, store, monkeypatch):
+    dtypes = set()
+
+    def attend(module, query, key, value, attention_mask, **options):
+        dtypes.update((query.dtype, key.dtype, value.dtype))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    monkeypatch.setattr(train.model.attention, "sdpa_attention_forward", attend)
+    model = overflowing(make_model(dtype="fp16"))
+    (made,) = generate(
+        model, tokenizer, store, [100], ["What is"], max_tokens=9, batch_size=1, description="test"
+    )
+    assert dtypes == {torch.float32}
+    assert made.num_tokens > 0
+
+
 def test_any_other_mask_is_transformers_own_business():
     module = nn.Module()
     module.is_causal = True

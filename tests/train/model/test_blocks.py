@@ -1,11 +1,14 @@
-"""Laws of how blocks run: the numbers stay; the memory does not."""
+"""Laws of how blocks run: the numbers stay; memory or time does not."""
 
 import pytest
 import torch
+import torch._dynamo.utils
+from torch._dynamo.backends.debugging import aot_eager
 from transformers import PhiConfig, PhiForCausalLM
 
+from cache.errors import SettingsError
 from tests.train.images import collate_images, pack_images
-from train.model.blocks import recompute_blocks
+from train.model.blocks import compile_blocks, recompute_blocks
 from train.model.captioner import CaptionModel
 from train.model.generate import generate
 from train.model.language_model import add_lora
@@ -79,6 +82,100 @@ def test_recomputing_changes_no_bit(make_model, batch, lora, quantize, dtype):
     if lora is not None:
         torch.manual_seed(4)
         assert not torch.equal(model(batch), wanted["loss"])
+
+
+def batch_of(random_images, seed, count):
+    """A row of as many images."""
+    (rows,) = pack_images(
+        random_images(seed, count=count), PATCHES, row_tokens=10_000, pass_tokens=10_000
+    )
+    features = torch.randn(count, PATCHES, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return collate_images(rows, features.half())
+
+
+@pytest.fixture
+def compilations():
+    """A backend that needs no compiler, and the graphs that it was given."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    yield backend, graphs
+    torch._dynamo.reset()
+
+
+def assert_close(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= 1e-4 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("lora", [None, 0.0])
+def test_blocks_compile_whole_and_twice_for_all_lengths(
+    make_model, random_images, compilations, lora, quantize, recomputed
+):
+    backend = compilations[0]
+    plain = make_model(lora=lora, quantize=quantize)
+    model = make_model(lora=lora, quantize=quantize)
+    compile_blocks(model.language_model, model.projector, backend=backend)
+    if recomputed:
+        recompute_blocks(model.language_model)
+    counts = torch._dynamo.utils.counters["stats"]
+    counts.clear()
+    lengths = set()
+    for seed, count in enumerate((5, 9, 3, 7)):
+        batch = batch_of(random_images, seed, count)
+        lengths.add(batch.token_ids.shape[1])
+        assert_close(loss_and_gradients(model, batch), loss_and_gradients(plain, batch))
+    assert len(lengths) == 4
+    # One for the first block, one for the others, one for the projector.
+    assert counts["unique_graphs"] == 3
+
+
+def test_compiled_dropout_is_the_same_again_when_recomputed(
+    make_model, random_images, compilations
+):
+    batch = batch_of(random_images, 0, 5)
+    found = []
+    for recomputed in (False, True):
+        model = make_model(lora=0.5)
+        compile_blocks(model.language_model, model.projector, backend=compilations[0])
+        if recomputed:
+            recompute_blocks(model.language_model)
+        found.append(loss_and_gradients(model, batch))
+    assert_close(*found)
+
+
+def test_nothing_is_compiled_where_there_is_no_backward_pass(
+    make_model, batch, tokenizer, store, compilations
+):
+    model, graphs = make_model(lora=0.5), compilations[1]
+    compile_blocks(model.language_model, model.projector, backend=compilations[0])
+    graphs.clear()
+    model.eval()
+    with torch.inference_mode():
+        model(batch)
+    generate(
+        model, tokenizer, store, [100], ["What is"], max_tokens=4, batch_size=1, description="test"
+    )
+    assert graphs == []
+
+
+def test_where_nothing_compiles_the_setting_is_refused_by_name(make_model, compilations):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no g++\nfound")
+
+    model = make_model()
+    with pytest.raises(SettingsError, match=r"compile: true, but torch.compile does not") as error:
+        compile_blocks(model.language_model, model.projector, backend=no_compiler)
+    assert "no g++ found" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert "set compile: false" in str(error.value)
 
 
 def test_a_recomputed_block_keeps_its_input_and_nothing_else(batch):

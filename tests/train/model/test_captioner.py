@@ -7,7 +7,7 @@ from transformers.activations import NewGELUActivation
 
 from tests.train.images import Image, collate_images
 from train.data.prompts import caption_turns, tokenize
-from train.model.language_model import lora_dropouts
+from train.model.language_model import DTYPES, lora_dropouts
 
 PATCHES, WIDTH = 4, 8
 
@@ -49,12 +49,12 @@ def test_only_loras_dropout_runs_while_training(make_model):
     assert len(lora_dropouts(model.language_model)) == 12
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_patches_of_half_precision_become_embeddings_of_the_language_models_type(
     make_model, batch, patches, dtype
 ):
     model = make_model(dtype=dtype).eval()
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    wanted = DTYPES[dtype]
     assert {p.dtype for p in model.projector.parameters()} == {torch.float32}
     assert model.embed_patches(patches).dtype == model.embed_text(batch.token_ids).dtype == wanted
     exact = model.projector(patches.float()).to(wanted)
