@@ -15,6 +15,7 @@ time left is skipped; a row that fails is recorded with its error, and the next 
     training      both stages, NF4 and bf16, beside the usual loop and packing loops    150 s
     extraction    ViT-B/32 and ViT-L/14-336: decoded pictures, and JPEGs to shards       50 s
     generation    batches of 64 and 256                                                  20 s
+    compiled      training with the setting `compile`                               50 s a row
     sizes         training at other sizes of a forward pass, and other peers             60 s
     small cards   Phi-2 in NF4 with 8 to 24 GiB, a fresh process each                 25 s each
 
@@ -45,6 +46,7 @@ from bench.gpu_parts.goals import (
     CHIP,
     COCO_STEP,
     COMPARED,
+    COMPILED,
     EXTRACTION,
     GENERATION,
     JPEGS,
@@ -81,9 +83,10 @@ from bench.texts import CAPTIONS_AN_IMAGE, draw_conversations, make_tokenizer
 from cache import FeatureStore
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
+from train.model.blocks import compile_blocks
 
 COMPILE_SECONDS = 30.0
-"""Of the first row that trains with FlexAttention."""
+"""Of the first row that trains with FlexAttention, and of each with compiled blocks."""
 
 CARD_SECONDS = 25.0
 """Of a card: start of the process, model, compilation, and passes."""
@@ -107,24 +110,21 @@ class Bench:
         self._stages: dict[tuple[str, str], Stage] = {}
 
     def stage(self, weights: str, name: str) -> Stage:
-        """Return a stage with NF4 or BF16 weights; all stages of one kind share them."""
+        """Return a stage with NF4 or BF16 weights; it is made once."""
+        if (weights, name) not in self._stages:
+            self._stages[weights, name] = self.make_stage(weights, name)
+        return self._stages[weights, name]
+
+    def make_stage(self, weights: str, name: str) -> Stage:
+        """Make a stage with NF4 or BF16 weights; all stages of one kind share them."""
+        sizes = self.sizes
         if weights not in self._bases:
             self._bases[weights] = make_language_model(
-                self.sizes.phi,
-                quantize=weights == NF4,
-                dtype=torch.bfloat16,
-                device=self.device,
+                sizes.phi, quantize=weights == NF4, dtype=torch.bfloat16, device=self.device
             )
-        if (weights, name) not in self._stages:
-            self._stages[weights, name] = make_stage(
-                name,
-                self._bases[weights],
-                self.tokenizer,
-                self.store,
-                self.sizes.lora,
-                self.sizes.store_images,
-            )
-        return self._stages[weights, name]
+        return make_stage(
+            name, self._bases[weights], self.tokenizer, self.store, sizes.lora, sizes.store_images
+        )
 
     def texts(self) -> correctness.Texts:
         """Return conversations of a few images, on which devices are compared."""
@@ -252,13 +252,33 @@ def measure_sizes(report: Report, bench: Bench) -> None:
                     report.skip(row_name(weights, name, what), "not installed")
 
 
+def measure_compiled(report: Report, bench: Bench) -> None:
+    """Train with compiled blocks, which the setting `compile` asks for."""
+    for weights, name in ((BF16, PRETRAIN), (NF4, FINETUNE)):
+        stage = bench.make_stage(weights, name)
+        model = stage.model
+        compile_blocks(model.language_model, model.projector, backend=bench.sizes.compiler_backend)
+        images = images_of_passes(stage, 2, bench.sizes.compared_pass)
+        loop = our_loop(stage, bench.sizes.compared_pass)
+        _training_row(
+            report, bench, weights, stage, f"{OURS}, compiled", loop, images, COMPILE_SECONDS
+        )
+
+
 def _training_row(
-    report: Report, bench: Bench, weights: str, stage: Stage, what: str, loop: Loop, images: int
+    report: Report,
+    bench: Bench,
+    weights: str,
+    stage: Stage,
+    what: str,
+    loop: Loop,
+    images: int,
+    compiling: float = 0.0,
 ) -> None:
     rank = bench.sizes.lora.r if stage.name == FINETUNE else 0
     estimate = estimate_seconds(stage, loop, images, bench.sizes.steps, rank, bench.chip)
-    # The first row of all.
-    compiling = COMPILE_SECONDS * (not report.rows[TRAINING])
+    if not report.rows[TRAINING]:
+        compiling = COMPILE_SECONDS
     report.row(
         row_name(weights, stage.name, what),
         estimate + compiling,
@@ -308,6 +328,7 @@ PARTS: dict[str, Callable[[Report, Bench], None]] = {
     TRAINING: measure_training,
     EXTRACTION: measure_extraction,
     GENERATION: measure_texts,
+    COMPILED: measure_compiled,
     SIZES: measure_sizes,
     SMALL_CARDS: measure_cards,
 }

@@ -8,7 +8,8 @@ from bench.measure import at_least, at_most
 from bench.step import FINETUNE, PRETRAIN
 
 CHIP, RIGHT, TRAINING = "chip", "right", "training"
-EXTRACTION, GENERATION, SIZES, SMALL_CARDS = "extraction", "generation", "sizes", "small cards"
+EXTRACTION, GENERATION, COMPILED = "extraction", "generation", "compiled"
+SIZES, SMALL_CARDS = "sizes", "small cards"
 
 NF4, BF16 = "nf4", "bf16"
 OURS, USUAL, PACKING = "ours", "usual loop", "packing loop"
@@ -28,7 +29,7 @@ is 1e-2 off; another loss or another mask is off by a multiple.
 
 
 def row_name(weights: str, stage: str, what: str) -> str:
-    """Return the name of a row of the parts TRAINING and SIZES."""
+    """Return the name of a row of the parts TRAINING, COMPILED and SIZES."""
     return f"{weights}, {stage}: {what}"
 
 
@@ -60,7 +61,9 @@ def rates_of(parts: dict[str, Rows]) -> Rates:
 
 def goals_of(parts: dict[str, Rows], hours: dict[str, float | None]) -> dict[str, Any]:
     """Judge every goal whose rows have been measured."""
-    training = measured_rows(parts, TRAINING) | measured_rows(parts, SIZES)
+    training: Rows = {}
+    for part in (TRAINING, COMPILED, SIZES):
+        training |= measured_rows(parts, part)
     goals: dict[str, Any] = {}
     for weights in (NF4, BF16):
         ours = _values(training, row_name(weights, PRETRAIN, OURS + COMPARED), "texts_per_second")

@@ -40,6 +40,8 @@ class Sizes:
     coco_batch: dict[str, int]
     """Captions and conversations of an optimizer step of configs/coco.yaml."""
     steps: Steps
+    compiler_backend: str
+    """torch.compile's, of the compiled blocks."""
     towers: tuple[str, ...]
     pixel_batches: tuple[int, int]
     """Batches of decoded pictures, and pictures of a batch."""
@@ -76,6 +78,7 @@ FULL = Sizes(
     usual_batches={PRETRAIN: (32, 128), FINETUNE: (16, 64)},
     coco_batch={PRETRAIN: 256, FINETUNE: 128},
     steps=Steps(warmup=2, timed=4),
+    compiler_backend="inductor",
     towers=("ViT-B-32-quickgelu", "ViT-L-14-336-quickgelu"),
     pixel_batches=(40, 64),
     files=8192,
@@ -129,6 +132,7 @@ DRY = Sizes(
     usual_batches={PRETRAIN: (8,), FINETUNE: (2,)},
     coco_batch={PRETRAIN: 5, FINETUNE: 2},
     steps=Steps(warmup=1, timed=1),
+    compiler_backend="eager",
     towers=(str(ROOT / "demo/checkpoints/clip/ViT-demo-32.json"),),
     pixel_batches=(2, 4),
     files=8,
