@@ -27,7 +27,6 @@ Start and compilation take another 60 s. The times of training are estimated fro
 import argparse
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ import torch
 from transformers import PreTrainedModel
 
 from bench.gpu_parts import correctness, packed_loop
-from bench.gpu_parts.arithmetic import MEMORY_BANDWIDTH, PEAK_FLOPS
+from bench.gpu_parts.chip import measure_copies, measure_products
 from bench.gpu_parts.extraction import encode_files, encode_pixels, tower_settings
 from bench.gpu_parts.generation import measure_generation
 from bench.gpu_parts.goals import (
@@ -139,45 +138,14 @@ class Bench:
 
 def measure_chip(report: Report, bench: Bench) -> None:
     """Measure the rate of matrix products, which later rows take shares of, and of copies."""
-    gpu = torch.cuda.get_device_name() if bench.device.type == "cuda" else ""
+    sizes, device = bench.sizes, bench.device
 
     def products() -> Row:
-        size = bench.sizes.matmul
-        a, b = torch.randn(2, size, size, device=bench.device).bfloat16()
-        seconds = seconds_of_call(lambda: a @ b, bench.device)
-        bench.chip = Chip(2 * size**3 / seconds, PEAK_FLOPS.get(gpu))
-        return {
-            "tflops": bench.chip.measured / 1e12,
-            "data_sheet": (PEAK_FLOPS.get(gpu) or 0) / 1e12,
-        }
-
-    def copies() -> Row:
-        source = torch.zeros(bench.sizes.copied_bytes, dtype=torch.uint8, device=bench.device)
-        target = torch.empty_like(source)
-        seconds = seconds_of_call(lambda: target.copy_(source), bench.device)
-        # Bytes that are read, and bytes that are written.
-        found = 2 * bench.sizes.copied_bytes / seconds / 1e12
-        return {"tb_per_second": found, "data_sheet": MEMORY_BANDWIDTH.get(gpu, 0) / 1e12}
+        bench.chip, row = measure_products(sizes.matmul, device)
+        return row
 
     report.row("bf16 products", 4, products)
-    report.row("copies", 2, copies)
-
-
-def seconds_of_call(call: Callable[[], object], device: torch.device, calls: int = 10) -> float:
-    """Return the seconds of a call, the mean of some after three that warm up."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        call()
-    wait()
-    started = time.perf_counter()
-    for _ in range(calls):
-        call()
-    wait()
-    return (time.perf_counter() - started) / calls
+    report.row("copies", 2, partial(measure_copies, sizes.copied_bytes, device))
 
 
 def measure_right(report: Report, bench: Bench) -> None:

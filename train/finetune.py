@@ -12,7 +12,7 @@ from train.data.examples import read_conversation_examples, with_features
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
-from train.model.blocks import compile_blocks, recompute_blocks
+from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import (
@@ -64,10 +64,7 @@ def finetune(params: Params) -> None:
             file=sys.stderr,
         )
     language_model = load_language_model(llm, device)
-    if settings.compile:
-        compile_blocks(language_model, projector)
-    if settings.gradient_checkpointing:
-        recompute_blocks(language_model)
+    set_up_blocks(language_model, projector, settings)
     start_sha256 = sha256_of(start_path)
     identity = run_identity(
         params,

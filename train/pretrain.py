@@ -7,7 +7,7 @@ from train.data.examples import held_out_images, read_caption_examples, with_fea
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
-from train.model.blocks import compile_blocks, recompute_blocks
+from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import check_supported, load_language_model, load_tokenizer
@@ -47,10 +47,7 @@ def pretrain(params: Params) -> None:
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
-    if settings.compile:
-        compile_blocks(language_model, projector)
-    if settings.gradient_checkpointing:
-        recompute_blocks(language_model)
+    set_up_blocks(language_model, projector, settings)
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         tokenizer=tokenizer,

@@ -101,10 +101,18 @@ def _compare(
     attention: str,
     wanted: dict[str, Tensor],
 ) -> Row:
+    forget_compilations()
     model = _caption_model(base, texts, lora, device, DTYPES[dtype], attention)
     if attention == FLEX and not model.packs_one_row:
         raise RuntimeError("FlexAttention does not work with these heads; stderr says why")
     return compared(gradients(model, texts), wanted, GRADIENT_LIMITS[dtype])
+
+
+def forget_compilations() -> None:
+    """Drop torch's compiled functions: it refuses more than eight of one, and every model adds to
+    them.
+    """
+    torch.compiler.reset()
 
 
 def compared(found: dict[str, Tensor], wanted: dict[str, Tensor], limit: float) -> Row:
@@ -195,6 +203,7 @@ def compare_quantized(
 
     The same weights are quantised on either device, each by its own kernels.
     """
+    forget_compilations()
     hidden = {}
     for name, place in (("wanted", CPU), ("found", device)):
         quantized = make_language_model(

@@ -54,7 +54,7 @@ def make_language_model(
             is_norm = name == "weight" and values.ndim == 1
             values.normal_(float(is_norm), WEIGHT_STD, generator=generator)
             setattr(module, name, _parameter(parameter, values.to(device)))
-    # Its frequencies are no weights, and were made on no device.
+    # Its frequencies are buffers, which are on the meta device still.
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config=model.config).to(device)
     model.generation_config = GenerationConfig()
@@ -81,7 +81,7 @@ def _replace_linear_layers(block: nn.Module, dtype: torch.dtype) -> None:
 def _parameter(like: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
     if not isinstance(like, Params4bit):
         return nn.Parameter(values, requires_grad=False)
-    # Moving quantises.
+    # bitsandbytes quantises a parameter when it is moved.
     quantized: nn.Parameter = Params4bit(values, requires_grad=False, quant_type="nf4").to(
         values.device
     )

@@ -2,25 +2,16 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import PhiConfig
 
 from bench import generate
 from bench.generate import CONTENDERS, LEAST, MAX_TOKENS, NO_CACHE, ONE_BY_ONE, OURS, PROMPT_TOKENS
 from bench.step import PRETRAIN, make_features, make_stage
 from bench.stores import SPEC
+from tests.bench.models import TINY_PHI
 from train.data.prompts import encode
 
 IMAGES = 5
 TEXTS = {OURS: IMAGES, ONE_BY_ONE: 3, NO_CACHE: 2}
-TINY = PhiConfig(
-    vocab_size=51_200,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=1024,
-    partial_rotary_factor=0.5,
-)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +19,7 @@ def stage(tmp_path_factory):
     torch.set_num_threads(1)
     spec = dataclasses.replace(SPEC, patches=4, width=8)
     made = make_stage(
-        PRETRAIN, make_features(tmp_path_factory.mktemp("features"), IMAGES, spec), TINY
+        PRETRAIN, make_features(tmp_path_factory.mktemp("features"), IMAGES, spec), TINY_PHI
     )
     for parameter in made.model.parameters():
         if parameter.ndim > 1:

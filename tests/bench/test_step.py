@@ -4,25 +4,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import PhiConfig
 
 from bench import step, student_loop, usual_loop
 from bench.step import BY_LENGTH, CONTENDERS, FINETUNE, OURS, PRETRAIN, STUDENT, USUAL, WITH_CLIP
 from bench.stores import SPEC
 from bench.usual_loop import by_length, make_samples, shuffled
+from tests.bench.models import TINY_PHI
 
 pytestmark = pytest.mark.slow("trains with every loop of the benchmark")
 
 IMAGES = 3
-TINY = PhiConfig(
-    vocab_size=51_200,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=1024,
-    partial_rotary_factor=0.5,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=[PRETRAIN, FINETUNE])
 def stage(request, folder):
-    made = step.make_stage(request.param, folder, TINY)
+    made = step.make_stage(request.param, folder, TINY_PHI)
     for parameter in made.model.language_model.parameters():
         # Large enough that every position matters to every later logit.
         torch.nn.init.normal_(parameter, std=0.1)
@@ -97,7 +88,7 @@ def test_both_orders_hold_every_sample_once(stage):
 
 
 def test_the_student_learns_every_token_of_a_caption_but_not_its_end(folder):
-    stage = step.make_stage(PRETRAIN, folder, TINY)
+    stage = step.make_stage(PRETRAIN, folder, TINY_PHI)
     samples = make_samples(stage.examples, stage.tokenizer)
     stage.model.language_model.set_attn_implementation("sdpa")
     wanted = np.concatenate([losses[:-1] for losses in by_hand(stage)])
@@ -151,7 +142,7 @@ def test_several_steps_report_their_share_of_waiting(stage):
 def test_labels_are_the_learned_tokens_and_nothing_else(stage):
     samples = make_samples(stage.examples, stage.tokenizer)
     texts = [sample.text for sample in samples]
-    patches = torch.zeros(len(texts), 4, TINY.hidden_size)
+    patches = torch.zeros(len(texts), 4, TINY_PHI.hidden_size)
     made = usual_loop.inputs(patches, stage.model.language_model, texts)
     for row, text in enumerate(texts):
         labels = made["labels"][row]

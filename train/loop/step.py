@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from train.data.examples import Example
 from train.data.packing import (
     PackedBatch,
+    Pass,
     collate,
     image_length,
     num_slots,
@@ -86,16 +87,7 @@ def build_step(
     image_ids = [example.image_id for example in examples]
     lengths = [image_length(image_texts, store.spec.patches) for image_texts in texts]
     processes = PartialState()
-    if row_tokens is None:
-        passes = pack_one_row_each(
-            lengths, pass_tokens=pass_tokens, num_processes=processes.num_processes
-        )
-    else:
-        if processes.num_processes > 1:
-            # Cut at least one pass per process, so that no rank idles.
-            share = -(-sum(lengths) // processes.num_processes)
-            row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
-        passes = pack(lengths, row_tokens=row_tokens, pass_tokens=pass_tokens)
+    passes = _pack_for(processes.num_processes, lengths, pass_tokens, row_tokens)
 
     def batch(number: int) -> PackedBatch:
         ids = np.array([image_ids[image] for row in passes[number].rows for image in row])
@@ -112,6 +104,18 @@ def build_step(
         num_slots=num_slots(passes),
         num_cut=sum(text.was_cut for text in all_texts),
     )
+
+
+def _pack_for(
+    num_processes: int, lengths: Sequence[int], pass_tokens: int, row_tokens: int | None
+) -> list[Pass]:
+    """Pack images of some lengths into at least one pass per process, so that no rank idles."""
+    if row_tokens is None:
+        return pack_one_row_each(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
+    if num_processes > 1:
+        share = -(-sum(lengths) // num_processes)
+        row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)
+    return pack(lengths, row_tokens=row_tokens, pass_tokens=pass_tokens)
 
 
 def optimizer_step(

@@ -15,8 +15,18 @@ from transformers import PreTrainedModel
 
 from cache.errors import SettingsError
 from cache.texts import one_line
+from train.settings import LoopSettings
 
 Forward = Callable[..., Tensor]
+
+
+def set_up_blocks(model: PreTrainedModel, projector: nn.Module, settings: LoopSettings) -> None:
+    """Compile and recompute the blocks as the settings say."""
+    if settings.compile:
+        compile_blocks(model, projector)
+    # Afterwards: torch's compiler would take a recomputed block apart.
+    if settings.gradient_checkpointing:
+        recompute_blocks(model)
 
 
 def compile_blocks(
@@ -26,7 +36,6 @@ def compile_blocks(
 
     All blocks share their code: one compilation is for the first block, whose input is a view, and
     one for all others. Passes without gradients, like generation with its cache, run as before.
-    Call it before `recompute_blocks`, which a compiled block would take apart.
 
     Args:
         model: LoRA may be there already, or be added later.

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import PhiConfig
 
 from bench.gpu_parts import training
 from bench.gpu_parts.models import make_language_model
@@ -16,20 +15,12 @@ from bench.step import FINETUNE, PRETRAIN, make_features
 from bench.stores import SPEC
 from bench.texts import make_tokenizer
 from cache import FeatureStore
+from tests.bench.models import TINY_PHI
 from train.settings import LoraSettings
 
 pytestmark = pytest.mark.slow("trains with every loop")
 
 IMAGES, RANK = 6, 2
-PHI = PhiConfig(
-    vocab_size=51_200,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=1024,
-    partial_rotary_factor=0.5,
-)
 CHIP = Chip(measured=2e9, data_sheet=None)
 
 
@@ -38,7 +29,9 @@ def stage(request, tmp_path_factory):
     torch.set_num_threads(1)
     spec = dataclasses.replace(SPEC, patches=4, width=8)
     store = FeatureStore(make_features(tmp_path_factory.mktemp("features"), 4, spec))
-    base = make_language_model(PHI, quantize=False, dtype=torch.float32, device=torch.device("cpu"))
+    base = make_language_model(
+        TINY_PHI, quantize=False, dtype=torch.float32, device=torch.device("cpu")
+    )
     for parameter in base.parameters():
         # Large enough that every position matters to every later logit.
         nn.init.normal_(parameter, std=0.1)
@@ -104,7 +97,7 @@ def test_a_row_tells_rates_of_the_timed_steps_alone(stage, monkeypatch):
     assert row["texts_per_second"] == round(work.texts / 3.25, 1)
     assert row["positions_per_second"] == round(work.positions / 3.25)
     assert row["supervised_tokens_per_second"] == round(work.targets / 3.25)
-    flops = training.step_flops(work, PHI, 8, 0)
+    flops = training.step_flops(work, TINY_PHI, 8, 0)
     assert row["share_of_bf16"] == row["share_of_measured_bf16"] == round(flops / 3.25 / 2e9, 4)
     assert row["loss"] == 0.5
     assert row["compilations"] == 0

@@ -1,0 +1,13 @@
+"""A language model that is small enough to train with every loop of a benchmark."""
+
+from transformers import PhiConfig
+
+TINY_PHI = PhiConfig(
+    vocab_size=51_200,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=1024,
+    partial_rotary_factor=0.5,
+)
