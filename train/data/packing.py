@@ -34,7 +34,8 @@ BLOCK = 128
 """Positions of a block of FlexAttention's."""
 
 LENGTHS_PER_OCTAVE = 16
-"""Row lengths between a power of two and the next one: padding is 1/17 of a row at most."""
+"""Row lengths between a power of two and the next one, from 2,048 on: 1/17 of a row is padding at
+most."""
 
 PADDING = -1
 """Image number of positions that hold nothing."""
@@ -92,7 +93,7 @@ class PackedBatch:
         """
         size = sum(_aligned(tensor.nbytes) for tensor in self._tensors().values())
         block = torch.empty(size, dtype=torch.uint8, pin_memory=pin_memory)
-        copy = self._in(block)
+        copy = self._views_into(block)
         for name, tensor in copy._tensors().items():
             tensor.copy_(getattr(self, name))
         return copy
@@ -100,7 +101,7 @@ class PackedBatch:
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on a device; does not wait for a copy from pinned memory."""
         if self.block is not None:
-            return self._in(self.block.to(device, non_blocking=True))
+            return self._views_into(self.block.to(device, non_blocking=True))
         moved: dict[str, Any] = {name: t.to(device) for name, t in self._tensors().items()}
         return replace(self, **moved)
 
@@ -108,7 +109,7 @@ class PackedBatch:
         named = {name: value for name, value in vars(self).items() if name != "block"}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
-    def _in(self, block: Tensor) -> "PackedBatch":
+    def _views_into(self, block: Tensor) -> "PackedBatch":
         """Return a batch of the same shapes whose tensors are views of a block of bytes."""
         views: dict[str, Any] = {}
         start = 0
@@ -136,18 +137,18 @@ def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
 def padded_length(length: int) -> int:
     """Return the row length of a forward pass on a GPU: one of 16 an octave, all multiples of 128.
 
-    Kernels are compiled for, and memory is divided by, the lengths that occur. FlexAttention
-    computes blocks of 128 positions.
+    Few lengths mean few compilations and little fragmentation of the memory. FlexAttention computes
+    blocks of 128 positions.
     """
     octave = 1 << (length.bit_length() - 1)
     unit = max(BLOCK, octave // LENGTHS_PER_OCTAVE)
     return -(-length // unit) * unit
 
 
-def pack_one_row_each(lengths: Sequence[int], *, pass_tokens: int, num_processes: int) -> list[Pass]:
+def pack_one_row_passes(lengths: Sequence[int], *, pass_tokens: int, num_processes: int) -> list[Pass]:
     """Pack images into forward passes of one row each, all of nearly the same length.
 
-    For FlexAttention, which skips what lies between images: a pass needs no second row.
+    FlexAttention skips the pairs of different images, so a longer row costs no more than two rows.
 
     Args:
         lengths: Positions of each image; at least one image.

@@ -23,7 +23,7 @@ from train.data.packing import (
     image_length,
     num_slots,
     pack,
-    pack_one_row_each,
+    pack_one_row_passes,
 )
 from train.data.prefetch import Features
 from train.data.prompts import tokenize
@@ -111,7 +111,7 @@ def _pack_for(
 ) -> list[Pass]:
     """Pack images of some lengths into at least one pass per process, so that no rank idles."""
     if row_tokens is None:
-        return pack_one_row_each(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
+        return pack_one_row_passes(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
     if num_processes > 1:
         share = -(-sum(lengths) // num_processes)
         row_tokens, pass_tokens = min(row_tokens, share), min(pass_tokens, share)

@@ -166,7 +166,7 @@ def _flex_works(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of FlexAttention's: for the first length, and once more for all others.
+    """Compile a function of FlexAttention, for the first length and once more for all others.
 
     With `fullgraph`, one compilation too many is an error. Without it, torch would go on with the
     uncompiled function, and run out of memory.

@@ -24,8 +24,8 @@ class CaptionModel(nn.Module):
         self.language_model = language_model
         self._mask = use_packed_attention(language_model)
         self.packs_one_row = self._mask is block_mask
-        """Whether a forward pass should be one row: FlexAttention skips what lies between images,
-        SDPA computes all pairs of a row."""
+        """Whether a forward pass should be one row: FlexAttention skips the pairs of different
+        images, SDPA computes all pairs of a row."""
         use_fused_gelu(language_model)
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 from bench.texts import CAPTION_LENGTHS
 from tests.train.images import Image, collate_images, length_of, pack_images
-from train.data.packing import PADDING, num_slots, pack_one_row_each, padded_length
+from train.data.packing import PADDING, num_slots, pack_one_row_passes, padded_length
 from train.data.prompts import TokenizedText
 
 PATCHES = 4
@@ -180,7 +180,7 @@ def test_moving_a_batch_keeps_all_of_it(random_images):
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_one_row_a_pass_loses_nothing_and_keeps_to_the_budget(seed, pass_tokens, num_processes):
     lengths = np.random.default_rng(seed).integers(50, 400, 30).tolist()
-    passes = pack_one_row_each(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
+    passes = pack_one_row_passes(lengths, pass_tokens=pass_tokens, num_processes=num_processes)
     assert sorted(image for part in passes for (row,) in [part.rows] for image in row) == [*range(30)]
     for part in passes:
         (row,) = part.rows
@@ -192,7 +192,7 @@ def test_one_row_a_pass_loses_nothing_and_keeps_to_the_budget(seed, pass_tokens,
 
 
 def test_more_processes_than_images_get_one_image_each_as_far_as_they_suffice():
-    passes = pack_one_row_each([70, 300], pass_tokens=1000, num_processes=4)
+    passes = pack_one_row_passes([70, 300], pass_tokens=1000, num_processes=4)
     assert [(part.rows, part.row_length) for part in passes] == [([[0]], 128), ([[1]], 384)]
 
 
@@ -219,7 +219,7 @@ def test_an_epoch_of_coco_has_few_shapes_and_little_padding(pass_tokens, shapes)
     rows = Counter()
     for start in range(0, len(CAPTIONS), images_of_a_step):
         step = CAPTIONS[start : start + images_of_a_step].tolist()
-        for part in pack_one_row_each(step, pass_tokens=pass_tokens, num_processes=1):
+        for part in pack_one_row_passes(step, pass_tokens=pass_tokens, num_processes=1):
             assert len(part.rows) == 1
             rows[part.row_length] += 1
     padding = 1 - CAPTIONS.sum() / sum(length * count for length, count in rows.items())
