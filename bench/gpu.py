@@ -5,7 +5,8 @@
 
 Random weights of the real shapes are made on the GPU: nothing is downloaded. The result file,
 gpu_<name of the GPU>.json, is written after every row, so a run that is cut off leaves what it had.
-With --dry-run every part runs on the CPU, at sizes whose figures mean nothing, in a minute.
+With --dry-run every part runs on the CPU, at sizes whose figures mean nothing, in one to three
+minutes.
 
 The parts, the most valuable first, with what they take on an H200. A row that does not fit in the
 time left is skipped; a row that fails is recorded with its error, and the next row runs.
@@ -25,6 +26,7 @@ Start and compilation take another 60 s. The times of training are estimated fro
 """
 
 import argparse
+import math
 import re
 import tempfile
 from collections.abc import Callable
@@ -83,6 +85,7 @@ from cache import FeatureStore
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from train.model.blocks import compile_blocks
+from workspace.errors import StageError
 
 COMPILE_SECONDS = 30.0
 """Of the first row that trains with FlexAttention, and of each with compiled blocks."""
@@ -340,21 +343,40 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         SettingsError: There is no GPU.
     """
+    if not 0 < arguments.minutes < math.inf:
+        raise SettingsError(f"--minutes is {arguments.minutes:g}, wanted more than 0.")
+    if arguments.out is not None and not arguments.out.is_dir():
+        raise SettingsError(f"--out: {arguments.out} is no folder.")
     if arguments.dry_run:
-        torch.set_num_threads(1)
-        folder = arguments.out or Path(tempfile.gettempdir())
-        path, sizes, device = folder / "gpu_dry_run.json", DRY, torch.device("cpu")
-    elif torch.cuda.is_available():
-        path = (arguments.out or RESULTS) / f"gpu_{short_name(torch.cuda.get_device_name())}.json"
-        sizes, device = FULL, torch.device("cuda")
-    else:
+        dry_run(arguments)
+        return
+    if not torch.cuda.is_available():
         raise SettingsError(
             "bench.gpu: torch finds no GPU here. Take --dry-run to try every part on the CPU."
         )
+    path = (arguments.out or RESULTS) / f"gpu_{short_name(torch.cuda.get_device_name())}.json"
     print(f"gpu: takes about {arguments.minutes:g} min; {path} is written meanwhile", flush=True)
-    report = measure(path, sizes, device, arguments.minutes)
+    report = measure(path, FULL, torch.device("cuda"), arguments.minutes)
     print_goals(conclude(report.rows)["goals"])
     print(f"gpu: written to {path}")
+
+
+def dry_run(arguments: argparse.Namespace) -> None:
+    """Try all parts on the CPU; the result file stays only where the user names a folder."""
+    torch.set_num_threads(1)
+    print("gpu: tries every part on the CPU, in one to three minutes; its figures mean nothing")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (arguments.out or Path(temporary)) / "gpu_dry_run.json"
+        report = measure(path, DRY, torch.device("cpu"), arguments.minutes)
+    failed = [
+        f"{part}: {name}"
+        for part, rows in report.rows.items()
+        for name, row in rows.items()
+        if "error" in row
+    ]
+    if failed:
+        raise StageError(f"gpu: {len(failed)} rows failed: {'; '.join(failed)}.")
+    print(f"gpu: every part ran{f'; {path}' if arguments.out else ''}")
 
 
 def short_name(gpu: str) -> str:
@@ -372,7 +394,9 @@ def main() -> None:
         "--minutes", type=float, default=8.0, help="time budget (default: %(default)g)"
     )
     parser.add_argument(
-        "--out", type=Path, help="existing folder of the result file (default: bench/results)"
+        "--out",
+        type=Path,
+        help="existing folder of the result file (default: bench/results; none with --dry-run)",
     )
     arguments = parser.parse_args()
     run_guarded(lambda: run(arguments))

@@ -35,6 +35,7 @@ from eval.runs import PROJECTOR, FinishedRun, LoadedRun, load_run, open_run
 from eval.settings import EvaluateSettings
 from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
+from train.model.attention import score_dtype
 from train.model.language_model import DTYPES
 from train.model.projector import Projector, read_projector
 from train.settings import LlmSettings
@@ -109,7 +110,8 @@ def build_model(
     trained: LoadedRun, parts: LlavaParts, settings: EvaluateSettings
 ) -> LlavaPhiForConditionalGeneration:
     """Build the LLaVA model of a run, on the CPU."""
-    dtype = DTYPES[trained.params.section("llm", LlmSettings).dtype]
+    # Transformers' attention computes in the dtype of the weights, and Phi's overflows in float16.
+    dtype = score_dtype(DTYPES[trained.params.section("llm", LlmSettings).dtype])
     config = LlavaConfig(
         vision_config=parts.vision,
         text_config=parts.text,

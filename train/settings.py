@@ -75,8 +75,9 @@ class LoopSettings:
     texts_per_image: int
     """Most texts of an image in one step; the others follow later in the epoch."""
     micro_batch_tokens: int | Literal["auto"]
-    """Most positions of a forward pass, patches and padding included; limited by memory. `auto`
-    tries what fits the GPU; on a CPU it is 4096."""
+    """Most positions of a forward pass, patches and padding included; limited by memory. An image
+    with more positions gets a pass of its own. `auto` tries what fits the GPU; on a CPU it is
+    4096."""
     row_tokens: int
     """Most positions of a row of packed images, for SDPA, which computes all pairs of a row. With
     FlexAttention, on a GPU, a forward pass is one row."""

@@ -201,7 +201,8 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
         _check_extent(value, key, path)
         return float(value)
     if type(value) is not wanted:
-        raise _wrong(path, key, wanted.__name__, value)
+        # YAML 1.2 takes `yes` and `on` for texts.
+        raise _wrong(path, key, "true or false" if wanted is bool else wanted.__name__, value)
     _check_extent(value, key, path)
     return value
 

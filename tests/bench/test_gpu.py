@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from bench import gpu
 from bench.gpu_parts.goals import COMPARED, OURS, conclude, row_name
 from bench.gpu_parts.sizes import DRY, FULL
 from bench.step import FINETUNE, PRETRAIN
+from workspace.errors import StageError
 
 ROOT = Path(__file__).parents[2]
 ABSENT = ("dvc", "wandb", "gradio", "ruamel")
@@ -67,7 +69,7 @@ def test_every_goal_is_judged_but_that_of_waits(result):
 
 
 def test_a_run_without_time_skips_all_rows_and_says_so(tmp_path):
-    ended = start("--dry-run", "--out", tmp_path, "--minutes", "0")
+    ended = start("--dry-run", "--out", tmp_path, "--minutes", "0.001")
     assert ended.returncode == 0, ended.stderr
     parts = json.loads((tmp_path / "gpu_dry_run.json").read_text())["parts"]
     assert list(parts) == list(gpu.PARTS)
@@ -83,6 +85,31 @@ def test_without_a_gpu_the_command_says_what_to_do(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.strip().endswith("Take --dry-run to try every part on the CPU.")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--minutes", "-1"), "--minutes is -1, wanted more than 0."),
+        (("--minutes", "nan"), "--minutes is nan, wanted more than 0."),
+        (("--out", "missing"), "--out: missing is no folder."),
+        (("--out", "README.md"), "--out: README.md is no folder."),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments, reason):
+    ended = start("--dry-run", *arguments)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().endswith(reason)
+
+
+def test_a_row_that_fails_in_a_dry_run_is_an_error(monkeypatch, tmp_path):
+    def measure(report, bench):
+        report.row("a row", 1, lambda: 1 / 0)
+
+    monkeypatch.setattr(gpu, "PARTS", {"a part": measure})
+    arguments = argparse.Namespace(out=tmp_path, minutes=1.0, dry_run=True)
+    with pytest.raises(StageError, match=r"1 rows failed: a part: a row\.$"):
+        gpu.run(arguments)
 
 
 def test_the_result_file_is_named_after_the_gpu():

@@ -242,6 +242,14 @@ def test_greedy_answers_are_the_same_in_a_batch_too(exported):
     assert made.shape[1] == EVALUATE["answer_tokens"]
 
 
+@pytest.mark.parametrize("exported", ["fp16"], indirect=True)
+def test_a_model_trained_in_fp16_is_saved_in_float32(exported):
+    """Transformers' attention would overflow in float16."""
+    model, _ = load(exported.out)
+    assert model.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("exported", ["bf16"], indirect=True)
 def test_tower_and_projector_stay_in_float32(exported):
     model, _ = load(exported.out)
