@@ -50,6 +50,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
 
+CHANGES_NO_BIT = ".gradient_checkpointing"
+"""Setting that is no part of a run's identity: a run that is out of memory may go on with it."""
+
 HISTORY_COLUMNS = (
     "step",
     "loss",
@@ -197,8 +200,9 @@ def run_identity(
         store: Holds the features.
         others: Hashes of weights.
     """
+    settings = flatten({name: params.values[name] for name in ("seed", *sections)})
     return {
-        **flatten({name: params.values[name] for name in ("seed", *sections)}),
+        **{name: value for name, value in settings.items() if not name.endswith(CHANGES_NO_BIT)},
         "features": store.fingerprint,
         "features_sha256": sha256_of(FEATURES / INDEX_FILE),
         **{f"{name}_sha256": digest for name, digest in index_hashes().items()},

@@ -6,6 +6,7 @@ that fails is recorded with its error, and the next row runs.
 
 import contextlib
 import gc
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ class Report:
         conclude: Callable[[dict[str, Rows]], dict[str, Any]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the time budget and write the file for the first time.
+        """Start the time budget; an older file stays until the first row is there.
 
         Args:
             path: The result file; replaced whenever there is something new.
@@ -47,7 +48,6 @@ class Report:
         self._path, self._about, self._conclude = path, about, conclude
         self._seconds, self._clock = seconds, clock
         self._started = clock()
-        self._write()
 
     @property
     def seconds_left(self) -> float:
@@ -88,6 +88,8 @@ class Report:
         is_measured = True
         try:
             row = measure()
+            # The file holds no NaN, so a row with one has failed.
+            json.dumps(row, allow_nan=False)
         # Out of memory, a kernel that does not compile: the next row may work.
         except Exception as error:
             row, is_measured = _failure(error), False

@@ -13,7 +13,12 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from ..errors import PatchcacheError
+from ..texts import one_line
 from .interrupts import INTERRUPTED, INTERRUPTED_MESSAGE, handle_interrupts, ignore_interrupts
+
+MEMORY_ADVICE = (
+    "Lower micro_batch_tokens or batch_size of the stage's settings, or end other programs."
+)
 
 READER_GONE = 141
 """Exit code of a command whose reader, such as `head`, has ended: 128 + SIGPIPE, as in shells."""
@@ -69,7 +74,18 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         sys.exit(_report(error))
     except KeyboardInterrupt:
         sys.exit(_fail(INTERRUPTED_MESSAGE, INTERRUPTED))
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.exit(_fail(f"out of memory: {one_line(error)} {MEMORY_ADVICE}", 1))
     sys.exit(0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether main memory or a GPU's is full; the error of torch, which not every command
+    loads, is known by its name.
+    """
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _report(error: OSError) -> int:

@@ -227,6 +227,19 @@ def test_what_decides_a_run_has_a_name_each(workspace):
 
 
 @pytest.mark.usefixtures("workspace")
+def test_a_run_may_go_on_with_gradient_checkpointing(workspace):
+    store = FeatureStore(FEATURES)
+    made = [
+        run_identity(
+            workspace.params(finetune={"gradient_checkpointing": value}), ["finetune"], store
+        )
+        for value in (False, True)
+    ]
+    assert made[0] == made[1]
+    assert not any("checkpointing" in name for name in made[0])
+
+
+@pytest.mark.usefixtures("workspace")
 def test_provenance_names_code_features_texts_libraries_and_device():
     store = FeatureStore(FEATURES)
     made = provenance(store, torch.device("cpu"))

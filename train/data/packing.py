@@ -156,7 +156,9 @@ def pack_one_row_passes(lengths: Sequence[int], *, pass_tokens: int, num_process
             own.
         num_processes: Every process gets as many passes, where the images suffice.
     """
-    fewest = max(math.ceil(sum(lengths) / pass_tokens), num_processes)
+    # Two images of more than half of a pass never share it.
+    large = sum(2 * length > pass_tokens for length in lengths)
+    fewest = max(math.ceil(sum(lengths) / pass_tokens), large, num_processes)
     fewest = -(-fewest // num_processes) * num_processes
     for num_passes in range(fewest, len(lengths), num_processes):
         rows = _fill_rows(lengths, num_passes)

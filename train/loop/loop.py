@@ -34,6 +34,9 @@ from workspace.errors import StageError
 PASS_SIZE = "micro_batch_tokens"
 """Key of a checkpoint's progress and of the metrics: most positions of a forward pass."""
 
+MAX_PASS_SIZE = 1 << 53
+"""As large as a setting may be."""
+
 
 def train(
     setup: TrainingSetup, saving: CheckpointSettings, run: RunDirectory, tracker: Tracker
@@ -94,7 +97,7 @@ class _Training:
             for data in prefetcher:
                 if not self._completed_steps:
                     check_first_logits(setup.model, data)
-                loss_sum = self._step(data)
+                loss_sum = self._step_unless(stop, data)
                 learning_rate = float(self._schedule.get_last_lr()[0])
                 self._schedule.step()
                 self._completed_steps += 1
@@ -120,6 +123,15 @@ class _Training:
             PASS_SIZE: setup.pass_tokens,
         }
 
+    def _step_unless(self, stop: StopRequest, data: StepData) -> float:
+        """Make one optimizer step; what a signal breaks, like a compiler's process, is no error."""
+        try:
+            return self._step(data)
+        except Exception:
+            if stop.requested:
+                raise KeyboardInterrupt from None
+            raise
+
     def _step(self, data: StepData) -> float:
         """Make one optimizer step; return the summed loss of its tokens."""
         setup, step = self._setup, self._completed_steps + 1
@@ -142,8 +154,8 @@ class _Training:
             stage = self._run.stage
             raise StageError(
                 f"step {step}: the GPU's memory is full: {one_line(error)} "
-                f"{self._last_checkpoint()} Lower {stage}.micro_batch_tokens "
-                f"({setup.pass_tokens}), or set {stage}.gradient_checkpointing: true."
+                f"{self._last_checkpoint()} Set {stage}.gradient_checkpointing: true to go on from "
+                f"it, or start again with {stage}.micro_batch_tokens below {setup.pass_tokens}."
             ) from None
 
     def _log_and_validate(self, stop: StopRequest) -> None:
@@ -161,7 +173,7 @@ class _Training:
                     self._history.write(step, self._validate())
                 elif step % settings.log_every_steps == 0:
                     self._history.write(step, None)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, torch.OutOfMemoryError):
             self._save(before)
             raise
 
@@ -209,6 +221,9 @@ class _Training:
         ):
             if found.step not in range(1, len(self._plan) + 1):
                 raise ValueError(f"step {found.step!r} of {len(self._plan)}")
+            pass_size = found.progress.get(PASS_SIZE, 1)
+            if type(pass_size) is not int or not 0 < pass_size <= MAX_PASS_SIZE:
+                raise ValueError(f"{PASS_SIZE} {pass_size!r}")
             found.restore(self._setup.model.trainable_parameters(), self._setup.optimizer)
             self._history.restore(found.progress)
         self._run.continue_after(found.step, len(self._plan))

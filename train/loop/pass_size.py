@@ -158,7 +158,7 @@ def pass_of(setup: TrainingSetup, tokens: int) -> StepData:
 
     Args:
         setup: Of the run.
-        tokens: Positions of the pass; one image is taken in any case.
+        tokens: Positions of the pass; every process gets an image in any case.
     """
     num_processes = PartialState().num_processes
     chosen: list[Example] = []
@@ -168,7 +168,10 @@ def pass_of(setup: TrainingSetup, tokens: int) -> StepData:
         for example, length in zip(examples, _lengths(setup, examples), strict=True):
             total, longest = total + length, max(longest, length)
             # Processes share images evenly, but for one image.
-            if chosen and total + (num_processes - 1) * longest > num_processes * tokens:
+            if (
+                len(chosen) >= num_processes
+                and total + (num_processes - 1) * longest > num_processes * tokens
+            ):
                 return _with_tokens(setup, tokens).step_data(chosen)
             chosen.append(example)
     raise AssertionError("a plan has a step, and a step an image")
@@ -205,6 +208,7 @@ class GpuMemory:
         return before + taken + OPTIMIZER_COPIES * sum(p.nbytes for p in parameters)
 
     def release(self) -> None:
-        """Free gradients and the allocator's unused blocks."""
+        """Free gradients and the allocator's unused blocks; the peak of the pass is forgotten."""
         self.setup.optimizer.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.setup.model.device)

@@ -30,6 +30,9 @@ from train.data.prompts import tokenize
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
+SMALL_SCALE = 64
+"""Factor of the loss in a second try of a step in float16, after a gradient that overflowed."""
+
 
 @dataclass(frozen=True)
 class StepData:
@@ -144,27 +147,42 @@ def optimizer_step(
             before.
     """
     model.train()
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
-    is_half = model.language_model.dtype == torch.float16
-    for batch in data.batches:
-        torch.manual_seed(pass_seed(*seed, batch.number))
-        loss = model(batch.to(model.device))
-        # In float16, gradients of a mean over many tokens would underflow.
-        (loss if is_half else loss / data.num_target_tokens).backward()
-        loss_sum += loss.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _sum_gradients(parameters)
-    if is_half:
-        for gradient in (p.grad for p in parameters if p.grad is not None):
-            gradient /= data.num_target_tokens
-    norm_tensor = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    # One transfer: the host waits for a GPU here, and nowhere else in the step.
-    total, norm = map(float, torch.stack([reduce(loss_sum, "sum"), norm_tensor.double()]).tolist())
+    scales: tuple[int, ...] = (1,)
+    if model.language_model.dtype == torch.float16:
+        # Gradients of a mean over many tokens underflow in float16, those of a sum may overflow.
+        scales = (data.num_target_tokens, SMALL_SCALE)
+    total = norm = math.nan
+    for scale in scales:
+        optimizer.zero_grad(set_to_none=True)
+        loss_sum = _add_gradients(model, data, seed, scale)
+        _sum_gradients(parameters)
+        if scale != 1:
+            for gradient in (p.grad for p in parameters if p.grad is not None):
+                gradient /= scale
+        norm_tensor = nn.utils.clip_grad_norm_(parameters, clip_norm)
+        # One transfer: the host waits for a GPU here, and nowhere else in the step.
+        numbers = torch.stack([reduce(loss_sum, "sum"), norm_tensor.double()])
+        total, norm = map(float, numbers.tolist())
+        if math.isfinite(norm):
+            break
     if not (math.isfinite(total) and math.isfinite(norm)):
         raise FloatingPointError(f"the loss is {total}, its gradient's norm {norm}")
     optimizer.step()
     return total
+
+
+def _add_gradients(
+    model: CaptionModel, data: StepData, seed: tuple[int, int], scale: int
+) -> torch.Tensor:
+    """Add the gradients of `scale` times the mean loss; return the summed loss: [], float64."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.device)
+    for batch in data.batches:
+        torch.manual_seed(pass_seed(*seed, batch.number))
+        loss = model(batch.to(model.device))
+        (loss / data.num_target_tokens * scale).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
 
 def pass_seed(seed: int, step: int, number: int) -> int:

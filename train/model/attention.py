@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -129,9 +131,19 @@ def use_packed_attention(model: PreTrainedModel) -> Callable[[PackedBatch], Tens
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    if model.device.type == "cuda" and _flex_works(model):
+    if model.device.type == "cuda" and _in_all_processes(_flex_works(model), model.device):
         return block_mask
     return lambda batch: dense_mask(batch, score_dtype(model.dtype))
+
+
+def _in_all_processes(works: bool, device: torch.device) -> bool:
+    """Return whether it works in every process: they pack the same passes, so all use one mask."""
+    if PartialState().num_processes == 1:
+        return works
+    everywhere: Tensor = gather(torch.tensor([works], device=device))
+    if works and not everywhere.all():
+        print("FlexAttention fails in another process, SDPA is used", file=sys.stderr)
+    return bool(everywhere.all())
 
 
 @torch.inference_mode(False)
@@ -157,6 +169,8 @@ def _flex_works(model: PreTrainedModel) -> bool:
         mask = _block_mask(zeros, zeros)
         out, _ = packed_attention(model, query, key, value, mask)
         torch.autograd.grad(out.sum(), (query, key, value))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError) as error:
         reason = one_line(error)
         print(f"FlexAttention does not work here, SDPA is used: {reason}", file=sys.stderr)

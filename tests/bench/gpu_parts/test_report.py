@@ -40,10 +40,23 @@ def written(path):
     return json.loads(path.read_text())
 
 
-def test_the_file_is_there_before_the_first_row(report, path):
-    assert written(path) == {
-        "machine": "this one", "seconds": 0.0, "parts": {}, "rows so far": 0,
-    }  # fmt: skip
+def test_an_older_file_stays_until_the_first_row(report, path):
+    path.write_text("older")
+    with report.part("chip"):
+        assert path.read_text() == "older"
+        report.row("a row", 1, dict)
+        found = written(path)
+        assert found["machine"] == "this one"
+        assert found["rows so far"] == 1
+
+
+def test_a_row_with_a_number_that_is_not_finite_has_failed_and_the_next_one_runs(report, path):
+    with report.part("chip"):
+        assert report.row("broken", 1, lambda: {"loss": [1.0, float("nan")]}) is None
+        assert report.row("fine", 1, lambda: {"loss": 1.0}) is not None
+    rows = written(path)["parts"]["chip"]
+    assert rows["broken"]["error"].startswith("ValueError: Out of range float values")
+    assert rows["fine"]["loss"] == 1.0
 
 
 def test_the_file_is_whole_after_every_row(report, path, clock):

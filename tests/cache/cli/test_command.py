@@ -48,6 +48,18 @@ def test_a_stage_gets_the_settings_it_was_named(tmp_path):
         ("raise StageError('no images')", 1, "error: no images\n"),
         ("raise SettingsError('no key')", 2, "error: no key\n"),
         ("raise MissingImageError('image 3')", 1, "error: image 3\n"),
+        (
+            "raise MemoryError('no 9\\nGiB')",
+            1,
+            "error: out of memory: no 9 GiB Lower micro_batch_tokens or batch_size of the stage's "
+            "settings, or end other programs.\n",
+        ),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory.')",
+            1,
+            "error: out of memory: CUDA out of memory. Lower micro_batch_tokens or batch_size of "
+            "the stage's settings, or end other programs.\n",
+        ),
         ("open('/none/none')", 1, "error: [Errno 2] No such file or directory: '/none/none'\n"),
     ],
 )

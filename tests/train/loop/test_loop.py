@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -163,7 +165,35 @@ def test_a_full_memory_is_an_error_that_says_what_to_do(make_setup, loop, monkey
     said = str(error.value)
     assert said.startswith("step 1: the GPU's memory is full: CUDA out of memory. Tried to")
     assert "\n" not in said
-    assert "Lower test.micro_batch_tokens (128), or set test.gradient_checkpointing: true." in said
+    assert "Set test.gradient_checkpointing: true to go on from it" in said
+    assert "start again with test.micro_batch_tokens below 128." in said
+
+
+def test_a_full_memory_in_validation_loses_no_step(
+    make_setup, settings, make_run, loop, monkeypatch
+):
+    def full(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    made, run = make_setup(EXAMPLES, settings=settings(validate_every_steps=2)), make_run()
+    monkeypatch.setattr(train.loop.loop, "validation_loss", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        loop(made, run)
+    monkeypatch.undo()
+    loop(make_setup(EXAMPLES, settings=settings(validate_every_steps=2)), run)
+    assert run.continued[0] == 2
+
+
+def test_an_error_after_a_signal_is_an_interrupt(make_setup, loop, monkeypatch):
+    """A compiler's process gets the signal too, and its failure is the step's."""
+
+    def broken(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("the compiler was interrupted")
+
+    monkeypatch.setattr(train.loop.loop, "optimizer_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        loop(make_setup(EXAMPLES))
 
 
 def test_generating_and_validating_do_not_change_what_is_learned(run_once):
@@ -371,6 +401,10 @@ def test_from_the_last_checkpoint_only_the_end_is_made_again(make_setup, make_ru
         lambda found: {"step": "3"},
         lambda found: {"progress": {}},
         lambda found: {"progress": found.progress | {"closed": {"other": 1}}},
+        lambda found: {"progress": found.progress | {"micro_batch_tokens": "many"}},
+        lambda found: {"progress": found.progress | {"micro_batch_tokens": 0}},
+        lambda found: {"progress": found.progress | {"micro_batch_tokens": True}},
+        lambda found: {"progress": found.progress | {"micro_batch_tokens": 10**20}},
         lambda found: {"tensors": {}},
     ],
 )

@@ -183,8 +183,22 @@ def test_a_pass_is_filled_with_the_runs_own_images(
     if tokens >= 512:
         # The process with the most has nearly a whole pass.
         assert 0.85 * tokens < max(batch.token_ids.numel() for batch in data.batches) <= tokens
-    assert len(data.image_ids) == 1 or data.num_positions <= num_processes * tokens
+    assert len(data.image_ids) <= num_processes or data.num_positions <= num_processes * tokens
     assert data.num_positions > num_processes * (tokens - longest)
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+@pytest.mark.parametrize("num_processes", [2, 4, 8])
+def test_every_process_tries_a_pass_however_long_the_images_are(
+    setup, monkeypatch, num_processes, one_row
+):
+    made = setup(batch_size=4)
+    made.model.packs_one_row = one_row
+    for rank in range(num_processes):
+        processes = SimpleNamespace(num_processes=num_processes, process_index=rank)
+        for module in (train.loop.pass_size, train.loop.step):
+            monkeypatch.setattr(module, "PartialState", lambda processes=processes: processes)
+        assert len(pass_of(made, 1).batches) >= 1
 
 
 class FakeCuda:

@@ -12,6 +12,7 @@ from train.data.examples import Example
 from train.data.packing import PADDING
 from train.data.prompts import caption_turns, conversation_turns, tokenize
 from train.loop.step import build_step, mean_loss, optimizer_step, pass_seed
+from train.model.language_model import compute_lora_in_input_dtype
 from workspace.errors import StageError
 
 EXAMPLES = [
@@ -207,6 +208,26 @@ def test_gradients_of_many_tokens_do_not_underflow_in_float16(make_model, build)
     data = dataclasses.replace(data, num_target_tokens=many)
     _, found = step_gradients(make_model(lora=0.0, dtype="fp16"), data)
     assert_same(found, {name: gradient * (few / many) for name, gradient in wanted.items()}, 1e-5)
+
+
+def test_a_gradient_of_the_sum_that_overflows_float16_is_taken_again(make_model, build):
+    data = build(MANY)
+
+    def gradients(dtype):
+        model = make_model(lora=0.0, dtype=dtype)
+        compute_lora_in_input_dtype(model)
+        with torch.no_grad():
+            # Logits of 100 times the size: the gradient of their sum is beyond 65,504.
+            model.language_model.lm_head.weight *= 100 * 60
+        return step_gradients(model, data)
+
+    wanted_loss, wanted = gradients("fp32")
+    assert max(float(gradient.abs().max()) for gradient in wanted.values()) > 65_504 / (
+        data.num_target_tokens
+    )
+    loss, found = gradients("fp16")
+    assert loss == pytest.approx(wanted_loss, rel=1e-2)
+    assert_same(found, wanted, 5e-2)
 
 
 def test_gradients_do_not_pile_up_over_steps(model, build):

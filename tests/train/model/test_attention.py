@@ -363,6 +363,24 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
         assert said == f"FlexAttention does not work here, SDPA is used: {reason}\n"
 
 
+@pytest.mark.parametrize(("works", "elsewhere"), [(True, True), (True, False), (False, True)])
+def test_all_processes_use_one_form(monkeypatch, capsys, works, elsewhere):
+    module = train.model.attention
+    monkeypatch.setattr(module, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(module, "gather", lambda own: torch.cat([own, torch.tensor([elsewhere])]))
+    assert module._in_all_processes(works, torch.device("cpu")) == (works and elsewhere)
+    assert ("another process" in capsys.readouterr().err) == (works and not elsewhere)
+
+
+def test_a_full_memory_is_no_reason_to_use_sdpa(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.model.attention, "packed_attention", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.model.attention._flex_works(wide_model().language_model)
+
+
 @torch.no_grad()
 def test_compiled_functions_are_compiled_twice_whatever_the_lengths(monkeypatch):
     """Once for the first length and once for all others; grouped queries and a new mask a pass."""
