@@ -168,10 +168,8 @@ def pass_of(setup: TrainingSetup, tokens: int) -> StepData:
         for example, length in zip(examples, _lengths(setup, examples), strict=True):
             total, longest = total + length, max(longest, length)
             # Processes share images evenly, but for one image.
-            if (
-                len(chosen) >= num_processes
-                and total + (num_processes - 1) * longest > num_processes * tokens
-            ):
+            is_full = total + (num_processes - 1) * longest > num_processes * tokens
+            if is_full and len(chosen) >= num_processes:
                 return _with_tokens(setup, tokens).step_data(chosen)
             chosen.append(example)
     raise AssertionError("a plan has a step, and a step an image")
