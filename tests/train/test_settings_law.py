@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import train.finetune
 import train.loop.loop
 import train.loop.tracking
+import train.model.blocks
 import train.pretrain
 from cache.errors import PatchcacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
@@ -150,9 +151,8 @@ def observe(workspace, monkeypatch, other_model):
         requests["compiled"].append(len(arguments))
         return compile_blocks(*arguments, backend="aot_eager")
 
-    for module in (train.pretrain, train.finetune):
-        # A backend that needs no compiler.
-        monkeypatch.setattr(module, "compile_blocks", compiled)
+    # A backend that needs no compiler.
+    monkeypatch.setattr(train.model.blocks, "compile_blocks", compiled)
 
     def started(**named):
         requests["wandb"].append(named["mode"])
