@@ -55,7 +55,7 @@ def settings(loop_values):
 
 
 @pytest.fixture
-def make_setup(make_model, tokenizer, store, settings):
+def make_setup(make_model, prompt_format, store, settings):
     default = settings()
 
     def make(
@@ -72,7 +72,7 @@ def make_setup(make_model, tokenizer, store, settings):
         learning = [p for p in model.parameters() if p.requires_grad]
         return TrainingSetup(
             model=model,
-            tokenizer=tokenizer,
+            prompt_format=prompt_format,
             store=store,
             train=examples_of(examples),
             validation=examples_of(validation),

@@ -6,11 +6,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
 
 IDS = [100, 139, 117, 100, 121]
-PROMPTS = ["", question_text("What is in the box"), "a", question_text("where"), ""]
+QUESTIONS = [None, "What is in the box", "a", "where", None]
 LIMIT = 12
 
 
@@ -20,10 +19,10 @@ def model(make_model):
 
 
 @pytest.fixture
-def make(model, tokenizer, store):
-    def make(image_ids=IDS, prompts=PROMPTS, max_tokens=LIMIT, batch_size=8, model=model):
+def make(model, prompt_format, store):
+    def make(image_ids=IDS, questions=QUESTIONS, max_tokens=LIMIT, batch_size=8, model=model):
         return generate(
-            model, tokenizer, store, image_ids, prompts,
+            model, prompt_format, store, image_ids, questions,
             max_tokens=max_tokens, batch_size=batch_size, description="test",
         )  # fmt: skip
 
@@ -31,8 +30,9 @@ def make(model, tokenizer, store):
 
 
 @torch.no_grad()
-def plain_greedy(model, tokenizer, store, image_id, prompt, max_tokens):
+def plain_greedy(model, tokenizer, store, image_id, question, max_tokens):
     """No cache, no padding, no library: the whole sequence again for every token."""
+    prompt = "" if question is None else f"Instruct: {question}\nOutput:"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     patches = model.embed_patches(torch.from_numpy(store.gather([image_id])))
     made = []
@@ -48,8 +48,8 @@ def plain_greedy(model, tokenizer, store, image_id, prompt, max_tokens):
 
 
 def assert_plain(found, model, tokenizer, store):
-    for generation, image_id, prompt in zip(found, IDS, PROMPTS, strict=True):
-        made, stopped = plain_greedy(model, tokenizer, store, image_id, prompt, LIMIT)
+    for generation, image_id, question in zip(found, IDS, QUESTIONS, strict=True):
+        made, stopped = plain_greedy(model, tokenizer, store, image_id, question, LIMIT)
         assert generation.text == tokenizer.decode(made).strip()
         assert (generation.num_tokens, generation.stopped) == (len(made), stopped)
 
@@ -63,7 +63,7 @@ def test_it_is_what_a_plain_greedy_loop_makes(make, model, tokenizer, store):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_texts_do_not_depend_on_what_stands_beside_them(make, batch_size):
     assert make(batch_size=batch_size) == make(batch_size=8)
-    assert make(IDS[::-1], PROMPTS[::-1]) == make()[::-1]
+    assert make(IDS[::-1], QUESTIONS[::-1]) == make()[::-1]
 
 
 def test_training_mode_is_left_before(make, model):
@@ -114,7 +114,7 @@ def test_without_eos_the_limit_ends_it(make, biased, tokenizer):
 
 def test_texts_of_a_batch_stop_each_on_its_own(make, biased, tokenizer, store):
     swept = set()
-    for tenths in range(0, 30, 2):
+    for tenths in range(30):
         model = biased(tokenizer.eos_token_id, tenths / 10)
         found = make(model=model)
         swept |= {(generation.num_tokens, generation.stopped) for generation in found}
@@ -153,7 +153,7 @@ def test_an_eos_written_in_a_question_is_text(make, model, tokenizer, monkeypatc
 
     monkeypatch.setattr(model, "embed_text", recording)
     make([100], [f"a{tokenizer.eos_token}b"])
-    assert tokenizer.decode(seen) == f"a{tokenizer.eos_token}b"
+    assert tokenizer.decode(seen) == f"Instruct: a{tokenizer.eos_token}b\nOutput:"
     assert tokenizer.eos_token_id not in seen
 
 
@@ -161,13 +161,13 @@ def test_an_eos_written_in_a_question_is_text(make, model, tokenizer, monkeypatc
 
 
 @pytest.fixture
-def drawn(model, tokenizer, store):
+def drawn(model, prompt_format, store):
     """Make one text an image by drawing tokens."""
 
     def drawn(image_ids=IDS, model=model, max_tokens=LIMIT, **sampling):
         values = {"temperature": 1.0, "top_p": 1.0, "seed": 0} | sampling
         return generate(
-            model, tokenizer, store, image_ids, [""] * len(image_ids), max_tokens=max_tokens,
+            model, prompt_format, store, image_ids, [None] * len(image_ids), max_tokens=max_tokens,
             batch_size=999, description="test", sampling=Sampling(**values),
         )  # fmt: skip
 
@@ -188,7 +188,7 @@ def test_drawing_leaves_the_random_state_as_it_was(drawn):
 
 
 def test_near_temperature_zero_it_is_greedy(drawn, make):
-    greedy = make(IDS, [""] * len(IDS))
+    greedy = make(IDS, [None] * len(IDS))
     assert drawn(temperature=0.001) == greedy
     assert drawn(top_p=1e-9) == greedy
     assert drawn(temperature=9.0) != greedy
@@ -247,12 +247,14 @@ def test_sampling_that_cannot_be_is_refused(name, values):
 
 
 @pytest.fixture
-def streamed(model, tokenizer, store):
+def streamed(model, prompt_format, store):
     """Stream a text about an image."""
 
-    def streamed(image_id, prompt, max_tokens=LIMIT, model=model, tokenizer=tokenizer, **sampling):
+    def streamed(
+        image_id, question, max_tokens=LIMIT, model=model, prompt_format=prompt_format, **sampling
+    ):
         return stream(
-            model, tokenizer, store.gather([image_id])[0], encode([prompt], tokenizer)[0],
+            model, prompt_format, store.gather([image_id])[0], prompt_format.prompts([question])[0],
             max_tokens=max_tokens, sampling=Sampling(**sampling) if sampling else None,
         )  # fmt: skip
 
@@ -271,8 +273,8 @@ def streaming_threads():
 
 @pytest.mark.parametrize("limit", [1, 2, 12, 60])
 def test_the_pieces_join_to_what_generate_makes(make, streamed, limit):
-    for image_id, prompt, wanted in zip(IDS, PROMPTS, make(max_tokens=limit), strict=True):
-        assert "".join(streamed(image_id, prompt, limit)) == wanted.text
+    for image_id, question, wanted in zip(IDS, QUESTIONS, make(max_tokens=limit), strict=True):
+        assert "".join(streamed(image_id, question, limit)) == wanted.text
 
 
 def test_white_space_and_broken_letters_join_too(even, drawn, streamed, tokenizer):
@@ -283,24 +285,24 @@ def test_white_space_and_broken_letters_join_too(even, drawn, streamed, tokenize
     for seed in range(20):
         (wanted,) = drawn([100], model=model, max_tokens=60, seed=seed)
         sampling = {"temperature": 1.0, "top_p": 1.0, "seed": seed}
-        assert "".join(streamed(100, "", 60, model=model, **sampling)) == wanted.text
+        assert "".join(streamed(100, None, 60, model=model, **sampling)) == wanted.text
         swept += wanted.text
     assert set(" \n中é\ufffd") < set(swept)
 
 
 def test_no_piece_is_empty_and_there_are_several(streamed, chatty):
-    pieces = list(streamed(100, "", 60, model=chatty))
+    pieces = list(streamed(100, None, 60, model=chatty))
     assert len(pieces) > 1
     assert all(pieces)
 
 
-def test_a_seed_streams_the_text_that_it_generates(streamed, model, tokenizer, store):
+def test_a_seed_streams_the_text_that_it_generates(streamed, model, prompt_format, store):
     sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 4}
     (wanted,) = generate(
-        model, tokenizer, store, [100], [""], max_tokens=LIMIT, batch_size=1,
+        model, prompt_format, store, [100], [None], max_tokens=LIMIT, batch_size=1,
         description="test", sampling=Sampling(**sampling),
     )  # fmt: skip
-    assert "".join(streamed(100, "", **sampling)) == wanted.text
+    assert "".join(streamed(100, None, **sampling)) == wanted.text
 
 
 def test_pieces_come_while_the_text_is_made(streamed, chatty, monkeypatch):
@@ -312,7 +314,7 @@ def test_pieces_come_while_the_text_is_made(streamed, chatty, monkeypatch):
         assert next(count) < 50 or read.wait(60)
 
     chatty.language_model.register_forward_pre_hook(wait)
-    pieces = streamed(100, "", 60, model=chatty)
+    pieces = streamed(100, None, 60, model=chatty)
     assert next(pieces)
     read.set()
     assert "".join(pieces)
@@ -327,7 +329,7 @@ def test_who_stops_reading_stops_the_model(streamed, chatty):
         assert len(made) < 50 or closed.wait(60)
 
     chatty.language_model.register_forward_pre_hook(wait)
-    pieces = streamed(100, "", 150, model=chatty)
+    pieces = streamed(100, None, 150, model=chatty)
     next(pieces)
     # Closing waits for the model, so the model is let go a moment after it began.
     threading.Timer(0.5, closed.set).start()
@@ -347,7 +349,7 @@ def test_an_error_while_generating_reaches_who_reads(streamed, make_model, after
 
     model.language_model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(streamed(100, "", model=model))
+        list(streamed(100, None, model=model))
     assert streaming_threads() == []
 
 
