@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.data.chat_tokenizers import chat_tokenizer
 from tests.train.images import Image
 from tests.train.stage_server import StageServer
+from train.data.chat_format import chat_format
 from train.data.examples import Examples
 from train.data.prompts import TokenizedText
 from train.loop.setup import TrainingSetup
@@ -44,6 +46,13 @@ def examples_of(examples):
     texts = [(example.image_id, text) for example in examples for text in example.texts]
     image_ids = np.array([image_id for image_id, _ in texts], dtype=np.int64)
     return Examples.grouped(image_ids, lambda number: texts[number][1])
+
+
+@pytest.fixture(scope="session")
+def chat_prompts():
+    """The format of a chat template, of a tokenizer that fits the rows of the tiny Phi."""
+    tokenizer = chat_tokenizer("ChatML with another EOS")
+    return chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
 
 
 @pytest.fixture

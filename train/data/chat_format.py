@@ -237,7 +237,7 @@ class _Layout:
             turn=tuple(between[closing:]),
             end_ids=tuple(sorted(end_ids | {end_of_turn})),
             strips=True,
-            wording=self._wording(starts[0], ends[1] + closing),
+            wording=self._wording(starts[0], starts[1], ends[1] + closing),
         )
 
     def _slots(self, encoder: PreTrainedTokenizerBase) -> list[Slot]:
@@ -276,23 +276,23 @@ class _Layout:
             ids[prefix : len(ids) - suffix] for ids in self._variants[place]
         ]
 
-    def _wording(self, lead: int, closing_end: int) -> Wording:
+    def _wording(self, lead: int, prompt: int, turn: int) -> Wording:
         """Return the constant texts, cut where the constant tokens are cut.
 
         Args:
             lead: Number of tokens before the patches.
-            closing_end: Number of tokens up to the end of the first answer's closing.
+            prompt: Number of tokens before the first answer.
+            turn: Number of tokens up to the end of the first answer's closing.
         """
-        constants = self._constants
-        lead_end = self._offsets[lead - 1][1] if lead else 0
-        turn = self._offsets[closing_end - 1][1] - self._spans[1][1]
+        place = [0, *(end for _, end in self._offsets)]
+        text, (_, asked), (answer, answered), (later, _), *_ = self._text, *self._spans
         return Wording(
-            lead=constants.start[:lead_end],
-            first_question=constants.start[lead_end:],
-            later_question=constants.to_question[turn:],
-            ask=constants.to_answer,
-            answer="",
-            closing=constants.to_question[:turn],
+            lead=text[: place[lead]],
+            first_question=text[place[lead] : self._spans[0][0]],
+            later_question=text[place[turn] : later],
+            ask=text[asked : place[prompt]],
+            answer=text[place[prompt] : answer],
+            closing=text[answered : place[turn]],
         )
 
 

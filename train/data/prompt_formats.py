@@ -91,6 +91,9 @@ def plain_format(
     asked = "\nAnswer:"
     (head,) = encode([asked], tokenizer)
     lead = _tokens_before_text(tokenizer)
+    # Behind an image token, SentencePiece marks the start of a word at a space alone.
+    plain, spaced = encode(["Question: ", " Question: "], tokenizer)
+    question = " Question: " if plain == spaced else "Question: "
     return PromptFormat(
         name="plain",
         tokenizer=tokenizer,
@@ -108,7 +111,7 @@ def plain_format(
         strips=True,
         wording=Wording(
             "".join(tokenizer.convert_ids_to_tokens(list(lead))),
-            "Question: ", "Question: ", asked, " ", tokenizer.eos_token,
+            question, question, asked, " ", tokenizer.eos_token,
         ),  # fmt: skip
     )
 

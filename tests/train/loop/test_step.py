@@ -32,7 +32,10 @@ BUDGETS = [(1, 1), (30, 30), (60, 100), (10_000, 10_000), (None, 1), (None, 300)
 
 @pytest.fixture
 def build(prompt_format, store):
-    def build(examples=EXAMPLES, *, row_tokens=64, pass_tokens=10_000, max_text_tokens=99):
+    def build(
+        examples=EXAMPLES, *, row_tokens=64, pass_tokens=10_000, max_text_tokens=99,
+        prompt_format=prompt_format,
+    ):  # fmt: skip
         return build_step(
             examples,
             prompt_format,
@@ -53,9 +56,12 @@ def by_hand(model, prompt_format, store, examples):
         patches = model.embed_patches(torch.from_numpy(store.gather([example.image_id])))
         for text in tokenize(example.texts, prompt_format, 99):
             ids = torch.tensor([text.token_ids])
-            embeds = torch.cat([patches, model.embed_text(ids)], dim=1)
+            lead = model.embed_text(torch.tensor([prompt_format.lead], dtype=torch.int64))
+            embeds = torch.cat([lead, patches, model.embed_text(ids)], dim=1)
             logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
-            all_losses = nn.functional.cross_entropy(logits[3:-1], ids[0], reduction="none")
+            all_losses = nn.functional.cross_entropy(
+                logits[len(prompt_format.lead) + 3 : -1], ids[0], reduction="none"
+            )
             losses += all_losses[torch.tensor(text.is_target)].tolist()
     return losses
 
@@ -145,6 +151,21 @@ def test_mean_loss_is_the_mean_of_plain_sequences(
         losses = by_hand(model, prompt_format, store, EXAMPLES)
         assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert math.isfinite(found)
+
+
+@pytest.mark.parametrize(("row_tokens", "pass_tokens"), BUDGETS)
+def test_with_tokens_before_the_patches_it_is_still_that_of_plain_sequences(
+    build, make_model, chat_prompts, store, row_tokens, pass_tokens
+):
+    model = make_model(lora=0.5).double()
+    assert chat_prompts.lead
+    data = build(row_tokens=row_tokens, pass_tokens=pass_tokens, prompt_format=chat_prompts)
+    losses = by_hand(model.eval(), chat_prompts, store, EXAMPLES)
+    assert data.num_target_tokens == len(losses)
+    assert mean_loss(model, data) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    texts = [text for e in EXAMPLES for text in tokenize(e.texts, chat_prompts, 99)]
+    of_texts = sum(len(text.token_ids) - 1 for text in texts)
+    assert data.num_positions == 3 * (len(chat_prompts.lead) + 4) + of_texts
 
 
 def step_gradients(model, data, *, seed=(0, 1), clip_norm=1e30):

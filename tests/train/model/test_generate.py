@@ -1,12 +1,17 @@
+import dataclasses
 import itertools
+import json
 import math
 import threading
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from train.model.generate import Sampling, generate, stream
+from tests.train.data.chat_tokenizers import chat_tokenizer, fast
+from train.data.chat_format import chat_format
+from train.model.generate import Generation, Sampling, generate, stream
 
 IDS = [100, 139, 117, 100, 121]
 QUESTIONS = [None, "What is in the box", "a", "where", None]
@@ -155,6 +160,99 @@ def test_an_eos_written_in_a_question_is_text(make, model, tokenizer, monkeypatc
     make([100], [f"a{tokenizer.eos_token}b"])
     assert tokenizer.decode(seen) == f"Instruct: a{tokenizer.eos_token}b\nOutput:"
     assert tokenizer.eos_token_id not in seen
+
+
+# A chat template
+
+
+@torch.no_grad()
+def chat_greedy(model, prompt_format, store, image_id, question, max_tokens=LIMIT):
+    """The tokens of a plain loop over lead, patches and prompt."""
+    before = model.embed_text(torch.tensor([prompt_format.lead]))
+    patches = model.embed_patches(torch.from_numpy(store.gather([image_id])))
+    (prompt,) = prompt_format.prompts([question])
+    known = sorted(prompt_format.tokenizer.get_vocab().values())
+    made = []
+    while len(made) < max_tokens:
+        text = model.embed_text(torch.tensor([prompt + made]))
+        embeds = torch.cat([before, patches, text], dim=1)
+        logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+        token_id = known[int(logits[known].argmax())]
+        if token_id in prompt_format.end_ids:
+            return made, True
+        made.append(token_id)
+    return made, False
+
+
+def ask(model, prompt_format, store, questions=QUESTIONS):
+    return generate(
+        model, prompt_format, store, IDS, questions,
+        max_tokens=LIMIT, batch_size=3, description="test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("amount", [-1e6, 1.0, 2.0, 1e6])
+def test_the_lead_is_read_and_every_end_token_stops(biased, chat_prompts, store, end, amount):
+    model = biased(chat_prompts.tokenizer.convert_tokens_to_ids(end), amount).eval()
+    for generation, image_id, question in zip(
+        ask(model, chat_prompts, store), IDS, QUESTIONS, strict=True
+    ):
+        made, stopped = chat_greedy(model, chat_prompts, store, image_id, question)
+        assert generation == Generation(chat_prompts.decode(made), len(made), stopped)
+        pieces = stream(
+            model, chat_prompts, store.gather([image_id])[0], chat_prompts.prompts([question])[0],
+            max_tokens=LIMIT,
+        )  # fmt: skip
+        assert "".join(pieces) == generation.text
+        if amount == 1e6:
+            assert (generation.text, generation.stopped) == ("", True)
+
+
+def test_without_its_lead_a_model_writes_something_else(biased, chat_prompts, store):
+    model = biased(chat_prompts.end_ids[0], -1e6).eval()
+    bare = dataclasses.replace(chat_prompts, lead=())
+    assert ask(model, bare, store) != ask(model, chat_prompts, store)
+
+
+def test_the_end_of_a_turn_is_not_shown_even_if_the_tokenizer_does_not_call_it_special(
+    biased, store
+):
+    tokenizer = chat_tokenizer("ChatML whose tokens are not special")
+    prompts = chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
+    for amount in (1.0, 2.0, 3.0, 1e6):
+        model = biased(tokenizer.convert_tokens_to_ids("<|im_end|>"), amount).eval()
+        for image_id, question, wanted in zip(
+            IDS, QUESTIONS, ask(model, prompts, store), strict=True
+        ):
+            pieces = stream(
+                model, prompts, store.gather([image_id])[0], prompts.prompts([question])[0],
+                max_tokens=LIMIT,
+            )  # fmt: skip
+            text = "".join(pieces)
+            assert text == wanted.text
+            assert "<|im_end|>" not in text
+
+
+def test_an_id_in_a_gap_of_the_vocabulary_is_never_generated(biased, chat_prompts, store):
+    """Tokenizers may leave out ids between their entries."""
+    state = json.loads(chat_prompts.tokenizer.backend_tokenizer.to_str())
+    merged = {token for merge in state["model"]["merges"] for token in merge}
+    unused = next(token for token in state["model"]["vocab"] if token not in merged)
+    gap = state["model"]["vocab"].pop(unused)
+    backend = Tokenizer.from_str(json.dumps(state))
+    tokenizer = fast(backend, chat_prompts.tokenizer.chat_template, eos_token="<|endoftext|>")
+    assert gap < len(tokenizer)
+    assert gap not in tokenizer.get_vocab().values()
+    prompts = chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
+    for token_id in (gap, len(tokenizer) + 1, 511):
+        model = biased(token_id, 1e6).eval()
+        for generation, image_id, question in zip(
+            ask(model, prompts, store), IDS, QUESTIONS, strict=True
+        ):
+            made, _ = chat_greedy(model, prompts, store, image_id, question)
+            assert token_id not in made
+            assert generation.text == prompts.decode(made)
 
 
 # Sampling
