@@ -299,9 +299,9 @@ def test_a_model_with_phi_2s_width_of_a_head_says_the_same_under_both_forms():
 
     def blocks(batch):
         asked.append(batch)
-        return block_mask(batch)
+        return {"attention_mask": block_mask(batch)}
 
-    model._mask = blocks
+    model._masks = blocks
     torch.testing.assert_close(model.hidden(batch), dense, rtol=1e-10, atol=1e-10)
     assert len(asked) == 1
 
@@ -314,7 +314,9 @@ def test_on_the_cpu_a_model_gets_the_dense_form_in_its_own_type(make_model, rand
     assert model.language_model.config._attn_implementation == NAME
     batch = small_batch(random_images, 0)
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(model.to(dtype)._mask(batch), dense_mask(batch, dtype))
+        masks = model.to(dtype)._masks(batch)
+        assert torch.equal(masks.pop("attention_mask"), dense_mask(batch, dtype))
+        assert not masks
 
 
 @pytest.mark.parametrize(
@@ -337,7 +339,7 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
 ):
     shapes = []
 
-    def attend(module, query, key, value, mask):
+    def attend(module, query, key, value, mask, softcap):
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
         shapes.extend([query.shape, key.shape])
         if error:
@@ -357,15 +359,17 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
         config=SimpleNamespace(**config),
         set_attn_implementation=lambda name: None,
     )
-    make_mask = use_packed_attention(model)
+    make_masks, has_blocks = use_packed_attention(model)
+    assert has_blocks == (error is None)
+    batch = small_batch(random_images, 0)
+    (mask,) = make_masks(batch).values()
     assert shapes == [(1, heads, PROBE_LENGTH, width) for heads, width in wanted]
     said = capsys.readouterr().err
     if error is None:
-        assert make_mask is block_mask
+        assert mask is None
         assert said == ""
     else:
-        batch = small_batch(random_images, 0)
-        assert torch.equal(make_mask(batch), dense_mask(batch, torch.bfloat16))
+        assert torch.equal(mask, dense_mask(batch, torch.bfloat16))
         reason = " ".join(str(error).split())
         assert said == f"FlexAttention does not work here, SDPA is used: {reason}\n"
 
@@ -380,7 +384,7 @@ def test_all_processes_use_one_form(monkeypatch, capsys, works, elsewhere):
 
 
 def test_a_full_memory_is_no_reason_to_use_sdpa(monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.model.attention, "packed_attention", full)
@@ -426,3 +430,38 @@ def test_generation_is_that_of_transformers_own_attention(make_model, prompt_for
     assert len({one.text for one in packed}) > 1
     model.language_model.set_attn_implementation("sdpa")
     assert made() == packed
+
+
+def float64_mask(batch, window):
+    return dense_mask(batch, torch.float64, window)
+
+
+@eager_flex
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_both_forms_keep_windows_and_soft_caps_with_shared_keys(random_images, window, softcap):
+    batch = small_batch(random_images, 1)
+    rows, length = batch.token_ids.shape
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, length, 16, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    )
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    attended = {}
+    for form, make in (("block", block_mask), ("dense", float64_mask)):
+        masks = {"attention_mask": make(batch, None), "window_mask": make(batch, window)}
+        attended[form], _ = packed_attention(module, query, key, value, **masks | options)
+    torch.testing.assert_close(attended["block"], attended["dense"])
+    sees = (dense_mask(batch, torch.float64, window) == 0)[:, 0]
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~sees[:, None], -torch.inf).softmax(-1)
+    wanted = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(attended["dense"], wanted)
+    positions = batch.positions
+    far = positions[:, :, None] - positions[:, None] >= (window or length)
+    assert not (sees & far).any()
+    assert window is None or (far & (dense_mask(batch, torch.float64) == 0)[:, 0]).any()
