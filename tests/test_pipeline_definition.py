@@ -1,5 +1,6 @@
 """dvc.yaml, the settings files and the settings classes must tell the same story."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,26 @@ def test_there_are_the_six_stages_and_their_code():
     assert list(STAGES) == ["code", *CODE_STAGES]
 
 
-@pytest.mark.parametrize("path", ["params.yaml", "configs/coco.yaml"])
+FILES = ["params.yaml", *sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*"))]
+
+
+def test_there_are_settings_files():
+    assert "configs/coco.yaml" in FILES
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_every_setting_that_names_a_dependency_is_in_a_shipped_settings_file(path):
+    values = Params.read(ROOT / path).values
+    named = re.findall(r"\$\{([\w.]+)\}", (ROOT / "dvc.yaml").read_text())
+    assert len(named) > 5
+    for key in named:
+        found = values
+        for part in key.split("."):
+            found = found.get(part, {})
+        assert isinstance(found, str), key
+
+
+@pytest.mark.parametrize("path", FILES)
 def test_a_shipped_settings_file_fits_every_section(path):
     params = Params.read(ROOT / path)
     assert params.seed() == 0

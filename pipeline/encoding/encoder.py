@@ -27,7 +27,7 @@ from cache.spec import FORMAT, Spec
 from cache.texts import one_line
 from pipeline.encoding.hub import logging_disabled, offline_if_hub_unreachable
 from pipeline.images.decode import Interpolation, Resize
-from pipeline.settings import RANDOM, EncoderSettings
+from pipeline.settings import EXTERNAL, RANDOM, EncoderSettings
 from workspace.errors import StageError
 
 PREPROCESS_VERSION = 1
@@ -130,9 +130,16 @@ def load_encoder(settings: EncoderSettings) -> Encoder:
 
     Raises:
         SettingsError: Unknown architecture or weights, weights of another activation, or a tower
-            without patch tokens or without such a layer.
+            without patch tokens or without such a layer; or features of an external store.
         StageError: A checkpoint that cannot be read.
     """
+    if settings.model == EXTERNAL:
+        raise SettingsError(
+            f"encoder.model is external: the features are those of {settings.pretrained}, and no "
+            f"vision tower is known that could encode a picture. A run of such features can "
+            f"neither be asked about a file nor be served or exported; `python -m eval.ask "
+            f"--image-id` asks it about an image of the store."
+        )
     name, config, spec_name = _architecture(settings.model)
     _check_activation(name, config, settings)
     model = _load_model(name, settings.pretrained)
