@@ -103,9 +103,11 @@ def mean_of_squares(patches: Tensor, pool: int, dtype: torch.dtype) -> Tensor:
     Returns:
         [..., P / pool^2, D], again row by row.
     """
-    side = math.isqrt(patches.shape[-2]) // pool
-    squares = patches.unflatten(-2, (side, pool, side, pool))
-    return squares.mean((-4, -2), dtype=dtype).flatten(-3, -2)
+    *images, num_patches, width = patches.shape
+    side = math.isqrt(num_patches) // pool
+    squares = patches.reshape(*images, side, pool, side, pool, width)
+    means: Tensor = squares.mean((-4, -2), dtype=dtype)
+    return means.reshape(*images, side * side, width)
 
 
 def check_pool(pool: int, num_patches: int, where: str) -> None:
