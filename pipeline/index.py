@@ -15,10 +15,11 @@ from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
 from pipeline.images.archives import ImageArchive
-from pipeline.indexing.annotations import read_captions, read_conversations
+from pipeline.indexing.annotations import read_captions
 from pipeline.indexing.collect import collect_captions, collect_conversations, split_by_hash
 from pipeline.indexing.image_collection import ImageCollection, ImageRow
 from pipeline.indexing.image_lookup import Split
+from pipeline.indexing.instruct import read_instruct
 from pipeline.indexing.pope import collect_questions, read_question_files
 from pipeline.indexing.records import Kind
 from pipeline.indexing.rejections import (
@@ -99,8 +100,8 @@ def build_index(data: DataSettings, seed: int) -> Index:
         split: read_captions(Path(source.captions), key=f"data.{split}.captions")
         for split, source in sources.items()
     }
-    instruct = read_conversations(Path(data.instruct), key="data.instruct")
     question_files = read_question_files(Path(data.val.captions))
+    instruct = read_instruct(Path(data.instruct), list(listed.values()), question_files, seed)
 
     archives = {
         split: ImageArchive(
@@ -141,7 +142,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "images": sum(file.num_images for file in listed.values()) + images.num_unlisted,
             "captions": sum(file.num_captions for file in listed.values()),
             "conversations": instruct.num_conversations,
-            "objects": questions.num_objects,
+            "objects": questions.num_objects + instruct.num_objects,
             "pope": question_files.num_official,
         },
         question_report=questions.report(question_files),

@@ -23,7 +23,8 @@ class DataSettings:
     train: SplitSettings
     val: SplitSettings
     instruct: str
-    """A JSON file in the layout of LLaVA-Instruct, about images of either split."""
+    """A JSON file in the layout of LLaVA-Instruct, about images of either split; or of COCO's
+    instances, from which, with the captions, short conversations are made."""
     instruct_holdout: float
     """Share of the images whose conversations are held out for evaluation, 0 to 1."""
     max_reject_rate: float

@@ -229,6 +229,20 @@ def test_one_set_is_cut_by_hash_and_its_texts_follow(space):
     assert [source.read(i) for i in CUT] == list(space.images["train"].values())
 
 
+def test_one_set_with_its_annotations_alone_makes_a_whole_index(space):
+    cut_by_hash(space, instruct_holdout=0, instruct="instances_train.json")
+    images = [{"id": int(Path(name).stem), "file_name": name} for name in NAMES["train"]]
+    annotations = [{"image_id": i, "category_id": i % 2} for i in range(1, 13)]
+    made = instances_file() | {"images": images, "annotations": annotations}
+    Path("instances_train.json").write_text(json.dumps(made))
+    space.run()
+    found = table("conversations")
+    assert len(found) == 12 * (1 + 2)
+    assert {r["image_id"] for r in found if r["split"] == "holdout"} == IN_VAL
+    assert table("rejected") == []
+    assert counts()["objects"]["read"] == 15
+
+
 def test_a_share_of_the_images_of_train_is_held_out_of_one_set_too(space):
     cut_by_hash(space, instruct_holdout=0.5)
     space.instruct = [conversation(number) for number in range(1, 13)]
