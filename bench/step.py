@@ -56,6 +56,7 @@ from train.data.prefetch import Prefetcher
 from train.loop.step import StepData, build_step, optimizer_step
 from train.model.attention import NAME as OUR_ATTENTION
 from train.model.captioner import CaptionModel, use_fused_gelu
+from train.model.decoder import blocks_of
 from train.model.language_model import add_lora
 from train.model.projector import seeded_projector
 from train.settings import LoraSettings
@@ -277,8 +278,8 @@ def _student(stage: Stage, samples: list[Sample]) -> Contender:
 def as_published(language_model: PreTrainedModel) -> None:
     """Let the model compute as transformers has it, and as other loops use it."""
     language_model.set_attn_implementation("sdpa")
-    for layer in language_model.model.layers:
-        layer.mlp.activation_fn = ACT2FN[language_model.config.hidden_act]
+    for layer in blocks_of(language_model):
+        layer.mlp.activation_fn = ACT2FN[language_model.config.hidden_act]  # type: ignore[union-attr]
 
 
 def clip_in_the_loop() -> ClipInTheLoop:

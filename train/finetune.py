@@ -15,15 +15,11 @@ from train.loop.tracking import Tracker
 from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
-from train.model.language_model import (
-    add_lora,
-    check_supported,
-    load_language_model,
-    load_tokenizer,
-)
+from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
 from train.model.projector import Projector, check_pool, load_projector
+from train.model.supported import check_supported
 from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings

@@ -10,9 +10,10 @@ from train.loop.tracking import Tracker
 from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
-from train.model.language_model import check_supported, load_language_model, load_tokenizer
+from train.model.language_model import load_language_model, load_tokenizer
 from train.model.preflight import check_vocabulary
 from train.model.projector import check_pool, seeded_projector
+from train.model.supported import check_supported
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import (
     CheckpointSettings,

@@ -124,7 +124,7 @@ def summed_loss(model: CaptionModel, documents: Documents, head: Head) -> Tensor
     slots_NH = model.embed_text(batch.token_ids.flatten())
     slots_NH = slots_NH.index_copy(0, batch.patch_slots, patches_NPH.flatten(0, 1))
     starts = documents.starts.to(model.device, non_blocking=True)
-    hidden_RTH = model.language_model.model(
+    hidden_RTH = model.language_model.base_model(
         inputs_embeds=slots_NH.view(*batch.token_ids.shape, -1),
         position_ids=batch.positions,
         use_cache=False,

@@ -13,6 +13,7 @@ from torch import nn
 
 from cache.files.foreign import reading_foreign_file
 from train.json_files import read_json
+from train.model.decoder import linear_shape
 from train.model.model_files import ADAPTER_CONFIG
 from train.model.tensor_file import read_header
 from train.settings import LoraSettings
@@ -71,8 +72,9 @@ def check_adapter(folder: Path, config: LoraConfig, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in targets:
             prefix = f"base_model.model.{name}.lora_"
-            wanted[f"{prefix}A.weight"] = (config.r, module.in_features)
-            wanted[f"{prefix}B.weight"] = (module.out_features, config.r)
+            width, out_width = linear_shape(module)
+            wanted[f"{prefix}A.weight"] = (config.r, width)
+            wanted[f"{prefix}B.weight"] = (out_width, config.r)
     header = read_header(
         folder / ADAPTER_WEIGHTS, lambda detail: refusal(folder, f"{ADAPTER_WEIGHTS}: {detail}")
     )

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cache.errors import SettingsError
 from cache.texts import one_line
+from train.model.decoder import blocks_of
 from train.settings import LoopSettings
 
 Forward = Callable[..., Tensor]
@@ -48,7 +49,7 @@ def compile_blocks(
     # Torch's compiler looks at it itself.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
     _check_compiler(model.device, backend)
-    for module in (*model.model.layers, projector):
+    for module in (*blocks_of(model), projector):
         # With `fullgraph`, an operation that cannot be compiled is an error, not a slow detour.
         compiled = torch.compile(module.forward, backend=backend, dynamic=True, fullgraph=True)
         module.forward = functools.partial(_compiled, module.forward, compiled)
@@ -81,15 +82,15 @@ def recompute_blocks(model: PreTrainedModel) -> None:
 
     No bit of loss and gradients changes. LoRA may be there already, or be added later.
     """
-    for block in model.model.layers:
+    for block in blocks_of(model):
         block.forward = functools.partial(_recomputed, block.forward)
 
 
-def _recomputed(forward: Forward, hidden_RTH: Tensor, **options: Any) -> Tensor:
+def _recomputed(forward: Forward, *inputs: Any, **options: Any) -> Tensor:
     if not torch.is_grad_enabled():
-        return forward(hidden_RTH, **options)
+        return forward(*inputs, **options)
     # The state of the random generator is restored, so LoRA drops the same inputs again.
     result: Tensor = checkpoint(
-        forward, hidden_RTH, use_reentrant=False, preserve_rng_state=True, **options
+        forward, *inputs, use_reentrant=False, preserve_rng_state=True, **options
     )
     return result

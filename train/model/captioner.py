@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from train.data.packing import PackedBatch
-from train.model.attention import block_mask, use_packed_attention
+from train.model.attention import use_packed_attention
+from train.model.decoder import output_logits
 from train.model.language_model import lora_dropouts
 from train.model.loss import cross_entropy
 from train.model.projector import Projector
@@ -22,8 +23,7 @@ class CaptionModel(nn.Module):
         super().__init__()
         self.projector = projector
         self.language_model = language_model
-        self._mask = use_packed_attention(language_model)
-        self.packs_one_row = self._mask is block_mask
+        self._masks, self.packs_one_row = use_packed_attention(language_model)
         """Whether a forward pass should be one row: FlexAttention skips the pairs of different
         images, SDPA computes all pairs of a row."""
         use_fused_gelu(language_model)
@@ -60,20 +60,24 @@ class CaptionModel(nn.Module):
         patches_NPH = self.embed_patches(batch.patches_NPD)
         slots_H = self.embed_text(batch.token_ids.flatten())
         slots_H = slots_H.index_copy(0, batch.patch_slots, patches_NPH.flatten(0, 1))
-        hidden_RTH: Tensor = self.language_model.model(
+        hidden_RTH: Tensor = self.language_model.base_model(
             inputs_embeds=slots_H.view(*batch.token_ids.shape, -1),
-            attention_mask=self._mask(batch),
+            **self._masks(batch),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
         return hidden_RTH.flatten(0, 1).index_select(0, batch.target_slots)
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """Return the logits that follow from last hidden states: [C, V]."""
+        return output_logits(self.language_model, hidden_CH)
 
     def token_losses(self, batch: PackedBatch) -> Tensor:
         """Return the cross entropy of each supervised token: [S], float32 or float64.
 
         Logits are computed at supervised positions only, and never for all of them at once.
         """
-        return cross_entropy(self.language_model.lm_head, self.hidden(batch), batch.target_ids)
+        return cross_entropy(self.logits, self.hidden(batch), batch.target_ids)
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the summed cross entropy of the supervised tokens: [], float32 or float64."""

@@ -26,12 +26,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
 from train.model.adapter_files import ADAPTER_WEIGHTS, check_adapter, read_lora_settings
 from train.model.adapter_files import refusal as adapter_refusal
+from train.model.decoder import linear_names
 from train.model.model_files import (
     TOKENIZER,
     build_empty,
@@ -42,9 +44,6 @@ from train.model.model_files import (
 )
 from train.settings import LlmSettings, LoraSettings
 from workspace.errors import StageError
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-"""Every linear layer of a Phi block; not the embeddings, not lm_head."""
 
 PROBE = "Instruct: What is in\tthe box?\nOutput: 12 Äpfel, ﬁve 犬 and 🙂."
 """Words, digits, punctuation, white space, and characters of one to four bytes."""
@@ -81,34 +80,6 @@ def load_tokenizer(settings: LlmSettings) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_supported(settings: LlmSettings) -> None:
-    """Refuse a language model whose blocks LoRA would not cover completely; loads no weights.
-
-    PEFT accepts a model in which only some layers match. The check is for stage 1 too: its loss is
-    computed as Phi's, and is wrong for models that scale logits or attend to a window.
-
-    Raises:
-        SettingsError: Names the uncovered layers, or the fault in the model's files.
-    """
-    empty = build_empty(settings.model)
-    ends = (empty.get_input_embeddings(), empty.get_output_embeddings())
-    outside = {id(module.weight) for module in ends if module is not None}
-    matrices = [
-        name.rpartition(".")[0]
-        for name, parameter in empty.named_parameters()
-        if parameter.ndim > 1 and id(parameter) not in outside
-    ]
-    kinds = [name.rpartition(".")[2] for name in matrices]
-    uncovered = sorted({kind for kind in kinds if kind not in LORA_TARGETS})
-    if uncovered or not kinds:
-        covered = sum(kind in LORA_TARGETS for kind in kinds)
-        raise SettingsError(
-            f"llm.model: {settings.model} is a {type(empty).__name__}: LoRA would cover "
-            f"{covered} of its {len(kinds)} weight matrices, but not {', '.join(uncovered)}. "
-            f"Use a Phi model, like microsoft/phi-2."
-        )
-
-
 def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrainedModel:
     """Load the language model: frozen, in `eval()`, quantised if the settings say so.
 
@@ -138,7 +109,8 @@ def load_language_model(settings: LlmSettings, device: torch.device) -> PreTrain
                 dtype=DTYPES[settings.dtype],
                 quantization_config=quantization,
                 device_map={"": device},
-                attn_implementation="sdpa",
+                # Every model has it; `CaptionModel` replaces it.
+                attn_implementation="eager",
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -209,30 +181,26 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftM
 
     Returns:
         PEFT's wrapper, which can save the matrices.
-
-    Raises:
-        StageError: The model has no such layers, so it is no Phi.
     """
-    config = _lora_config(settings)
+    config = _lora_config(settings, model)
     with torch.random.fork_rng(), warnings.catch_warnings():
         # PEFT 0.21 reads a property that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
-        try:
-            peft_model: PeftModel = get_peft_model(model, config)
-        except ValueError as error:
-            raise StageError(f"llm.model: cannot take LoRA on {LORA_TARGETS}: {error}") from None
+        peft_model: PeftModel = get_peft_model(model, config)
     if model.device.type == "cuda":
         compute_lora_in_input_dtype(peft_model)
     return peft_model
 
 
-def _lora_config(settings: LoraSettings) -> LoraConfig:
+def _lora_config(settings: LoraSettings, model: PreTrainedModel) -> LoraConfig:
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(LORA_TARGETS),
+        target_modules=sorted(linear_names(model)),
+        # GPT-2's linear layers hold their weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
 
@@ -249,7 +217,7 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         # PEFT would try a pickled file next, or the network.
         raise StageError(f"{folder}: holds no {ADAPTER_WEIGHTS}. Run the finetune stage.")
-    config = _lora_config(read_lora_settings(folder))
+    config = _lora_config(read_lora_settings(folder), model)
     check_adapter(folder, config, model)
     refuse = functools.partial(adapter_refusal, folder)
     with reading_foreign_file(refuse, folder), warnings.catch_warnings():

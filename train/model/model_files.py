@@ -192,7 +192,7 @@ def build_empty(model: str) -> PreTrainedModel:
         # Layers have more tensors than modules, except for dropouts and activations.
         with torch.device("meta"), _at_most(2 * len(tensors) + 100):
             empty: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation="sdpa", trust_remote_code=False
+                config, attn_implementation="eager", trust_remote_code=False
             )
         _check_sizes(empty, tensors, packed=hasattr(config, "quantization_config"))
         if config.model_type == "phi":

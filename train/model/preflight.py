@@ -41,7 +41,8 @@ def check_first_logits(model: CaptionModel, data: StepData) -> None:
         wrong += int((~logits_CV.isfinite()).sum())
 
     model.eval()
-    with model.language_model.lm_head.register_forward_hook(count), torch.inference_mode():
+    head = model.language_model.get_output_embeddings()
+    with head.register_forward_hook(count), torch.inference_mode():
         for batch in data.batches[:1]:
             model(batch.to(model.device))
     advice = "Check the features with FeatureStore.verify(); if they are right, set llm.dtype: fp32"

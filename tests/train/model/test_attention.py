@@ -292,9 +292,9 @@ def test_a_model_with_phi_2s_width_of_a_head_says_the_same_under_both_forms():
 
     def blocks(batch):
         asked.append(batch)
-        return block_mask(batch)
+        return {"attention_mask": block_mask(batch)}
 
-    model._mask = blocks
+    model._masks = blocks
     torch.testing.assert_close(model.hidden(batch), dense, rtol=1e-10, atol=1e-10)
     assert len(asked) == 1
 
@@ -307,7 +307,9 @@ def test_on_the_cpu_a_model_gets_the_dense_form_in_its_own_type(make_model, rand
     assert model.language_model.config._attn_implementation == NAME
     batch = small_batch(random_images, 0)
     for dtype in (torch.float32, torch.float64):
-        assert torch.equal(model.to(dtype)._mask(batch), dense_mask(batch, dtype))
+        masks = model.to(dtype)._masks(batch)
+        assert torch.equal(masks.pop("attention_mask"), dense_mask(batch, dtype))
+        assert not masks
 
 
 @pytest.mark.parametrize(
@@ -330,7 +332,7 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
 ):
     shapes = []
 
-    def attend(module, query, key, value, mask):
+    def attend(module, query, key, value, mask, softcap):
         assert query.dtype == key.dtype == value.dtype == torch.bfloat16
         shapes.extend([query.shape, key.shape])
         if error:
@@ -350,15 +352,17 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
         config=SimpleNamespace(**config),
         set_attn_implementation=lambda name: None,
     )
-    make_mask = use_packed_attention(model)
+    make_masks, has_blocks = use_packed_attention(model)
+    assert has_blocks == (error is None)
+    batch = small_batch(random_images, 0)
+    (mask,) = make_masks(batch).values()
     assert shapes == [(1, heads, PROBE_LENGTH, width) for heads, width in wanted]
     said = capsys.readouterr().err
     if error is None:
-        assert make_mask is block_mask
+        assert mask is None
         assert said == ""
     else:
-        batch = small_batch(random_images, 0)
-        assert torch.equal(make_mask(batch), dense_mask(batch, torch.bfloat16))
+        assert torch.equal(mask, dense_mask(batch, torch.bfloat16))
         reason = " ".join(str(error).split())
         assert said == f"FlexAttention does not work here, SDPA is used: {reason}\n"
 

@@ -12,7 +12,7 @@ PROBE = """
 import json, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from train.model.attention import _block_mask, block_mask, packed_attention, use_packed_attention
+from train.model.attention import _block_mask, mask_mod, packed_attention, use_packed_attention
 
 heads, key_heads, head_width, dtype = json.loads(sys.argv[1])
 with torch.device("meta"):
@@ -21,7 +21,7 @@ with torch.device("meta"):
         num_attention_heads=heads, num_key_value_heads=key_heads, head_dim=head_width,
     )).to(getattr(torch, dtype))
 model = model.to_empty(device="cuda")
-print(use_packed_attention(model) is block_mask)
+print(use_packed_attention(model)[1])
 """
 
 MORE_LENGTHS = """
@@ -31,7 +31,7 @@ def attend(length):
         .requires_grad_() for number in (heads, key_heads, key_heads)
     )
     ids = torch.empty(1, length, dtype=torch.int64, device="cuda")
-    out, _ = packed_attention(model, query, key, value, _block_mask(ids, ids))
+    out, _ = packed_attention(model, query, key, value, _block_mask(mask_mod(ids, ids), ids))
     torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
 
 attend(384)

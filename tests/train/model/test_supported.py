@@ -1,70 +1,150 @@
-"""Which language models training takes: those whose blocks LoRA covers whole."""
+"""Which language models training takes, and what it says of those that it refuses."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
 
+import train.model.attention
+import train.model.captioner
 from cache.errors import SettingsError
 from train.finetune import finetune
-from train.model.language_model import check_supported
+from train.model.supported import check_packing, check_supported, small_copy
 from train.pretrain import pretrain
 from train.settings import LlmSettings
 
 SIZES = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 0,
+    "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-OTHERS = {
-    "LlamaForCausalLM": (LlamaConfig(**SIZES), "6 of its 14", "o_proj"),
-    "MistralForCausalLM": (
-        MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=4), "6 of its 14", "gate_proj",
+REFUSED = {
+    "MixtralForCausalLM": (
+        {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 2},
+        "experts.down_proj",
     ),
-    "Qwen2ForCausalLM": (Qwen2Config(**SIZES, num_key_value_heads=2), "6 of its 14", "down_proj"),
-    "GPTNeoXForCausalLM": (GPTNeoXConfig(**SIZES), "2 of its 8", "query_key_value"),
-    "GPT2LMHeadModel": (
-        GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0),
-        "0 of its 9", "c_attn",
+    "GPTNeoForCausalLM": (
+        {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+        "its attention cannot be replaced",
     ),
+    "Lfm2ForCausalLM": (
+        {"intermediate_size": 64, "num_key_value_heads": 2, "layer_types": ["conv", "conv"]},
+        "conv.weight",
+    ),
+    "BloomForCausalLM": ({}, "positions"),
 }  # fmt: skip
 
 
-@pytest.fixture(params=OTHERS)
-def other(request, phi_dir, tmp_path):
-    """A folder with another kind of model and the tokenizer of the tests."""
-    folder = tmp_path / request.param
-    config = OTHERS[request.param][0]
+def folder_of(config, folder, phi_dir):
+    """Write a random model and the tokenizer of the tests."""
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     for path in phi_dir.glob("tokenizer*"):
         shutil.copy(path, folder)
     return folder
 
 
+@pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("stage", [pretrain, finetune])
-def test_a_model_that_lora_does_not_cover_whole_is_refused_by_name(
-    workspace, other, stage, monkeypatch
+def test_a_model_that_cannot_be_trained_right_is_refused_by_name(
+    workspace, kind, stage, monkeypatch, tmp_path, phi_dir
 ):
     def loaded(*_):
         raise AssertionError("the language model was loaded")
 
+    sizes, reason = REFUSED[kind]
+    config = getattr(transformers, kind.replace("ForCausalLM", "Config"))
+    folder = folder_of(config(**SIZES | sizes), tmp_path / "model", phi_dir)
     monkeypatch.setattr(f"train.{stage.__name__}.load_language_model", loaded)
     workspace.write_stage_1()
     with pytest.raises(SettingsError) as error:
-        stage(workspace.params(llm={"model": str(other)}))
-    _, covered, layer = OTHERS[other.name]
-    words = (str(other), other.name, covered, layer, "microsoft/phi-2")
-    assert all(word in str(error.value) for word in words)
+        stage(workspace.params(llm={"model": str(folder)}))
+    for word in (str(folder), kind, reason, "docs/models.md"):
+        assert word in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path(f"runs/{stage.__name__}/params.yaml").exists()
 
 
-def test_a_phi_is_covered_whole(phi_dir):
+def test_a_phi_is_supported(phi_dir):
     check_supported(LlmSettings(model=str(phi_dir), quantize="nf4", dtype="fp32"))
+
+
+def test_the_random_state_is_left_alone(phi_dir):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    check_supported(LlmSettings(model=str(phi_dir), quantize="nf4", dtype="fp32"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Faults that the small copy finds
+
+
+def no_window(mask_function):
+    return lambda batch, *arguments, window=None, **options: mask_function(
+        batch, *arguments, **options
+    )
+
+
+def by_slot(mask_function):
+    """Measure the window in slots of the row, in which other texts lie between."""
+
+    def sees_in_window(sees, positions, window):
+        return lambda row, head, query, key: sees(row, head, query, key) & (key > query - window)
+
+    return sees_in_window
+
+
+FAULTS = {
+    "window forgotten": ("attention.dense_mask", no_window, "Gemma3TextConfig"),
+    "window by slot": ("attention.window_mask_mod", by_slot, "MistralConfig"),
+    "soft cap of scores forgotten": (
+        "attention._soft_cap",
+        None,
+        "Gemma2Config",
+    ),
+    "soft cap of logits forgotten": ("captioner.output_logits", None, "Gemma2Config"),
+    "scale of logits forgotten": ("captioner.output_logits", None, "GraniteConfig"),
+    "bias of the output layer forgotten": ("captioner.output_logits", None, "PhiConfig"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_rule_is_found(monkeypatch, fault):
+    place, breaking, kind = FAULTS[fault]
+    config = getattr(transformers, kind)()
+    if kind == "MistralConfig":
+        config.sliding_window = 4096
+    check_packing(config)
+    module, name = place.split(".")
+    module = getattr(train.model, module)
+    if name == "_soft_cap":
+        real = module.packed_attention
+        monkeypatch.setattr(
+            module,
+            "packed_attention",
+            lambda *arguments, softcap=None, **options: real(*arguments, **options),
+        )
+    elif name == "output_logits":
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda model, hidden: hidden @ model.get_output_embeddings().weight.T,
+        )
+    else:
+        monkeypatch.setattr(module, name, breaking(getattr(module, name)))
+    with pytest.raises(ValueError, match="differ from those of one sequence a text"):
+        check_packing(config)
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Gemma3TextConfig", "GPT2Config"])
+def test_the_copy_is_small_and_keeps_the_layer_types_and_the_width_of_a_head(kind):
+    config = getattr(transformers, kind)()
+    copy = small_copy(config)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert copy.config.hidden_size == 2 * width
+    assert copy.config.num_hidden_layers == 2
+    types = getattr(config, "layer_types", None)
+    assert set(getattr(copy.config, "layer_types", None) or ()) == set(types or ())
+    assert sum(p.numel() for p in copy.parameters()) < 5e6
+    assert all(p.dtype == torch.float64 and not p.requires_grad for p in copy.parameters())
