@@ -223,14 +223,13 @@ def use_packed_attention(model: PreTrainedModel) -> tuple[Callable[[PackedBatch]
     window = sliding_window(model.config)
     has_blocks = model.device.type == "cuda" and _in_all_processes(_flex_works(model), model.device)
 
-    def make_mask(batch: PackedBatch, window: int | None = None) -> Mask:
+    def make_mask(batch: PackedBatch, window: int | None) -> Mask:
         if has_blocks:
             return block_mask(batch, window)
-        # The dtype of now: SDPA computes wrong numbers with a mask of another one, and no error.
         return dense_mask(batch, score_dtype(model.dtype), window)
 
     def make_masks(batch: PackedBatch) -> Masks:
-        masks = {"attention_mask": make_mask(batch)}
+        masks = {"attention_mask": make_mask(batch, None)}
         # No position is larger than a row.
         if window is not None and window < batch.token_ids.shape[1]:
             masks["window_mask"] = make_mask(batch, window)
