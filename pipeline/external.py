@@ -56,8 +56,6 @@ def take_store(
     index = StoreIndex.read(location.path(INDEX_FILE), spec)
     _check_images(index, root, source, settings, stats)
     publish_copy(FEATURES, location, index)
-    if not location.is_remote:
-        _advise_dependency(Path(root), Path(settings.depends_on))
     return _plan_of(index), spec
 
 
@@ -110,17 +108,6 @@ def _check_images(
     stats.failures |= dict.fromkeys(missing, f"{root} has no features of it")
     if extra := len(index.image_ids) - len(stored):
         print(f"extract: {root}: {extra} of its images are not indexed and stay unused", flush=True)
-
-
-def _advise_dependency(root: Path, watched: Path) -> None:
-    """Say how DVC notices a change of the store, unless it does."""
-    root, watched = root.resolve(), watched.resolve()
-    if not (watched.is_relative_to(root) or root.is_relative_to(watched)):
-        print(
-            f"extract: so that `dvc repro` notices a change of the store, set extract.depends_on "
-            f"to its {INDEX_FILE}",
-            flush=True,
-        )
 
 
 def _plan_of(index: StoreIndex) -> list[PlannedShard]:

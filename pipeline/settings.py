@@ -94,9 +94,6 @@ class ExtractSettings:
     max_failure_rate: float
     """Share of images, from 0 to 1, above which images that do not decode, or that an external
     store lacks, stop the stage."""
-    depends_on: str = "demo/checkpoints/clip"
-    """A file or folder, which must exist, whose change makes DVC run the stage again: index.parquet
-    of an external store, or a tower of your own."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:

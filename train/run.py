@@ -53,6 +53,10 @@ FINISHED = "finished_utc"
 CHANGES_NO_BIT = ".gradient_checkpointing"
 """Setting that is no part of a run's identity: a run that is out of memory may go on with it."""
 
+AS_IF_ABSENT = {"projector.pool": 1}
+"""Settings, and the value with which one decides no more than if it were absent. Runs from before a
+setting existed keep their identity."""
+
 HISTORY_COLUMNS = (
     "step",
     "loss",
@@ -200,7 +204,7 @@ def run_identity(
         store: Holds the features.
         others: Hashes of weights.
     """
-    settings = flatten({name: params.values[name] for name in ("seed", *sections)})
+    settings = deciding_settings(params, ("seed", *sections))
     return {
         **{name: value for name, value in settings.items() if not name.endswith(CHANGES_NO_BIT)},
         "features": store.fingerprint,
@@ -208,6 +212,12 @@ def run_identity(
         **{f"{name}_sha256": digest for name, digest in index_hashes().items()},
         **others,
     }
+
+
+def deciding_settings(params: Params, sections: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of some sections under dotted names, without those that are as absent."""
+    settings = flatten({section: params.values.get(section) for section in sections})
+    return {name: v for name, v in settings.items() if (name, v) not in AS_IF_ABSENT.items()}
 
 
 def index_hashes() -> dict[str, str]:

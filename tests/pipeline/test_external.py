@@ -252,18 +252,3 @@ def test_the_stages_own_output_is_refused(workspace, name):
 def test_no_tower_is_known_for_a_picture(settings):
     with pytest.raises(SettingsError, match=r"those of mine, and no vision tower .* --image-id"):
         load_encoder(settings(model="external", pretrained="mine"))
-
-
-# What DVC notices
-
-
-@pytest.mark.parametrize("watched", ["mine", "mine/index.parquet", "."])
-def test_nothing_is_advised_where_dvc_notices_a_change_of_the_store(workspace, capsys, watched):
-    workspace.extract["depends_on"] = watched
-    workspace.run()
-    assert "depends_on" not in capsys.readouterr()[0]
-
-
-def test_without_a_dependency_on_the_store_one_is_advised(workspace, capsys):
-    workspace.run()
-    assert "set extract.depends_on to its index.parquet" in capsys.readouterr()[0]

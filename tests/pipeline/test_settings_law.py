@@ -23,7 +23,7 @@ CHANGES = {
 }
 """A value of each setting that is not the one of `tests/pipeline/conftest.py`."""
 
-CHANGES_NOTHING = {"extract.workers": 1, "extract.depends_on": "elsewhere"}
+CHANGES_NOTHING = {"extract.workers": 1}
 """Settings that must not change a byte of the store."""
 
 BAD_IMAGE = 7

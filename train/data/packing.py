@@ -77,7 +77,7 @@ class PackedBatch:
     text_ids: Tensor
     """int64 [R, T]: 0 for patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
-    """int64 [N x P]: slots of the patches."""
+    """int64 [N x P / pool^2]: slots of the patches, or of the squares that a pool makes of them."""
     target_slots: Tensor
     """int64 [S]: the slot that predicts each supervised token. The last patch of an image predicts
     the first tokens of all its texts."""
@@ -128,8 +128,8 @@ def _aligned(num_bytes: int) -> int:
 def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
     """Return how many positions an image takes.
 
-    These are its patches and the tokens of its texts, without the last token of each text, which
-    is only predicted.
+    These are its patches, pooled if the projector pools them, and the tokens of its texts, without
+    the last token of each text, which is only predicted.
     """
     return patches + sum(len(text.token_ids) - 1 for text in texts)
 
@@ -226,6 +226,8 @@ def collate(
     texts: Sequence[Sequence[TokenizedText]],
     patches_NPD: Tensor,
     number: int = 0,
+    *,
+    pool: int = 1,
 ) -> PackedBatch:
     """Lay out the rows of a forward pass as tensors.
 
@@ -235,8 +237,9 @@ def collate(
         texts: Tokenised texts of each image, by index.
         patches_NPD: float16, in the order of the images in the rows.
         number: Of the pass within its step.
+        pool: The projector's: a square of pool x pool patches takes one position.
     """
-    patches = patches_NPD.shape[1]
+    patches = patches_NPD.shape[1] // pool**2
     rows, row_length = packed.rows, packed.row_length
     token_ids, positions, text_ids = np.zeros((3, len(rows) * row_length), np.int64)
     image_numbers = np.full(len(rows) * row_length, PADDING)

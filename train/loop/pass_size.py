@@ -142,7 +142,7 @@ def _positions_of_a_step(setup: TrainingSetup) -> int:
 
 
 def _lengths(setup: TrainingSetup, examples: Sequence[Example]) -> list[int]:
-    patches, longest = setup.store.spec.patches, setup.settings.max_text_tokens
+    patches, longest = setup.image_tokens, setup.settings.max_text_tokens
     return [
         image_length(tokenize(example.texts, setup.tokenizer, longest), patches)
         for example in examples
