@@ -36,11 +36,11 @@ from train.model.model_files import (
     TOKENIZER,
     build_empty,
     check_tokenizer_files,
-    holding_back_stderr,
     locate,
     refusal,
 )
 from train.settings import LlmSettings, LoraSettings
+from workspace.checkpoint_files import holding_back_stderr
 from workspace.errors import StageError
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
