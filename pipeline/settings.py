@@ -10,6 +10,9 @@ from workspace.data_settings import check_share
 RANDOM = "random"
 """The value of `pretrained` that stands for untrained weights."""
 
+TRANSFORMERS, TIMM = "hf:", "timm:"
+"""How a `model` begins that transformers or timm loads instead of open_clip."""
+
 MAX_BATCH = 4096
 """Limit of `batch_size`, which decides the memory of a forward pass."""
 

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cache.errors import SettingsError
-from pipeline.encoding.encoder import Encoder, load_encoder, patch_tokens, weights_sha256
+from pipeline.encoding.encoder import Encoder, load_encoder
+from pipeline.encoding.towers.tower import patch_tokens, weights_sha256
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 from workspace.errors import StageError
@@ -421,7 +422,7 @@ def test_a_hub_id_is_loaded_like_a_file(settings, checkpoint, tmp_path, monkeypa
     save_file(checkpoint, tmp_path / "a.safetensors")
     asked = []
     monkeypatch.setattr(
-        "pipeline.encoding.encoder.download_pretrained_from_hf",
+        "pipeline.encoding.towers.open_clip_tower.download_pretrained_from_hf",
         lambda name: asked.append(name) or str(tmp_path / "a.safetensors"),
     )
     found = load_encoder(settings(pretrained="somebody/some-clip")).spec

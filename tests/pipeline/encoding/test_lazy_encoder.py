@@ -153,7 +153,7 @@ def test_another_version_of_a_library_is_noticed(usual, spec, library, monkeypat
     cache_spec(usual, spec)
     versions = module.library_versions()
     assert library in versions
-    monkeypatch.setattr(module, "library_versions", lambda: versions | {library: "0.0.1"})
+    monkeypatch.setattr(module, "library_versions", lambda model: versions | {library: "0.0.1"})
     assert cached_spec(usual) is None
 
 
@@ -168,7 +168,7 @@ def test_another_format_is_noticed(usual, spec, monkeypatch):
     [
         ("pipeline/encoding/encoder.py", ".float() / 255", ".float() / 256"),
         ("pipeline/encoding/encoder.py", "PREPROCESS_VERSION = 1", "PREPROCESS_VERSION = 2"),
-        ("pipeline/encoding/encoder.py", "intermediates=False", "intermediates=True"),
+        ("pipeline/encoding/towers/tower.py", "intermediates=False", "intermediates=True"),
         ("pipeline/images/decode.py", 'image.convert("RGB")', 'image.convert("RGB").copy()'),
         ("cache/spec.py", "sha256", "sha512"),
     ],

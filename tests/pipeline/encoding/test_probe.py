@@ -509,8 +509,8 @@ def chroma_repeated(image):
 
 
 def bgr(monkeypatch):
-    usual = probe.decode_rgb
-    monkeypatch.setattr(probe, "decode_rgb", lambda *given: usual(*given)[:, :, ::-1])
+    usual = probe.decode_for
+    monkeypatch.setattr(probe, "decode_for", lambda *given: usual(*given)[:, :, ::-1])
 
 
 PREPROCESSING = {
