@@ -41,14 +41,15 @@ class Spec:
 
     format: str
     model: str
-    """open_clip architecture."""
+    """open_clip architecture; `hf:` and a family, or `timm:` and an architecture."""
     weights_sha256: str
     """Over names, types, shapes and values of the vision tower's tensors, not over a file."""
     activation: str
     layer: int
     """Block whose output is stored, counted from the end: -2 is the second to last."""
     tokens: str
-    """"patch": class token dropped, rows of the picture from the top left."""
+    """"patch": class token and registers dropped, rows of the picture from the top left; "grid":
+    places of a convolutional network's last map, in the same order."""
     normalized: bool
     """Whether the tower's final norm was applied."""
     image_size: int

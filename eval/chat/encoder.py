@@ -45,7 +45,8 @@ class RunEncoder:
             settings = self._run.params.section("encoder", EncoderSettings)
             # The features may come from another machine, so this machine's device is chosen anew.
             encoder = load_encoder(dataclasses.replace(settings, device="auto"))
-            self._run.check_features(encoder.spec, f"the vision tower {settings.pretrained}")
+            where = f"the vision tower {settings.pretrained} of {settings.model}"
+            self._run.check_features(encoder.spec, where)
             self._encoder = encoder
         return self._encoder
 
