@@ -442,9 +442,9 @@ def cropped_one_off(monkeypatch):
 
 
 def rgb_after_resizing(monkeypatch):
-    to_rgb, to_square = decode._to_rgb, decode._to_square
+    to_rgb, to_square = decode._to_rgb, decode.to_square
     monkeypatch.setattr(decode, "_to_rgb", lambda image: image)
-    monkeypatch.setattr(decode, "_to_square", lambda *given: to_rgb(to_square(*given)))
+    monkeypatch.setattr(decode, "to_square", lambda *given: to_rgb(to_square(*given)))
 
 
 def exif_ignored(monkeypatch):
