@@ -1,6 +1,6 @@
 """The vision tower on its device: turns pixels into patch embeddings.
 
-`pipeline.encoding.towers` loads it. A feature is the output of one block before the final norm, of
+`pipeline.towers` loads it. A feature is the output of one block before the final norm, of
 the patches alone; of a convolutional tower, its last map.
 
 Letters: B images, S side of the input in pixels, P patches, D width of the tower.
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from cache.errors import SettingsError
 from cache.spec import FORMAT, Spec
-from pipeline.encoding.towers.open_clip_tower import load_open_clip
-from pipeline.encoding.towers.timm_tower import load_timm
-from pipeline.encoding.towers.tower import Tower, patch_tokens, try_image
-from pipeline.encoding.towers.transformers_tower import load_transformers
 from pipeline.settings import TIMM, TRANSFORMERS, EncoderSettings
+from pipeline.towers.open_clip_tower import load_open_clip
+from pipeline.towers.timm_tower import load_timm
+from pipeline.towers.tower import Tower, patch_tokens, try_image
+from pipeline.towers.transformers_tower import load_transformers
 from workspace.errors import StageError
 
 PREPROCESS_VERSION = 1

@@ -9,7 +9,7 @@ from cache import FeatureStore
 from eval.chat.encoder import RunEncoder
 from pipeline.settings import EncoderSettings
 from tests.pipeline.conftest import Workspace
-from tests.pipeline.encoding.towers.conftest import build
+from tests.pipeline.towers.conftest import build
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_another_format_is_noticed(usual, spec, monkeypatch):
     [
         ("pipeline/encoding/encoder.py", ".float() / 255", ".float() / 256"),
         ("pipeline/encoding/encoder.py", "PREPROCESS_VERSION = 1", "PREPROCESS_VERSION = 2"),
-        ("pipeline/encoding/towers/tower.py", "intermediates=False", "intermediates=True"),
+        ("pipeline/towers/tower.py", "intermediates=False", "intermediates=True"),
         ("pipeline/images/decode.py", 'image.convert("RGB")', 'image.convert("RGB").copy()'),
         ("cache/spec.py", "sha256", "sha512"),
     ],

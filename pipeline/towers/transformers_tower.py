@@ -19,9 +19,10 @@ from cache.errors import SettingsError
 from cache.files.atomic import canonical_json
 from cache.files.foreign import reading_foreign_file
 from cache.texts import one_line
-from pipeline.encoding.hub import logging_disabled, offline_if_hub_unreachable
-from pipeline.encoding.towers.image_processor import PROCESSOR_FILES, read_preprocess
-from pipeline.encoding.towers.tower import (
+from pipeline.settings import RANDOM, TRANSFORMERS, EncoderSettings
+from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
+from pipeline.towers.image_processor import PROCESSOR_FILES, read_preprocess
+from pipeline.towers.tower import (
     PATCH,
     RANDOM_SEED,
     PatchEncoder,
@@ -29,7 +30,6 @@ from pipeline.encoding.towers.tower import (
     check_layer,
     weights_sha256,
 )
-from pipeline.settings import RANDOM, TRANSFORMERS, EncoderSettings
 from workspace.checkpoint_files import (
     CONFIG,
     WEIGHTS,

@@ -19,8 +19,8 @@ from torch import nn
 from cache import FeatureStore
 from cache.errors import PatchcacheError, SettingsError
 from pipeline.encoding.encoder import load_encoder
-from pipeline.encoding.towers import timm_tower
 from pipeline.images.decode import decode_for
+from pipeline.towers import timm_tower
 from workspace.errors import StageError
 
 STAGES = [["ds_r1_k3_s2_e1_c8"], *[["ir_r1_k3_s2_e2_c8"]] * 3]
@@ -167,7 +167,7 @@ def test_the_classifier_is_not_in_the_hash(tower, weights, name):
 def test_a_tag_is_fetched_from_the_hub_as_safetensors(tower, weights, monkeypatch):
     path, _ = weights("small_convnext")
     asked = []
-    monkeypatch.setattr("pipeline.encoding.hub.hub_failure", lambda: "")
+    monkeypatch.setattr("pipeline.towers.hub.hub_failure", lambda: "")
     monkeypatch.setattr(
         timm_tower, "hf_hub_download", lambda *names, **options: asked.append(names) or str(path)
     )
@@ -267,7 +267,7 @@ def test_a_tag_that_is_not_on_the_hub_is_refused(tower, register):
 
 
 def test_without_a_network_the_error_says_so(tower, monkeypatch, tmp_path):
-    monkeypatch.setattr("pipeline.encoding.hub.hub_failure", lambda: "no network")
+    monkeypatch.setattr("pipeline.towers.hub.hub_failure", lambda: "no network")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = refused(lambda: tower(pretrained="own"), StageError)
     assert "hub cannot be reached (no network)" in text

@@ -8,8 +8,8 @@ import transformers
 from PIL import Image
 
 from cache.errors import SettingsError
-from pipeline.encoding.towers.image_processor import read_preprocess
 from pipeline.images.decode import decode_rgb
+from pipeline.towers.image_processor import read_preprocess
 
 SIZES = [(64, 48), (48, 64), (33, 47), (61, 40), (31, 90), (7, 5), (200, 200), (640, 427)]
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
-from pipeline.encoding.hub import logging_disabled, offline_if_hub_unreachable
-from pipeline.encoding.towers.tower import (
+from pipeline.settings import RANDOM, TIMM, EncoderSettings
+from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
+from pipeline.towers.tower import (
     GRID,
     RANDOM_SEED,
     Preprocess,
@@ -27,7 +28,6 @@ from pipeline.encoding.towers.tower import (
     grid_encoder,
     weights_sha256,
 )
-from pipeline.settings import RANDOM, TIMM, EncoderSettings
 from workspace.errors import StageError
 from workspace.tensor_file import read_header
 

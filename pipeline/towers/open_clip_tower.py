@@ -19,8 +19,9 @@ from torch import nn
 from cache.errors import SettingsError
 from cache.files.atomic import canonical_json, check_ordinary
 from cache.files.foreign import reading_foreign_file
-from pipeline.encoding.hub import logging_disabled, offline_if_hub_unreachable
-from pipeline.encoding.towers.tower import (
+from pipeline.settings import RANDOM, EncoderSettings
+from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
+from pipeline.towers.tower import (
     GRID,
     PATCH,
     RANDOM_SEED,
@@ -31,7 +32,6 @@ from pipeline.encoding.towers.tower import (
     grid_encoder,
     weights_sha256,
 )
-from pipeline.settings import RANDOM, EncoderSettings
 from workspace.errors import StageError
 
 

@@ -16,9 +16,9 @@ from transformers import AutoImageProcessor, BaseImageProcessor
 
 from cache.errors import PatchcacheError
 from cache.files.foreign import reading_foreign_file
-from pipeline.encoding.hub import logging_disabled
-from pipeline.encoding.towers.tower import Preprocess
 from pipeline.images.decode import FILTERS, to_square
+from pipeline.towers.hub import logging_disabled
+from pipeline.towers.tower import Preprocess
 from workspace.checkpoint_files import Refusal, holding_back_stderr
 from workspace.json_files import read_json
 

@@ -18,9 +18,9 @@ from cache import FeatureStore
 from cache.errors import SettingsError
 from pipeline import extract as extract_module
 from pipeline.encoding.encoder import load_encoder
-from pipeline.encoding.towers.transformers_tower import PREFIX_TOKENS, blocks_of
 from pipeline.images.decode import decode_for
-from tests.pipeline.encoding.towers.conftest import BLOCKS, KINDS, WIDTH
+from pipeline.towers.transformers_tower import PREFIX_TOKENS, blocks_of
+from tests.pipeline.towers.conftest import BLOCKS, KINDS, WIDTH
 
 
 @pytest.fixture
@@ -368,7 +368,7 @@ def test_a_folder_has_no_other_revision(tower, checkpoints, pretrained):
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """A machine that reaches no hub; returns the folder that is its cache of one repository."""
-    monkeypatch.setattr("pipeline.encoding.hub.hub_failure", lambda: "no network")
+    monkeypatch.setattr("pipeline.towers.hub.hub_failure", lambda: "no network")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub/models--somebody--some-tower"
     (repository / "refs").mkdir(parents=True)
