@@ -55,7 +55,8 @@ class Spec:
 
     format: str
     model: str
-    """open_clip architecture; of other features, any name."""
+    """open_clip architecture; `hf:` and a family; `timm:` and an architecture; of other features,
+    any name."""
     weights_sha256: str
     """Over names, types, shapes and values of the vision tower's tensors, not over a file; of other
     features, any hash of the weights."""
@@ -63,8 +64,8 @@ class Spec:
     layer: int
     """Block whose output is stored, counted from the end: -2 is the second to last."""
     tokens: str
-    """"patch": class token dropped, rows of the picture from the top left. "grid": the same order,
-    of a network without a class token."""
+    """"patch": class token and registers dropped, rows of the picture from the top left; "grid":
+    places of a convolutional network's last map, in the same order."""
     normalized: bool
     """Whether the tower's final norm was applied."""
     image_size: int
