@@ -26,8 +26,10 @@ from workspace.checkpoint_files import (
     check_sizes,
     holding_back_stderr,
 )
+from workspace.json_files import read_json
 from workspace.tensor_file import TensorFile
 
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json, tokenizer_config.json"
 
 HUB_FILES = (
@@ -40,6 +42,7 @@ HUB_FILES = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "chat_template.jinja",
 )
 """Files fetched from a hub repository: not the same weights in other formats."""
 
@@ -103,6 +106,22 @@ def read_config(model: str) -> PreTrainedConfig:
             folder, trust_remote_code=False, local_files_only=True
         )
     return config
+
+
+def generation_end_ids(model: str) -> set[int]:
+    """Return the ids that end a text by the language model's generation_config.json, if any.
+
+    Raises:
+        SettingsError: The file is damaged, or names something else than ids.
+    """
+    path, refuse = locate(model) / GENERATION_CONFIG, refusal(model, GENERATION_CONFIG)
+    if not path.exists():
+        return set()
+    value = read_json(path, refuse).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token_id) is not int for token_id in ids):
+        raise refuse(f"eos_token_id is {str(value)[:50]!r}, wanted an id, a list of ids, or none")
+    return set(ids)
 
 
 def check_tokenizer_files(model: str) -> Path:

@@ -90,8 +90,8 @@ def captioner(language_model):
 
 
 @pytest.fixture
-def images(tokenizer):
-    return [Image(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
+def images(prompt_format):
+    return [Image(n, tuple(tokenize(texts, prompt_format, 99))) for n, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture
@@ -165,21 +165,20 @@ def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else(load, tmp_
         assert not torch.equal(load(lora=False)(ids).logits, model(ids).logits)
 
 
-def test_generation_with_a_cache_says_what_it_says_without(load, tokenizer, patches):
+def test_generation_with_a_cache_says_what_it_says_without(load, prompt_format, patches):
     model = captioner(load()).eval()
     features = patches.half().numpy()
-    prompts = ["", "how many of the", "where is"]
+    questions, tokenizer = [None, "how many of the", "where is"], prompt_format.tokenizer
 
     class Features:
         def gather(self, image_ids, out=None):
             return features[image_ids]
 
     found = generate(
-        model, tokenizer, Features(), range(len(prompts)), prompts,
+        model, prompt_format, Features(), range(len(questions)), questions,
         max_tokens=8, batch_size=3, description="",
     )  # fmt: skip
-    for number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    for number, ids in enumerate(prompt_format.prompts(questions)):
         wanted = greedy(model, tokenizer, features[[number]], ids, 8)
         assert found[number].text == tokenizer.decode(wanted).strip()
         assert found[number].num_tokens == len(wanted)
