@@ -92,11 +92,17 @@ def load_parts(run: FinishedRun) -> LlavaParts:
     Raises:
         PatchcacheError: A part is missing, damaged, or of a kind that LLaVA does not have.
     """
-    kind = read_projector(run.folder / PROJECTOR).kind
-    if kind != "mlp":
+    projector = read_projector(run.folder / PROJECTOR)
+    if projector.kind != "mlp":
         raise StageError(
-            f"{run.folder}: has a projector of kind {kind!r}; LLaVA has only 'mlp' (linear, GELU, "
-            f"linear). Set projector.kind to mlp, train again, and export that run."
+            f"{run.folder}: has a projector of kind {projector.kind!r}; LLaVA has only 'mlp' "
+            f"(linear, GELU, linear). Set projector.kind to mlp, train again, and export that run."
+        )
+    if projector.pool != 1:
+        raise StageError(
+            f"{run.folder}: its projector averages squares of {projector.pool} x {projector.pool} "
+            f"patches, and LLaVA gives the language model every patch. Set projector.pool to 1, "
+            f"train again, and export that run."
         )
     text = phi_config(run.params.section("llm", LlmSettings))
     encoder = run.params.section("encoder", EncoderSettings)

@@ -25,7 +25,7 @@ from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_identity
 from train.model.language_model import load_language_model, load_lora, load_tokenizer
 from train.model.model_files import read_config
-from train.model.projector import Projector, read_projector
+from train.model.projector import Projector, check_pool, read_projector
 from train.provenance import (
     START_PROJECTOR,
     check_language_model,
@@ -73,6 +73,7 @@ class FinishedRun:
         Raises:
             SpecMismatchError: Their fingerprint is another one.
             StageError: The projector takes another width.
+            SettingsError: The projector's pool does not divide their grid.
         """
         wanted = self.provenance.get("features_fingerprint")
         if spec.fingerprint != wanted:
@@ -86,6 +87,7 @@ class FinishedRun:
                 f"{self.folder / PROJECTOR}: maps width {self.projector.vision_width} to "
                 f"{self.projector.text_width}, wanted {spec.width} (features). Run the stage again."
             )
+        check_pool(self.projector.pool, spec.patches, str(self.folder / PROJECTOR))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from train.model.fingerprint import language_model_fingerprint, language_model_i
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
-from train.model.projector import Projector, load_projector
+from train.model.projector import Projector, check_pool, load_projector
 from train.model.supported import check_supported
 from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
@@ -49,6 +49,7 @@ def finetune(params: Params) -> None:
     start_path = RUNS / "pretrain" / "projector.safetensors"
     width = config.hidden_size
     projector = load_projector(start_path, store.spec.width, width).to(device)
+    check_pool(projector.pool, store.spec.patches, str(start_path))
     stage_1 = provenance_of("pretrain", store, language_model_id)
     if changed := changed_tables(stage_1):
         print(

@@ -14,7 +14,7 @@ from train.model.fingerprint import language_model_fingerprint, language_model_i
 from train.model.language_model import load_language_model, load_tokenizer
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
-from train.model.projector import seeded_projector
+from train.model.projector import check_pool, seeded_projector
 from train.model.supported import check_supported
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import (
@@ -35,11 +35,13 @@ def pretrain(params: Params) -> None:
     """Train a projector on the captions of the training images, and publish the run."""
     settings = params.section("pretrain", PretrainSettings)
     llm = params.section("llm", LlmSettings)
-    kind = params.section("projector", ProjectorSettings).kind
+    projector_settings = params.section("projector", ProjectorSettings)
+    kind, pool = projector_settings.kind, projector_settings.pool
     saving = params.section("checkpoints", CheckpointSettings)
     tracking = params.section("tracking", TrackingSettings)
     seed = params.seed()
     store = FeatureStore(FEATURES)
+    check_pool(pool, store.spec.patches, "projector.pool")
     # Held-out images must stay new to the model, in their captions too.
     examples = read_caption_examples("train").without(held_out_images())
     device = pick_device()
@@ -50,7 +52,7 @@ def pretrain(params: Params) -> None:
     language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
-    projector = seeded_projector(kind, store.spec.width, width, seed).to(device)
+    projector = seeded_projector(kind, store.spec.width, width, seed, pool).to(device)
     set_up_blocks(language_model, projector, settings)
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),

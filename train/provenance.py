@@ -11,9 +11,9 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError
-from train.json_files import flatten, read_json
-from train.run import WEIGHTS, index_hashes, weights_of
+from train.run import WEIGHTS, deciding_settings, index_hashes, weights_of
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import RUNS
 from workspace.settings import Params
 
@@ -117,10 +117,7 @@ def changed_settings(stage: str, params: Params, sections: Sequence[str]) -> lis
     path = RUNS / stage / "params.yaml"
     if not path.is_file():
         return []
-    then, now = (
-        flatten({section: values.get(section) for section in sections})
-        for values in (Params.read(path).values, params.values)
-    )
+    then, now = (deciding_settings(values, sections) for values in (Params.read(path), params))
     names = dict.fromkeys([*then, *now])
     return [f"{n} {then.get(n)} (now {now.get(n)})" for n in names if then.get(n) != now.get(n)]
 

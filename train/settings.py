@@ -37,6 +37,9 @@ class ProjectorSettings:
 
     kind: Literal["linear", "mlp", "resblock"]
     """One linear layer; two with GELU, as in LLaVA-1.5; one and a pre-norm residual block."""
+    pool: Literal[1, 2, 4] = 1
+    """2 and 4 average each square of 2 x 2 or 4 x 4 patches, so that an image takes a fourth or a
+    sixteenth of the positions. The features stay whole; their grid must divide into squares."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
 from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from train.json_files import read_json
 from train.run import weights_of
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import REPORTS
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}

@@ -72,7 +72,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
     def evaluated(run: FinishedRun) -> EvaluatedModel:
         projector = run.projector
         untrained = seeded_projector(
-            projector.kind, projector.vision_width, projector.text_width, seed
+            projector.kind, projector.vision_width, projector.text_width, seed, projector.pool
         )
         adapter_file = run.folder / ADAPTER / "adapter_model.safetensors"
         own = {

@@ -93,6 +93,7 @@ def _losses(
             row_tokens=ROW_TOKENS,
             max_text_tokens=max_text_tokens,
             device=condition.model.device,
+            pool=condition.model.projector.pool,
         )
         for batch in step.batches:
             by_image |= _losses_by_image(condition.model, batch.to(condition.model.device))

@@ -186,13 +186,15 @@ def test_every_text_is_one_row_of_the_table(world):
         assert section[main] == pytest.approx(np.mean([r["score"] for r in made]))
 
 
-@pytest.mark.parametrize(("quantize", "dtype"), QUANTIZE)
+@pytest.mark.parametrize(
+    ("quantize", "dtype", "pool"), [*((*kind, 1) for kind in QUANTIZE), ("none", "fp32", 2)]
+)
 def test_stage_1_is_asked_without_lora_and_stage_2_with_it_whatever_is_shown(
-    world, quantize, dtype
+    world, quantize, dtype, pool
 ):
     llm = {"quantize": quantize, "dtype": dtype}
     for stage, seed in (("pretrain", 1), ("finetune", 2)):
-        world.write_run(stage, seed, **llm)
+        world.write_run(stage, seed, pool, **llm)
     evaluate(world.params(llm=llm, evaluate={"caption_tokens": 12}))
     settings = LlmSettings(model=str(world.workspace.phi_dir), **llm)
     ids, others = list(VAL), other_images(list(VAL), world.store)
@@ -210,7 +212,7 @@ def test_stage_1_is_asked_without_lora_and_stage_2_with_it_whatever_is_shown(
         for column, (features, image_ids) in shown.items():
             projector = load_projector(Path(f"runs/{stage}/projector.safetensors"), 8, 64)
             if column == "untrained_prediction":
-                projector = seeded_projector("mlp", 8, 64, 0)
+                projector = seeded_projector("mlp", 8, 64, 0, pool)
             made = generate(
                 CaptionModel(projector, language_model), phi_format(load_tokenizer(settings)),
                 features, image_ids, [question] * 4,

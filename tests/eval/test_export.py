@@ -94,7 +94,7 @@ class Made:
         self.root = root
         self.workspace = Workspace(root, phi_dir)
 
-    def write(self, *, layer=-2, kind="mlp", stage="finetune", llm=(), precision="fp32"):
+    def write(self, *, layer=-2, kind="mlp", pool=1, stage="finetune", llm=(), precision="fp32"):
         (self.root / "clip.json").write_text(json.dumps(TINY))
         encoder = {"model": "clip.json", "pretrained": "random", "layer": layer}
         encoder |= {"precision": precision, "batch_size": 4, "device": "cpu"}
@@ -107,7 +107,8 @@ class Made:
             made_from = provenance(self.features, torch.device("cpu"))
             run = RunDirectory(stage, params, {"layer": layer, "kind": kind}, made_from)
             width = self.features.spec.width
-            seeded_projector(kind, width, HIDDEN, 3).save(run.files / "projector.safetensors")
+            projector = seeded_projector(kind, width, HIDDEN, 3, pool)
+            projector.save(run.files / "projector.safetensors")
             if stage == "finetune":
                 self._write_adapter(params.section("llm", LlmSettings), run.files / "adapter")
             run.publish({"loss": 2.5}, self.root / "reports" / f"{stage}.json")
@@ -332,6 +333,14 @@ def no_language_model(monkeypatch):
 def test_another_projector_is_refused_before_the_language_model_is_loaded(made, kind):
     made.write(kind=kind)
     with pytest.raises(StageError, match=f"projector of kind '{kind}'.*projector.kind to mlp"):
+        made.export()
+    assert not made.out.exists()
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_a_pooled_run_is_refused_before_the_language_model_is_loaded(made):
+    made.write(pool=2)
+    with pytest.raises(StageError, match=r"squares of 2 x 2 patches.*projector.pool to 1"):
         made.export()
     assert not made.out.exists()
 

@@ -256,6 +256,17 @@ def test_a_run_may_go_on_with_gradient_checkpointing(workspace):
 
 
 @pytest.mark.usefixtures("workspace")
+def test_a_run_from_before_the_pool_keeps_its_identity(workspace):
+    store = FeatureStore(FEATURES)
+    absent, one, two = (
+        run_identity(workspace.params(projector={"kind": "mlp", **pool}), ["projector"], store)
+        for pool in ({}, {"pool": 1}, {"pool": 2})
+    )
+    assert absent == one
+    assert two == absent | {"projector.pool": 2}
+
+
+@pytest.mark.usefixtures("workspace")
 def test_provenance_names_code_features_texts_libraries_and_device():
     store = FeatureStore(FEATURES)
     made = provenance(store, torch.device("cpu"))

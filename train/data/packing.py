@@ -79,7 +79,7 @@ class PackedBatch:
     text_ids: Tensor
     """int64 [R, T]: 0 for lead and patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
-    """int64 [N x P]: slots of the patches."""
+    """int64 [N x P / pool^2]: slots of the patches, or of the squares that a pool makes of them."""
     target_slots: Tensor
     """int64 [S]: the slot that predicts each supervised token. The last patch of an image predicts
     the first tokens of all its texts."""
@@ -130,8 +130,8 @@ def _aligned(num_bytes: int) -> int:
 def image_length(texts: Sequence[TokenizedText], patches: int, lead: int = 0) -> int:
     """Return how many positions an image takes.
 
-    These are the lead, its patches and the tokens of its texts, without the last token of each
-    text, which is only predicted.
+    These are the lead, its patches, pooled if the projector pools them, and the tokens of its
+    texts, without the last token of each text, which is only predicted.
     """
     return lead + patches + sum(len(text.token_ids) - 1 for text in texts)
 
@@ -229,6 +229,8 @@ def collate(
     patches_NPD: Tensor,
     number: int = 0,
     lead: Sequence[int] = (),
+    *,
+    pool: int = 1,
 ) -> PackedBatch:
     """Lay out the rows of a forward pass as tensors.
 
@@ -239,8 +241,9 @@ def collate(
         patches_NPD: float16, in the order of the images in the rows.
         number: Of the pass within its step.
         lead: Tokens before the patches of every image.
+        pool: The projector's: a square of pool x pool patches takes one position.
     """
-    patches = patches_NPD.shape[1]
+    patches = patches_NPD.shape[1] // pool**2
     shared = len(lead) + patches
     rows, row_length = packed.rows, packed.row_length
     token_ids, positions, text_ids = np.zeros((3, len(rows) * row_length), np.int64)

@@ -40,6 +40,11 @@ class TrainingSetup:
         tokens = self.settings.micro_batch_tokens
         return tokens if isinstance(tokens, int) else CPU_TOKENS
 
+    @property
+    def image_tokens(self) -> int:
+        """Positions of an image's patches, pooled if the projector pools them."""
+        return self.model.projector.num_embeddings(self.store.spec.patches)
+
     def plan(self) -> list[PlannedStep]:
         """Decide which texts make which optimizer step."""
         return plan_steps(
@@ -96,4 +101,5 @@ class TrainingSetup:
             row_tokens=None if self.model.packs_one_row else self.settings.row_tokens,
             max_text_tokens=self.settings.max_text_tokens,
             device=self.model.device,
+            pool=self.model.projector.pool,
         )

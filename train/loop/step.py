@@ -59,6 +59,7 @@ def build_step(
     row_tokens: int | None,
     max_text_tokens: int,
     device: torch.device,
+    pool: int = 1,
 ) -> StepData:
     """Tokenise and pack the texts of some images, and gather the images' features.
 
@@ -73,6 +74,7 @@ def build_step(
             one of few lengths (`padded_length`).
         max_text_tokens: Most tokens of a text.
         device: The model's; for a GPU, the tensors of a pass share one block of pinned memory.
+        pool: The projector's.
 
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
@@ -88,7 +90,7 @@ def build_step(
     remaining = iter(all_texts)
     texts = [[next(remaining) for _ in example.texts] for example in examples]
     image_ids = [example.image_id for example in examples]
-    lead, patches = prompt_format.lead, store.spec.patches
+    lead, patches = prompt_format.lead, store.spec.patches // pool**2
     lengths = [image_length(image_texts, patches, len(lead)) for image_texts in texts]
     processes = PartialState()
     passes = _pack_for(processes.num_processes, lengths, pass_tokens, row_tokens)
@@ -96,7 +98,7 @@ def build_step(
     def batch(number: int) -> PackedBatch:
         ids = np.array([image_ids[image] for row in passes[number].rows for image in row])
         patches_NPD = torch.from_numpy(store.gather(ids))
-        collated = collate(passes[number], image_ids, texts, patches_NPD, number, lead)
+        collated = collate(passes[number], image_ids, texts, patches_NPD, number, lead, pool=pool)
         return collated.in_one_block(pin_memory=True) if device.type == "cuda" else collated
 
     own_passes = range(processes.process_index, len(passes), processes.num_processes)

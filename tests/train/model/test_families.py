@@ -6,7 +6,11 @@ without; NF4 is the model of the dequantised weights.
 """
 
 import copy
+import itertools
+import shutil
+import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +21,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import train.loop.loop
 from tests.conftest import HIDDEN, PATCHES, WIDTH
 from tests.train.images import Image, collate_images
 from tests.train.model.families import FAMILIES, WINDOW
+from tests.train.stage_server import outcome
 from train.data.prompts import caption_turns, conversation_turns, tokenize
+from train.finetune import finetune
+from train.loop.step import optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.decoder import blocks_of
 from train.model.generate import generate
 from train.model.language_model import add_lora, load_language_model, load_lora, lora_dropouts
 from train.model.projector import seeded_projector
 from train.model.supported import Float64, check_supported
+from train.pretrain import pretrain
 from train.settings import LlmSettings, LoraSettings
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.5)
@@ -215,3 +224,37 @@ def test_nf4_is_the_model_of_the_dequantised_weights(load, images, patches):
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
+
+
+@pytest.mark.slow("trains in both stages with every family")
+def test_a_resumed_run_equals_an_uninterrupted_one(family, folders, workspace, monkeypatch):
+    loop = {"epochs": 2, "validate_every_steps": 3, "samples": 1}
+    params = workspace.params(
+        llm={"model": str(folders(family)), "quantize": "none", "dtype": "fp32"},
+        pretrain=loop,
+        finetune=loop,
+        checkpoints={"every_steps": 2},
+    )
+    for name, stage in (("pretrain", pretrain), ("finetune", finetune)):
+        stage(params)
+        uninterrupted = outcome(name)
+        shutil.rmtree(f"runs/{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(train.loop.loop, "optimizer_step", interrupting(3))
+            with pytest.raises(KeyboardInterrupt):
+                stage(params)
+        assert list(Path(".work/runs", name).glob("*/checkpoints/step-*.safetensors"))
+        stage(params)
+        assert outcome(name) == uninterrupted
+
+
+def interrupting(number):
+    """Return an optimizer step that gets a signal in its `number`-th call."""
+    calls = itertools.count(1)
+
+    def step(*arguments, **options):
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return optimizer_step(*arguments, **options)
+
+    return step

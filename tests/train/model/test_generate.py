@@ -65,6 +65,15 @@ def test_it_is_what_a_plain_greedy_loop_makes(make, model, tokenizer, store):
     assert_plain(found, model, tokenizer, store)
 
 
+def test_behind_pooled_patches_too(make, make_model, tokenizer, store):
+    pooling = make_model(lora=0.5).eval()
+    whole = make(model=pooling)
+    pooling.projector.pool = 2
+    found = make(model=pooling)
+    assert found != whole
+    assert_plain(found, pooling, tokenizer, store)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_texts_do_not_depend_on_what_stands_beside_them(make, batch_size):
     assert make(batch_size=batch_size) == make(batch_size=8)

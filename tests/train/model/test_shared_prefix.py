@@ -113,6 +113,17 @@ def test_it_holds_for_any_images_in_any_row(model, images, patches, rows):
     assert_close(gradients(model, together), gradients(model, separate), 1e-10)
 
 
+def test_it_holds_behind_pooled_patches(model, images):
+    model.projector.pool = 2
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(len(TEXTS), 4 * PATCHES, WIDTH, generator=generator).double()
+    rows = [[images[n] for n in row] for row in ([4, 1], [0, 2, 3])]
+    together = model(collate_images(rows, whole, pool=2))
+    separate = one_by_one(model, whole, images)
+    torch.testing.assert_close(together, separate, rtol=1e-12, atol=0)
+    assert_close(gradients(model, together), gradients(model, separate), 1e-10)
+
+
 def test_the_same_holds_in_float32_within_the_promised_tolerance(make_model, images, patches):
     model = make_model("mlp", lora=0.0).train()
     together = packed(model, patches, images, 60, 150)
