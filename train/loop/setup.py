@@ -42,7 +42,7 @@ class TrainingSetup:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that an image takes before its texts."""
+        """Positions that the patches of an image take."""
         return self.model.projector.num_embeddings(self.store.spec.patches)
 
     def plan(self) -> list[PlannedStep]:
