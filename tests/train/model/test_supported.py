@@ -25,15 +25,11 @@ REFUSED = {
         {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 2},
         "experts.down_proj",
     ),
-    "GPTNeoForCausalLM": (
-        {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-        "its attention cannot be replaced",
-    ),
     "Lfm2ForCausalLM": (
         {"intermediate_size": 64, "num_key_value_heads": 2, "layer_types": ["conv", "conv"]},
         "conv.weight",
     ),
-    "BloomForCausalLM": ({}, "positions"),
+    "BloomForCausalLM": ({}, "its attention cannot be replaced"),
 }  # fmt: skip
 
 
@@ -80,59 +76,47 @@ def test_the_random_state_is_left_alone(phi_dir):
 # Faults that the small copy finds
 
 
-def no_window(mask_function):
-    return lambda batch, *arguments, window=None, **options: mask_function(
-        batch, *arguments, **options
-    )
+def without_window(dense_mask):
+    return lambda batch, dtype, window=None: dense_mask(batch, dtype)
 
 
-def by_slot(mask_function):
+def window_by_slot(window_mask_mod):
     """Measure the window in slots of the row, in which other texts lie between."""
 
-    def sees_in_window(sees, positions, window):
+    def by_slot(sees, positions, window):
         return lambda row, head, query, key: sees(row, head, query, key) & (key > query - window)
 
-    return sees_in_window
+    return by_slot
+
+
+def without_softcap(packed_attention):
+    return lambda *inputs, softcap=None, **options: packed_attention(*inputs, **options)
+
+
+def weight_alone(output_logits):
+    return lambda model, hidden: hidden @ model.get_output_embeddings().weight.T
 
 
 FAULTS = {
-    "window forgotten": ("attention.dense_mask", no_window, "Gemma3TextConfig"),
-    "window by slot": ("attention.window_mask_mod", by_slot, "MistralConfig"),
-    "soft cap of scores forgotten": (
-        "attention._soft_cap",
-        None,
-        "Gemma2Config",
+    "dense_mask": (train.model.attention, without_window, transformers.Gemma3TextConfig()),
+    "window_mask_mod": (
+        train.model.attention, window_by_slot, transformers.MistralConfig(sliding_window=4096),
     ),
-    "soft cap of logits forgotten": ("captioner.output_logits", None, "Gemma2Config"),
-    "scale of logits forgotten": ("captioner.output_logits", None, "GraniteConfig"),
-    "bias of the output layer forgotten": ("captioner.output_logits", None, "PhiConfig"),
-}
+    "packed_attention": (train.model.attention, without_softcap, transformers.Gemma2Config()),
+    "soft cap: output_logits": (train.model.captioner, weight_alone, transformers.Gemma2Config()),
+    "scale: output_logits": (
+        train.model.captioner, weight_alone, transformers.GraniteConfig(logits_scaling=8.0),
+    ),
+    "bias: output_logits": (train.model.captioner, weight_alone, transformers.PhiConfig()),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_rule_is_found(monkeypatch, fault):
-    place, breaking, kind = FAULTS[fault]
-    config = getattr(transformers, kind)()
-    if kind == "MistralConfig":
-        config.sliding_window = 4096
+    module, breaking, config = FAULTS[fault]
+    name = fault.rpartition(" ")[2]
     check_packing(config)
-    module, name = place.split(".")
-    module = getattr(train.model, module)
-    if name == "_soft_cap":
-        real = module.packed_attention
-        monkeypatch.setattr(
-            module,
-            "packed_attention",
-            lambda *arguments, softcap=None, **options: real(*arguments, **options),
-        )
-    elif name == "output_logits":
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda model, hidden: hidden @ model.get_output_embeddings().weight.T,
-        )
-    else:
-        monkeypatch.setattr(module, name, breaking(getattr(module, name)))
+    monkeypatch.setattr(module, name, breaking(getattr(module, name)))
     with pytest.raises(ValueError, match="differ from those of one sequence a text"):
         check_packing(config)
 
