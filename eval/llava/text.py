@@ -204,7 +204,9 @@ def text_weights(
         if module is embeddings:
             tensor = _longer(tensor, part.config.vocab_size)
             if is_tied:
-                yield "lm_head.weight", _scaled(tensor, part.scale)
+                head = _scaled(tensor, part.scale)
+                # Saving would leave out one of two names of the same memory.
+                yield "lm_head.weight", head if part.config.tie_word_embeddings else head.clone()
         inner = name.removeprefix(f"{model.base_model_prefix}.")
         yield name if inner == name else f"model.language_model.{inner}", tensor
 

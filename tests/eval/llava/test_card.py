@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
+from transformers import PhiConfig
 
 from eval.llava.card import model_card, read_score_rows
+from eval.llava.text import TextPart
 from eval.score_warnings import RANDOM_TOWER
 from tests.eval.llava.test_processor import spec
 from workspace.errors import StageError
@@ -36,6 +38,7 @@ PROVENANCE = {
     "versions": {"torch": "9.9"},
     "device": "a GPU",
 }
+PHI = TextPart(PhiConfig(dtype="bfloat16"), has_bias=True, scale=1.0)
 SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
 
@@ -57,14 +60,14 @@ def run(tmp_path):
         values = VALUES | changes
         return SimpleNamespace(
             folder=folder, params=SimpleNamespace(values=values), answers=answers,
-            provenance=PROVENANCE,
+            provenance=PROVENANCE, tokenizer=SimpleNamespace(eos_token="<end>"),
         )  # fmt: skip
 
     return make
 
 
 def card(trained):
-    return model_card(trained, spec(), SETTINGS)
+    return model_card(trained, spec(), PHI, SETTINGS)
 
 
 def header(text):
