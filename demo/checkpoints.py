@@ -1,8 +1,8 @@
-"""Rebuilds the demo's two tiny checkpoints: `python -m demo.checkpoints [OUT]`.
+"""Rebuilds the demo's tiny checkpoints: `python -m demo.checkpoints [OUT]`.
 
-Writes `clip/` (an open_clip architecture and its weights) and `phi/` (a transformers model and its
-tokenizer). Takes 20 to 25 minutes on two CPU cores, without a network. The same machine and library
-versions reproduce the same files.
+Writes `clip/` (an open_clip architecture and its weights), `phi/` and `llama/` (transformers models
+and their tokenizers). Takes about 40 minutes on two CPU cores, without a network. The same machine
+and library versions reproduce the same files.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from cache.cli.command import command_parser, run_guarded
 from demo.memory import keep_freed_memory
 from demo.tokenizer import train_tokenizer
 from demo.train_clip import train_clip
-from demo.train_phi import train_phi
+from demo.train_language_model import train_llama, train_phi
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 """The folder of the project's own checkpoints."""
@@ -24,7 +24,7 @@ _SEED = 0
 
 
 def write_checkpoints(out: Path) -> None:
-    """Train the tokenizer, then CLIP and Phi side by side, and write them to a folder.
+    """Train the tokenizer, then CLIP and the language models, and write them to a folder.
 
     No scene of the training is in a rendered world.
     """
@@ -35,6 +35,7 @@ def write_checkpoints(out: Path) -> None:
         jobs = [
             processes.submit(train_clip, out / "clip", tokenizer, _SEED),
             processes.submit(train_phi, out / "phi", tokenizer, _SEED),
+            processes.submit(train_llama, out / "llama", tokenizer, _SEED),
         ]
         for job in jobs:
             job.result()

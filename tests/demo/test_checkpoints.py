@@ -14,7 +14,7 @@ from demo.questions import CAPTION_REQUEST, ask
 from demo.scenes import scene_at
 from demo.tokenizer import prompt, train_tokenizer
 from demo.train_clip import NAME, normalised, pixels_of
-from demo.train_phi import phi_config
+from demo.train_language_model import phi_config
 
 MOST_BYTES = 6_000_000
 SCENES = [scene_at(2, "test", index) for index in range(40)]

@@ -222,15 +222,17 @@ def use_packed_attention(model: PreTrainedModel) -> tuple[Callable[[PackedBatch]
     model.set_attn_implementation(NAME)
     window = sliding_window(model.config)
     has_blocks = model.device.type == "cuda" and _in_all_processes(_flex_works(model), model.device)
-    make: Callable[..., Mask] = block_mask
-    if not has_blocks:
-        make = functools.partial(dense_mask, dtype=score_dtype(model.dtype))
+
+    def make_mask(batch: PackedBatch, window: int | None) -> Mask:
+        if has_blocks:
+            return block_mask(batch, window)
+        return dense_mask(batch, score_dtype(model.dtype), window)
 
     def make_masks(batch: PackedBatch) -> Masks:
-        masks = {"attention_mask": make(batch)}
+        masks = {"attention_mask": make_mask(batch, None)}
         # No position is larger than a row.
         if window is not None and window < batch.token_ids.shape[1]:
-            masks["window_mask"] = make(batch, window=window)
+            masks["window_mask"] = make_mask(batch, window)
         return masks
 
     return make_masks, has_blocks

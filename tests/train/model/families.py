@@ -41,8 +41,6 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     """Its own rules, for the page."""
-    nf4: bool = True
-    """Whether bitsandbytes quantises its layers to NF4."""
 
     def config(self) -> transformers.PreTrainedConfig:
         """Return the config of the tiny model."""
@@ -120,7 +118,6 @@ FAMILIES = {
             "GPT-2",
             {"tie_word_embeddings": True},
             "learned positions; weights of linear layers are transposed",
-            nf4=False,
         ),
         Family("StableLm", "StableLM 2", SHARED),
         Family(

@@ -377,7 +377,7 @@ def test_all_processes_use_one_form(monkeypatch, capsys, works, elsewhere):
 
 
 def test_a_full_memory_is_no_reason_to_use_sdpa(monkeypatch):
-    def full(*arguments):
+    def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train.model.attention, "packed_attention", full)
@@ -422,3 +422,38 @@ def test_generation_is_that_of_transformers_own_attention(make_model, tokenizer,
     assert len({one.text for one in packed}) > 1
     model.language_model.set_attn_implementation("sdpa")
     assert made() == packed
+
+
+def float64_mask(batch, window):
+    return dense_mask(batch, torch.float64, window)
+
+
+@eager_flex
+@pytest.mark.parametrize("window", [None, 1, 3, 8])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_both_forms_keep_windows_and_soft_caps_with_shared_keys(random_images, window, softcap):
+    batch = small_batch(random_images, 1)
+    rows, length = batch.token_ids.shape
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, length, 16, generator=generator, dtype=torch.float64)
+        for heads in (4, 2, 2)
+    )
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    attended = {}
+    for form, make in (("block", block_mask), ("dense", float64_mask)):
+        masks = {"attention_mask": make(batch, None), "window_mask": make(batch, window)}
+        attended[form], _ = packed_attention(module, query, key, value, **masks | options)
+    torch.testing.assert_close(attended["block"], attended["dense"])
+    sees = (dense_mask(batch, torch.float64, window) == 0)[:, 0]
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~sees[:, None], -torch.inf).softmax(-1)
+    wanted = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(attended["dense"], wanted)
+    positions = batch.positions
+    far = positions[:, :, None] - positions[:, None] >= (window or length)
+    assert not (sees & far).any()
+    assert window is None or (far & (dense_mask(batch, torch.float64) == 0)[:, 0]).any()

@@ -1,8 +1,9 @@
-"""Trains the tiny Phi on the world's text alone.
+"""Trains the tiny language models, a Phi and a Llama, on the world's text alone.
 
 A document is a scene written down in one of several forms, followed by captions and by questions
 with their answers. No picture is involved: the projector learns later to put patches in the place
-of the written scene.
+of the written scene. Phi reads questions in Phi-2's format, the Llama in the chat template of its
+tokenizer.
 
 Letters: B documents, T positions, W words at one position, H width.
 """
@@ -15,13 +16,20 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from demo.captions import caption
 from demo.contexts import facts, inventory, notes, raster
 from demo.questions import CAPTION_REQUEST, ask
 from demo.scenes import Scene, scene_at
-from demo.tokenizer import prompt
+from demo.tokenizer import END_OF_TEXT, END_OF_TURN, START_OF_TURN, chat_tokenizer, prompt
 
 _STEPS = 3500
 _BATCH = 20
@@ -61,6 +69,50 @@ class Document:
         self.weights += [0.0] * len(cells)
 
 
+@dataclass(frozen=True)
+class Style:
+    """The constant texts of a document."""
+
+    lead: str
+    """In front of the scene."""
+    question: str
+    """A question with what follows it, up to its answer."""
+    answer: str
+    end: str
+    """Behind a caption or an answer."""
+    turn: str
+    """Between an end and the next question."""
+
+
+PHI_2 = Style(lead="", question=prompt("{}"), answer=" {}", end=END_OF_TEXT, turn="")
+CHAT = Style(
+    lead=f"{START_OF_TURN}user\n",
+    question=f"{{}}{END_OF_TURN}\n{START_OF_TURN}assistant\n",
+    answer="{}",
+    end=END_OF_TURN,
+    turn=f"\n{START_OF_TURN}user\n",
+)
+
+
+def llama_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Return a small configuration with the layout of SmolLM2: shared keys, tied output layer."""
+    return LlamaConfig(
+        vocab_size=-(-len(tokenizer) // 64) * 64,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.07,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        tie_word_embeddings=True,
+    )
+
+
 def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
     """Return a small configuration with Phi-2's layout, and like its, an odd vocabulary."""
     rows = -(-(len(tokenizer) + _SPARE_ROWS) // 64) * 64
@@ -91,15 +143,32 @@ def phi_config(tokenizer: PreTrainedTokenizerFast) -> PhiConfig:
 
 
 def train_phi(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Train the Phi, and write it."""
+    _train(out, tokenizer, phi_config(tokenizer), PHI_2, seed)
+
+
+def train_llama(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Train the Llama, and write it; its tokenizer has two more entries and a chat template."""
+    tokenizer = chat_tokenizer(tokenizer)
+    _train(out, tokenizer, llama_config(tokenizer), CHAT, seed)
+
+
+def _train(
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    config: PreTrainedConfig,
+    style: Style,
+    seed: int,
+) -> None:
     """Train, and write model (float16) and tokenizer to a folder with `save_pretrained`."""
     torch.manual_seed(seed)
-    model = PhiForCausalLM(phi_config(tokenizer))
-    writer = Writer(tokenizer)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    writer = Writer(tokenizer, style)
     optimizer = torch.optim.AdamW(
         model.parameters(), _LEARNING_RATE, betas=(0.9, 0.98), weight_decay=_WEIGHT_DECAY
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_at)
-    progress = tqdm(range(_STEPS), desc="phi")
+    progress = tqdm(range(_STEPS), desc=config.model_type)
     for step in progress:
         documents = [writer.document(seed, step * _BATCH + index) for index in range(_BATCH)]
         loss = document_loss(model, documents, _NOISE)
@@ -116,8 +185,9 @@ def train_phi(out: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
 class Writer:
     """Writes documents; caches the tokens of texts, which repeat often."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, style: Style = PHI_2) -> None:
         self._tokenizer = tokenizer
+        self._style = style
         self._tokens: dict[str, list[int]] = {}
 
     def document(self, seed: int, index: int) -> Document:
@@ -125,12 +195,20 @@ class Writer:
         rng = random.Random(f"{seed}/document/{index}")
         scene = scene_at(seed, "phi", index)
         document = Document()
+        document.add(self.ids(self._style.lead), _CONTEXT_WEIGHT)
         self.add_context(document, scene, rng)
         parts = [self.add_captions, self.add_turns, self.add_facts]
         rng.shuffle(parts)
-        for add in parts:
+        for number, add in enumerate(parts):
+            if number:
+                document.add(self.ids(self._style.turn), _CONTEXT_WEIGHT)
             add(document, scene, rng)
         return document
+
+    def add_request(self, document: Document, question: str = "") -> None:
+        """Append a question; in a chat, what the assistant says by itself answers an empty one."""
+        if question or self._style is CHAT:
+            document.add(self.ids(self._style.question.format(question)), _CONTEXT_WEIGHT)
 
     def add_context(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append a scene in a random form, most often as a raster of cells."""
@@ -149,15 +227,19 @@ class Writer:
 
     def add_captions(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append a caption and its end token."""
-        end = self._tokenizer.eos_token_id
-        document.add([*self.ids(caption(scene, rng)), end], _CAPTION_WEIGHT)
+        self.add_request(document)
+        text = self.ids(caption(scene, rng)) + self.ids(self._style.end)
+        document.add(text, _CAPTION_WEIGHT)
 
     def add_turns(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append questions, each with its answer and an end token."""
-        for question, answer in ask(scene, rng, _NUM_TURNS):
-            document.add(self.ids(prompt(question)), _CONTEXT_WEIGHT)
+        for number, (question, answer) in enumerate(ask(scene, rng, _NUM_TURNS)):
+            if number:
+                document.add(self.ids(self._style.turn), _CONTEXT_WEIGHT)
+            self.add_request(document, question)
             weight = _CAPTION_WEIGHT if question == CAPTION_REQUEST else 1.0
-            document.add([*self.ids(f" {answer}"), self._tokenizer.eos_token_id], weight)
+            text = self.ids(self._style.answer.format(answer)) + self.ids(self._style.end)
+            document.add(text, weight)
 
     def add_facts(self, document: Document, scene: Scene, rng: random.Random) -> None:
         """Append nouns, each with its facts.
@@ -165,9 +247,12 @@ class Writer:
         Continuing after a noun takes one look-up of its cell. An answer takes the same look-up but
         uses its result some words later, so that facts are a step towards answers.
         """
+        self.add_request(document)
         for noun, fact in facts(scene, rng):
             document.add(self.ids(f" {noun}:"), _CONTEXT_WEIGHT)
             document.add(self.ids(f" {fact}\n"), 1.0)
+        if self._style is CHAT:
+            document.add(self.ids(self._style.end), _CONTEXT_WEIGHT)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text."""
@@ -177,7 +262,7 @@ class Writer:
 
 
 def document_loss(
-    model: PhiForCausalLM, documents: Sequence[Document], noise: float
+    model: PreTrainedModel, documents: Sequence[Document], noise: float
 ) -> torch.Tensor:
     """Return the weighted mean of the next-token losses over all documents."""
     words_BTW, weights_BT = _padded(documents)
@@ -187,9 +272,9 @@ def document_loss(
     embeddings_BTWH = model.get_input_embeddings()(words_BTW.clamp(min=0))
     embeds_BTH = (embeddings_BTWH * present_BTW[..., None]).sum(2) * scale_BT1
     embeds_BTH = embeds_BTH + noise * torch.randn_like(embeds_BTH)
-    hidden_BTH = model.model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
+    hidden_BTH = model.base_model(inputs_embeds=embeds_BTH, use_cache=False).last_hidden_state
     is_target_BT = weights_BT[:, 1:] > 0
-    logits = model.lm_head(hidden_BTH[:, :-1][is_target_BT])
+    logits = model.get_output_embeddings()(hidden_BTH[:, :-1][is_target_BT])
     losses = torch.nn.functional.cross_entropy(
         logits, words_BTW[:, 1:, 0][is_target_BT], reduction="none"
     )
