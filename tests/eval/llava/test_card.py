@@ -1,5 +1,6 @@
 """The model card shows the scores of its own run, beside those with the wrong image."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
-from transformers import PhiConfig
+from transformers import LlamaConfig, PhiConfig
 
 from eval.llava.card import model_card, read_score_rows
 from eval.llava.text import TextPart
@@ -39,6 +40,7 @@ PROVENANCE = {
     "device": "a GPU",
 }
 PHI = TextPart(PhiConfig(dtype="bfloat16"), has_bias=True, scale=1.0)
+LLAMA = TextPart(LlamaConfig(dtype="bfloat16"), has_bias=False, scale=1.0)
 SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
 
@@ -66,8 +68,8 @@ def run(tmp_path):
     return make
 
 
-def card(trained):
-    return model_card(trained, spec(), PHI, SETTINGS)
+def card(trained, text=PHI, **changes):
+    return model_card(trained, spec(**changes), text, SETTINGS)
 
 
 def header(text):
@@ -178,3 +180,36 @@ def test_the_card_shows_the_provenance(run):
         assert known in text
     assert "LoRA was trained on top of NF4 weights" in text
     assert 'question = "What is \\"this\\"?"' in text
+
+
+def test_only_a_model_with_code_of_ours_asks_for_trust(run):
+    own = card(run())
+    assert "trust_remote_code=True" in own
+    assert "Phi's attention overflows" in own
+    assert 'backend="pil"' not in own
+    assert "phi" in header(own)["tags"]
+
+
+def test_a_plain_model_says_what_transformers_does_otherwise(run):
+    text = card(run(), LLAMA)
+    for known in ('backend="pil"', "EXIF", "640 x 427", "loads all parts in bfloat16", "<end>"):
+        assert known in text
+    for foreign in ("trust_remote_code", "llava_phi", "Phi's"):
+        assert foreign not in text
+    assert "llama" in header(text)["tags"]
+
+
+def test_squashed_pictures_are_not_cropped_and_float32_is_not_rounded(run):
+    exact = dataclasses.replace(LLAMA, config=LlamaConfig(dtype="float32"))
+    text = card(run(), exact, resize="squash")
+    assert "640 x 427" not in text
+    assert "loads all parts" not in text
+    assert 'backend="pil"' in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "parts"),
+    [("fp32", "Vision tower and projector computed"), ("bf16", "The projector computed")],
+)
+def test_the_parts_that_bf16_rounds_are_named(run, precision, parts):
+    assert parts in card(run(), LLAMA, precision=precision)
