@@ -57,7 +57,14 @@ from bench.measure import (
 )
 from bench.opening import resident
 from bench.stores import SPEC, make_store
-from bench.texts import EOS_ID, TOKENS, draw_captions, draw_conversations, make_tokenizer
+from bench.texts import (
+    EOS_ID,
+    TOKENS,
+    bare_format,
+    draw_captions,
+    draw_conversations,
+    make_tokenizer,
+)
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
 from train.data.examples import Example
@@ -239,7 +246,7 @@ def our_steps(stage: Stage, num_steps: int) -> tuple[float, float]:
     def build(_: int) -> StepData:
         return build_step(
             stage.examples,
-            stage.tokenizer,
+            bare_format(stage.tokenizer),
             stage.store,
             pass_tokens=PASS_TOKENS,
             row_tokens=ROW_TOKENS,

@@ -22,15 +22,20 @@ from cache.errors import SettingsError
 from cache.files.atomic import sync, write_text
 from cache.files.foreign import writing_foreign_file
 from eval.llava.card import model_card
-from eval.llava.llava_phi import LlavaPhiForConditionalGeneration, PatchcacheImageProcessor
+from eval.llava.llava_phi import (
+    LlavaPhiForConditionalGeneration,
+    PatchcacheImageProcessor,
+    UprightImageProcessor,
+)
 from eval.llava.model import LlavaParts, build_model, save_model
 from eval.llava.processor import IMAGE_TOKEN, make_processor, with_image_token
 from eval.llava.text import text_part
-from eval.llava.vision import clip_vision_config
+from eval.llava.vision import vision_part
 from eval.runs import PROJECTOR, FinishedRun, load_run, open_run
 from eval.settings import EvaluateSettings
 from pipeline.encoding.encoder import load_encoder
 from pipeline.settings import EncoderSettings
+from train.data.jinja_template import jinja_template
 from train.model.language_model import DTYPES
 from train.model.projector import read_projector
 from workspace.errors import StageError
@@ -55,12 +60,11 @@ def export(run: Path, out: Path) -> None:
     settings = trained.params.section("evaluate", EvaluateSettings)
     max_tokens = settings.answer_tokens if trained.answers else settings.caption_tokens
     model = build_model(trained.model, parts, DTYPES[trained.llm.dtype], max_tokens)
+    # In a chat format a caption is asked for by a message without text; in the others by nothing.
+    has_template = trained.answers or trained.prompt_format.name == "chat"
+    template = jinja_template(trained.prompt_format, IMAGE_TOKEN) if has_template else None
     processor = make_processor(
-        parts.tokenizer,
-        parts.spec,
-        parts.vision.patch_size,
-        answers=trained.answers,
-        own_code=parts.text.has_bias,
+        parts.tokenizer, parts.vision, parts.spec, template, own_code=parts.text.has_bias
     )
     with atomic_folder(out) as folder, writing_foreign_file(out):
         save_model(model, folder)
@@ -75,19 +79,24 @@ def load_parts(run: FinishedRun) -> LlavaParts:
     Raises:
         PatchcacheError: A part is missing, damaged, or of a kind that LLaVA does not have.
     """
-    kind = read_projector(run.folder / PROJECTOR).kind
-    if kind != "mlp":
+    projector = read_projector(run.folder / PROJECTOR)
+    if projector.kind != "mlp":
         raise StageError(
-            f"{run.folder}: has a projector of kind {kind!r}; LLaVA has only 'mlp' (linear, GELU, "
-            f"linear). Set projector.kind to mlp, train again, and export that run."
+            f"{run.folder}: has a projector of kind {projector.kind!r}; LLaVA has only 'mlp' "
+            f"(linear, GELU, linear). Set projector.kind to mlp, train again, and export that run."
+        )
+    if projector.pool != 1:
+        raise StageError(
+            f"{run.folder}: its projector averages squares of {projector.pool} x {projector.pool} "
+            f"patches, and LLaVA gives the language model every patch. Set projector.pool to 1, "
+            f"train again, and export that run."
         )
     tokenizer = with_image_token(run.tokenizer)
     text = text_part(run.llm, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
     encoder = run.params.section("encoder", EncoderSettings)
     tower = load_encoder(dataclasses.replace(encoder, device="cpu"))
-    visual = tower._visual
-    vision = clip_vision_config(visual, encoder.model)
-    return LlavaParts(visual, tower.spec, vision, text, tokenizer)
+    end_ids = run.prompt_format.end_ids
+    return LlavaParts(tower.spec, vision_part(tower, encoder), text, tokenizer, end_ids)
 
 
 @contextlib.contextmanager
@@ -122,6 +131,7 @@ def main() -> None:
 
 # Makes `save_pretrained` copy the module of these classes, and name them in the configs.
 LlavaPhiForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+UprightImageProcessor.register_for_auto_class("AutoImageProcessor")
 PatchcacheImageProcessor.register_for_auto_class("AutoImageProcessor")
 
 if __name__ == "__main__":

@@ -7,15 +7,19 @@ made, are counted.
 
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
 from pipeline.images.archives import ImageArchive
-from pipeline.indexing.annotations import read_captions, read_conversations
-from pipeline.indexing.collect import collect_captions, collect_conversations
-from pipeline.indexing.image_collection import ImageCollection
+from pipeline.indexing.annotations import read_captions
+from pipeline.indexing.collect import collect_captions, collect_conversations, split_by_hash
+from pipeline.indexing.image_collection import ImageCollection, ImageRow
+from pipeline.indexing.image_lookup import Split
+from pipeline.indexing.instruct import read_instruct
 from pipeline.indexing.pope import collect_questions, read_question_files
 from pipeline.indexing.records import Kind
 from pipeline.indexing.rejections import (
@@ -25,7 +29,7 @@ from pipeline.indexing.rejections import (
     faulty_records,
 )
 from pipeline.indexing.tables import write_table
-from workspace.data_settings import DataSettings
+from workspace.data_settings import DataSettings, SplitSettings
 from workspace.errors import StageError
 from workspace.paths import INDEX, REPORTS, WORK
 from workspace.settings import Params
@@ -91,30 +95,39 @@ def build_index(data: DataSettings, seed: int) -> Index:
     Raises:
         StageError: A file is missing or has another layout, or no image is usable.
     """
-    train = read_captions(Path(data.train.captions), key="data.train.captions")
-    val = read_captions(Path(data.val.captions), key="data.val.captions")
-    instruct = read_conversations(Path(data.instruct), key="data.instruct")
+    sources = sources_of(data)
+    listed = {
+        split: read_captions(Path(source.captions), key=f"data.{split}.captions")
+        for split, source in sources.items()
+    }
     question_files = read_question_files(Path(data.val.captions))
+    instruct = read_instruct(Path(data.instruct), list(listed.values()), question_files, seed)
 
-    follow = data.follow_links
-    train_archive = ImageArchive(data.train.images, key="data.train.images", follow_links=follow)
-    val_archive = ImageArchive(data.val.images, key="data.val.images", follow_links=follow)
-    images = ImageCollection({"train": train_archive, "val": val_archive})
-    images.add_listed({"train": train.images, "val": val.images})
+    archives = {
+        split: ImageArchive(
+            source.images, key=f"data.{split}.images", follow_links=data.follow_links
+        )
+        for split, source in sources.items()
+    }
+    cut = partial(split_by_hash, val_share=data.val_share) if data.split == "hash" else None
+    images = ImageCollection(archives, cut)
+    images.add_listed({split: file.images for split, file in listed.items()})
     captions, bad_captions = collect_captions(
-        {"train": train.captions, "val": val.captions}, images
+        {split: file.captions for split, file in listed.items()}, images
     )
     conversations, bad_conversations = collect_conversations(
         instruct.conversations, images, holdout=data.instruct_holdout, seed=seed
     )
     questions = collect_questions(question_files, images.rows, seed, images.problems)
-    rejected = train.rejected + val.rejected + instruct.rejected
+    rejected = [bad for file in listed.values() for bad in file.rejected] + instruct.rejected
     rejected += images.rejected + bad_captions + bad_conversations + questions.rejected
     if not images.rows:
         raise StageError(
             f"data.train.images, data.val.images: not one usable image. "
             f"{describe_commonest(rejected)}"
         )
+    if cut:
+        _check_both_splits(images.rows.values(), data.val_share)
     return Index(
         tables={
             "images": sorted(images.rows.values(), key=lambda row: row.image_id),
@@ -126,14 +139,31 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "rejected": sorted(rejected, key=lambda row: get_args(Kind).index(row.kind)),
         },
         num_read={
-            "images": train.num_images + val.num_images + images.num_unlisted,
-            "captions": train.num_captions + val.num_captions,
+            "images": sum(file.num_images for file in listed.values()) + images.num_unlisted,
+            "captions": sum(file.num_captions for file in listed.values()),
             "conversations": instruct.num_conversations,
-            "objects": questions.num_objects,
+            "objects": questions.num_objects + instruct.num_objects,
             "pope": question_files.num_official,
         },
         question_report=questions.report(question_files),
     )
+
+
+def sources_of(data: DataSettings) -> dict[Split, SplitSettings]:
+    """Return the images and captions to read: each once, also if one set is cut by hash."""
+    if data.split == "hash":
+        return {"train": data.train}
+    return {"train": data.train, "val": data.val}
+
+
+def _check_both_splits(images: Collection[ImageRow], val_share: float) -> None:
+    num_val = sum(image.split == "val" for image in images)
+    if num_val in (0, len(images)):
+        raise StageError(
+            f"data.split: hash puts {num_val} of {len(images)} images into split val and "
+            f"{len(images) - num_val} into train, with data.val_share {val_share}. Both need an "
+            f"image: change data.val_share, or bring more images."
+        )
 
 
 def _publish(work: Path, folder: Path) -> None:

@@ -1,13 +1,16 @@
 """dvc.yaml, the settings files and the settings classes must tell the same story."""
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
+import open_clip
 import pytest
 from ruamel.yaml import YAML
 
 from eval.settings import EvaluateSettings
 from pipeline.code import STAGES as CODE_STAGES
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
+from train.model.projector import check_pool
 from train.settings import (
     CheckpointSettings,
     FinetuneSettings,
@@ -21,6 +24,8 @@ from workspace.data_settings import DataSettings
 from workspace.settings import Params
 
 ROOT = Path(__file__).parents[1]
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 SECTIONS = {
     "data": DataSettings,
@@ -54,13 +59,61 @@ def test_there_are_the_six_stages_and_their_code():
     assert list(STAGES) == ["code", *CODE_STAGES]
 
 
-@pytest.mark.parametrize("path", ["params.yaml", "configs/coco.yaml"])
+FILES = [ROOT / "params.yaml", *CONFIGS]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_shipped_settings_file_fits_every_section(path):
-    params = Params.read(ROOT / path)
+    params = Params.read(path)
     assert params.seed() == 0
     for name, cls in SECTIONS.items():
         assert isinstance(params.section(name, cls), cls)
     assert set(params.values) == {"seed", *SECTIONS}
+
+
+def test_there_is_a_ladder_of_whole_runs():
+    assert [path.stem for path in CONFIGS] == ["coco", "coco_strong", "laptop"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_real_run_downloads_what_it_names_and_no_more(path):
+    params = Params.read(path)
+    data = params.section("data", DataSettings)
+    assert data.source == "coco"
+    files = params.section("fetch", FetchSettings).files
+    assert all(item.sha256 for item in files)
+    fetched = {
+        f"{item.path}/{PurePosixPath(member).name}" if member else item.path
+        for item in files
+        for member in item.unpack or [""]
+    }
+    named = {data.instruct}
+    for split in (data.train, data.val):
+        named |= {split.images, split.captions}
+    # The yes-no questions are made of the objects in the images of split val.
+    named.add(data.val.captions.replace("captions_", "instances_"))
+    assert fetched == named
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_tower_of_a_real_run_is_known_to_open_clip_and_its_grid_can_be_pooled(path):
+    params = Params.read(path)
+    encoder = params.section("encoder", EncoderSettings)
+    assert (encoder.model, encoder.pretrained) in open_clip.list_pretrained()
+    vision = open_clip.get_model_config(encoder.model)["vision_cfg"]
+    name = vision.get("timm_model_name", "")
+    patch = vision.get("patch_size") or int(re.search("patch([0-9]+)", name)[1])
+    num_patches = (vision["image_size"] // patch) ** 2
+    pool = params.section("projector", ProjectorSettings).pool
+    check_pool(pool, num_patches, str(path))
+    text = path.read_text()
+    assert f"images x {num_patches} patches x {vision.get('width', 768)} values" in text
+
+
+def test_the_smallest_run_cuts_one_set_of_images():
+    data = Params.read(ROOT / "configs/laptop.yaml").section("data", DataSettings)
+    assert (data.split, data.train) == ("hash", data.val)
+    assert "LLaVA" not in data.instruct
 
 
 @pytest.mark.parametrize("stage", sorted(STAGES))

@@ -29,6 +29,8 @@ NO_LAW = {
     "data.instruct": INDEXED,
     "data.instruct_holdout": "a share of random images: tests/pipeline/test_index.py",
     "data.follow_links": "what a folder with links holds: tests/pipeline/images/test_names.py",
+    "data.split": "which split an image has: tests/pipeline/test_index.py",
+    "data.val_share": "how many images are of split val: tests/pipeline/test_index.py",
     "data.max_reject_rate": "when the stage fails, not what it makes: tests/pipeline/test_index.py",
     "fetch.files.url": FETCHED,
     "fetch.files.path": FETCHED,

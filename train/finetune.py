@@ -9,6 +9,7 @@ from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
 from cache.texts import first_few
 from train.data.examples import read_conversation_examples, with_features
+from train.data.prompt_formats import prompt_format
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
@@ -18,7 +19,7 @@ from train.model.fingerprint import language_model_fingerprint, language_model_i
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
-from train.model.projector import Projector, load_projector
+from train.model.projector import Projector, check_pool, load_projector
 from train.model.supported import check_supported
 from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
@@ -42,10 +43,13 @@ def finetune(params: Params) -> None:
     check_supported(llm)
     tokenizer = load_tokenizer(llm)
     check_vocabulary(tokenizer, llm)
-    language_model_id = language_model_identity(llm, tokenizer)
+    config = read_config(llm.model)
+    prompts = prompt_format(llm, tokenizer, config)
+    language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
     start_path = RUNS / "pretrain" / "projector.safetensors"
-    width = read_config(llm.model).hidden_size
+    width = config.hidden_size
     projector = load_projector(start_path, store.spec.width, width).to(device)
+    check_pool(projector.pool, store.spec.patches, str(start_path))
     stage_1 = provenance_of("pretrain", store, language_model_id)
     if changed := changed_tables(stage_1):
         print(
@@ -68,13 +72,14 @@ def finetune(params: Params) -> None:
         store,
         language_model=language_model_fingerprint(language_model, tokenizer),
         start_projector=start_sha256,
+        **prompts.identity(),
     )
     adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
     held_out = read_conversation_examples("holdout")
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
-        tokenizer=tokenizer,
+        prompt_format=prompts,
         store=store,
         train=with_features(examples, store, "conversations of split train"),
         validation=with_features(held_out, store, "conversations of split holdout"),

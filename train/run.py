@@ -31,9 +31,9 @@ from cache.files.atomic import (
     write_text,
 )
 from cache.store_index import INDEX_FILE
-from train.json_files import flatten, read_json
 from workspace.clock import utc_now
 from workspace.errors import StageError
+from workspace.json_files import flatten, read_json
 from workspace.locks import folder_lock
 from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, WORK
 from workspace.settings import Params
@@ -50,8 +50,14 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
 
-CHANGES_NO_BIT = ".gradient_checkpointing"
-"""Setting that is no part of a run's identity: a run that is out of memory may go on with it."""
+NO_IDENTITY = (".gradient_checkpointing", "llm.prompt")
+"""Ends of settings that are no part of a run's identity. Gradient checkpointing changes no bit, so
+that a run that is out of memory may go on with it; the prompt format that a setting stands for is
+an entry of its own."""
+
+AS_IF_ABSENT = {"projector.pool": 1}
+"""Settings, and the value with which one decides no more than if it were absent. Runs from before a
+setting existed keep their identity."""
 
 HISTORY_COLUMNS = (
     "step",
@@ -200,14 +206,20 @@ def run_identity(
         store: Holds the features.
         others: Hashes of weights.
     """
-    settings = flatten({name: params.values[name] for name in ("seed", *sections)})
+    settings = deciding_settings(params, ("seed", *sections))
     return {
-        **{name: value for name, value in settings.items() if not name.endswith(CHANGES_NO_BIT)},
+        **{name: value for name, value in settings.items() if not name.endswith(NO_IDENTITY)},
         "features": store.fingerprint,
         "features_sha256": sha256_of(FEATURES / INDEX_FILE),
         **{f"{name}_sha256": digest for name, digest in index_hashes().items()},
         **others,
     }
+
+
+def deciding_settings(params: Params, sections: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of some sections under dotted names, without those that are as absent."""
+    settings = flatten({section: params.values.get(section) for section in sections})
+    return {name: v for name, v in settings.items() if (name, v) not in AS_IF_ABSENT.items()}
 
 
 def index_hashes() -> dict[str, str]:

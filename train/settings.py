@@ -25,6 +25,10 @@ class LlmSettings:
     dtype: Literal["bf16", "fp16", "fp32"]
     """Computing dtype of the language model. fp16 is for GPUs that have no bf16, like the T4;
     attention is computed in float32 then, because Phi-2's overflows in fp16."""
+    prompt: Literal["auto", "phi", "chat", "plain"] = "auto"
+    """What stands around pictures, questions and answers: Phi-2's question-answer format, the
+    tokenizer's own chat template, or `Question: ...` and `Answer: ...`. `auto`, the default, is
+    `chat` for a tokenizer with a chat template, else `phi` for a Phi model, else `plain`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,9 @@ class ProjectorSettings:
 
     kind: Literal["linear", "mlp", "resblock"]
     """One linear layer; two with GELU, as in LLaVA-1.5; one and a pre-norm residual block."""
+    pool: Literal[1, 2, 4] = 1
+    """2 and 4 average each square of 2 x 2 or 4 x 4 patches, so that an image takes a fourth or a
+    sixteenth of the positions. The features stay whole; their grid must divide into squares."""
 
 
 @dataclass(frozen=True, kw_only=True)

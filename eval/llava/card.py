@@ -15,9 +15,10 @@ from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
 from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from train.json_files import read_json
+from pipeline.settings import TRANSFORMERS
 from train.run import weights_of
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import REPORTS
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
@@ -48,7 +49,7 @@ def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: Evaluat
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     return environment.get_template("model_card.md.j2").render(
-        header=_yaml(_header(values, source, text.config.model_type)).rstrip(),
+        header=_yaml(_header(values, source, _families(spec, text))).rstrip(),
         answers=trained.answers,
         encoder=shown["encoder"],
         llm=shown["llm"],
@@ -57,7 +58,7 @@ def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: Evaluat
         spec=spec,
         text=text,
         dtype=str(text.config.dtype).removeprefix("torch."),
-        eos_token=trained.tokenizer.eos_token,
+        prompts=trained.prompt_format,
         question=settings.caption_question,
         rows=read_score_rows(trained),
         provenance=trained.provenance,
@@ -124,13 +125,19 @@ def _written(section: Mapping[str, Any], key: str) -> str:
     return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _header(values: Mapping[str, Any], source: str, text_type: str) -> dict[str, Any]:
+def _families(spec: Spec, text: TextPart) -> list[str]:
+    """Return the names of the families of the language model and the vision tower."""
+    tower = spec.model.removeprefix(TRANSFORMERS)
+    return [text.config.model_type, "clip" if tower == spec.model else tower.rpartition("-")[0]]
+
+
+def _header(values: Mapping[str, Any], source: str, families: list[str]) -> dict[str, Any]:
     header: dict[str, Any] = {
         "license": "other",
         "license_name": "those-of-its-parts",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["llava", text_type, "clip", "patchcache"],
+        "tags": ["llava", *families, "patchcache"],
     }
     base = values["llm"]["model"]
     if not Path(base).exists():

@@ -1,13 +1,12 @@
 """Builds and saves the LLaVA model of a run: vision tower, projector, language model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
-    CLIPVisionConfig,
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -17,7 +16,7 @@ from transformers import (
 from cache.spec import Spec
 from eval.llava.processor import IMAGE_TOKEN
 from eval.llava.text import TextPart, llava_class, text_weights
-from eval.llava.vision import clip_vision_weights
+from eval.llava.vision import VisionPart
 from train.model.attention import score_dtype
 from train.model.captioner import CaptionModel
 
@@ -29,14 +28,14 @@ MAX_SHARD = "2GB"
 class LlavaParts:
     """All of an export but the language model's weights and the projector."""
 
-    visual: nn.Module
-    """open_clip's vision tower."""
     spec: Spec
     """Of the tower's features."""
-    vision: CLIPVisionConfig
+    vision: VisionPart
     text: TextPart
     tokenizer: PreTrainedTokenizerBase
     """With the image token."""
+    end_ids: Sequence[int]
+    """The tokens at which generation stops."""
 
     @property
     def image_token_id(self) -> int:
@@ -59,12 +58,12 @@ def build_model(
     # Transformers' attention computes in the dtype of the weights, and Phi's overflows in float16.
     dtype = parts.text.config.dtype = score_dtype(dtype)
     config = LlavaConfig(
-        vision_config=parts.vision,
+        vision_config=parts.vision.config,
         text_config=parts.text.config,
         image_token_index=parts.image_token_id,
         image_seq_length=parts.spec.patches,
         projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=parts.vision.strategy,
         vision_feature_layer=parts.spec.layer,
     )
     if parts.text.has_bias:
@@ -78,14 +77,13 @@ def build_model(
 
 
 def _generation_config(parts: LlavaParts, max_tokens: int) -> GenerationConfig:
-    eos = parts.tokenizer.eos_token_id
     rows = set(range(parts.text.config.vocab_size))
     unused = rows - set(parts.tokenizer.get_vocab().values())
     return GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=eos,
-        pad_token_id=eos,
+        eos_token_id=list(parts.end_ids),
+        pad_token_id=parts.tokenizer.eos_token_id,
         suppress_tokens=sorted(unused | {parts.image_token_id}),
     )
 
@@ -93,7 +91,7 @@ def _generation_config(parts: LlavaParts, max_tokens: int) -> GenerationConfig:
 def _weights(
     trained: CaptionModel, parts: LlavaParts, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in clip_vision_weights(parts.visual):
+    for name, tensor in parts.vision.weights.items():
         yield f"model.vision_tower.{name}", tensor
     layers = trained.projector.layers
     for linear, module in (("linear_1", layers[0]), ("linear_2", layers[2])):

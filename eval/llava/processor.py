@@ -1,18 +1,15 @@
 """Builds the processor of an exported model: tokenizer, chat template, image processor."""
 
 import copy
-from pathlib import Path
 
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
 from cache.spec import Spec
-from eval.llava.llava_phi import PatchcacheImageProcessor
+from eval.llava.llava_phi import PatchcacheImageProcessor, UprightImageProcessor
+from eval.llava.vision import VisionPart
 
 IMAGE_TOKEN = "<image>"
-
-CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-"""Gives the text of `train.data.prompts.dialogue_prompt`, with all pictures before it."""
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -28,20 +25,19 @@ def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerB
 
 def make_processor(
     tokenizer: PreTrainedTokenizerBase,
+    vision: VisionPart,
     spec: Spec,
-    patch_size: int,
+    chat_template: str | None,
     *,
-    answers: bool,
     own_code: bool,
 ) -> LlavaProcessor:
     """Build the processor, which makes the model's inputs from pictures and messages.
 
     Args:
         tokenizer: The language model's, with the image token; it gets left padding.
+        vision: The vision tower.
         spec: Spec of the features that the run was trained on.
-        patch_size: Side of a patch in pixels.
-        answers: Whether the model was trained on conversations. A model that only captions has no
-            chat template: its prompt is the picture alone.
+        chat_template: In Jinja; None for a model that only captions, whose prompt is the picture.
         own_code: Whether the model is exported with code of ours.
     """
     tokenizer.pad_token = tokenizer.eos_token
@@ -50,31 +46,34 @@ def make_processor(
     return LlavaProcessor(
         image_processor=image_processor(spec, own_code=own_code),
         tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy="default",
-        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8") if answers else None,
+        patch_size=vision.config.patch_size,
+        vision_feature_select_strategy=vision.strategy,
+        chat_template=chat_template,
         image_token=IMAGE_TOKEN,
-        # The class token, which the strategy "default" drops.
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=vision.num_prefix_tokens,
     )
 
 
-def image_processor(spec: Spec, *, own_code: bool) -> PatchcacheImageProcessor | CLIPImageProcessor:
+def image_processor(spec: Spec, *, own_code: bool) -> UprightImageProcessor | CLIPImageProcessor:
     """Build an image processor that gives the normalised pixels of `pipeline.images.decode`.
 
     Args:
         spec: Spec of the features.
         own_code: Whether it may be of our own class. Transformers' own does not turn pictures by
-            their EXIF orientation, and crops a pixel away where half of an odd margin is rounded
-            up; its default backend resizes some pixels to the next of 256 levels.
+            their EXIF orientation, and crops a pixel beside open_clip's crop where half of an odd
+            margin is rounded up; its default backend resizes some values to the next of 256 levels.
     """
-    side = {"height": spec.image_size, "width": spec.image_size}
-    is_squashed = spec.resize == "squash"
-    kind = PatchcacheImageProcessor if own_code else CLIPImageProcessor
+    mode, _, number = spec.resize.partition("-")
+    side = int(number or spec.image_size)
+    crop = {"height": spec.image_size, "width": spec.image_size}
+    kind: type[UprightImageProcessor | CLIPImageProcessor] = CLIPImageProcessor
+    if own_code:
+        is_floor = spec.crop == "center_floor"
+        kind = UprightImageProcessor if is_floor else PatchcacheImageProcessor
     return kind(
-        size=side if is_squashed else {"shortest_edge": spec.image_size},
-        do_center_crop=not is_squashed,
-        crop_size=side,
+        size={"height": side, "width": side} if mode == "squash" else {"shortest_edge": side},
+        do_center_crop=mode != "squash" or side != spec.image_size,
+        crop_size=crop,
         resample=Image.Resampling[spec.interpolation.upper()],
         image_mean=list(spec.mean),
         image_std=list(spec.std),

@@ -31,9 +31,10 @@ from cache.files.foreign import reading_foreign_file
 from eval.llava.llava_phi import LlavaPhiForConditionalGeneration
 from train.model.decoder import output_logits
 from train.model.language_model import DTYPES
-from train.model.model_files import holding_back_stderr, read_config
+from train.model.model_files import read_config
 from train.model.supported import VOCABULARY, small_copy
 from train.settings import LlmSettings
+from workspace.checkpoint_files import holding_back_stderr
 from workspace.errors import StageError
 
 ADAPTER = "default"

@@ -73,11 +73,14 @@ class CaptionsFile:
 
 @dataclass(frozen=True)
 class InstructFile:
-    """The records of an instruct file, its rejected entries, and the number of all entries."""
+    """The conversations of an instruct file, its rejected entries, and the numbers of entries."""
 
     conversations: list[ConversationRecord]
     rejected: list[Rejection]
     num_conversations: int
+    num_objects: int = 0
+    """Entries of the instances file from which the conversations were made, if none else counts
+    them."""
 
 
 def read_captions(path: Path, *, key: str) -> CaptionsFile:
@@ -98,18 +101,10 @@ def read_captions(path: Path, *, key: str) -> CaptionsFile:
     return CaptionsFile(images, captions, rejected, len(entries), len(annotations))
 
 
-def read_conversations(path: Path, *, key: str) -> InstructFile:
-    """Read a file in the layout of `llava_instruct_150k.json`; errors name the settings key.
-
-    Raises:
-        StageError: The file does not exist, is not JSON, or has another layout.
-    """
-    file = AnnotationFile(path, key)
-    entries = file.read_json()
-    if not isinstance(entries, list):
-        file.refuse("not a list of conversations")
+def parse_conversations(file: AnnotationFile, entries: list[Any]) -> InstructFile:
+    """Parse the list in a file of the layout of `llava_instruct_150k.json`."""
     rejected: list[Rejection] = []
-    records = parse_all(entries, _conversation, "conversations", f"{path.name}: ", rejected)
+    records = parse_all(entries, _conversation, "conversations", f"{file.path.name}: ", rejected)
     return InstructFile(records, rejected, len(entries))
 
 

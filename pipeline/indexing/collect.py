@@ -42,7 +42,7 @@ class ConversationRow:
 def collect_captions(
     files: dict[Split, list[CaptionRecord]], images: ImageCollection
 ) -> tuple[list[CaptionRow], list[Rejection]]:
-    """Accept the captions whose image is accepted in the split of their own file.
+    """Accept the captions whose image is accepted and listed in their own file.
 
     Caption ids are unique within a file only: every file may number its captions from 1.
     """
@@ -53,13 +53,13 @@ def collect_captions(
             image = images.rows.get(record.image_id)
             if problem := images.problems.get(record.image_id):
                 reason = problem
-            elif image is None or image.split != split:
+            elif image is None or (images.split_of is None and image.split != split):
                 reason = f"image unknown or rejected: {record.image_id}"
             elif (split, record.caption_id) in rows:
                 reason = f"caption id repeated: {record.caption_id}"
             else:
                 rows[split, record.caption_id] = CaptionRow(
-                    record.caption_id, record.image_id, split, record.caption
+                    record.caption_id, record.image_id, image.split, record.caption
                 )
                 continue
             rejected.append(Rejection("captions", record.record, reason))
@@ -102,6 +102,19 @@ def collect_conversations(
         for name, (record, image_id) in zip(names, accepted, strict=True)
     ]
     return rows, rejected
+
+
+def split_by_hash(image_id: int, val_share: float) -> Split:
+    """Return the split of an image by its id alone, so that other images never change it.
+
+    A larger share adds images to val, and moves none out of it.
+
+    Args:
+        image_id: 64 bits, signed.
+        val_share: Expected share of split val, 0 to 1.
+    """
+    rank = xxhash.xxh3_64_intdigest(struct.pack("<q", image_id))
+    return "val" if rank < Fraction(str(val_share)) * 2**64 else "train"
 
 
 def choose_holdout(image_ids: Iterable[int], share: float, seed: int) -> set[int]:

@@ -6,7 +6,7 @@ one file where several of them claim the same id or name. No image is decoded.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -58,7 +58,19 @@ class Claim:
 class ImageCollection:
     """The accepted images, by id and by the names that texts use."""
 
-    def __init__(self, archives: Mapping[Split, ImageArchive]) -> None:
+    def __init__(
+        self,
+        archives: Mapping[Split, ImageArchive],
+        split_of: Callable[[int], Split] | None = None,
+    ) -> None:
+        """Start without images.
+
+        Args:
+            archives: The image files of each split.
+            split_of: Decides the split of an image by its id; without it, the split is that of the
+                captions file that lists the image.
+        """
+        self.split_of = split_of
         self.rows: dict[int, ImageRow] = {}
         """Accepted images by id."""
         self.rejected: list[Rejection] = []
@@ -129,9 +141,8 @@ class ImageCollection:
         record = claim.record
         known = self._ids.setdefault(claim.file.real_path, record.image_id)
         if known == record.image_id:
-            self.rows[known] = ImageRow(
-                known, claim.split, record.file_name, *claim.info.size, *content
-            )
+            split = self.split_of(known) if self.split_of else claim.split
+            self.rows[known] = ImageRow(known, split, record.file_name, *claim.info.size, *content)
         else:
             claim.problem = f"image file of two ids: {claim!r} is {known} and {record.image_id}"
             self.problems[record.image_id] = claim.problem

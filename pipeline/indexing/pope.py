@@ -60,6 +60,8 @@ class QuestionFiles:
     """The files beside the captions of split val."""
 
     instances: Instances
+    instances_path: Path | None
+    """None if there is no such file."""
     official: list[OfficialQuestion]
     rejected: list[Rejection]
     """Unusable entries of both kinds of files."""
@@ -110,7 +112,15 @@ def read_question_files(captions: Path) -> QuestionFiles:
         )
     else:
         why_empty = f"neither {instances_path.name} nor {OFFICIAL}*.json is in {captions.parent}"
-    return QuestionFiles(instances, official, rejected, len(official) + num_bad, names, why_empty)
+    return QuestionFiles(
+        instances=instances,
+        instances_path=instances_path if has_instances else None,
+        official=official,
+        rejected=rejected,
+        num_official=len(official) + num_bad,
+        names=names,
+        why_empty=why_empty,
+    )
 
 
 def collect_questions(
@@ -134,7 +144,7 @@ def collect_questions(
     rows = make_questions(files.instances, val, seed)
     ids: dict[str, list[int]] = defaultdict(list)
     for image in images.values():
-        ids[_coco_name(image.file_name)].append(image.image_id)
+        ids[coco_name(image.file_name)].append(image.image_id)
     for question in files.official:
         try:
             rows.append(_with_image_id(question, ids, problems))
@@ -149,14 +159,14 @@ def _name_mismatches(files: QuestionFiles, images: Mapping[int, ImageRow]) -> di
     mismatches = {}
     for image_id, name in files.instances.image_names.items():
         image = images.get(image_id)
-        if image and image.split == "val" and _coco_name(name) != _coco_name(image.file_name):
+        if image and image.split == "val" and coco_name(name) != coco_name(image.file_name):
             reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
             where = f"{files.names[0]}: image {image_id}"
             mismatches[image_id] = Rejection("objects", where, reason)
     return mismatches
 
 
-def _coco_name(file_name: str) -> str:
+def coco_name(file_name: str) -> str:
     """Return a picture's name in all releases of COCO, without folder and suffix."""
     return _COCO_2014.sub("", PurePosixPath(file_name).stem)
 
@@ -167,7 +177,7 @@ def _with_image_id(
     """Return a question's row with the id that its image has in the index."""
     if problem := problems.get(question.row.image_id):
         raise RecordError(problem)
-    found = ids.get(_coco_name(question.image_name), [])
+    found = ids.get(coco_name(question.image_name), [])
     if not found:
         raise RecordError(f"{NOT_INDEXED}: {question.row.image_id}")
     if len(found) > 1:

@@ -106,15 +106,22 @@ def read_instances(path: Path) -> Instances:
         StageError: The file does not exist, is not JSON, or has another layout.
     """
     file = AnnotationFile(path, KEY, REMEDY)
-    images, categories, annotations = list_fields(
-        file.read_json(), "images", "categories", "annotations"
-    )
+    return parse_instances(file, file.read_json())
+
+
+def parse_instances(file: AnnotationFile, value: Any) -> Instances:
+    """Parse the value in a file of the layout of COCO's `instances_val2017.json`.
+
+    Raises:
+        StageError: The value has another layout.
+    """
+    images, categories, annotations = list_fields(value, "images", "categories", "annotations")
     if categories is None or annotations is None:
         file.refuse("not an object with the lists 'categories' and 'annotations'")
     instances = Instances(num_entries=len(categories) + len(annotations))
     for entry in images or ():
         instances.add_image(entry)
-    rejected, where = instances.rejected, f"{path.name}: "
+    rejected, where = instances.rejected, f"{file.path.name}: "
     parse_all(categories, instances.add_category, "objects", f"{where}categories", rejected)
     parse_all(annotations, instances.add_object, "objects", f"{where}annotations", rejected)
     return instances
@@ -141,16 +148,18 @@ def make_questions(
     """
     absent_objects = AbsentObjects(instances, seed)
     known = (instances.shown.keys() & set(image_ids)) - instances.unclear
-    chosen = sorted(known, key=lambda image_id: _rank(seed, image_id))[:MAX_IMAGES]
+    chosen = sorted(known, key=lambda image_id: rank_by_hash(seed, image_id))[:MAX_IMAGES]
     rows = []
     for image_id in sorted(chosen):
-        present = sorted(instances.shown[image_id], key=lambda noun: _rank(seed, image_id, noun))
+        present = sorted(
+            instances.shown[image_id], key=lambda noun: rank_by_hash(seed, image_id, noun)
+        )
         for subset, absent in absent_objects.by_subset(image_id).items():
             pairs = list(zip(present, absent, strict=False))[:MAX_OBJECTS]
             turns = [turn for pair in pairs for turn in zip(pair, ("yes", "no"), strict=True)]
             rows += [
                 QuestionRow(
-                    f"{subset}/{image_id}/{number}", image_id, subset, _question(noun), label
+                    f"{subset}/{image_id}/{number}", image_id, subset, question_about(noun), label
                 )
                 for number, (noun, label) in enumerate(turns, start=1)
             ]
@@ -175,7 +184,7 @@ class AbsentObjects:
         shown = self._shown[image_id]
         popular = sorted(self._nouns - shown, key=lambda noun: (-self._num_images[noun], noun))
         return {
-            "random": sorted(popular, key=lambda noun: _rank(self._seed, image_id, noun)),
+            "random": sorted(popular, key=lambda noun: rank_by_hash(self._seed, image_id, noun)),
             "popular": popular,
             "adversarial": sorted(
                 popular,
@@ -184,10 +193,12 @@ class AbsentObjects:
         }
 
 
-def _rank(*parts: object) -> int:
+def rank_by_hash(*parts: object) -> int:
+    """Return a 64-bit hash of some values, by which images and objects are put in order."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
-def _question(noun: str) -> str:
+def question_about(noun: str) -> str:
+    """Return POPE's question whether an image shows an object."""
     article = "an" if noun[0].lower() in "aeiou" else "a"
     return f"Is there {article} {noun} in the image?"

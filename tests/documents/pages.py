@@ -14,6 +14,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 NOT_RUN = {
     "cp configs/coco.yaml params.yaml && dvc repro": "downloads 26 GB",
+    "cp configs/laptop.yaml params.yaml && dvc repro": "downloads 2 GB",
     "torchrun --nproc-per-node 4 -m train.pretrain && dvc commit --force pretrain": "four GPUs",
     "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
     "accelerate launch --multi_gpu --num_processes 4 -m train.pretrain && "

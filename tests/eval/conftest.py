@@ -106,7 +106,7 @@ class World:
                 else:
                     Path(f"data/raw/train/{i}.jpg").write_bytes(jpeg(i))
 
-    def write_run(self, stage, seed, **llm):
+    def write_run(self, stage, seed, pool=1, **llm):
         """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
         params = self.params(llm=llm)
         beside = params.section("llm", LlmSettings)
@@ -114,7 +114,8 @@ class World:
         made_from = provenance(self.store, torch.device("cpu"), language_model=identity)
         run = RunDirectory(stage, params, {"seed": seed}, made_from)
         run.write_history(HISTORY)
-        seeded_projector("mlp", 8, 64, seed).save(run.files / "projector.safetensors")
+        projector = seeded_projector("mlp", 8, 64, seed, pool)
+        projector.save(run.files / "projector.safetensors")
         if stage == "finetune":
             settings = params.section("llm", LlmSettings)
             model = load_language_model(settings, torch.device("cpu"))

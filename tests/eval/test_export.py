@@ -32,7 +32,6 @@ from tests.eval.llava.exported_run import (
 )
 from tests.pipeline.conftest import TINY, draw_jpeg
 from tests.train.model.families import FAMILIES
-from train.data.prompts import question_text
 from train.model.generate import generate
 from train.model.language_model import load_language_model
 from train.settings import LlmSettings
@@ -175,8 +174,8 @@ def test_the_snippet_of_the_model_card_runs(exported, monkeypatch, capsys, tmp_p
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     wanted = generate(
-        exported.trained.model, exported.trained.tokenizer, exported.features, [5],
-        [question_text(EVALUATE["caption_question"])],
+        exported.trained.model, exported.trained.prompt_format, exported.features, [5],
+        [EVALUATE["caption_question"]],
         max_tokens=EVALUATE["answer_tokens"], batch_size=1, description="test",
     )  # fmt: skip
     assert capsys.readouterr().out.strip() == wanted[0].text
@@ -190,7 +189,7 @@ def test_a_run_of_stage_1_captions(made, monkeypatch, capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", (made.out / "README.md").read_text(), re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     (wanted,) = generate(
-        made.trained.model, made.trained.tokenizer, made.features, [5], [""],
+        made.trained.model, made.trained.prompt_format, made.features, [5], [None],
         max_tokens=EVALUATE["caption_tokens"], batch_size=1, description="test",
     )  # fmt: skip
     assert capsys.readouterr().out.strip() == wanted.text
@@ -210,6 +209,14 @@ def no_language_model(monkeypatch):
 def test_another_projector_is_refused_before_the_language_model_is_loaded(made, kind):
     made.write(kind=kind)
     with pytest.raises(StageError, match=f"projector of kind '{kind}'.*projector.kind to mlp"):
+        made.export()
+    assert not made.out.exists()
+
+
+@pytest.mark.usefixtures("no_language_model")
+def test_a_pooled_run_is_refused_before_the_language_model_is_loaded(made):
+    made.write(pool=2)
+    with pytest.raises(StageError, match=r"squares of 2 x 2 patches.*projector.pool to 1"):
         made.export()
     assert not made.out.exists()
 

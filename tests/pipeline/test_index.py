@@ -13,8 +13,11 @@ import xxhash
 from PIL import Image
 from ruamel.yaml import YAML
 
+from cache.errors import SettingsError
+from pipeline.images.source import open_images, read_source
 from pipeline.index import KINDS, index
-from pipeline.indexing.collect import choose_holdout, unique_ids
+from pipeline.indexing.collect import choose_holdout, split_by_hash, unique_ids
+from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
 
@@ -186,6 +189,131 @@ def test_yes_no_questions_are_made_and_collected(space):
         "subsets": {"adversarial": 2, "official random": 2, "popular": 2, "random": 2},
     }
     assert reasons("pope") == ["image not in the index: 77"]
+
+
+def cut_by_hash(space, **settings):
+    """Let both splits name the images of train."""
+    space.settings |= {"split": "hash", "val_share": 0.3, "val": ONE_SET} | settings
+
+
+ONE_SET = {"images": "train.zip", "captions": "captions_train.json"}
+CUT = {i: split_by_hash(i, 0.3) for i in range(1, 13)}
+IN_VAL = {i for i, split in CUT.items() if split == "val"}
+
+
+def splits_of(name):
+    return {row["image_id"]: row["split"] for row in table(name)}
+
+
+def test_one_set_is_cut_by_hash_and_its_texts_follow(space):
+    cut_by_hash(space, instruct_holdout=0)
+    space.instruct = [conversation(number) for number in range(1, 13)]
+    Path("instances_train.json").write_text(
+        json.dumps(
+            instances_file()
+            | {"annotations": [{"image_id": i, "category_id": 0} for i in range(1, 13)]}
+        )
+    )
+    space.run()
+    assert 0 < len(IN_VAL) < 12
+    assert splits_of("images") == CUT
+    assert counts()["images"]["read"] == counts()["images"]["kept"] == 12
+    assert [(row["image_id"], row["split"]) for row in table("captions")] == [
+        (i, split) for i, split in CUT.items() for _ in range(2)
+    ]
+    held_out = {i for i, split in splits_of("conversations").items() if split == "holdout"}
+    assert held_out == IN_VAL
+    assert {row["image_id"] for row in table("pope")} == IN_VAL
+    data = Params.read(Path("params.yaml")).section("data", DataSettings)
+    source = open_images(read_source(), data)
+    assert [source.read(i) for i in CUT] == list(space.images["train"].values())
+
+
+def test_one_set_with_its_annotations_alone_makes_a_whole_index(space):
+    cut_by_hash(space, instruct_holdout=0, instruct="instances_train.json")
+    images = [{"id": int(Path(name).stem), "file_name": name} for name in NAMES["train"]]
+    annotations = [{"image_id": i, "category_id": i % 2} for i in range(1, 13)]
+    made = instances_file() | {"images": images, "annotations": annotations}
+    Path("instances_train.json").write_text(json.dumps(made))
+    space.run()
+    found = table("conversations")
+    assert len(found) == 12 * (1 + 2)
+    assert {r["image_id"] for r in found if r["split"] == "holdout"} == IN_VAL
+    assert table("rejected") == []
+    assert counts()["objects"]["read"] == 15
+
+
+def test_a_share_of_the_images_of_train_is_held_out_of_one_set_too(space):
+    cut_by_hash(space, instruct_holdout=0.5)
+    space.instruct = [conversation(number) for number in range(1, 13)]
+    space.run()
+    held_out = {i for i, split in splits_of("conversations").items() if split == "holdout"}
+    assert held_out > IN_VAL
+    assert len(held_out) < 12
+
+
+@pytest.mark.parametrize("change", ["seed", "fewer images", "order"])
+def test_neither_seed_nor_other_images_change_the_split_of_an_image(space, change):
+    cut_by_hash(space)
+    if change == "seed":
+        space.seed = 5
+    elif change == "order":
+        space.captions["train"]["images"].reverse()
+    else:
+        del space.images["train"][NAMES["train"][0]]
+        space.captions["train"] = captions_file(NAMES["train"][1:])
+    space.run()
+    found = splits_of("images")
+    assert len(found) == 12 - (change == "fewer images")
+    assert found == {i: CUT[i] for i in found}
+
+
+def test_an_image_that_only_a_conversation_names_is_cut_by_its_id(space):
+    cut_by_hash(space)
+    unlisted = range(200, 230)
+    for i in unlisted:
+        space.images["train"][f"{i:012d}.jpg"] = jpeg(i)
+    space.instruct = [conversation(i) for i in unlisted]
+    space.run()
+    found = splits_of("images")
+    wanted = {i: split_by_hash(i, 0.3) for i in unlisted}
+    assert {i: found[i] for i in unlisted} == wanted
+    assert {"train", "val"} == set(wanted.values())
+    in_val = {i for i in unlisted if wanted[i] == "val"}
+    assert in_val <= {i for i, s in splits_of("conversations").items() if s == "holdout"}
+
+
+def test_the_copy_of_a_val_image_is_not_learned_from(space):
+    cut_by_hash(space, instruct_holdout=0)
+    original, copy = min(IN_VAL), min(set(CUT) - IN_VAL)
+    files, names = space.images["train"], NAMES["train"]
+    files[names[copy - 1]] = files[names[original - 1]]
+    space.instruct = [conversation(number) for number in range(1, 13)]
+    space.run()
+    held_out = {i for i, split in splits_of("conversations").items() if split == "holdout"}
+    assert held_out == IN_VAL | {copy}
+
+
+@pytest.mark.parametrize(("share", "says"), [(0, "puts 0 of 12"), (1, "puts 12 of 12")])
+def test_a_cut_without_two_sides_is_refused_with_its_numbers(space, share, says):
+    cut_by_hash(space, val_share=share)
+    with pytest.raises(StageError, match=f"data.split: hash {says} images.*data.val_share"):
+        space.run()
+    assert not Path("data/index").exists()
+
+
+@pytest.mark.parametrize("other", [{"images": "val.zip"}, {"captions": "captions_val.json"}])
+def test_two_sets_are_not_cut_by_hash(space, other):
+    cut_by_hash(space, val=ONE_SET | other)
+    with pytest.raises(SettingsError, match="must name the same images and captions; train names"):
+        space.run()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_a_share_of_val_is_a_share(space, share):
+    cut_by_hash(space, val_share=share)
+    with pytest.raises(SettingsError, match="val_share is"):
+        space.run()
 
 
 def test_without_question_files_the_table_is_empty_and_the_report_says_why(space):

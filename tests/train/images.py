@@ -29,13 +29,14 @@ def logits_of(model, batch):
     return model.language_model.lm_head(model.hidden(batch))
 
 
-def collate_images(rows, patches):
+def collate_images(rows, patches, pool=1):
     """Lay out rows of images; `patches` is their number, or features [N, P, D] by image id."""
     images = list(itertools.chain(*rows))
     ids = [image.image_id for image in images]
     numbers = iter(range(len(images)))
     features = torch.zeros(len(ids), patches, 8) if isinstance(patches, int) else patches[ids]
     places = [[next(numbers) for _ in row] for row in rows]
-    count = features.shape[1]
+    count = features.shape[1] // pool**2
     row_length = max(length_of(row, count) for row in rows)
-    return collate(Pass(places, row_length), ids, [image.texts for image in images], features)
+    texts = [image.texts for image in images]
+    return collate(Pass(places, row_length), ids, texts, features, pool=pool)

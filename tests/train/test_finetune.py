@@ -6,9 +6,11 @@ from safetensors.torch import load_file
 
 import train.finetune
 import train.loop.loop
+from cache.errors import SettingsError
 from train.finetune import finetune
 from train.model.language_model import load_language_model, load_lora
 from train.model.projector import load_projector, seeded_projector
+from train.pretrain import pretrain
 from train.settings import LlmSettings
 from workspace.errors import StageError
 
@@ -95,6 +97,20 @@ def test_the_projector_and_lora_have_learning_rates_of_their_own(pretrained):
     assert all(torch.allclose(start[name], end[name], atol=1e-9) for name in start)
     lora = load_file("runs/finetune/adapter/adapter_model.safetensors")
     assert all(m.abs().max() > 1e-4 for n, m in lora.items() if "lora_B" in n)
+
+
+def test_stage_2_pools_as_the_projector_of_stage_1_does(workspace):
+    pretrain(workspace.params(projector={"kind": "mlp", "pool": 2}))
+    finetune(workspace.params())
+    assert workspace.json("runs/finetune/metrics.json")["image_tokens"] == 1
+    assert load_projector(END, 8, 64).pool == 2
+
+
+def test_a_projector_whose_pool_does_not_divide_the_grid_is_refused(workspace):
+    workspace.write_stage_1()
+    seeded_projector("mlp", 8, 64, 0, 4).save(START)
+    with pytest.raises(SettingsError, match=r"projector.safetensors: pool is 4, .* grid of 2 x 2"):
+        finetune(workspace.params())
 
 
 def test_without_a_holdout_there_is_no_validation_and_the_run_is_published(pretrained):

@@ -8,6 +8,7 @@ import torch
 
 import train.loop.loop
 import train.pretrain
+from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from train.model.projector import load_projector, seeded_projector
 from train.pretrain import pretrain
@@ -65,6 +66,7 @@ def test_a_run_is_complete_and_only_the_projector_has_learned(
     metrics = workspace.json("runs/pretrain/metrics.json")
     assert workspace.json("reports/pretrain.json") == metrics
     assert (metrics["images"], metrics["texts"], metrics["steps"]) == (12, 24, 3)
+    assert metrics["image_tokens"] == 4
     history = workspace.history("pretrain")
     assert tuple(history[0]) == HISTORY_COLUMNS
     assert [row["step"] for row in history] == ["1", "2", "3"]
@@ -76,6 +78,23 @@ def test_a_run_is_complete_and_only_the_projector_has_learned(
     fresh = seeded_projector(kind, 8, 64, 0).state_dict()
     found = load_projector(Path("runs/pretrain/projector.safetensors"), 8, 64).state_dict()
     assert not any(torch.equal(found[name], fresh[name]) for name in fresh)
+
+
+def test_a_run_pools_patches_and_says_how_many_positions_an_image_takes(workspace):
+    pretrain(workspace.params(projector={"kind": "mlp", "pool": 2}))
+    assert workspace.json("runs/pretrain/metrics.json")["image_tokens"] == 1
+    pooled = projector_bytes()
+    assert load_projector(Path("runs/pretrain/projector.safetensors"), 8, 64).pool == 2
+    pretrain(workspace.params(projector={"kind": "mlp", "pool": 1}))
+    assert projector_bytes() != pooled
+
+
+def test_a_pool_that_does_not_divide_the_grid_is_refused_before_the_model_is_loaded(
+    workspace, models
+):
+    with pytest.raises(SettingsError, match=r"projector.pool: pool is 4, .* grid of 2 x 2"):
+        pretrain(workspace.params(projector={"kind": "mlp", "pool": 4}))
+    assert not models
 
 
 def test_held_out_images_are_never_learned_from(workspace, learned_images):

@@ -174,6 +174,14 @@ def test_stage_2_says_which_settings_of_stage_1_are_others_now(workspace, capsys
     assert (text in capsys.readouterr().err) is bool(changes)
 
 
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_stage_1_from_before_the_pool_has_no_other_settings(workspace, capsys, pool):
+    workspace.write_stage_1()
+    workspace.write("runs/pretrain/params.yaml", workspace.params().text)
+    finetune(workspace.params(projector={"kind": "mlp", "pool": pool}))
+    assert ("projector.pool None (now 2)" in capsys.readouterr().err) is (pool == 2)
+
+
 def test_other_images_of_the_same_features_are_no_other_features(workspace):
     workspace.write_stage_1()
     shutil.rmtree("data/features")

@@ -66,6 +66,7 @@ CHANGES = {f"{stage}.{name}": value for stage in STAGES for name, value in LOOP_
     "llm.quantize": "nf4",
     "llm.dtype": "bf16",
     "projector.kind": "linear",
+    "projector.pool": 2,
     "pretrain.batch_captions": 4,
     "finetune.batch_examples": 2,
     "finetune.projector_learning_rate": 2e-3,

@@ -120,6 +120,7 @@ class _Training:
         return history.summary() | {
             "images": len(texts),
             "texts": int(texts.sum()),
+            "image_tokens": setup.image_tokens,
             PASS_SIZE: setup.pass_tokens,
         }
 

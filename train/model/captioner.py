@@ -46,11 +46,8 @@ class CaptionModel(nn.Module):
         return self
 
     def embed_patches(self, patches_NPD: Tensor) -> Tensor:
-        """Project patches into the language model's embeddings: [N, P, H]."""
-        weight = next(self.projector.parameters())
-        projected: Tensor = self.projector(
-            patches_NPD.to(weight.device, weight.dtype, non_blocking=True)
-        )
+        """Project patches into the language model's embeddings: [N, P / pool^2, H]."""
+        projected: Tensor = self.projector(patches_NPD.to(self.device, non_blocking=True))
         return projected.to(self.language_model.dtype)
 
     def embed_text(self, token_ids: Tensor) -> Tensor:

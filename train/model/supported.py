@@ -23,9 +23,10 @@ from train.data.prompts import TokenizedText
 from train.model.attention import NAME
 from train.model.captioner import CaptionModel
 from train.model.decoder import Linear, blocks_of
-from train.model.model_files import build_empty, holding_back_stderr, read_config
+from train.model.model_files import build_empty, read_config
 from train.model.projector import seeded_projector
 from train.settings import LlmSettings
+from workspace.checkpoint_files import holding_back_stderr
 
 PATCHES, VISION_WIDTH, VOCABULARY, HEADS = 5, 8, 64, 2
 """Sizes of the copy and its images."""

@@ -10,12 +10,12 @@ from PIL import Image
 
 from eval.export import export
 from eval.runs import load_run, open_run
-from pipeline.encoding.encoder import load_encoder, patch_tokens
-from pipeline.images.decode import decode_rgb
+from pipeline.encoding.encoder import load_encoder
+from pipeline.images.decode import decode_for
 from pipeline.settings import EncoderSettings
+from pipeline.towers.tower import patch_tokens
 from tests.conftest import HIDDEN, Workspace
 from tests.pipeline.conftest import TINY, draw_jpeg
-from train.data.prompts import dialogue_prompt, question_text
 from train.model.generate import generate
 from train.model.language_model import add_lora, load_language_model
 from train.model.projector import seeded_projector
@@ -51,14 +51,12 @@ class Pictures:
         self.fingerprint = encoder.spec.fingerprint
 
     def gather(self, image_ids, out=None):
-        pixels = [
-            decode_rgb(draw_jpeg(int(i)), self.spec.image_size, "shortest") for i in image_ids
-        ]
+        pixels = [decode_for(draw_jpeg(int(i)), self.spec) for i in image_ids]
         return self.encoder.encode(torch.from_numpy(np.stack(pixels)))
 
     def unrounded(self, image_id):
         """Return features [1, P, D] as they are before the cast to float16."""
-        pixels = decode_rgb(draw_jpeg(image_id), self.spec.image_size, "shortest")
+        pixels = decode_for(draw_jpeg(image_id), self.spec)
         x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255
         x = ((x - self.encoder._mean) / self.encoder._std).to(self.encoder._dtype)
         with torch.inference_mode():
@@ -72,10 +70,13 @@ class Made:
         self.root = root
         self.workspace = Workspace(root, phi_dir)
 
-    def write(self, *, layer=-2, kind="mlp", stage="finetune", llm=(), precision="fp32"):
+    def write(
+        self, *, kind="mlp", pool=1, stage="finetune", llm=(), layer=-2, precision="fp32", tower=()
+    ):
+        """Write a run; `tower` is its encoder if that is not the tiny one of open_clip."""
         (self.root / "clip.json").write_text(json.dumps(TINY))
         encoder = {"model": "clip.json", "pretrained": "random", "layer": layer}
-        encoder |= {"precision": precision, "batch_size": 4, "device": "cpu"}
+        encoder |= {"precision": precision, "batch_size": 4, "device": "cpu"} | dict(tower)
         with contextlib.chdir(self.root):
             params = self.workspace.params(
                 encoder=encoder, evaluate=EVALUATE, llm=dict(llm), data={"source": "local"}
@@ -85,7 +86,8 @@ class Made:
             made_from = provenance(self.features, torch.device("cpu"))
             run = RunDirectory(stage, params, {"layer": layer, "kind": kind}, made_from)
             width = self.features.spec.width
-            seeded_projector(kind, width, HIDDEN, 3).save(run.files / "projector.safetensors")
+            projector = seeded_projector(kind, width, HIDDEN, 3, pool)
+            projector.save(run.files / "projector.safetensors")
             if stage == "finetune":
                 self._write_adapter(params.section("llm", LlmSettings), run.files / "adapter")
             run.publish({"loss": 2.5}, self.root / "reports" / f"{stage}.json")
@@ -117,15 +119,20 @@ def inputs_of(processor, image_ids, questions):
         for question in questions
     ]
     pictures = [Image.open(io.BytesIO(draw_jpeg(i))) for i in image_ids]
-    return processor(images=pictures, text=texts, return_tensors="pt", padding=True)
+    return processor(
+        images=pictures, text=texts, add_special_tokens=False, return_tensors="pt", padding=True
+    )
 
 
 @torch.inference_mode()
 def our_logits(made, patches, question):
     """Logits [T, V] behind the patches, from the run itself."""
     model = made.trained.model.eval()
-    prompt = dialogue_prompt([], question, made.trained.tokenizer)
-    embeds = torch.cat([model.embed_patches(patches)[0], model.embed_text(torch.tensor(prompt))])
+    prompts = made.trained.prompt_format
+    lead, asked = torch.tensor(prompts.lead), torch.tensor(prompts.dialogue_prompt([], question))
+    embeds = torch.cat(
+        [model.embed_text(lead.long()), model.embed_patches(patches)[0], model.embed_text(asked)]
+    )
     return model.language_model(inputs_embeds=embeds[None]).logits[0].float()
 
 
@@ -141,8 +148,8 @@ def distance(found, wanted):
 def our_answers(made):
     """Return the texts that the run generates for the questions, one a picture."""
     generations = generate(
-        made.trained.model, made.trained.tokenizer, made.features, range(len(QUESTIONS)),
-        [question_text(question) for question in QUESTIONS],
+        made.trained.model, made.trained.prompt_format, made.features, range(len(QUESTIONS)),
+        QUESTIONS,
         max_tokens=EVALUATE["answer_tokens"], batch_size=2, description="test",
     )  # fmt: skip
     return [generation.text for generation in generations]

@@ -40,6 +40,9 @@ PROVENANCE = {
     "device": "a GPU",
 }
 PHI = TextPart(PhiConfig(dtype="bfloat16"), has_bias=True, scale=1.0)
+PROMPTS = SimpleNamespace(
+    name="phi", tokenizer=SimpleNamespace(eos_token="<end>"), wording=SimpleNamespace(lead="")
+)
 LLAMA = TextPart(LlamaConfig(dtype="bfloat16"), has_bias=False, scale=1.0)
 SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
@@ -62,7 +65,7 @@ def run(tmp_path):
         values = VALUES | changes
         return SimpleNamespace(
             folder=folder, params=SimpleNamespace(values=values), answers=answers,
-            provenance=PROVENANCE, tokenizer=SimpleNamespace(eos_token="<end>"),
+            provenance=PROVENANCE, prompt_format=PROMPTS,
         )  # fmt: skip
 
     return make
@@ -213,3 +216,26 @@ def test_squashed_pictures_are_not_cropped_and_float32_is_not_rounded(run):
 )
 def test_the_parts_that_bf16_rounds_are_named(run, precision, parts):
     assert parts in card(run(), LLAMA, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "lead", "snippet"),
+    [
+        ("phi", "", "text = processor.image_token\n"),
+        ("plain", "<s>", 'text = "\\u003cs\\u003e" + processor.image_token\n'),
+        ("chat", "<s>", 'content": [{"type": "image"}]}'),
+    ],
+)
+def test_a_caption_is_asked_for_in_the_format_of_training(run, name, lead, snippet):
+    trained = run(answers=False)
+    trained.prompt_format = SimpleNamespace(
+        name=name, tokenizer=PROMPTS.tokenizer, wording=SimpleNamespace(lead=lead)
+    )
+    text = card(trained, LLAMA)
+    assert snippet in text
+    compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
+
+
+def test_the_tags_name_the_family_of_the_tower(run):
+    text = card(run(), LLAMA, model="hf:siglip-0123abcd")
+    assert header(text)["tags"] == ["llava", "llama", "siglip", "patchcache"]

@@ -5,7 +5,14 @@ import json
 
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    dynamic_module_utils,
+)
 
 from tests.eval.llava.exported_run import (
     BFLOAT16,
@@ -20,6 +27,7 @@ from tests.eval.llava.exported_run import (
     their_answers,
     their_logits,
 )
+from tests.pipeline.towers.conftest import KINDS, build
 from tests.train.model.families import FAMILIES
 
 PLAIN = sorted(FAMILIES.keys() - {"Phi", "Gemma2"})
@@ -32,6 +40,16 @@ have another name for their embeddings."""
 
 # The tiny models of the families magnify every difference of their inputs more than Phi does.
 ROUNDED_FEATURES, ALL_BFLOAT16 = 8 * FLOAT16, 4 * BFLOAT16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _copied_code_stays_here(tmp_path_factory):
+    """transformers copies the code of a folder to the user's cache before it runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
 
 
 def export(root, family, phi_dir, **changes):
@@ -131,3 +149,48 @@ def test_a_bf16_export_is_loaded_in_bf16_and_exactly_in_float32(tmp_path, phi_di
         found = [m.get_image_features(pixels).pooler_output[0].float() for m in (exact, model)]
     assert distance(found[0], wanted) < KERNELS
     assert 100 * KERNELS < distance(found[1], wanted) < ALL_BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("clip", -2), ("siglip", -2), ("dinov2", -1), ("aimv2", -2)]
+)
+def test_a_tower_of_transformers_is_exported_as_it_is(tmp_path, phi_dir, name, layer):
+    tower = {"model": f"hf:{build(name, tmp_path / 'tower')}", "pretrained": "main"}
+    made = export(tmp_path, FAMILIES["Llama"], phi_dir, tower=tower, layer=layer)
+    model, processor = load(made.out)
+    assert type(model.model.vision_tower).__name__ == KINDS[name].model
+    assert_same_logits(made, model, processor)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_code_of_ours_takes_a_tower_of_transformers_too(tmp_path, phi_dir, precision):
+    """With its crop, and in the precision of its features."""
+    tower = {"model": f"hf:{build('dinov2', tmp_path / 'tower')}", "pretrained": "main"}
+    made = Made(tmp_path, phi_dir).write(tower=tower, precision=precision).export()
+    options = {"trust_remote_code": True}
+    model = AutoModelForImageTextToText.from_pretrained(made.out, **options)
+    processor = AutoProcessor.from_pretrained(made.out, **options)
+    assert type(processor.image_processor).__name__ == "UprightImageProcessor"
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    found = {parameter.dtype for parameter in model.model.vision_tower.parameters()}
+    assert found == {dtypes[precision]}
+    assert_same_logits(made, model, processor, bf16=precision == "bf16")
+
+
+def test_a_chat_model_is_exported_with_its_format(tmp_path, phi_dir):
+    """Its lead stands before the picture, and every end token stops it."""
+    folder = FAMILIES["Llama"].write(tmp_path / "model", phi_dir)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|user|>{{ message['role'] }}: {{ message['content'] }}"
+        "<|end|>{% endfor %}{% if add_generation_prompt %}<|user|>assistant: {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    made = Made(tmp_path, folder).write().export()
+    prompts = made.trained.prompt_format
+    assert (prompts.name, len(prompts.end_ids)) == ("chat", 2)
+    assert prompts.lead
+    model, processor = load(made.out)
+    assert model.generation_config.eos_token_id == list(prompts.end_ids)
+    assert_same_logits(made, model, processor)

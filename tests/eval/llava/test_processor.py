@@ -9,13 +9,16 @@ from PIL import Image, ImageOps
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    CLIPVisionConfig,
 )
 
 from cache import Spec
 from eval.llava.processor import IMAGE_TOKEN, image_processor, make_processor, with_image_token
-from pipeline.images.decode import decode_rgb
+from eval.llava.vision import VisionPart
+from pipeline.images.decode import decode_for
 from tests.conftest import EOS
-from train.data.prompts import dialogue_prompt
+from train.data.jinja_template import jinja_template
+from train.data.prompt_formats import phi_format
 
 SPEC = {
     "format": "patchcache/1", "model": "tiny", "weights_sha256": "0" * 64,
@@ -25,6 +28,9 @@ SPEC = {
     "dtype": "float16", "patches": 16, "width": 8, "preprocess_version": 1,
 }  # fmt: skip
 SIZES = [(48, 40), (40, 48), (49, 32), (32, 51), (47, 33), (500, 21), (32, 32), (9, 7), (64, 43)]
+
+
+VISION = VisionPart(CLIPVisionConfig(image_size=32, patch_size=8), {}, num_prefix_tokens=1)
 
 
 def spec(**changes):
@@ -46,7 +52,7 @@ def png(image, **options):
 def pixels_of(data, **changes):
     """The tower's input in extraction: float32 [C, S, S]."""
     settings = spec(**changes)
-    pixels = decode_rgb(data, settings.image_size, settings.resize, settings.interpolation)
+    pixels = decode_for(data, settings)
     x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.mean, settings.std))
     return (x - mean) / std
@@ -59,7 +65,14 @@ def processed(processor, image):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"resize": "squash"}, {"interpolation": "bilinear"}, {"image_size": 31}],
+    [
+        {},
+        {"resize": "squash"},
+        {"interpolation": "bilinear"},
+        {"image_size": 31},
+        {"resize": "shortest-37", "crop": "center_floor"},
+        {"resize": "squash-37", "crop": "center_floor"},
+    ],
     ids=str,
 )
 def test_pixels_are_those_of_extraction(size, changes):
@@ -120,6 +133,14 @@ def test_plain_pixels_are_those_of_extraction_but_for_half_of_an_odd_margin(tmp_
     assert differs.float().mean() > 0.9 if is_cropped_elsewhere else not differs.any()
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resize", ["shortest", "shortest-37", "squash-37"])
+def test_plain_pixels_are_those_of_a_tower_of_transformers(tmp_path, size, resize):
+    image, changes = picture(size), {"resize": resize, "crop": "center_floor"}
+    found = processed(plain(tmp_path, **changes), image)
+    assert levels(found, pixels_of(png(image), **changes)).max() < 0.01
+
+
 def test_the_sizes_hold_both_kinds_of_odd_margins():
     margins = [int(32 * max(size) / min(size)) - 32 for size in SIZES]
     assert {margin % 4 for margin in margins} == {0, 1, 2, 3}
@@ -147,8 +168,9 @@ def test_plain_classes_leave_a_picture_on_its_side(tmp_path):
 
 @pytest.fixture
 def processor(phi_dir):
-    tokenizer = with_image_token(AutoTokenizer.from_pretrained(phi_dir))
-    return make_processor(tokenizer, spec(), 8, answers=True, own_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(phi_dir)
+    template = jinja_template(phi_format(tokenizer), IMAGE_TOKEN)
+    return make_processor(with_image_token(tokenizer), VISION, spec(), template, own_code=True)
 
 
 CONVERSATIONS = [
@@ -173,7 +195,9 @@ def test_a_conversation_has_the_tokens_of_training(processor, tokenizer, turns, 
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == processor.apply_chat_template(messages)
     inputs = processor(images=picture((40, 40)), text=text, return_tensors="pt")
-    wanted = [processor.image_token_id] * 16 + dialogue_prompt(turns, question, tokenizer)
+    wanted = [processor.image_token_id] * 16 + phi_format(tokenizer).dialogue_prompt(
+        turns, question
+    )
     assert inputs["input_ids"][0].tolist() == wanted
 
 

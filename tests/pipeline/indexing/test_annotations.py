@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from pipeline.indexing.annotations import read_captions, read_conversations
+from pipeline.indexing.annotations import read_captions
+from pipeline.indexing.instruct import read_instruct
+from pipeline.indexing.pope import read_question_files
 from workspace.errors import StageError
 
 
@@ -10,6 +12,10 @@ def written(tmp_path, value, name="file.json"):
     path = tmp_path / name
     path.write_bytes(value if isinstance(value, bytes) else json.dumps(value).encode())
     return path
+
+
+def read_conversations(path):
+    return read_instruct(path, [], read_question_files(path.with_name("captions.json")), 0)
 
 
 def reasons(file):
@@ -28,7 +34,7 @@ def messages(*turns):
 def conversation_of(tmp_path, turns, **changes):
     entry = {"id": "a", "image": "1.jpg", "conversations": turns} | changes
     entry = {name: value for name, value in entry.items() if value is not ...}
-    return read_conversations(written(tmp_path, [entry]), key="k")
+    return read_conversations(written(tmp_path, [entry]))
 
 
 GOOD = messages(("human", "Who?"), ("gpt", "Me."))
@@ -195,12 +201,15 @@ def test_an_id_may_be_a_number_and_defaults_to_the_name_of_the_image(tmp_path, c
     ],
 )
 def test_a_file_that_is_not_json_gives_one_clear_line(tmp_path, content, reason):
-    for read in (read_captions, read_conversations):
+    for key, read in (
+        ("data.train.captions", lambda path: read_captions(path, key="data.train.captions")),
+        ("data.instruct", read_conversations),
+    ):
         path = written(tmp_path, content)
         with pytest.raises(StageError) as error:
-            read(path, key="data.train.captions")
+            read(path)
         text = str(error.value)
-        assert text.startswith(f"data.train.captions: {path}: ")
+        assert text.startswith(f"{key}: {path}: ")
         assert reason in text
         assert "\n" not in text
 
@@ -219,28 +228,29 @@ def test_captions_without_images_are_refused(tmp_path):
         read_captions(written(tmp_path, {"images": [], "annotations": []}), key="k")
 
 
-def test_conversations_of_another_layout_are_refused(tmp_path):
-    with pytest.raises(StageError, match="not a list of conversations"):
-        read_conversations(written(tmp_path, {"a": []}), key="k")
+@pytest.mark.parametrize("value", [{"a": []}, {"annotations": []}, 3, None, "categories"])
+def test_conversations_of_another_layout_are_refused(tmp_path, value):
+    with pytest.raises(StageError, match="neither a list of conversations nor COCO's instances"):
+        read_conversations(written(tmp_path, value))
 
 
 def test_a_missing_file_is_named_with_its_key(tmp_path):
     path = tmp_path / "none.json"
     with pytest.raises(StageError, match=r"data\.instruct: .*none\.json does not exist"):
-        read_conversations(path, key="data.instruct")
+        read_conversations(path)
     with pytest.raises(StageError, match=r"data\.instruct: .* a folder, wanted a JSON file"):
-        read_conversations(tmp_path, key="data.instruct")
+        read_conversations(tmp_path)
 
 
 def test_a_byte_order_mark_is_no_obstacle(tmp_path):
     path = written(tmp_path, b"\xef\xbb\xbf[]")
-    assert read_conversations(path, key="k").num_conversations == 0
+    assert read_conversations(path).num_conversations == 0
 
 
 def test_no_error_advises_to_fetch_again(tmp_path):
     paths = [tmp_path / "none.json", written(tmp_path, b"{"), tmp_path]
     for path in paths:
         with pytest.raises(StageError) as error:
-            read_conversations(path, key="data.instruct")
+            read_conversations(path)
         assert "again" not in str(error.value)
         assert "the sources demo and coco make it in the fetch stage" in str(error.value)

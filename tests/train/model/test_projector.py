@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train.model.projector
-from train.model.projector import Projector, Residual, load_projector, seeded_projector
+from cache.errors import SettingsError
+from train.model.projector import (
+    Projector,
+    Residual,
+    check_pool,
+    load_projector,
+    seeded_projector,
+)
 from workspace.errors import StageError
 
 D, H = 6, 10
@@ -83,6 +90,63 @@ def test_saving_and_loading_is_bit_exact(kind, tmp_path):
     assert path.read_bytes() == bytes_before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("side", "pool"), [(2, 2), (6, 2), (4, 4), (8, 4)])
+def test_a_pool_gives_the_layers_the_mean_of_each_square(kind, side, pool):
+    pooling, plain = (seeded_projector(kind, D, H, 0, p).double() for p in (pool, 1))
+    grid = torch.randn(3, side, side, D).double()
+    means = torch.stack(
+        [
+            grid[:, y : y + pool, x : x + pool].flatten(1, 2).mean(1)
+            for y in range(0, side, pool)
+            for x in range(0, side, pool)
+        ],
+        dim=1,
+    )
+    found = pooling(grid.flatten(1, 2))
+    assert found.shape[1] == pooling.num_embeddings(side**2) == (side // pool) ** 2
+    torch.testing.assert_close(found, plain(means))
+
+
+def test_float16_patches_are_averaged_in_the_dtype_of_the_weights():
+    # Their sum is no number of float16.
+    largest = torch.full((1, 4, D), 60_000, dtype=torch.float16)
+    found = seeded_projector("linear", D, H, 0, 2)(largest)
+    assert torch.equal(found, seeded_projector("linear", D, H, 0)(largest[:, :1]))
+
+
+def test_a_file_names_its_pool_and_nothing_without_one(tmp_path):
+    path, plain = tmp_path / "p.safetensors", tmp_path / "plain.safetensors"
+    seeded_projector("mlp", D, H, 0, 4).save(path)
+    assert load_projector(path, D, H).pool == 4
+    projector = seeded_projector("mlp", D, H, 0)
+    projector.save(plain)
+    about = {"kind": "mlp", "vision_width": D, "text_width": H}
+    save_file(projector.state_dict(), path, described(about))
+    assert plain.read_bytes() == path.read_bytes()
+    assert load_projector(plain, D, H).pool == 1
+
+
+@pytest.mark.parametrize("num_patches", [1, 7, 16, 49, 50, 36, 100])
+def test_every_grid_is_right_without_a_pool(num_patches):
+    check_pool(1, num_patches, "projector.pool")
+
+
+@pytest.mark.parametrize(
+    ("pool", "num_patches", "says"),
+    [
+        (2, 50, r"projector.pool: pool is 2, .* 50 patches an image, which are no square"),
+        (2, 49, r"a grid of 7 x 7, and 7 is no multiple of 2. Set projector.pool to 1\."),
+        (4, 36, r"a grid of 6 x 6, and 6 is no multiple of 4. Set projector.pool to 1 or 2\."),
+        (4, 8, "no square"),
+    ],
+)
+def test_a_grid_that_a_pool_does_not_divide_is_refused_with_sizes(pool, num_patches, says):
+    with pytest.raises(SettingsError, match=says):
+        check_pool(pool, num_patches, "projector.pool")
+    check_pool(pool, (2 * pool) ** 2, "projector.pool")
+
+
 @pytest.mark.parametrize("widths", [(D + 1, H), (D, H + 1), (H, D)])
 def test_a_projector_of_other_widths_is_refused_with_both_named(tmp_path, widths):
     path = tmp_path / "p.safetensors"
@@ -109,6 +173,8 @@ def damaged(tmp_path):
     save_file(tensors, tmp_path / "unknown kind", described(about | {"kind": "conv"}))
     save_file(tensors, tmp_path / "another kind", described(about | {"kind": "linear"}))
     save_file(tensors, tmp_path / "no number", described(about | {"text_width": "wide"}))
+    for pool in (0, 3, True, 2.0, "2", None):
+        save_file(tensors, tmp_path / f"pool {pool!r}", described(about | {"pool": pool}))
     save_file(tensors, tmp_path / "no JSON", {"projector": "mlp"})
     save_file(tensors, tmp_path / "a list", {"projector": "[1]"})
     shorter = {name: tensor[:-1].contiguous() for name, tensor in tensors.items()}
@@ -130,7 +196,7 @@ def damaged(tmp_path):
 
 def test_what_is_no_projector_is_refused_in_one_line_that_names_the_file(tmp_path):
     paths = damaged(tmp_path)
-    assert len(paths) == 21
+    assert len(paths) == 27
     for path in paths:
         with pytest.raises(StageError, match=re.escape(str(path))) as error:
             load_projector(path, D, H)

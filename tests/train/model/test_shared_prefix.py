@@ -33,8 +33,8 @@ def model(make_model):
 
 
 @pytest.fixture
-def images(tokenizer):
-    return [Image(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
+def images(prompt_format):
+    return [Image(n, tuple(tokenize(texts, prompt_format, 99))) for n, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture
@@ -109,6 +109,17 @@ def test_the_budgets_give_other_rows_and_passes(images):
 def test_it_holds_for_any_images_in_any_row(model, images, patches, rows):
     together = model(collate_images([[images[n] for n in row] for row in rows], patches))
     separate = one_by_one(model, patches, images)
+    torch.testing.assert_close(together, separate, rtol=1e-12, atol=0)
+    assert_close(gradients(model, together), gradients(model, separate), 1e-10)
+
+
+def test_it_holds_behind_pooled_patches(model, images):
+    model.projector.pool = 2
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(len(TEXTS), 4 * PATCHES, WIDTH, generator=generator).double()
+    rows = [[images[n] for n in row] for row in ([4, 1], [0, 2, 3])]
+    together = model(collate_images(rows, whole, pool=2))
+    separate = one_by_one(model, whole, images)
     torch.testing.assert_close(together, separate, rtol=1e-12, atol=0)
     assert_close(gradients(model, together), gradients(model, separate), 1e-10)
 
