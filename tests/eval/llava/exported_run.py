@@ -16,8 +16,11 @@ from pipeline.settings import EncoderSettings
 from pipeline.towers.tower import patch_tokens
 from tests.conftest import HIDDEN, Workspace
 from tests.pipeline.conftest import TINY, draw_jpeg
+from train.data.prompt_formats import prompt_format
+from train.model.fingerprint import language_model_identity
 from train.model.generate import generate
-from train.model.language_model import add_lora, load_language_model
+from train.model.language_model import add_lora, load_language_model, load_tokenizer
+from train.model.model_files import read_config
 from train.model.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
@@ -83,13 +86,16 @@ class Made:
             )
             self.workspace.write_index([], [])
             self.features = Pictures(load_encoder(EncoderSettings(**encoder)))
-            made_from = provenance(self.features, torch.device("cpu"))
+            llm = params.section("llm", LlmSettings)
+            prompts = prompt_format(llm, load_tokenizer(llm), read_config(llm.model))
+            identity = language_model_identity(llm, prompts.tokenizer) | prompts.identity()
+            made_from = provenance(self.features, torch.device("cpu"), language_model=identity)
             run = RunDirectory(stage, params, {"layer": layer, "kind": kind}, made_from)
             width = self.features.spec.width
             projector = seeded_projector(kind, width, HIDDEN, 3, pool)
             projector.save(run.files / "projector.safetensors")
             if stage == "finetune":
-                self._write_adapter(params.section("llm", LlmSettings), run.files / "adapter")
+                self._write_adapter(llm, run.files / "adapter")
             run.publish({"loss": 2.5}, self.root / "reports" / f"{stage}.json")
         self.run = self.root / "runs" / stage
         return self

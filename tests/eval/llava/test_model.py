@@ -166,7 +166,8 @@ def test_a_tower_of_transformers_is_exported_as_it_is(tmp_path, phi_dir, name, l
 def test_code_of_ours_takes_a_tower_of_transformers_too(tmp_path, phi_dir, precision):
     """With its crop, and in the precision of its features."""
     tower = {"model": f"hf:{build('dinov2', tmp_path / 'tower')}", "pretrained": "main"}
-    made = Made(tmp_path, phi_dir).write(tower=tower, precision=precision).export()
+    llm = {"dtype": precision}
+    made = Made(tmp_path, phi_dir).write(tower=tower, precision=precision, llm=llm).export()
     options = {"trust_remote_code": True}
     model = AutoModelForImageTextToText.from_pretrained(made.out, **options)
     processor = AutoProcessor.from_pretrained(made.out, **options)
