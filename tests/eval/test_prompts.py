@@ -20,12 +20,13 @@ RUN = Path("runs/finetune")
 
 @pytest.fixture
 def chat_world(world, tmp_path):
-    """The world of the evaluation, trained beside a Phi whose tokenizer has a chat template."""
+    """The world of the evaluation, beside a Phi whose tokenizer has a chat template."""
     folder = Path(shutil.copytree(world.workspace.phi_dir, tmp_path / "phi with a template"))
     chat_tokenizer("ChatML with another EOS").save_pretrained(folder)
     world.now = {"llm": {"model": str(folder)}}
-    pretrain(world.params(**world.now))
-    finetune(world.params(**world.now))
+    world.write_run("pretrain", 1, **world.now["llm"])
+    world.write_run("finetune", 2, **world.now["llm"])
+    world.params(**world.now)
     return world
 
 
@@ -44,6 +45,8 @@ def forget_the_format(stage):
 
 
 def test_all_stages_take_the_chat_template(chat_world):
+    pretrain(chat_world.params(**chat_world.now))
+    finetune(chat_world.params(**chat_world.now))
     evaluate(chat_world.params(**chat_world.now))
     trained, said = answer("where")
     prompts = trained.prompt_format
