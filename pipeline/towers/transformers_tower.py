@@ -147,18 +147,36 @@ def load_transformers(settings: EncoderSettings) -> Tower:
     config = read_vision_config(folder, refusal)
     check_layer(config.num_hidden_layers, settings)
     preprocess = read_preprocess(folder, refusal)
-    model = _random_model(config) if settings.pretrained == RANDOM else load_model(folder, refusal)
+    model = load_vision_model(settings)
     # Before blocks are dropped: weights are the same whatever the layer.
     digest = weights_sha256(model)
     family = _family(config.model_type)
     return Tower(
-        visual=BlockEncoder(model, settings.layer, PREFIX_TOKENS[family](config)),
+        visual=BlockEncoder(model, settings.layer, num_prefix_tokens(config)),
         model=f"{TRANSFORMERS}{family}-{_invisible_sha256(config)[:8]}",
         weights_sha256=digest,
         activation="swiglu" if getattr(config, "use_swiglu_ffn", False) else config.hidden_act,
         tokens=PATCH,
         preprocess=preprocess,
     )
+
+
+def load_vision_model(settings: EncoderSettings) -> PreTrainedModel:
+    """Load the whole vision model of a tower, in float32 on the CPU.
+
+    Raises:
+        SettingsError: Names what is wrong with the model or its files.
+    """
+    refusal = functools.partial(_refusal, settings.model)
+    folder = locate(settings)
+    if settings.pretrained == RANDOM:
+        return _random_model(read_vision_config(folder, refusal))
+    return load_model(folder, refusal)
+
+
+def num_prefix_tokens(config: PreTrainedConfig) -> int:
+    """Return how many tokens a vision model has before those of the patches."""
+    return PREFIX_TOKENS[_family(config.model_type)](config)
 
 
 def _refusal(model: str, file: str) -> Callable[[str], SettingsError]:
