@@ -40,7 +40,7 @@ from bench.step import (
     shape_of,
 )
 from bench.stores import SPEC
-from bench.texts import EOS_ID
+from bench.texts import EOS_ID, bare_format
 from train.data.prompts import encode
 from train.model.attention import NAME as OUR_ATTENTION
 from train.model.captioner import use_fused_gelu
@@ -105,7 +105,7 @@ def with_cache(stage: Stage, num_texts: int, batch_size: int, *, published: bool
         use_fused_gelu(stage.model.language_model)
     made = generate(
         stage.model,
-        stage.tokenizer,
+        bare_format(stage.tokenizer),
         stage.store,
         range(num_texts),
         [prompt()] * num_texts,

@@ -48,7 +48,7 @@ from bench.measure import (
 )
 from bench.opening import resident
 from bench.stores import SPEC, make_store
-from bench.texts import draw_captions, draw_conversations, make_tokenizer
+from bench.texts import bare_format, draw_captions, draw_conversations, make_tokenizer
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
 from train.data.examples import Example
@@ -206,7 +206,7 @@ def our_steps(stage: Stage, num_steps: int) -> tuple[float, float]:
     def build(_: int) -> StepData:
         return build_step(
             stage.examples,
-            stage.tokenizer,
+            bare_format(stage.tokenizer),
             stage.store,
             pass_tokens=PASS_TOKENS,
             row_tokens=ROW_TOKENS,

@@ -13,12 +13,15 @@ open_clip's byte-pair tokenizer, which is of the same kind as Phi-2's and knows 
     LLaVA, detail      15 conversations of one turn: 150 tokens, 134 of them the answer
 """
 
+from dataclasses import replace
+
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from train.data.examples import Example
-from train.data.prompts import Turns, caption_turns
+from train.data.prompt_formats import phi_format
+from train.data.prompts import PromptFormat, Slot, Turns, caption_turns
 
 TOKENS, EOS_ID = 50_295, 50_256
 """Of Phi-2's tokenizer."""
@@ -87,6 +90,12 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def bare_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """Return a prompt format that adds nothing but EOS: lengths include the words of prompts."""
+    bare = Slot()
+    return replace(phi_format(tokenizer), first_question=bare, later_question=bare, answer=bare)
 
 
 def draw_captions(rng: np.random.Generator, num_images: int) -> list[Example]:

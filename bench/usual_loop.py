@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bench.texts import bare_format
 from cache import FeatureStore
 from train.data.examples import Example
 from train.data.prompts import TokenizedText, tokenize
@@ -61,7 +62,7 @@ def make_samples(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     texts = [text for example in examples for text in example.texts]
     image_ids = [example.image_id for example in examples for _ in example.texts]
     # No text of a benchmark is too long.
-    tokenized = tokenize(texts, tokenizer, max_tokens=1 << 30)
+    tokenized = tokenize(texts, bare_format(tokenizer), max_tokens=1 << 30)
     return [Sample(*pair) for pair in zip(image_ids, tokenized, strict=True)]
 
 

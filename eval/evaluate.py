@@ -45,8 +45,8 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     histories = {stage: read_history(RUNS / stage) for stage in STAGES}
     store = FeatureStore(FEATURES)
     runs = open_stages(params.section("llm", LlmSettings), store)
-    tokenizer = runs["finetune"].tokenizer
-    evaluation_set = choose_evaluation_set(settings, store, tokenizer, params.seed())
+    prompt_format = runs["finetune"].prompt_format
+    evaluation_set = choose_evaluation_set(settings, store, prompt_format, params.seed())
     warning = score_warning(params, runs)
 
     models = load_models(runs, store, params.seed())
@@ -98,7 +98,9 @@ def score_models(
     # Losses first: they take minutes and show most faults before hours of generation.
     losses = answer_losses(model, evaluation_set.examples, settings.max_text_tokens)
     with models.adapter.disable_adapter():
-        stage_1_scores, stage_1_captions = caption_images(models.stage_1, references, "", settings)
+        stage_1_scores, stage_1_captions = caption_images(
+            models.stage_1, references, None, settings
+        )
     caption_scores, captions = caption_images(
         model, references, settings.caption_question, settings
     )

@@ -7,7 +7,7 @@ does not fit is found before hours or gigabytes are spent on it.
 import contextlib
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,19 @@ from cache.errors import SettingsError, SpecMismatchError
 from cache.files.atomic import check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
+from train.data.prompt_formats import prompt_format
+from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_identity
 from train.model.language_model import load_language_model, load_lora, load_tokenizer
 from train.model.model_files import read_config
 from train.model.projector import Projector, check_pool, read_projector
-from train.provenance import START_PROJECTOR, check_language_model, read_provenance
+from train.provenance import (
+    START_PROJECTOR,
+    check_language_model,
+    read_provenance,
+    trained_prompt,
+)
 from train.run import FINISHED, pick_device
 from train.settings import LlmSettings
 from workspace.errors import StageError
@@ -32,7 +39,7 @@ from workspace.paths import RUNS
 from workspace.settings import Params
 
 STAGES = ("pretrain", "finetune")
-PROJECTOR, ADAPTER = "projector.safetensors", "adapter"
+PROJECTOR, ADAPTER, PROVENANCE = "projector.safetensors", "adapter", "provenance.json"
 """Files of a run directory."""
 
 
@@ -46,10 +53,15 @@ class FinishedRun:
     llm: LlmSettings
     """How its language model is to be loaded."""
     provenance: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
     projector: Projector
     answers: bool
     """Whether the run was fine-tuned to answer; a run of stage 1 only captions."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The language model's tokenizer."""
+        return self.prompt_format.tokenizer
 
     def check_features(self, spec: Spec, where: str) -> None:
         """Refuse features other than those that the run learned from.
@@ -97,8 +109,12 @@ def open_run(folder: Path) -> FinishedRun:
             f"{folder} is no run: it has no params.yaml. Wanted a folder like runs/finetune."
         )
     llm = Params.read(folder / "params.yaml").section("llm", LlmSettings)
-    tokenizer = load_tokenizer(llm)
-    return _open(folder, llm, tokenizer, language_model_identity(llm, tokenizer))
+    if llm.prompt == "auto":
+        # A run from before there were formats is in Phi-2's, whatever `auto` means today.
+        trained_in = trained_prompt(read_provenance(folder / PROVENANCE)).split()[0]
+        llm = replace(llm, prompt="phi" if trained_in == "phi" else "auto")
+    prompts = _load_prompts(llm)
+    return _open(folder, llm, prompts, _identity(llm, prompts))
 
 
 def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]:
@@ -117,9 +133,9 @@ def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]
         StageError: A file is missing or damaged, or a run belongs to another language model or to
             another stage 1.
     """
-    tokenizer = load_tokenizer(llm)
-    identity = language_model_identity(llm, tokenizer)
-    runs = {stage: _open(RUNS / stage, llm, tokenizer, identity) for stage in STAGES}
+    prompts = _load_prompts(llm)
+    identity = _identity(llm, prompts)
+    runs = {stage: _open(RUNS / stage, llm, prompts, identity) for stage in STAGES}
     for run in runs.values():
         run.check_features(store.spec, str(store.root))
     _check_same_start(runs["pretrain"], runs["finetune"])
@@ -178,14 +194,19 @@ def finish_times(runs: Mapping[str, FinishedRun]) -> dict[str, str]:
     return times
 
 
+def _load_prompts(llm: LlmSettings) -> PromptFormat:
+    return prompt_format(llm, load_tokenizer(llm), read_config(llm.model))
+
+
+def _identity(llm: LlmSettings, prompts: PromptFormat) -> dict[str, str]:
+    return language_model_identity(llm, prompts.tokenizer) | prompts.identity()
+
+
 def _open(
-    folder: Path,
-    llm: LlmSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    language_model: Mapping[str, str],
+    folder: Path, llm: LlmSettings, prompts: PromptFormat, language_model: Mapping[str, str]
 ) -> FinishedRun:
     params = Params.read(folder / "params.yaml")
-    path = folder / "provenance.json"
+    path = folder / PROVENANCE
     provenance = read_provenance(path)
     check_language_model(path, provenance, language_model)
     projector = read_projector(folder / PROJECTOR)
@@ -196,7 +217,7 @@ def _open(
             f"{width}: the model is not the one that the run was made with."
         )
     answers = (folder / ADAPTER).is_dir()
-    return FinishedRun(folder, params, llm, provenance, tokenizer, projector, answers)
+    return FinishedRun(folder, params, llm, provenance, prompts, projector, answers)
 
 
 def _check_same_start(pretrain: FinishedRun, finetune: FinishedRun) -> None:

@@ -127,6 +127,14 @@ def tokenizer(phi_dir):
     return load_tokenizer(LlmSettings(model=str(phi_dir), quantize="none", dtype="fp32"))
 
 
+@pytest.fixture(scope="session")
+def prompt_format(tokenizer):
+    """Phi-2's, of the tiny Phi."""
+    from train.data.prompt_formats import phi_format
+
+    return phi_format(tokenizer)
+
+
 def write_store(root, image_ids=IMAGE_IDS, seed=0):
     """Write features of some images as two shards and an index; of one image, as one shard."""
     spec = Spec(

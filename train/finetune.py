@@ -9,6 +9,7 @@ from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
 from cache.texts import first_few
 from train.data.examples import read_conversation_examples, with_features
+from train.data.prompt_formats import prompt_format
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
@@ -42,9 +43,11 @@ def finetune(params: Params) -> None:
     check_supported(llm)
     tokenizer = load_tokenizer(llm)
     check_vocabulary(tokenizer, llm)
-    language_model_id = language_model_identity(llm, tokenizer)
+    config = read_config(llm.model)
+    prompts = prompt_format(llm, tokenizer, config)
+    language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
     start_path = RUNS / "pretrain" / "projector.safetensors"
-    width = read_config(llm.model).hidden_size
+    width = config.hidden_size
     projector = load_projector(start_path, store.spec.width, width).to(device)
     check_pool(projector.pool, store.spec.patches, str(start_path))
     stage_1 = provenance_of("pretrain", store, language_model_id)
@@ -69,13 +72,14 @@ def finetune(params: Params) -> None:
         store,
         language_model=language_model_fingerprint(language_model, tokenizer),
         start_projector=start_sha256,
+        **prompts.identity(),
     )
     adapter = add_lora(language_model, settings.lora, seed)
     examples = read_conversation_examples("train")
     held_out = read_conversation_examples("holdout")
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
-        tokenizer=tokenizer,
+        prompt_format=prompts,
         store=store,
         train=with_features(examples, store, "conversations of split train"),
         validation=with_features(held_out, store, "conversations of split holdout"),

@@ -4,6 +4,7 @@ import torch
 
 from cache import FeatureStore
 from train.data.examples import held_out_images, read_caption_examples, with_features
+from train.data.prompt_formats import prompt_format
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
@@ -11,6 +12,7 @@ from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint, language_model_identity
 from train.model.language_model import load_language_model, load_tokenizer
+from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
 from train.model.projector import check_pool, seeded_projector
 from train.model.supported import check_supported
@@ -46,14 +48,15 @@ def pretrain(params: Params) -> None:
     check_supported(llm)
     tokenizer = load_tokenizer(llm)
     check_vocabulary(tokenizer, llm)
-    language_model_id = language_model_identity(llm, tokenizer)
+    prompts = prompt_format(llm, tokenizer, read_config(llm.model))
+    language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size
     projector = seeded_projector(kind, store.spec.width, width, seed, pool).to(device)
     set_up_blocks(language_model, projector, settings)
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
-        tokenizer=tokenizer,
+        prompt_format=prompts,
         store=store,
         train=with_features(examples, store, "captions of split train"),
         validation=with_features(read_caption_examples("val"), store, "captions of split val"),
@@ -72,6 +75,7 @@ def pretrain(params: Params) -> None:
         ("llm", "projector", "pretrain"),
         store,
         language_model=language_model_fingerprint(language_model, tokenizer),
+        **prompts.identity(),
     )
     with stage_lock("pretrain"):
         origin = provenance(store, device, language_model=language_model_id)

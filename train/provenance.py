@@ -23,6 +23,9 @@ START_PROJECTOR = "start_projector_sha256"
 PARTS = ("weights", "config", "tokenizer")
 """Parts of a language model's identity that must agree; its name need not."""
 
+PROMPT, PHI = "prompt", "phi"
+"""The prompt format, beside the parts; a run without an entry was trained in Phi-2's."""
+
 
 def read_provenance(path: Path, remedy: str = "Run the stage again.") -> dict[str, Any]:
     """Read a run's provenance and check its weights files.
@@ -119,6 +122,17 @@ def changed_settings(stage: str, params: Params, sections: Sequence[str]) -> lis
     return [f"{n} {then.get(n)} (now {now.get(n)})" for n in names if then.get(n) != now.get(n)]
 
 
+def trained_prompt(values: Mapping[str, Any]) -> str:
+    """Return the prompt format of a run: a name, and for others than Phi-2's a hash.
+
+    Args:
+        values: The run's provenance.
+    """
+    language_model = values.get(LANGUAGE_MODEL)
+    found = language_model.get(PROMPT) if isinstance(language_model, dict) else None
+    return found if isinstance(found, str) and found else PHI
+
+
 def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[str, str]) -> None:
     """Refuse a language model other than the one that a run was trained with.
 
@@ -133,6 +147,12 @@ def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[st
         StageError: Names both models and the differing parts.
     """
     there = values.get(LANGUAGE_MODEL)
+    if (was := trained_prompt(values)) != (now := here.get(PROMPT, PHI)):
+        raise StageError(
+            f"{path}: the run was trained with the prompt format {was[:18]}, llm.prompt gives "
+            f"{now[:18]} here. Set llm.prompt: {was.split()[0]}, with the chat template that the "
+            f"run had, or train both stages again."
+        )
     if there is None:
         print(
             f"{path}: does not say beside which language model the run learned; cannot check that "
@@ -140,13 +160,16 @@ def check_language_model(path: Path, values: Mapping[str, Any], here: Mapping[st
             file=sys.stderr,
         )
         return
-    if not isinstance(there, dict) or not all(isinstance(there.get(key), str) for key in here):
-        raise StageError(f"{path}: damaged: {LANGUAGE_MODEL} wants {', '.join(here)}. Train again.")
+    named = ("name", *PARTS)
+    if not isinstance(there, dict) or not all(isinstance(there.get(key), str) for key in named):
+        raise StageError(
+            f"{path}: damaged: {LANGUAGE_MODEL} wants {', '.join(named)}. Train again."
+        )
     differing = [part for part in PARTS if there[part] != here[part]]
     if differing:
-        named = [f"{there[part][:12]} there, {here[part][:12]} here ({part})" for part in differing]
+        parts = [f"{there[part][:12]} there, {here[part][:12]} here ({part})" for part in differing]
         raise StageError(
             f"{path}: the run learned beside the language model {there['name']}, llm.model is "
-            f"{here['name']}, and they differ: {'; '.join(named)}. Name the model that the run "
+            f"{here['name']}, and they differ: {'; '.join(parts)}. Name the model that the run "
             f"learned beside, or train both stages again."
         )

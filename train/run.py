@@ -50,8 +50,10 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
 
-CHANGES_NO_BIT = ".gradient_checkpointing"
-"""Setting that is no part of a run's identity: a run that is out of memory may go on with it."""
+NO_IDENTITY = (".gradient_checkpointing", "llm.prompt")
+"""Ends of settings that are no part of a run's identity. Gradient checkpointing changes no bit, so
+that a run that is out of memory may go on with it; the prompt format that a setting stands for is
+an entry of its own."""
 
 AS_IF_ABSENT = {"projector.pool": 1}
 """Settings, and the value with which one decides no more than if it were absent. Runs from before a
@@ -206,7 +208,7 @@ def run_identity(
     """
     settings = deciding_settings(params, ("seed", *sections))
     return {
-        **{name: value for name, value in settings.items() if not name.endswith(CHANGES_NO_BIT)},
+        **{name: value for name, value in settings.items() if not name.endswith(NO_IDENTITY)},
         "features": store.fingerprint,
         "features_sha256": sha256_of(FEATURES / INDEX_FILE),
         **{f"{name}_sha256": digest for name, digest in index_hashes().items()},

@@ -25,6 +25,10 @@ class LlmSettings:
     dtype: Literal["bf16", "fp16", "fp32"]
     """Computing dtype of the language model. fp16 is for GPUs that have no bf16, like the T4;
     attention is computed in float32 then, because Phi-2's overflows in fp16."""
+    prompt: Literal["auto", "phi", "chat", "plain"] = "auto"
+    """What stands around pictures, questions and answers: Phi-2's question-answer format, the
+    tokenizer's own chat template, or `Question: ...` and `Answer: ...`. `auto`, the default, is
+    `chat` for a tokenizer with a chat template, else `phi` for a Phi model, else `plain`."""
 
 
 @dataclass(frozen=True, kw_only=True)

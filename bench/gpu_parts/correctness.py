@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from bench.gpu_parts.models import make_caption_model, make_language_model, with_shared_weights
 from bench.gpu_parts.report import Report, Row
 from bench.gpu_parts.training import NO_LIMIT, SDPA_ROW_TOKENS
+from bench.texts import bare_format
 from cache import FeatureStore
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.probe import TOLERANCES, encode_probe_images, relative_differences
@@ -187,7 +188,7 @@ def gradients(model: CaptionModel, texts: Texts) -> dict[str, Tensor]:
 def _step_data(model: CaptionModel, texts: Texts, *, one_row: bool) -> StepData:
     return build_step(
         texts.examples,
-        texts.tokenizer,
+        bare_format(texts.tokenizer),
         texts.store,
         pass_tokens=NO_LIMIT,
         row_tokens=None if one_row else SDPA_ROW_TOKENS,

@@ -7,6 +7,7 @@ import torch
 from bench.generate import prompt
 from bench.gpu_parts.report import Row
 from bench.step import Stage
+from bench.texts import bare_format
 from train.model.attention import NAME as OUR_ATTENTION
 from train.model.captioner import use_fused_gelu
 from train.model.generate import Generation, generate
@@ -41,7 +42,7 @@ def measure_generation(stage: Stage, batch: int, max_tokens: int) -> Row:
 def _generate(stage: Stage, batch: int, max_tokens: int) -> list[Generation]:
     return generate(
         stage.model,
-        stage.tokenizer,
+        bare_format(stage.tokenizer),
         stage.store,
         [number % len(stage.store) for number in range(batch)],
         [prompt()] * batch,

@@ -29,7 +29,7 @@ from bench.gpu_parts.report import Row
 from bench.step import FINETUNE, PRETRAIN, Stage, as_published
 from bench.step import Contender as StepContender
 from bench.step import difference as gradient_difference
-from bench.texts import draw_captions, draw_conversations
+from bench.texts import bare_format, draw_captions, draw_conversations
 from bench.usual_loop import cached, make_samples, shuffled
 from cache import FeatureStore
 from train.data.examples import Example
@@ -135,7 +135,7 @@ def our_loop(stage: Stage, pass_tokens: int) -> Loop:
 def _packed(stage: Stage, pass_tokens: int, examples: Sequence[Example]) -> StepData:
     return build_step(
         examples,
-        stage.tokenizer,
+        bare_format(stage.tokenizer),
         stage.store,
         pass_tokens=pass_tokens,
         row_tokens=None if stage.model.packs_one_row else SDPA_ROW_TOKENS,
@@ -210,7 +210,8 @@ def images_of_passes(stage: Stage, num_passes: int, pass_tokens: int) -> int:
 
 def work_of(stage: Stage, examples: Sequence[Example], *, shares_patches: bool) -> Work:
     """Count the work of a loop's sequences."""
-    images = [tokenize(list(e.texts), stage.tokenizer, NO_LIMIT) for e in examples]
+    bare = bare_format(stage.tokenizer)
+    images = [tokenize(list(e.texts), bare, NO_LIMIT) for e in examples]
     if not shares_patches:
         images = [[text] for texts in images for text in texts]
     return count_work(images, stage.store.spec.patches)

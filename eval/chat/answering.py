@@ -12,7 +12,6 @@ from cache import FeatureStore
 from cache.errors import MissingImageError, SettingsError
 from eval.runs import FinishedRun, LoadedRun
 from eval.settings import EvaluateSettings
-from train.data.prompts import dialogue_prompt
 from train.model.generate import Sampling, stream
 from workspace.paths import FEATURES
 
@@ -50,7 +49,8 @@ def stream_answer(
     if max_tokens is None:
         max_tokens = settings.answer_tokens if question else settings.caption_tokens
     prompt_ids = _prompt_ids(trained, question, turns, settings.caption_question)
-    num_tokens = len(patches_PD) + len(prompt_ids) + max_tokens
+    lead = trained.prompt_format.lead
+    num_tokens = len(lead) + len(patches_PD) + len(prompt_ids) + max_tokens
     limit = trained.model.language_model.config.max_position_embeddings
     if num_tokens > limit:
         raise SettingsError(
@@ -59,7 +59,7 @@ def stream_answer(
         )
     return stream(
         trained.model,
-        trained.tokenizer,
+        trained.prompt_format,
         patches_PD,
         prompt_ids,
         max_tokens=max_tokens,
@@ -75,13 +75,13 @@ def _prompt_ids(
     except UnicodeEncodeError:
         raise SettingsError("the question has bytes that are not valid text.") from None
     if trained.answers:
-        return dialogue_prompt(turns, question or caption_question, trained.tokenizer)
+        return trained.prompt_format.dialogue_prompt(turns, question or caption_question)
     if question:
         raise SettingsError(
             f"{trained.folder}: has no adapter, so it writes only captions. Leave the question "
             f"out, or name a run of the finetune stage."
         )
-    return []
+    return trained.prompt_format.prompts([None])[0]
 
 
 def make_sampling(temperature: float, seed: int) -> Sampling:

@@ -12,7 +12,7 @@ from workspace.errors import StageError
 IMAGE_TOKEN = "<image>"
 
 CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
-"""Gives the text of `train.data.prompts.dialogue_prompt`, with all pictures before it."""
+"""Gives the text of Phi-2's format (`train.data.prompt_formats`), with all pictures before it."""
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerBase, config: PhiConfig) -> int:

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from cache.files.atomic import canonical_json, sha256_of
 from cache.store_index import INDEX_FILE
 from eval.runs import ADAPTER, PROJECTOR, FinishedRun
+from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_lora
@@ -28,11 +28,11 @@ class EvaluatedModel:
     model: CaptionModel
     untrained: CaptionModel
     """The same language model with a projector of random weights."""
-    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
     store: FeatureStore
     seed: int
     identity: str
-    """Hash of all weights and features, for the cache of generated texts."""
+    """Hash of weights, features and prompt format, for the cache of generated texts."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
         "language_model": language_model_fingerprint(language_model, finetune.tokenizer),
         "features": sha256_of(FEATURES / INDEX_FILE),
         "seed": seed,
+        "end_ids": finetune.prompt_format.end_ids,
+        **finetune.prompt_format.identity(),
     }
     adapter = load_lora(language_model, finetune.folder / ADAPTER)
 
@@ -81,7 +83,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
             name=run.folder.name,
             model=CaptionModel(projector.to(language_model.device), language_model),
             untrained=CaptionModel(untrained.to(language_model.device), language_model),
-            tokenizer=run.tokenizer,
+            prompt_format=run.prompt_format,
             store=store,
             seed=seed,
             identity=hashlib.sha256(canonical_json(shared | own)).hexdigest(),

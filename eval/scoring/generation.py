@@ -20,7 +20,6 @@ from eval.scoring.score_names import CONTROLS, SEEN
 from eval.scoring.yes_no import YesNo
 from eval.settings import EvaluateSettings
 from train.data.examples import Question
-from train.data.prompts import question_text
 from train.model.generate import Generation, generate
 
 YES_NO_TOKENS = 16
@@ -35,7 +34,7 @@ Scores = dict[str, Any]
 def caption_images(
     model: EvaluatedModel,
     references: dict[int, list[str]],
-    question: str,
+    question: str | None,
     settings: EvaluateSettings,
 ) -> tuple[Scores, list[Prediction]]:
     """Let a model caption validation images.
@@ -43,7 +42,7 @@ def caption_images(
     Args:
         model: The model.
         references: Image id to the captions by people.
-        question: The request for a caption; empty for a model that captions without any.
+        question: The request for a caption; None for a model that captions without any.
         settings: Limits.
 
     Returns:
@@ -52,8 +51,8 @@ def caption_images(
     if not references:
         return EMPTY_SCORES, []
     image_ids = sorted(references)
-    prompts = [question_text(question) if question else ""] * len(image_ids)
-    generations = _generate(model, image_ids, prompts, settings.caption_tokens, settings.batch_size)
+    asked = [question] * len(image_ids)
+    generations = _generate(model, image_ids, asked, settings.caption_tokens, settings.batch_size)
 
     def by_image(texts: Sequence[str]) -> dict[int, str]:
         return dict(zip(image_ids, texts, strict=True))
@@ -65,7 +64,7 @@ def caption_images(
             kind="caption",
             image_id=image_id,
             split="val",
-            question=question,
+            question=question or "",
             targets=tuple(references[image_id]),
             generations=texts,
             score=cider[image_id],
@@ -98,8 +97,8 @@ def answer_questions(
     if not questions:
         return EMPTY_SCORES, []
     image_ids = [question.image_id for question in questions]
-    prompts = [question_text(question.question) for question in questions]
-    generations = _generate(model, image_ids, prompts, settings.answer_tokens, settings.batch_size)
+    asked = [question.question for question in questions]
+    generations = _generate(model, image_ids, asked, settings.answer_tokens, settings.batch_size)
     answers = [
         Prediction(
             model=model.name,
@@ -148,8 +147,8 @@ def answer_yes_no(
     if not pairs:
         return {}, []
     image_ids = [image_id for image_id, _ in pairs]
-    prompts = [question_text(question) for _, question in pairs]
-    generations = _generate(model, image_ids, prompts, YES_NO_TOKENS, settings.batch_size)
+    asked = [question for _, question in pairs]
+    generations = _generate(model, image_ids, asked, YES_NO_TOKENS, settings.batch_size)
     by_pair = dict(zip(pairs, generations, strict=True))
 
     def answer(subset: str, question: YesNo) -> Prediction:
@@ -174,14 +173,14 @@ def answer_yes_no(
 def _generate(
     model: EvaluatedModel,
     image_ids: Sequence[int],
-    prompts: Sequence[str],
+    questions: Sequence[str | None],
     max_tokens: int,
     batch_size: int,
 ) -> list[dict[str, Generation]]:
-    """Generate a text for each prompt under each condition, or take it from the cache.
+    """Generate a text for each question under each condition, or take it from the cache.
 
     Returns:
-        For each prompt, its texts by condition.
+        For each question, its texts by condition.
     """
     by_condition = {}
     for condition in make_conditions(model, image_ids):
@@ -189,17 +188,17 @@ def _generate(
             "model": model.identity,
             "condition": condition.name,
             "image_ids": condition.image_ids,
-            "prompts": prompts,
+            "questions": questions,
             "max_tokens": max_tokens,
             "batch_size": batch_size,
         }
         make = functools.partial(
             generate,
             condition.model,
-            model.tokenizer,
+            model.prompt_format,
             condition.features,
             condition.image_ids,
-            prompts,
+            questions,
             max_tokens=max_tokens,
             batch_size=batch_size,
             description=f"{model.name}, {condition.name}",

@@ -26,7 +26,7 @@ def cached(cache_key: dict[str, Any], make: Callable[[], list[Generation]]) -> l
     """Return cached texts; make and cache them if they are missing or damaged.
 
     Args:
-        cache_key: All inputs of the generation, as JSON values; `prompts` has one entry per text.
+        cache_key: All inputs of the generation, as JSON values; `questions` has one entry per text.
         make: Generates the texts.
 
     Raises:
@@ -35,7 +35,7 @@ def cached(cache_key: dict[str, Any], make: Callable[[], list[Generation]]) -> l
     path = FOLDER / f"{_hash(cache_key)[:16]}.json"
     if path.is_file():
         try:
-            return _read(path, len(cache_key["prompts"]))
+            return _read(path, len(cache_key["questions"]))
         except StageError as error:
             print(f"{error}; making the texts again", file=sys.stderr)
     generations = make()

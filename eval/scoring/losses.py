@@ -87,7 +87,7 @@ def _losses(
     for start in range(0, len(shown), STEP_IMAGES):
         step = build_step(
             shown[start : start + STEP_IMAGES],
-            model.tokenizer,
+            model.prompt_format,
             condition.features,
             pass_tokens=PASS_TOKENS,
             row_tokens=ROW_TOKENS,
@@ -102,7 +102,7 @@ def _losses(
 
 
 def _num_target_tokens(example: Example, model: EvaluatedModel, max_text_tokens: int) -> int:
-    texts = tokenize(example.texts, model.tokenizer, max_text_tokens)
+    texts = tokenize(example.texts, model.prompt_format, max_text_tokens)
     return sum(text.num_target_tokens for text in texts)
 
 

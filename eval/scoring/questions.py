@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from eval.scoring.contamination import ContaminatedImage, read_images
@@ -23,7 +22,7 @@ from train.data.examples import (
     read_questions,
     with_features,
 )
-from train.data.prompts import encode, question_text
+from train.data.prompts import PromptFormat
 from workspace.errors import StageError
 
 Item = TypeVar("Item")
@@ -78,7 +77,7 @@ class EvaluationSet:
 def choose_evaluation_set(
     settings: EvaluateSettings,
     store: FeatureStore,
-    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
     seed: int,
 ) -> EvaluationSet:
     """Read the index and choose images and questions, by the seed alone.
@@ -106,7 +105,7 @@ def choose_evaluation_set(
     is_stored = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
     pope_stored = {i for i, stored in zip(ids["pope"], is_stored, strict=True) if stored}
     all_questions = _questions(held_out_stored.without(excluded["answers"]), settings)
-    fitting = _not_too_long(all_questions, tokenizer, settings.max_text_tokens)
+    fitting = _not_too_long(all_questions, prompt_format, settings.max_text_tokens)
     questions = choose(fitting, settings.questions, seed)
     return EvaluationSet(
         references=_references(captioned_stored.without(excluded["captions"]), settings, seed),
@@ -151,10 +150,10 @@ def _questions(examples: Examples, settings: EvaluateSettings) -> list[Question]
 
 
 def _not_too_long(
-    questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    questions: list[Question], prompt_format: PromptFormat, max_tokens: int
 ) -> list[Question]:
     """Leave out long questions: a batch is as long as its longest prompt, and could fill memory."""
-    prompts = encode([question_text(question.question) for question in questions], tokenizer)
+    prompts = prompt_format.prompts([question.question for question in questions])
     fitting = [
         question
         for question, prompt in zip(questions, prompts, strict=True)

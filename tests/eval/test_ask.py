@@ -18,7 +18,6 @@ from eval.chat.encoder import RunEncoder, read_picture
 from eval.runs import load_run, open_run
 from tests.eval.picture_world import LIMITS, TRAIN, make_picture_world
 from tests.pipeline.conftest import draw_jpeg
-from train.data.prompts import encode, question_text
 from train.model.generate import Sampling, generate, stream
 from workspace.errors import StageError
 
@@ -61,12 +60,12 @@ def run(capsys, monkeypatch):
     signal.signal(signal.SIGTERM, on_termination)
 
 
-def generated(trained, image_id, prompt, max_tokens, sampling=None):
+def generated(trained, image_id, question, max_tokens, sampling=None):
     """The text that the evaluation would make from the cached features."""
     from cache import FeatureStore
 
     (made,) = generate(
-        trained.model, trained.tokenizer, FeatureStore("data/features"), [image_id], [prompt],
+        trained.model, trained.prompt_format, FeatureStore("data/features"), [image_id], [question],
         max_tokens=max_tokens, batch_size=1, description="test", sampling=sampling,
     )  # fmt: skip
     return made.text
@@ -79,9 +78,7 @@ def generated(trained, image_id, prompt, max_tokens, sampling=None):
 def test_an_answer_is_what_the_evaluation_generates(run, runs, question):
     texts = set()
     for image_id in TRAIN:
-        wanted = generated(
-            runs["finetune"], image_id, question_text(question), LIMITS["answer_tokens"]
-        )
+        wanted = generated(runs["finetune"], image_id, question, LIMITS["answer_tokens"])
         done = run("--run", FINETUNE, "--image-id", image_id, question=question)
         assert done == (0, f"{wanted}\n", "")
         texts.add(wanted)
@@ -89,14 +86,14 @@ def test_an_answer_is_what_the_evaluation_generates(run, runs, question):
 
 
 def test_without_a_question_a_run_that_answers_is_asked_for_a_caption(run, runs):
-    prompt = question_text(LIMITS["caption_question"])
+    prompt = LIMITS["caption_question"]
     wanted = generated(runs["finetune"], 2, prompt, LIMITS["caption_tokens"])
     assert run("--run", FINETUNE, "--image-id", 2) == (0, f"{wanted}\n", "")
     assert run("--run", FINETUNE, "--image-id", 2, question="  ") == (0, f"{wanted}\n", "")
 
 
 def test_stage_1_captions_right_after_the_patches(run, runs):
-    wanted = generated(runs["pretrain"], 2, "", LIMITS["caption_tokens"])
+    wanted = generated(runs["pretrain"], 2, None, LIMITS["caption_tokens"])
     assert run("--run", PRETRAIN, "--image-id", 2) == (0, f"{wanted}\n", "")
 
 
@@ -129,7 +126,7 @@ def test_earlier_turns_are_read(runs, picture_world):
     turns = [("how many", "the dog")]
     trained = runs["finetune"]
     end = trained.tokenizer.eos_token
-    said = f"{question_text('how many')} the dog{end}{question_text('where')}"
+    said = f"Instruct: how many\nOutput: the dog{end}Instruct: where\nOutput:"
     prompt_ids = trained.tokenizer(said, add_special_tokens=False)["input_ids"]
     seen = []
     embed = trained.model.language_model.get_input_embeddings()
@@ -147,9 +144,7 @@ def test_sampling_is_decided_by_the_seed(run, runs):
         return text
 
     sampling = Sampling(temperature=1.5, top_p=TOP_P, seed=3)
-    wanted = generated(
-        runs["finetune"], 1, question_text("where"), LIMITS["answer_tokens"], sampling
-    )
+    wanted = generated(runs["finetune"], 1, "where", LIMITS["answer_tokens"], sampling)
     assert drawn("--temperature", 1.5, "--seed", 3) == f"{wanted}\n"
     assert len({drawn("--temperature", 1.5, "--seed", seed) for seed in range(4)}) > 1
     assert drawn("--temperature", 0.001) == drawn()
@@ -296,7 +291,7 @@ def test_the_longest_question_that_fits_is_answered(runs, picture_world):
     most = trained.model.language_model.config.max_position_embeddings
     question = "\x00" * 300
     while True:
-        length = len(encode([question_text(question)], trained.tokenizer)[0]) + len(patches)
+        length = len(trained.prompt_format.prompts([question])[0]) + len(patches)
         if length + LIMITS["answer_tokens"] <= most:
             break
         question = question[1:]

@@ -23,7 +23,7 @@ from eval.scoring.score_names import CONTROLS
 from tests.conftest import sign_weights
 from tests.eval.report.report_page import Page
 from train.data.examples import read_questions
-from train.data.prompts import question_text
+from train.data.prompt_formats import phi_format
 from train.model.captioner import CaptionModel
 from train.model.generate import generate
 from train.model.language_model import load_language_model, load_lora, load_tokenizer
@@ -205,7 +205,7 @@ def test_stage_1_is_asked_without_lora_and_stage_2_with_it_whatever_is_shown(
         "untrained_prediction": (world.store, ids),
     }
     said = {}
-    for stage, prompt in (("pretrain", ""), ("finetune", question_text("What is in the box"))):
+    for stage, question in (("pretrain", None), ("finetune", "What is in the box")):
         language_model = load_language_model(settings, torch.device("cpu"))
         if stage == "finetune":
             load_lora(language_model, Path("runs/finetune/adapter"))
@@ -214,8 +214,9 @@ def test_stage_1_is_asked_without_lora_and_stage_2_with_it_whatever_is_shown(
             if column == "untrained_prediction":
                 projector = seeded_projector("mlp", 8, 64, 0, pool)
             made = generate(
-                CaptionModel(projector, language_model), load_tokenizer(settings), features,
-                image_ids, [prompt] * 4, max_tokens=12, batch_size=3, description="test",
+                CaptionModel(projector, language_model), phi_format(load_tokenizer(settings)),
+                features, image_ids, [question] * 4,
+                max_tokens=12, batch_size=3, description="test",
             )  # fmt: skip
             said[stage, column] = [generation.text for generation in made]
             assert [row[column] for row in rows(stage, "caption")] == said[stage, column]
@@ -650,13 +651,13 @@ def test_the_images_are_never_opened_for_scores(world):
 def test_questions_are_asked_without_their_earlier_turns(world, monkeypatch):
     seen = []
 
-    def recording(model, tokenizer, store, image_ids, prompts, **limits):
-        seen.extend(prompts)
-        return generate(model, tokenizer, store, image_ids, prompts, **limits)
+    def recording(model, prompt_format, store, image_ids, questions, **limits):
+        seen.extend(questions)
+        return generate(model, prompt_format, store, image_ids, questions, **limits)
 
     monkeypatch.setattr("eval.scoring.generation.generate", recording)
     evaluate(world.params())
-    asked = [question_text(q.question) for q in read_questions("holdout")]
+    asked = [q.question for q in read_questions("holdout")]
     assert seen[-4 * len(asked) :] == asked * 4
 
 
@@ -744,11 +745,11 @@ def test_a_stopped_evaluation_generates_no_finished_text_again(world, monkeypatc
     calls = []
 
     def stopping_after(most):
-        def counting(model, tokenizer, features, image_ids, prompts, **limits):
+        def counting(model, prompt_format, features, image_ids, questions, **limits):
             calls.append(limits["description"])
             if len(calls) > most:
                 raise Killed
-            return generate(model, tokenizer, features, image_ids, prompts, **limits)
+            return generate(model, prompt_format, features, image_ids, questions, **limits)
 
         monkeypatch.setattr("eval.scoring.generation.generate", counting)
 

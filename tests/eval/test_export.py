@@ -27,7 +27,6 @@ from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 from tests.conftest import HIDDEN, Workspace
 from tests.pipeline.conftest import TINY, draw_jpeg
-from train.data.prompts import dialogue_prompt, question_text
 from train.model.generate import generate
 from train.model.language_model import add_lora, load_language_model
 from train.model.projector import seeded_projector
@@ -178,7 +177,7 @@ def inputs_of(processor, image_ids, questions):
 def our_logits(made, patches, question):
     """Logits [T, V] behind the patches, from the run itself."""
     model = made.trained.model.eval()
-    prompt = dialogue_prompt([], question, made.trained.tokenizer)
+    prompt = made.trained.prompt_format.dialogue_prompt([], question)
     embeds = torch.cat([model.embed_patches(patches)[0], model.embed_text(torch.tensor(prompt))])
     return model.language_model(inputs_embeds=embeds[None]).logits[0].float()
 
@@ -231,8 +230,8 @@ def test_greedy_answers_are_the_same_in_a_batch_too(exported):
     model, processor = load(exported.out)
     image_ids = list(range(len(QUESTIONS)))
     wanted = generate(
-        exported.trained.model, exported.trained.tokenizer, exported.features, image_ids,
-        [question_text(question) for question in QUESTIONS],
+        exported.trained.model, exported.trained.prompt_format, exported.features, image_ids,
+        QUESTIONS,
         max_tokens=EVALUATE["answer_tokens"], batch_size=2, description="test",
     )  # fmt: skip
     inputs = inputs_of(processor, image_ids, QUESTIONS)
@@ -299,8 +298,8 @@ def test_the_snippet_of_the_model_card_runs(exported, monkeypatch, capsys, tmp_p
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     wanted = generate(
-        exported.trained.model, exported.trained.tokenizer, exported.features, [5],
-        [question_text(EVALUATE["caption_question"])],
+        exported.trained.model, exported.trained.prompt_format, exported.features, [5],
+        [EVALUATE["caption_question"]],
         max_tokens=EVALUATE["answer_tokens"], batch_size=1, description="test",
     )  # fmt: skip
     assert capsys.readouterr().out.strip() == wanted[0].text
@@ -314,7 +313,7 @@ def test_a_run_of_stage_1_captions(made, monkeypatch, capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", (made.out / "README.md").read_text(), re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
     (wanted,) = generate(
-        made.trained.model, made.trained.tokenizer, made.features, [5], [""],
+        made.trained.model, made.trained.prompt_format, made.features, [5], [None],
         max_tokens=EVALUATE["caption_tokens"], batch_size=1, description="test",
     )  # fmt: skip
     assert capsys.readouterr().out.strip() == wanted.text

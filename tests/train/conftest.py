@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.data.chat_tokenizers import chat_tokenizer
 from tests.train.images import Image
 from tests.train.stage_server import StageServer
+from train.data.chat_format import chat_format
 from train.data.examples import Examples
 from train.data.prompts import TokenizedText
 from train.loop.setup import TrainingSetup
@@ -46,6 +48,13 @@ def examples_of(examples):
     return Examples.grouped(image_ids, lambda number: texts[number][1])
 
 
+@pytest.fixture(scope="session")
+def chat_prompts():
+    """The format of a chat template, of a tokenizer that fits the rows of the tiny Phi."""
+    tokenizer = chat_tokenizer("ChatML with another EOS")
+    return chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
+
+
 @pytest.fixture
 def settings(loop_values):
     def make(**changes):
@@ -55,7 +64,7 @@ def settings(loop_values):
 
 
 @pytest.fixture
-def make_setup(make_model, tokenizer, store, settings):
+def make_setup(make_model, prompt_format, store, settings):
     default = settings()
 
     def make(
@@ -72,7 +81,7 @@ def make_setup(make_model, tokenizer, store, settings):
         learning = [p for p in model.parameters() if p.requires_grad]
         return TrainingSetup(
             model=model,
-            tokenizer=tokenizer,
+            prompt_format=prompt_format,
             store=store,
             train=examples_of(examples),
             validation=examples_of(validation),

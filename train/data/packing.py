@@ -1,8 +1,9 @@
 """Packs images and their texts into rows, and rows into the tensors of a forward pass.
 
-All texts of an image stand behind one copy of its patches. Each text sees the patches and itself,
-at the positions that it would have alone. So loss and gradients equal those of one sequence per
-text, for a fraction of the tokens. Several images are packed into a row.
+All texts of an image stand behind one copy of its patches, and of the lead: the constant tokens
+before the patches, if the prompt format has any. Each text sees lead, patches and itself, at the
+positions that it would have alone. So loss and gradients equal those of one sequence per text, for
+a fraction of the tokens. Several images are packed into a row.
 
     row             patches   text 1   text 2   patches   text 1   padding
     image_numbers   0 0 0 0   0 0 0    0 0      1 1 1 1   1 1 1    -1 -1
@@ -71,11 +72,12 @@ class PackedBatch:
     token_ids: Tensor
     """int64 [R, T]: 0 at patches and padding."""
     positions: Tensor
-    """int64 [R, T]: position ids. Patches have 0 to P - 1; every text begins at P."""
+    """int64 [R, T]: position ids, from 0 at the lead or the first patch; every text of an image
+    begins behind the last patch."""
     image_numbers: Tensor
     """int64 [R, T]: 0, 1, ... the images of a row, or PADDING."""
     text_ids: Tensor
-    """int64 [R, T]: 0 for patches, then 1, 2, ... the texts of an image."""
+    """int64 [R, T]: 0 for lead and patches, then 1, 2, ... the texts of an image."""
     patch_slots: Tensor
     """int64 [N x P / pool^2]: slots of the patches, or of the squares that a pool makes of them."""
     target_slots: Tensor
@@ -125,13 +127,13 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // 64) * 64
 
 
-def image_length(texts: Sequence[TokenizedText], patches: int) -> int:
+def image_length(texts: Sequence[TokenizedText], patches: int, lead: int = 0) -> int:
     """Return how many positions an image takes.
 
-    These are its patches, pooled if the projector pools them, and the tokens of its texts, without
-    the last token of each text, which is only predicted.
+    These are the lead, its patches (pooled if the projector pools them) and the tokens of its
+    texts, without the last token of each text, which is only predicted.
     """
-    return patches + sum(len(text.token_ids) - 1 for text in texts)
+    return lead + patches + sum(len(text.token_ids) - 1 for text in texts)
 
 
 def padded_length(length: int) -> int:
@@ -226,6 +228,7 @@ def collate(
     texts: Sequence[Sequence[TokenizedText]],
     patches_NPD: Tensor,
     number: int = 0,
+    lead: Sequence[int] = (),
     *,
     pool: int = 1,
 ) -> PackedBatch:
@@ -237,9 +240,11 @@ def collate(
         texts: Tokenised texts of each image, by index.
         patches_NPD: float16, in the order of the images in the rows.
         number: Of the pass within its step.
+        lead: Tokens before the patches of every image.
         pool: The projector's: a square of pool x pool patches takes one position.
     """
     patches = patches_NPD.shape[1] // pool**2
+    shared = len(lead) + patches
     rows, row_length = packed.rows, packed.row_length
     token_ids, positions, text_ids = np.zeros((3, len(rows) * row_length), np.int64)
     image_numbers = np.full(len(rows) * row_length, PADDING)
@@ -249,10 +254,11 @@ def collate(
     for row_number, row in enumerate(rows):
         start = row_number * row_length
         for image_number, image in enumerate(row):
-            end = start + patches
+            end = start + shared
             last_patch = end - 1
-            patch_slots.append(np.arange(start, end))
-            positions[start:end] = np.arange(patches)
+            token_ids[start : start + len(lead)] = lead
+            patch_slots.append(np.arange(end - patches, end))
+            positions[start:end] = np.arange(shared)
             for text_id, text in enumerate(texts[image], start=1):
                 ids, is_target = np.array(text.token_ids), np.array(text.is_target)
                 place = slice(end, end + len(ids) - 1)
@@ -261,7 +267,7 @@ def collate(
                 target_slots.append(predicting[is_target])
                 target_ids.append(ids[is_target])
                 token_ids[place] = ids[:-1]
-                positions[place] = np.arange(patches, patches + len(ids) - 1)
+                positions[place] = np.arange(shared, shared + len(ids) - 1)
                 text_ids[place] = text_id
                 end = place.stop
             image_numbers[start:end] = image_number

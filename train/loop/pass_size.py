@@ -143,8 +143,9 @@ def _positions_of_a_step(setup: TrainingSetup) -> int:
 
 def _lengths(setup: TrainingSetup, examples: Sequence[Example]) -> list[int]:
     patches, longest = setup.image_tokens, setup.settings.max_text_tokens
+    lead = len(setup.prompt_format.lead)
     return [
-        image_length(tokenize(example.texts, setup.tokenizer, longest), patches)
+        image_length(tokenize(example.texts, setup.prompt_format, longest), patches, lead)
         for example in examples
     ]
 

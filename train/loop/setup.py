@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from cache import FeatureStore
 from train.data.examples import Example, Examples
 from train.data.order import global_order, windowed_order
 from train.data.prefetch import Prefetcher, ShardReadahead
+from train.data.prompts import PromptFormat
 from train.data.schedule import PlannedStep, num_rounds, plan_steps
 from train.loop.step import StepData, build_step
 from train.model.captioner import CaptionModel
@@ -24,7 +24,7 @@ class TrainingSetup:
     """The parts that differ between the two stages."""
 
     model: CaptionModel
-    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
     store: FeatureStore
     train: Examples
     validation: Examples
@@ -95,7 +95,7 @@ class TrainingSetup:
         """Prepare the texts and features of some images."""
         return build_step(
             examples,
-            self.tokenizer,
+            self.prompt_format,
             self.store,
             pass_tokens=self.pass_tokens,
             row_tokens=None if self.model.packs_one_row else self.settings.row_tokens,

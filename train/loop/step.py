@@ -13,7 +13,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from train.data.examples import Example
 from train.data.packing import (
@@ -26,7 +25,7 @@ from train.data.packing import (
     pack_one_row_passes,
 )
 from train.data.prefetch import Features
-from train.data.prompts import tokenize
+from train.data.prompts import PromptFormat, tokenize
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
@@ -53,7 +52,7 @@ class StepData:
 
 def build_step(
     examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
     store: Features,
     *,
     pass_tokens: int,
@@ -68,7 +67,7 @@ def build_step(
 
     Args:
         examples: At least one.
-        tokenizer: Of the language model.
+        prompt_format: Of the language model.
         store: Holds the features.
         pass_tokens: Most positions of a forward pass, padding included.
         row_tokens: Most positions of a row of packed images; None: a forward pass is one row, of
@@ -80,7 +79,8 @@ def build_step(
     Raises:
         StageError: No answer begins within `max_text_tokens`, so there is nothing to learn.
     """
-    all_texts = tokenize([text for e in examples for text in e.texts], tokenizer, max_text_tokens)
+    texts_in_order = [text for example in examples for text in example.texts]
+    all_texts = tokenize(texts_in_order, prompt_format, max_text_tokens)
     num_target_tokens = sum(text.num_target_tokens for text in all_texts)
     if not num_target_tokens:
         raise StageError(
@@ -90,15 +90,15 @@ def build_step(
     remaining = iter(all_texts)
     texts = [[next(remaining) for _ in example.texts] for example in examples]
     image_ids = [example.image_id for example in examples]
-    patches = store.spec.patches // pool**2
-    lengths = [image_length(image_texts, patches) for image_texts in texts]
+    lead, patches = prompt_format.lead, store.spec.patches // pool**2
+    lengths = [image_length(image_texts, patches, len(lead)) for image_texts in texts]
     processes = PartialState()
     passes = _pack_for(processes.num_processes, lengths, pass_tokens, row_tokens)
 
     def batch(number: int) -> PackedBatch:
         ids = np.array([image_ids[image] for row in passes[number].rows for image in row])
         patches_NPD = torch.from_numpy(store.gather(ids))
-        collated = collate(passes[number], image_ids, texts, patches_NPD, number, pool=pool)
+        collated = collate(passes[number], image_ids, texts, patches_NPD, number, lead, pool=pool)
         return collated.in_one_block(pin_memory=True) if device.type == "cuda" else collated
 
     own_passes = range(processes.process_index, len(passes), processes.num_processes)

@@ -20,7 +20,7 @@ def samples(setup: TrainingSetup) -> list[tuple[int, str, str]]:
     """Generate a text for each of a few validation images.
 
     Returns:
-        Image id, wanted text and generated text, prompts included.
+        Image id, wanted text and generated text, both behind the question, if any.
     """
     examples = setup.validation[: setup.settings.samples]
     if not examples:
@@ -28,17 +28,21 @@ def samples(setup: TrainingSetup) -> list[tuple[int, str, str]]:
     first_turns = [example.texts[0][0] for example in examples]
     generations = generate(
         setup.model,
-        setup.tokenizer,
+        setup.prompt_format,
         setup.store,
         [example.image_id for example in examples],
-        [prompt for prompt, _ in first_turns],
+        [question for question, _ in first_turns],
         max_tokens=SAMPLE_TOKENS,
         batch_size=len(examples),
         description="samples",
     )
     return [
-        (example.image_id, prompt + target, prompt + " " + generation.text)
-        for example, (prompt, target), generation in zip(
+        (example.image_id, _shown(question, target), _shown(question, generation.text))
+        for example, (question, target), generation in zip(
             examples, first_turns, generations, strict=True
         )
     ]
+
+
+def _shown(question: str | None, text: str) -> str:
+    return text if question is None else f"{question}\n{text}"

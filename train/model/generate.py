@@ -2,8 +2,8 @@
 
 Texts are generated in batches; a single text can be streamed.
 
-Letters: B texts of a batch, P patches, D width of the vision tower, T positions, H width, S rows of
-a table.
+Letters: B texts of a batch, L tokens of the lead, P patches, D width of the vision tower, T
+positions, H width, S rows of a table.
 """
 
 import itertools
@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer
 
 from train.data.prefetch import Features
-from train.data.prompts import encode
+from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
 
 
@@ -32,9 +32,9 @@ class Generation:
 
     text: str
     num_tokens: int
-    """Without the EOS."""
+    """Without the token that ended it."""
     stopped: bool
-    """Whether an EOS ended it, not the token limit."""
+    """Whether an end token ended it, not the token limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,49 +60,50 @@ class Sampling:
 
 def generate(
     model: CaptionModel,
-    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
     features: Features,
     image_ids: Sequence[int],
-    prompts: Sequence[str],
+    questions: Sequence[str | None],
     *,
     max_tokens: int,
     batch_size: int,
     description: str,
     sampling: Sampling | None = None,
 ) -> list[Generation]:
-    """Generate a text behind the patches of each image and its prompt.
+    """Generate a text behind the patches of each image and its question.
 
     Args:
         model: Put into `eval()` here.
-        tokenizer: Of the language model; ids beyond its last one are never generated.
+        prompt_format: Of the language model; ids without a token are never generated.
         features: Source of the images' features.
         image_ids: The image of each text; repeats are allowed.
-        prompts: The prompt of each text; empty for a caption.
+        questions: The question that each text answers; None for a caption without a question.
         max_tokens: Most tokens of a text.
         batch_size: Texts of a batch.
         description: For the progress bar.
         sampling: Sampling parameters; without them decoding is greedy.
 
     Returns:
-        One generation per prompt, in order.
+        One generation per question, in order.
     """
     model.eval()
-    config = _config(model, tokenizer, max_tokens, sampling)
+    config = _config(model, prompt_format, max_tokens, sampling)
+    lead = prompt_format.lead
     generations: list[Generation] = []
-    with tqdm(total=len(prompts), desc=description, unit="text", disable=None) as bar:
-        for start in range(0, len(prompts), batch_size):
+    with tqdm(total=len(questions), desc=description, unit="text", disable=None) as bar:
+        for start in range(0, len(questions), batch_size):
             part = slice(start, start + batch_size)
             patches_BPD = features.gather(np.asarray(image_ids[part]))
-            prompt_ids = encode(prompts[part], tokenizer)
-            token_ids = _continue(model, patches_BPD, prompt_ids, config, sampling)
-            generations += [_decode(row, tokenizer) for row in token_ids.tolist()]
+            prompt_ids = prompt_format.prompts(questions[part])
+            token_ids = _continue(model, patches_BPD, prompt_ids, config, sampling, lead)
+            generations += [_decode(row, prompt_format) for row in token_ids.tolist()]
             bar.update(len(prompt_ids))
     return generations
 
 
 def stream(
     model: CaptionModel,
-    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
     patches_PD: NDArray[np.float16],
     prompt_ids: Sequence[int],
     *,
@@ -115,9 +116,9 @@ def stream(
 
     Args:
         model: Put into `eval()` here.
-        tokenizer: Of the language model.
+        prompt_format: Of the language model.
         patches_PD: float16, features of the image.
-        prompt_ids: Tokens of the prompt.
+        prompt_ids: Tokens behind the patches.
         max_tokens: Most tokens of the text.
         sampling: Sampling parameters; without them decoding is greedy.
 
@@ -125,8 +126,8 @@ def stream(
         Pieces that together are the text that `generate` returns.
     """
     model.eval()
-    config = _config(model, tokenizer, max_tokens, sampling)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    config = _config(model, prompt_format, max_tokens, sampling)
+    streamer = _Streamer(prompt_format)
     cancelled = threading.Event()
 
     def stop(token_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -135,7 +136,7 @@ def stream(
     def make() -> None:
         try:
             _continue(
-                model, patches_PD[None], [list(prompt_ids)], config, sampling,
+                model, patches_PD[None], [list(prompt_ids)], config, sampling, prompt_format.lead,
                 streamer=streamer, stopping_criteria=[stop],
             )  # fmt: skip
         finally:
@@ -151,6 +152,20 @@ def stream(
         done.result()
 
 
+class _Streamer(TextIteratorStreamer):  # type: ignore[misc]
+    """Yields the text of generated tokens, without the token that ends it."""
+
+    def __init__(self, prompt_format: PromptFormat) -> None:
+        super().__init__(prompt_format.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._end_ids = prompt_format.end_ids
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then one token at a time."""
+        # An end token that the tokenizer does not call special would be shown.
+        if self.next_tokens_are_prompt or int(value) not in self._end_ids:
+            super().put(value)
+
+
 def _stripped(pieces: Iterable[str]) -> Iterator[str]:
     """Yield pieces whose concatenation is that of all pieces, stripped."""
     begun, held = False, ""
@@ -164,13 +179,11 @@ def _stripped(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _config(
-    model: CaptionModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    sampling: Sampling | None,
+    model: CaptionModel, prompt_format: PromptFormat, max_tokens: int, sampling: Sampling | None
 ) -> GenerationConfig:
     # Phi-2 has 51,200 embedding rows for 50,295 tokens; the others decode to nothing.
-    unused = list(range(len(tokenizer), model.language_model.config.vocab_size))
+    rows = range(model.language_model.config.vocab_size)
+    unused = sorted(set(rows) - set(prompt_format.tokenizer.get_vocab().values()))
     parameters: dict[str, float] = {}
     if sampling is not None:
         # By default, transformers draws from the 50 likeliest tokens.
@@ -178,8 +191,8 @@ def _config(
     return GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=sampling is not None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(prompt_format.end_ids),
+        pad_token_id=prompt_format.end_ids[0],
         suppress_tokens=unused or None,
         **parameters,
     )
@@ -192,10 +205,11 @@ def _continue(
     prompt_ids: Sequence[list[int]],
     config: GenerationConfig,
     sampling: Sampling | None,
+    lead: Sequence[int],
     **watching: Any,
 ) -> Tensor:
-    """Return the generated tokens, padded with EOS: int64 [B, T]."""
-    embeds_BTH, mask_BT = _prompt_embeds(model, patches_BPD, prompt_ids)
+    """Return the generated tokens, padded with an end token: int64 [B, T]."""
+    embeds_BTH, mask_BT = _prompt_embeds(model, patches_BPD, prompt_ids, lead)
     with torch.random.fork_rng(enabled=sampling is not None):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
@@ -206,24 +220,32 @@ def _continue(
 
 
 def _prompt_embeds(
-    model: CaptionModel, patches_BPD: NDArray[np.float16], prompt_ids: Sequence[list[int]]
+    model: CaptionModel,
+    patches_BPD: NDArray[np.float16],
+    prompt_ids: Sequence[list[int]],
+    lead: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """Embed patches and prompts, padded on the left: [B, T, H] and the mask [B, T]."""
+    """Embed lead, patches and prompts, padded on the left: [B, T, H] and the mask [B, T]."""
     patches_BPH = model.embed_patches(torch.from_numpy(patches_BPD))
     num_patches, width = patches_BPH.shape[1:]
-    length = num_patches + max(map(len, prompt_ids))
-    # Rows of a table: nothing at 0, then all patches, then all prompts.
+    shared = len(lead) + num_patches
+    length = shared + max(map(len, prompt_ids))
+    # Rows of a table: nothing at 0, then all patches, the lead, and all prompts.
     sources_BT = np.zeros((len(prompt_ids), length), np.int64)
-    next_text = 1 + len(prompt_ids) * num_patches
+    first_lead = 1 + len(prompt_ids) * num_patches
+    next_text = first_lead + len(lead)
     for row, ids in enumerate(prompt_ids):
         first_text = length - len(ids)
         first_patch = 1 + row * num_patches
+        sources_BT[row, first_text - shared : first_text - num_patches] = np.arange(
+            first_lead, first_lead + len(lead)
+        )
         sources_BT[row, first_text - num_patches : first_text] = np.arange(
             first_patch, first_patch + num_patches
         )
         sources_BT[row, first_text:] = np.arange(next_text, next_text + len(ids))
         next_text += len(ids)
-    token_ids = torch.tensor(list(itertools.chain(*prompt_ids)), dtype=torch.int64)
+    token_ids = torch.tensor([*lead, *itertools.chain(*prompt_ids)], dtype=torch.int64)
     sources = torch.from_numpy(sources_BT).to(model.device)
     table_SH = torch.cat(
         [
@@ -235,9 +257,7 @@ def _prompt_embeds(
     return table_SH[sources], (sources > 0).long()
 
 
-def _decode(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> Generation:
-    eos = tokenizer.eos_token_id
-    stopped = eos in token_ids
-    if stopped:
-        token_ids = token_ids[: token_ids.index(eos)]
-    return Generation(tokenizer.decode(token_ids).strip(), len(token_ids), stopped)
+def _decode(token_ids: list[int], prompt_format: PromptFormat) -> Generation:
+    ends = [place for place, token_id in enumerate(token_ids) if token_id in prompt_format.end_ids]
+    text_ids = token_ids[: ends[0]] if ends else token_ids
+    return Generation(prompt_format.decode(text_ids), len(text_ids), stopped=bool(ends))

@@ -26,6 +26,7 @@ from train.json_files import flatten, read_json
 from train.model.tensor_file import TensorFile, read_header
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer.json, tokenizer_config.json"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,6 +40,7 @@ HUB_FILES = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "chat_template.jinja",
 )
 """Files fetched from a hub repository: not the same weights in other formats."""
 
@@ -130,6 +132,22 @@ def check_config(folder: Path, model: str) -> None:
         counts = "layer" in key or "label" in key
         if counts and isinstance(value, int) and value > MAX_COUNT:
             raise refuse(f"{name} is {value}, wanted at most {MAX_COUNT}")
+
+
+def generation_end_ids(model: str) -> set[int]:
+    """Return the ids that end a text by the language model's generation_config.json, if any.
+
+    Raises:
+        SettingsError: The file is damaged, or names something else than ids.
+    """
+    path, refuse = locate(model) / GENERATION_CONFIG, refusal(model, GENERATION_CONFIG)
+    if not path.exists():
+        return set()
+    value = read_json(path, refuse).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token_id) is not int for token_id in ids):
+        raise refuse(f"eos_token_id is {str(value)[:50]!r}, wanted an id, a list of ids, or none")
+    return set(ids)
 
 
 def check_tokenizer_files(model: str) -> Path:

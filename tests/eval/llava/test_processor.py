@@ -12,7 +12,7 @@ from cache import Spec
 from eval.llava.processor import image_processor, image_token_id, make_processor
 from pipeline.images.decode import decode_rgb
 from tests.conftest import EOS
-from train.data.prompts import dialogue_prompt
+from train.data.prompt_formats import phi_format
 from workspace.errors import StageError
 
 SPEC = {
@@ -127,7 +127,9 @@ def test_a_conversation_has_the_tokens_of_training(processor, tokenizer, turns, 
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == processor.apply_chat_template(messages)
     inputs = processor(images=picture((40, 40)), text=text, return_tensors="pt")
-    wanted = [processor.image_token_id] * 16 + dialogue_prompt(turns, question, tokenizer)
+    wanted = [processor.image_token_id] * 16 + phi_format(tokenizer).dialogue_prompt(
+        turns, question
+    )
     assert inputs["input_ids"][0].tolist() == wanted
 
 

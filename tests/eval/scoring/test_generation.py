@@ -13,7 +13,6 @@ from eval.scoring.losses import Losses
 from eval.scoring.score_names import CONDITIONS, CONTROLS, SEEN
 from eval.scoring.yes_no import YesNo
 from train.data.examples import Question
-from train.data.prompts import question_text
 from train.model.captioner import CaptionModel
 from train.model.generate import Generation, generate
 from train.model.projector import seeded_projector
@@ -38,8 +37,8 @@ def say(monkeypatch):
     def say(texts):
         calls = []
 
-        def made(model, tokenizer, store, image_ids, prompts, **limits):
-            calls.append((list(image_ids), list(prompts), limits))
+        def made(model, prompt_format, store, image_ids, questions, **limits):
+            calls.append((list(image_ids), list(questions), limits))
             return [texts[i] for i in image_ids]
 
         monkeypatch.setattr(eval.scoring.generation, "generate", made)
@@ -74,11 +73,11 @@ def shown(ids, store):
 def test_captions_are_scored_with_their_own_image_and_with_another(say, nobody, store, limits):
     texts = {i: said(references[-1]) for i, references in REFERENCES.items()}
     calls = say(texts)
-    scores, captions = caption_images(nobody, REFERENCES, "", limits(caption_tokens=9))
+    scores, captions = caption_images(nobody, REFERENCES, None, limits(caption_tokens=9))
     ids, others = sorted(REFERENCES), other_images(list(REFERENCES), store)
     assert [call[0] for call in calls] == shown(ids, store)
-    for _, prompts, settings in calls:
-        assert prompts == [""] * 4
+    for _, questions, settings in calls:
+        assert questions == [None] * 4
         assert (settings["max_tokens"], settings["batch_size"]) == (9, 3)
     seen = score_captions(REFERENCES, {i: texts[i].text for i in ids})
     blind = score_captions(REFERENCES, {i: texts[others[i]].text for i in ids})
@@ -99,7 +98,7 @@ def test_captions_are_scored_with_their_own_image_and_with_another(say, nobody, 
 
 def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, limits):
     say({i: said(references[-1]) for i, references in REFERENCES.items()})
-    captions, _ = caption_images(nobody, REFERENCES, "", limits())
+    captions, _ = caption_images(nobody, REFERENCES, None, limits())
     answers, _ = ask_all(nobody, limits())
     pope, _ = answer_yes_no(nobody, POPE, {}, limits())
     for scores, extra in (
@@ -120,7 +119,7 @@ def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, 
 def test_a_caption_that_is_asked_for_is_asked_as_in_training(say, nobody, limits):
     calls = say({i: said("a cat") for i in REFERENCES})
     _, captions = caption_images(nobody, REFERENCES, "What is it", limits())
-    assert [prompts for _, prompts, _ in calls] == [[question_text("What is it")] * 4] * 4
+    assert [questions for _, questions, _ in calls] == [["What is it"] * 4] * 4
     assert {caption.question for caption in captions} == {"What is it"}
 
 
@@ -129,8 +128,8 @@ def test_answers_are_scored_with_their_own_image_and_with_another(say, nobody, s
     calls = say(texts)
     scores, answers = ask_all(nobody, limits(answer_tokens=7))
     assert [call[0] for call in calls] == shown([139, 100, 139], store)
-    for _, prompts, settings in calls:
-        assert prompts == [question_text(q.question) for q in QUESTIONS]
+    for _, questions, settings in calls:
+        assert questions == [q.question for q in QUESTIONS]
         assert (settings["max_tokens"], settings["batch_size"]) == (7, 3)
     assert scores["exact_match"] == pytest.approx(1 / 3)
     assert scores["token_f1"] == pytest.approx((1 + 1 / 2 + 0) / 3)
@@ -193,9 +192,7 @@ def test_yes_no_questions_are_scored_by_subset_and_asked_once(say, nobody, store
     calls = say({139: said("Yes"), 100: said("No, there is none.")})
     scores, answers = answer_yes_no(nobody, POPE, {}, limits())
     assert [call[0] for call in calls] == shown([100, 100, 139, 139], store)
-    assert calls[0][1] == [
-        question_text(f"Is there a {noun}") for noun in ("boat", "dog", "cat", "dog")
-    ]
+    assert calls[0][1] == [f"Is there a {noun}" for noun in ("boat", "dog", "cat", "dog")]
     random = score_pope(["yes", "no", "yes"], ["yes", "yes", "no"])
     assert {key: scores["random"][key] for key in random} == pytest.approx(random)
     assert scores["popular"]["accuracy"] == 1
@@ -211,7 +208,7 @@ def test_what_needs_no_target_is_counted_by_hand(say, nobody, limits, kind):
         {139: said("a b c d a b c d", 8, False), 100: said("", 0), 117: said("a", 1), 121: said("")}
     )
     if kind == "caption":
-        scores, _ = caption_images(nobody, REFERENCES, "", limits())
+        scores, _ = caption_images(nobody, REFERENCES, None, limits())
         assert (scores["stop_rate"], scores["mean_tokens"], scores["count"]) == (3 / 4, 3, 4)
         assert scores["blind"]["mean_tokens"] == 3, "the others are the same images"
     else:
@@ -251,11 +248,11 @@ def test_whatever_is_said_or_wanted_has_finite_scores(say, nobody, limits, text)
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_each_condition_shows_the_features_that_it_names(
-    make_model, tokenizer, store, limits, quantize, nobody
+    make_model, prompt_format, store, limits, quantize, nobody
 ):
     model = make_model(quantize=quantize, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    evaluated = EvaluatedModel("tiny", model, untrained, tokenizer, store, 0, quantize)
+    evaluated = EvaluatedModel("tiny", model, untrained, prompt_format, store, 0, quantize)
     questions = [Question(i, "where", "in the box") for i in (139, 100, 117, 121, 130)]
     own = [question.image_id for question in questions]
     others = other_images(own, store)
@@ -263,8 +260,8 @@ def test_each_condition_shows_the_features_that_it_names(
 
     def plain(model, image_ids):
         return generate(
-            model, tokenizer, store, image_ids,
-            [question_text("where")] * 5, max_tokens=12, batch_size=8, description="test",
+            model, prompt_format, store, image_ids,
+            ["where"] * 5, max_tokens=12, batch_size=8, description="test",
         )  # fmt: skip
 
     made = {name: [a.generations[name] for a in answers] for name in CONDITIONS}

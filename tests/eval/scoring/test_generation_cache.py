@@ -6,7 +6,7 @@ from eval.scoring.generation_cache import FOLDER, cached
 from train.model.generate import Generation
 
 TEXTS = [Generation("a red cat", 3, True), Generation("half \ud800", 2, False)]
-CACHE_KEY = {"model": "m", "prompts": ["", "What"]}
+CACHE_KEY = {"model": "m", "questions": ["", "What"]}
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +61,10 @@ def test_damaged_texts_are_named_and_made_again(path, damage, capsys):
 
 def test_texts_of_other_questions_are_not_believed(path, capsys):
     content = json.loads(path.read_bytes())
-    cached(CACHE_KEY | {"prompts": [""]}, lambda: TEXTS[:1])
+    cached(CACHE_KEY | {"questions": [""]}, lambda: TEXTS[:1])
     (other,) = set(FOLDER.iterdir()) - {path}
     other.write_text(json.dumps(content))
-    assert cached(CACHE_KEY | {"prompts": [""]}, lambda: TEXTS[:1]) == TEXTS[:1]
+    assert cached(CACHE_KEY | {"questions": [""]}, lambda: TEXTS[:1]) == TEXTS[:1]
     assert "wanted 1 texts, found 2" in capsys.readouterr().err
 
 

@@ -19,10 +19,10 @@ from workspace.errors import StageError
 
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
-def evaluated(request, make_model, tokenizer, store):
+def evaluated(request, make_model, prompt_format, store):
     model = make_model(quantize=request.param, lora=0.5)
     untrained = CaptionModel(seeded_projector("mlp", 8, 64, 9), model.language_model)
-    return EvaluatedModel("tiny", model, untrained, tokenizer, store, 0, "tiny")
+    return EvaluatedModel("tiny", model, untrained, prompt_format, store, 0, "tiny")
 
 
 EXAMPLES = [
@@ -35,7 +35,7 @@ EXAMPLES = [
 def loss_of(evaluated, examples, max_text_tokens=64, model=None):
     data = build_step(
         examples,
-        evaluated.tokenizer,
+        evaluated.prompt_format,
         evaluated.store,
         pass_tokens=9999,
         row_tokens=9999,
@@ -95,9 +95,9 @@ def test_dropout_is_off_for_scores(evaluated):
     assert answer_losses(evaluated, EXAMPLES, 64) == first
 
 
-def test_a_loss_that_is_no_number_is_an_error_in_words(make_model, tokenizer, store):
+def test_a_loss_that_is_no_number_is_an_error_in_words(make_model, prompt_format, store):
     model = make_model()
     next(model.projector.parameters()).data.fill_(math.nan)
-    evaluated = EvaluatedModel("finetune", model, model, tokenizer, store, 0, "x")
+    evaluated = EvaluatedModel("finetune", model, model, prompt_format, store, 0, "x")
     with pytest.raises(StageError, match=r"finetune: the loss of the answers \(seen\) is not fin"):
         answer_losses(evaluated, EXAMPLES, 64)

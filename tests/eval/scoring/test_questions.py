@@ -16,7 +16,9 @@ def test_the_choice_keeps_the_order_has_no_repeats_and_depends_on_the_seed(most)
     assert choose([], most, 3) == []
 
 
-def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, limits, tokenizer):
+def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(
+    world, limits, prompt_format
+):
     rows = [
         {"question_id": f"{s}{i}{n}", "image_id": i, "subset": s, "question": n, "label": label}
         for s in ("popular", "random")
@@ -26,7 +28,7 @@ def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, l
     pq.write_table(pa.Table.from_pylist(rows), "data/index/pope.parquet")
 
     def chosen(seed):
-        pope = choose_evaluation_set(limits(pope_images=5), world.store, tokenizer, seed).pope
+        pope = choose_evaluation_set(limits(pope_images=5), world.store, prompt_format, seed).pope
         assert pope.keys() == {"popular", "random"}
         images = {name: [q.image_id for q in questions] for name, questions in pope.items()}
         assert images["popular"] == images["random"]
@@ -38,14 +40,14 @@ def test_of_an_image_all_its_yes_no_questions_are_asked_in_every_subset(world, l
     assert any(chosen(seed) != chosen(0) for seed in range(1, 5))
 
 
-def test_an_index_without_yes_no_questions_asks_none(world, limits, tokenizer):
-    assert choose_evaluation_set(limits(), world.store, tokenizer, 0).pope == {}
+def test_an_index_without_yes_no_questions_asks_none(world, limits, prompt_format):
+    assert choose_evaluation_set(limits(), world.store, prompt_format, 0).pope == {}
 
 
-def test_a_question_that_is_too_long_is_left_out_and_counted(world, limits, tokenizer):
+def test_a_question_that_is_too_long_is_left_out_and_counted(world, limits, prompt_format):
     world.workspace.write_index(
         [], [(116, "holdout", [("how " * 200, "two"), ("how many", "two")])]
     )
-    work = choose_evaluation_set(limits(), world.store, tokenizer, 0)
+    work = choose_evaluation_set(limits(), world.store, prompt_format, 0)
     assert [question.question for question in work.questions] == ["how many"]
     assert work.num_too_long == 1

@@ -9,7 +9,15 @@ import torch
 
 from bench.texts import CAPTION_LENGTHS
 from tests.train.images import Image, collate_images, length_of, pack_images
-from train.data.packing import PADDING, num_slots, pack_one_row_passes, padded_length
+from train.data.packing import (
+    PADDING,
+    Pass,
+    collate,
+    image_length,
+    num_slots,
+    pack_one_row_passes,
+    padded_length,
+)
 from train.data.prompts import TokenizedText
 
 PATCHES = 4
@@ -144,6 +152,27 @@ def test_collate_places_every_token_as_if_its_text_were_alone(random_images, see
     assert Counter(found) == wanted_targets
     assert torch.equal(covered, batch.image_numbers != PADDING)
     assert (batch.image_numbers != PADDING).any(dim=0)[-1], "no column is padding alone"
+
+
+def test_a_lead_stands_before_the_patches_of_every_image_and_is_shared_by_its_texts(random_images):
+    lead, patches, images = (7, 8, 9), 4, random_images(3, count=3)
+    ids, texts = [image.image_id for image in images], [image.texts for image in images]
+    features, order = torch.zeros(3, patches, 8), Pass([[2, 0], [1]], 200)
+    plain, led = (collate(order, ids, texts, features, lead=tokens) for tokens in ((), lead))
+    for (row, number, start), (_, _, led_start) in zip(places(plain), places(led), strict=True):
+        end = led_start + image_length(texts[order.rows[row][number]], patches)
+        before = slice(led_start - 3, led_start)
+        assert led.token_ids[row, before].tolist() == [7, 8, 9]
+        assert led.positions[row, before].tolist() == [0, 1, 2]
+        assert led.text_ids[row, before].tolist() == [0, 0, 0]
+        assert (led.image_numbers[row, before.start : end] == number).all()
+        for name, shift in (("token_ids", 0), ("text_ids", 0), ("positions", 3)):
+            wanted = getattr(plain, name)[row, start : start + end - led_start] + shift
+            assert torch.equal(getattr(led, name)[row, led_start:end], wanted), name
+    assert torch.equal(led.target_ids, plain.target_ids)
+    moved = (led.target_slots - plain.target_slots).unique().tolist()
+    assert moved == [3, 6], "by one lead in a first image, by two in a second"
+    assert image_length(texts[0], patches, len(lead)) == 3 + image_length(texts[0], patches)
 
 
 def test_the_images_of_a_row_are_counted_from_nought(random_images):

@@ -1,6 +1,7 @@
 """Laws of `micro_batch_tokens: auto`, with stand-ins for a GPU's memory."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from train.loop.pass_size import (
     OPTIMIZER_COPIES,
     SIZES,
     GpuMemory,
+    _positions_of_a_step,
     largest_fitting,
     pass_of,
     with_pass_size,
@@ -59,6 +61,12 @@ def setup(make_setup, settings):
         return make_setup(examples, batch_size=batch_size, settings=chosen)
 
     return make
+
+
+def test_the_positions_of_a_step_count_the_tokens_before_the_patches(setup, chat_prompts):
+    for made in (setup(), replace(setup(), prompt_format=chat_prompts)):
+        wanted = made.step_data(made.examples_of(made.plan()[0])).num_positions
+        assert _positions_of_a_step(made) == wanted
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from cache import FeatureStore
 from tests.conftest import write_store
 from tests.train.stage_server import ROOT, outcome
 from train.data.examples import Example
+from train.data.prompt_formats import phi_format
 from train.data.prompts import caption_turns
 from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
@@ -87,7 +88,7 @@ def save_gradients():
     ]
     data = build_step(
         examples,
-        load_tokenizer(llm),
+        phi_format(load_tokenizer(llm)),
         FeatureStore(Path("features")),
         pass_tokens=60,
         row_tokens=30,

@@ -31,11 +31,14 @@ BUDGETS = [(1, 1), (30, 30), (60, 100), (10_000, 10_000), (None, 1), (None, 300)
 
 
 @pytest.fixture
-def build(tokenizer, store):
-    def build(examples=EXAMPLES, *, row_tokens=64, pass_tokens=10_000, max_text_tokens=99):
+def build(prompt_format, store):
+    def build(
+        examples=EXAMPLES, *, row_tokens=64, pass_tokens=10_000, max_text_tokens=99,
+        prompt_format=prompt_format,
+    ):  # fmt: skip
         return build_step(
             examples,
-            tokenizer,
+            prompt_format,
             store,
             pass_tokens=pass_tokens,
             row_tokens=row_tokens,
@@ -46,16 +49,19 @@ def build(tokenizer, store):
     return build
 
 
-def by_hand(model, tokenizer, store, examples):
+def by_hand(model, prompt_format, store, examples):
     """Losses of the supervised tokens of plain sequences, one a text."""
     losses = []
     for example in examples:
         patches = model.embed_patches(torch.from_numpy(store.gather([example.image_id])))
-        for text in tokenize(example.texts, tokenizer, 99):
+        for text in tokenize(example.texts, prompt_format, 99):
             ids = torch.tensor([text.token_ids])
-            embeds = torch.cat([patches, model.embed_text(ids)], dim=1)
+            lead = model.embed_text(torch.tensor([prompt_format.lead], dtype=torch.int64))
+            embeds = torch.cat([lead, patches, model.embed_text(ids)], dim=1)
             logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0]
-            all_losses = nn.functional.cross_entropy(logits[3:-1], ids[0], reduction="none")
+            all_losses = nn.functional.cross_entropy(
+                logits[len(prompt_format.lead) + 3 : -1], ids[0], reduction="none"
+            )
             losses += all_losses[torch.tensor(text.is_target)].tolist()
     return losses
 
@@ -81,8 +87,8 @@ def test_features_stand_before_the_texts_of_their_own_image(build, store, row_to
 
 
 @pytest.mark.parametrize(("row_tokens", "pass_tokens"), BUDGETS)
-def test_counts_are_those_of_the_texts(build, tokenizer, row_tokens, pass_tokens):
-    texts = [b for e in EXAMPLES for b in tokenize(e.texts, tokenizer, 99)]
+def test_counts_are_those_of_the_texts(build, prompt_format, row_tokens, pass_tokens):
+    texts = [b for e in EXAMPLES for b in tokenize(e.texts, prompt_format, 99)]
     data = build(row_tokens=row_tokens, pass_tokens=pass_tokens)
     batches = data.batches
     assert data.image_ids == [139, 100, 120]
@@ -102,8 +108,8 @@ def test_padding_is_counted_as_computed_but_not_as_read(build):
     assert data.num_slots - data.num_positions == is_padding.sum() > 0
 
 
-def test_texts_that_were_cut_are_counted(build, tokenizer):
-    (longest,) = tokenize(EXAMPLES[1].texts, tokenizer, 99)
+def test_texts_that_were_cut_are_counted(build, prompt_format):
+    (longest,) = tokenize(EXAMPLES[1].texts, prompt_format, 99)
     for examples in (EXAMPLES, [*EXAMPLES, *EXAMPLES[1:2]]):
         data = build(examples, max_text_tokens=len(longest.token_ids) - 1)
         assert data.num_cut == len(examples) - 2
@@ -134,15 +140,32 @@ def test_a_question_that_leaves_no_room_for_its_answer_costs_no_one_else(build, 
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_mean_loss_is_the_mean_of_plain_sequences(build, make_model, tokenizer, store, quantize):
+def test_mean_loss_is_the_mean_of_plain_sequences(
+    build, make_model, prompt_format, store, quantize
+):
     model = make_model(quantize=quantize, lora=0.5)
     for row_tokens, pass_tokens in BUDGETS:
         data = build(row_tokens=row_tokens, pass_tokens=pass_tokens)
         found = mean_loss(model.train(), data)
         assert not model.training
-        losses = by_hand(model, tokenizer, store, EXAMPLES)
+        losses = by_hand(model, prompt_format, store, EXAMPLES)
         assert found == pytest.approx(sum(losses) / len(losses), rel=1e-5)
         assert math.isfinite(found)
+
+
+@pytest.mark.parametrize(("row_tokens", "pass_tokens"), BUDGETS)
+def test_with_tokens_before_the_patches_it_is_still_that_of_plain_sequences(
+    build, make_model, chat_prompts, store, row_tokens, pass_tokens
+):
+    model = make_model(lora=0.5).double()
+    assert chat_prompts.lead
+    data = build(row_tokens=row_tokens, pass_tokens=pass_tokens, prompt_format=chat_prompts)
+    losses = by_hand(model.eval(), chat_prompts, store, EXAMPLES)
+    assert data.num_target_tokens == len(losses)
+    assert mean_loss(model, data) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+    texts = [text for e in EXAMPLES for text in tokenize(e.texts, chat_prompts, 99)]
+    of_texts = sum(len(text.token_ids) - 1 for text in texts)
+    assert data.num_positions == 3 * (len(chat_prompts.lead) + 4) + of_texts
 
 
 def step_gradients(model, data, *, seed=(0, 1), clip_norm=1e30):

@@ -66,11 +66,11 @@ def make_fake_model(gpu, monkeypatch):
 
 
 @pytest.fixture
-def build(tokenizer, store):
+def build(prompt_format, store):
     def build(model, **budgets):
         data = build_step(
             EXAMPLES,
-            tokenizer,
+            prompt_format,
             store,
             pass_tokens=256,
             row_tokens=None if model.packs_one_row else 64,

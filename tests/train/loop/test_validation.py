@@ -67,13 +67,12 @@ def test_nothing_of_it_is_random_or_left_behind(setup, make_model):
 def test_samples_ask_the_first_question_and_show_the_right_answer(setup):
     made = setup(samples=2)
     first, second = samples(made)
-    prompt = "Instruct: where\nOutput:"
-    assert first[:2] == (111, f"{prompt} in the box")
+    assert first[:2] == (111, "where\nin the box")
     assert second[:2] == (112, "a blue dog")
     generated = generate(
-        made.model, made.tokenizer, made.store, [111, 112], [prompt, ""],
+        made.model, made.prompt_format, made.store, [111, 112], ["where", None],
         max_tokens=SAMPLE_TOKENS, batch_size=1, description="test",
     )  # fmt: skip
-    assert first[2] == f"{prompt} {generated[0].text}"
-    assert second[2] == f" {generated[1].text}"
+    assert first[2] == f"where\n{generated[0].text}"
+    assert second[2] == generated[1].text
     assert len(samples(setup(samples=99))) == len(VALIDATION)

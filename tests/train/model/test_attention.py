@@ -235,7 +235,7 @@ def test_a_float16_model_whose_scores_overflow_has_the_loss_of_float64(make_mode
         assert (found - parameter.grad).norm() < 0.05 * parameter.grad.norm() + 1e-6, name
 
 
-def test_generation_in_float16_attends_in_float32(make_model, tokenizer, store, monkeypatch):
+def test_generation_in_float16_attends_in_float32(make_model, prompt_format, store, monkeypatch):
     dtypes = set()
 
     def attend(module, query, key, value, attention_mask, **options):
@@ -245,7 +245,14 @@ def test_generation_in_float16_attends_in_float32(make_model, tokenizer, store, 
     monkeypatch.setattr(train.model.attention, "sdpa_attention_forward", attend)
     model = overflowing(make_model(dtype="fp16"))
     (made,) = generate(
-        model, tokenizer, store, [100], ["What is"], max_tokens=9, batch_size=1, description="test"
+        model,
+        prompt_format,
+        store,
+        [100],
+        ["What is"],
+        max_tokens=9,
+        batch_size=1,
+        description="test",
     )
     assert dtypes == {torch.float32}
     assert made.num_tokens > 0
@@ -409,12 +416,13 @@ def test_compiled_functions_are_compiled_twice_whatever_the_lengths(monkeypatch)
 
 
 @pytest.mark.parametrize("lora", [None, 0.5])
-def test_generation_is_that_of_transformers_own_attention(make_model, tokenizer, store, lora):
+def test_generation_is_that_of_transformers_own_attention(make_model, prompt_format, store, lora):
     model = make_model(lora=lora)
 
     def made():
         return generate(
-            model, tokenizer, store, [100, 139, 117, 121], ["", "What is", "a", "where is the cat"],
+            model, prompt_format, store, [100, 139, 117, 121],
+            [None, "What is", "a", "where is the cat"],
             max_tokens=20, batch_size=3, description="test",
         )  # fmt: skip
 

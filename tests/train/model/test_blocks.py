@@ -152,7 +152,7 @@ def test_compiled_dropout_is_the_same_again_when_recomputed(
 
 
 def test_nothing_is_compiled_where_there_is_no_backward_pass(
-    make_model, batch, tokenizer, store, compilations
+    make_model, batch, prompt_format, store, compilations
 ):
     model, graphs = make_model(lora=0.5), compilations[1]
     compile_blocks(model.language_model, model.projector, backend=compilations[0])
@@ -161,7 +161,14 @@ def test_nothing_is_compiled_where_there_is_no_backward_pass(
     with torch.inference_mode():
         model(batch)
     generate(
-        model, tokenizer, store, [100], ["What is"], max_tokens=4, batch_size=1, description="test"
+        model,
+        prompt_format,
+        store,
+        [100],
+        ["What is"],
+        max_tokens=4,
+        batch_size=1,
+        description="test",
     )
     assert graphs == []
 
@@ -191,13 +198,13 @@ def test_a_recomputed_block_keeps_its_input_and_nothing_else(batch):
     assert bytes_of_a_block(recomputed=False) > 10 * hidden_bytes
 
 
-def test_blocks_run_once_where_there_is_no_backward_pass(make_model, batch, tokenizer, store):
+def test_blocks_run_once_where_there_is_no_backward_pass(make_model, batch, prompt_format, store):
     def outputs(model):
         model.eval()
         with torch.inference_mode():
             loss = model(batch)
         texts = generate(
-            model, tokenizer, store, [100, 139], ["", "What is"],
+            model, prompt_format, store, [100, 139], [None, "What is"],
             max_tokens=9, batch_size=2, description="test",
         )  # fmt: skip
         return loss, texts

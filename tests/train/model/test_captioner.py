@@ -13,8 +13,8 @@ PATCHES, WIDTH = 4, 8
 
 
 @pytest.fixture
-def batch(tokenizer, patches):
-    texts = tokenize([caption_turns("a red cat"), caption_turns("the dog")], tokenizer, 99)
+def batch(prompt_format, patches):
+    texts = tokenize([caption_turns("a red cat"), caption_turns("the dog")], prompt_format, 99)
     return collate_images([[Image(n, (text,)) for n, text in enumerate(texts)]], patches)
 
 

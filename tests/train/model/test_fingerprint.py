@@ -10,6 +10,7 @@ from bitsandbytes.nn import Params4bit
 from transformers import AutoTokenizer
 
 from tests.train.images import Image, collate_images
+from train.data.prompt_formats import phi_format
 from train.data.prompts import caption_turns, encode, tokenize
 from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_tokenizer
@@ -115,7 +116,8 @@ def test_use_changes_no_fingerprint(make_model, phi_dir, store):
     tokenizer, model = load_tokenizer(settings), make_model(quantize="nf4", dtype="bf16")
     before = language_model_fingerprint(model.language_model, tokenizer)
     encode(["a red cat", "dog"], tokenizer)
-    image = Image(0, tuple(tokenize([caption_turns("a cat")], tokenizer, 9)))
+    texts = tokenize([caption_turns("a cat")], phi_format(tokenizer), 9)
+    image = Image(0, tuple(texts))
     batch = collate_images([[image]], torch.from_numpy(store.gather([100])))
     model.train()(batch).backward()
     with torch.inference_mode():

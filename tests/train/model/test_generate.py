@@ -1,16 +1,20 @@
+import dataclasses
 import itertools
+import json
 import math
 import threading
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import GenerationConfig
 
-from train.data.prompts import encode, question_text
-from train.model.generate import Sampling, generate, stream
+from tests.train.data.chat_tokenizers import chat_tokenizer, fast
+from train.data.chat_format import chat_format
+from train.model.generate import Generation, Sampling, generate, stream
 
 IDS = [100, 139, 117, 100, 121]
-PROMPTS = ["", question_text("What is in the box"), "a", question_text("where"), ""]
+QUESTIONS = [None, "What is in the box", "a", "where", None]
 LIMIT = 12
 
 
@@ -20,10 +24,10 @@ def model(make_model):
 
 
 @pytest.fixture
-def make(model, tokenizer, store):
-    def make(image_ids=IDS, prompts=PROMPTS, max_tokens=LIMIT, batch_size=8, model=model):
+def make(model, prompt_format, store):
+    def make(image_ids=IDS, questions=QUESTIONS, max_tokens=LIMIT, batch_size=8, model=model):
         return generate(
-            model, tokenizer, store, image_ids, prompts,
+            model, prompt_format, store, image_ids, questions,
             max_tokens=max_tokens, batch_size=batch_size, description="test",
         )  # fmt: skip
 
@@ -31,8 +35,9 @@ def make(model, tokenizer, store):
 
 
 @torch.no_grad()
-def plain_greedy(model, tokenizer, store, image_id, prompt, max_tokens):
+def plain_greedy(model, tokenizer, store, image_id, question, max_tokens):
     """No cache, no padding, no library: the whole sequence again for every token."""
+    prompt = "" if question is None else f"Instruct: {question}\nOutput:"
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     patches = model.embed_patches(torch.from_numpy(store.gather([image_id])))
     made = []
@@ -48,8 +53,8 @@ def plain_greedy(model, tokenizer, store, image_id, prompt, max_tokens):
 
 
 def assert_plain(found, model, tokenizer, store):
-    for generation, image_id, prompt in zip(found, IDS, PROMPTS, strict=True):
-        made, stopped = plain_greedy(model, tokenizer, store, image_id, prompt, LIMIT)
+    for generation, image_id, question in zip(found, IDS, QUESTIONS, strict=True):
+        made, stopped = plain_greedy(model, tokenizer, store, image_id, question, LIMIT)
         assert generation.text == tokenizer.decode(made).strip()
         assert (generation.num_tokens, generation.stopped) == (len(made), stopped)
 
@@ -72,7 +77,7 @@ def test_behind_pooled_patches_too(make, make_model, tokenizer, store):
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
 def test_texts_do_not_depend_on_what_stands_beside_them(make, batch_size):
     assert make(batch_size=batch_size) == make(batch_size=8)
-    assert make(IDS[::-1], PROMPTS[::-1]) == make()[::-1]
+    assert make(IDS[::-1], QUESTIONS[::-1]) == make()[::-1]
 
 
 def test_training_mode_is_left_before(make, model):
@@ -123,7 +128,7 @@ def test_without_eos_the_limit_ends_it(make, biased, tokenizer):
 
 def test_texts_of_a_batch_stop_each_on_its_own(make, biased, tokenizer, store):
     swept = set()
-    for tenths in range(0, 30, 2):
+    for tenths in range(30):
         model = biased(tokenizer.eos_token_id, tenths / 10)
         found = make(model=model)
         swept |= {(generation.num_tokens, generation.stopped) for generation in found}
@@ -162,21 +167,114 @@ def test_an_eos_written_in_a_question_is_text(make, model, tokenizer, monkeypatc
 
     monkeypatch.setattr(model, "embed_text", recording)
     make([100], [f"a{tokenizer.eos_token}b"])
-    assert tokenizer.decode(seen) == f"a{tokenizer.eos_token}b"
+    assert tokenizer.decode(seen) == f"Instruct: a{tokenizer.eos_token}b\nOutput:"
     assert tokenizer.eos_token_id not in seen
+
+
+# A chat template
+
+
+@torch.no_grad()
+def chat_greedy(model, prompt_format, store, image_id, question, max_tokens=LIMIT):
+    """The tokens of a plain loop over lead, patches and prompt."""
+    before = model.embed_text(torch.tensor([prompt_format.lead]))
+    patches = model.embed_patches(torch.from_numpy(store.gather([image_id])))
+    (prompt,) = prompt_format.prompts([question])
+    known = sorted(prompt_format.tokenizer.get_vocab().values())
+    made = []
+    while len(made) < max_tokens:
+        text = model.embed_text(torch.tensor([prompt + made]))
+        embeds = torch.cat([before, patches, text], dim=1)
+        logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
+        token_id = known[int(logits[known].argmax())]
+        if token_id in prompt_format.end_ids:
+            return made, True
+        made.append(token_id)
+    return made, False
+
+
+def ask(model, prompt_format, store, questions=QUESTIONS):
+    return generate(
+        model, prompt_format, store, IDS, questions,
+        max_tokens=LIMIT, batch_size=3, description="test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("amount", [-1e6, 1.0, 2.0, 1e6])
+def test_the_lead_is_read_and_every_end_token_stops(biased, chat_prompts, store, end, amount):
+    model = biased(chat_prompts.tokenizer.convert_tokens_to_ids(end), amount).eval()
+    for generation, image_id, question in zip(
+        ask(model, chat_prompts, store), IDS, QUESTIONS, strict=True
+    ):
+        made, stopped = chat_greedy(model, chat_prompts, store, image_id, question)
+        assert generation == Generation(chat_prompts.decode(made), len(made), stopped)
+        pieces = stream(
+            model, chat_prompts, store.gather([image_id])[0], chat_prompts.prompts([question])[0],
+            max_tokens=LIMIT,
+        )  # fmt: skip
+        assert "".join(pieces) == generation.text
+        if amount == 1e6:
+            assert (generation.text, generation.stopped) == ("", True)
+
+
+def test_without_its_lead_a_model_writes_something_else(biased, chat_prompts, store):
+    model = biased(chat_prompts.end_ids[0], -1e6).eval()
+    bare = dataclasses.replace(chat_prompts, lead=())
+    assert ask(model, bare, store) != ask(model, chat_prompts, store)
+
+
+def test_the_end_of_a_turn_is_not_shown_even_if_the_tokenizer_does_not_call_it_special(
+    biased, store
+):
+    tokenizer = chat_tokenizer("ChatML whose tokens are not special")
+    prompts = chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
+    for amount in (1.0, 2.0, 3.0, 1e6):
+        model = biased(tokenizer.convert_tokens_to_ids("<|im_end|>"), amount).eval()
+        for image_id, question, wanted in zip(
+            IDS, QUESTIONS, ask(model, prompts, store), strict=True
+        ):
+            pieces = stream(
+                model, prompts, store.gather([image_id])[0], prompts.prompts([question])[0],
+                max_tokens=LIMIT,
+            )  # fmt: skip
+            text = "".join(pieces)
+            assert text == wanted.text
+            assert "<|im_end|>" not in text
+
+
+def test_an_id_in_a_gap_of_the_vocabulary_is_never_generated(biased, chat_prompts, store):
+    """Tokenizers may leave out ids between their entries."""
+    state = json.loads(chat_prompts.tokenizer.backend_tokenizer.to_str())
+    merged = {token for merge in state["model"]["merges"] for token in merge}
+    unused = next(token for token in state["model"]["vocab"] if token not in merged)
+    gap = state["model"]["vocab"].pop(unused)
+    backend = Tokenizer.from_str(json.dumps(state))
+    tokenizer = fast(backend, chat_prompts.tokenizer.chat_template, eos_token="<|endoftext|>")
+    assert gap < len(tokenizer)
+    assert gap not in tokenizer.get_vocab().values()
+    prompts = chat_format(tokenizer, {tokenizer.eos_token_id}, AssertionError)
+    for token_id in (gap, len(tokenizer) + 1, 511):
+        model = biased(token_id, 1e6).eval()
+        for generation, image_id, question in zip(
+            ask(model, prompts, store), IDS, QUESTIONS, strict=True
+        ):
+            made, _ = chat_greedy(model, prompts, store, image_id, question)
+            assert token_id not in made
+            assert generation.text == prompts.decode(made)
 
 
 # Sampling
 
 
 @pytest.fixture
-def drawn(model, tokenizer, store):
+def drawn(model, prompt_format, store):
     """Make one text an image by drawing tokens."""
 
     def drawn(image_ids=IDS, model=model, max_tokens=LIMIT, **sampling):
         values = {"temperature": 1.0, "top_p": 1.0, "seed": 0} | sampling
         return generate(
-            model, tokenizer, store, image_ids, [""] * len(image_ids), max_tokens=max_tokens,
+            model, prompt_format, store, image_ids, [None] * len(image_ids), max_tokens=max_tokens,
             batch_size=999, description="test", sampling=Sampling(**values),
         )  # fmt: skip
 
@@ -197,7 +295,7 @@ def test_drawing_leaves_the_random_state_as_it_was(drawn):
 
 
 def test_near_temperature_zero_it_is_greedy(drawn, make):
-    greedy = make(IDS, [""] * len(IDS))
+    greedy = make(IDS, [None] * len(IDS))
     assert drawn(temperature=0.001) == greedy
     assert drawn(top_p=1e-9) == greedy
     assert drawn(temperature=9.0) != greedy
@@ -256,12 +354,14 @@ def test_sampling_that_cannot_be_is_refused(name, values):
 
 
 @pytest.fixture
-def streamed(model, tokenizer, store):
+def streamed(model, prompt_format, store):
     """Stream a text about an image."""
 
-    def streamed(image_id, prompt, max_tokens=LIMIT, model=model, tokenizer=tokenizer, **sampling):
+    def streamed(
+        image_id, question, max_tokens=LIMIT, model=model, prompt_format=prompt_format, **sampling
+    ):
         return stream(
-            model, tokenizer, store.gather([image_id])[0], encode([prompt], tokenizer)[0],
+            model, prompt_format, store.gather([image_id])[0], prompt_format.prompts([question])[0],
             max_tokens=max_tokens, sampling=Sampling(**sampling) if sampling else None,
         )  # fmt: skip
 
@@ -280,8 +380,8 @@ def streaming_threads():
 
 @pytest.mark.parametrize("limit", [1, 2, 12, 60])
 def test_the_pieces_join_to_what_generate_makes(make, streamed, limit):
-    for image_id, prompt, wanted in zip(IDS, PROMPTS, make(max_tokens=limit), strict=True):
-        assert "".join(streamed(image_id, prompt, limit)) == wanted.text
+    for image_id, question, wanted in zip(IDS, QUESTIONS, make(max_tokens=limit), strict=True):
+        assert "".join(streamed(image_id, question, limit)) == wanted.text
 
 
 def test_white_space_and_broken_letters_join_too(even, drawn, streamed, tokenizer):
@@ -292,24 +392,24 @@ def test_white_space_and_broken_letters_join_too(even, drawn, streamed, tokenize
     for seed in range(20):
         (wanted,) = drawn([100], model=model, max_tokens=60, seed=seed)
         sampling = {"temperature": 1.0, "top_p": 1.0, "seed": seed}
-        assert "".join(streamed(100, "", 60, model=model, **sampling)) == wanted.text
+        assert "".join(streamed(100, None, 60, model=model, **sampling)) == wanted.text
         swept += wanted.text
     assert set(" \n中é\ufffd") < set(swept)
 
 
 def test_no_piece_is_empty_and_there_are_several(streamed, chatty):
-    pieces = list(streamed(100, "", 60, model=chatty))
+    pieces = list(streamed(100, None, 60, model=chatty))
     assert len(pieces) > 1
     assert all(pieces)
 
 
-def test_a_seed_streams_the_text_that_it_generates(streamed, model, tokenizer, store):
+def test_a_seed_streams_the_text_that_it_generates(streamed, model, prompt_format, store):
     sampling = {"temperature": 1.5, "top_p": 0.9, "seed": 4}
     (wanted,) = generate(
-        model, tokenizer, store, [100], [""], max_tokens=LIMIT, batch_size=1,
+        model, prompt_format, store, [100], [None], max_tokens=LIMIT, batch_size=1,
         description="test", sampling=Sampling(**sampling),
     )  # fmt: skip
-    assert "".join(streamed(100, "", **sampling)) == wanted.text
+    assert "".join(streamed(100, None, **sampling)) == wanted.text
 
 
 def test_pieces_come_while_the_text_is_made(streamed, chatty, monkeypatch):
@@ -321,7 +421,7 @@ def test_pieces_come_while_the_text_is_made(streamed, chatty, monkeypatch):
         assert next(count) < 50 or read.wait(60)
 
     chatty.language_model.register_forward_pre_hook(wait)
-    pieces = streamed(100, "", 60, model=chatty)
+    pieces = streamed(100, None, 60, model=chatty)
     assert next(pieces)
     read.set()
     assert "".join(pieces)
@@ -336,7 +436,7 @@ def test_who_stops_reading_stops_the_model(streamed, chatty):
         assert len(made) < 50 or closed.wait(60)
 
     chatty.language_model.register_forward_pre_hook(wait)
-    pieces = streamed(100, "", 150, model=chatty)
+    pieces = streamed(100, None, 150, model=chatty)
     next(pieces)
     # Closing waits for the model, so the model is let go a moment after it began.
     threading.Timer(0.5, closed.set).start()
@@ -356,7 +456,7 @@ def test_an_error_while_generating_reaches_who_reads(streamed, make_model, after
 
     model.language_model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(streamed(100, "", model=model))
+        list(streamed(100, None, model=model))
     assert streaming_threads() == []
 
 

@@ -19,6 +19,7 @@ pytestmark = [
 
 PATCHES_BPD = np.zeros((3, 4, WIDTH), np.float16)
 PROMPT_IDS = [[], [5], [6, 7, 8]]
+LEAD = (4, 3)
 SAMPLED = Sampling(temperature=0.7, top_p=0.9, seed=0)
 
 
@@ -42,15 +43,15 @@ def make_fake_model(gpu):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("sampling", [None, SAMPLED])
 def test_texts_are_generated_on_the_gpu_with_one_wait_a_token(
-    gpu, make_fake_model, tokenizer, architecture, dtype, sampling
+    gpu, make_fake_model, prompt_format, architecture, dtype, sampling
 ):
     model = make_fake_model(architecture, dtype)
-    config = _config(model, tokenizer, 9, sampling)
+    config = _config(model, prompt_format, 9, sampling)
     num_tokens, waits = [], []
     # Transformers asks a few questions first, and after each token whether all texts have ended.
     for patience in (5, 7):
         with gpu.running(patience) as host:
-            token_ids = _continue(model, PATCHES_BPD, PROMPT_IDS, config, sampling)
+            token_ids = _continue(model, PATCHES_BPD, PROMPT_IDS, config, sampling, LEAD)
         assert (token_ids.device, token_ids.dtype) == (DEVICE, torch.int64)
         assert len(token_ids) == len(PROMPT_IDS)
         num_tokens.append(token_ids.shape[1])
@@ -64,8 +65,8 @@ def test_texts_are_generated_on_the_gpu_with_one_wait_a_token(
 def test_a_prompt_is_embedded_on_the_gpu_with_two_copies(gpu, make_fake_model):
     model = make_fake_model()
     with gpu.running() as host, torch.inference_mode():
-        embeds_BTH, mask_BT = _prompt_embeds(model, PATCHES_BPD, PROMPT_IDS)
+        embeds_BTH, mask_BT = _prompt_embeds(model, PATCHES_BPD, PROMPT_IDS, LEAD)
     assert (embeds_BTH.device, embeds_BTH.dtype) == (DEVICE, torch.bfloat16)
     assert (mask_BT.device, mask_BT.dtype) == (DEVICE, torch.int64)
-    assert embeds_BTH.shape == (*mask_BT.shape, 160) == (3, 4 + 3, 160)
+    assert embeds_BTH.shape == (*mask_BT.shape, 160) == (3, 2 + 4 + 3, 160)
     assert host.waits == ["copy from cpu to cuda"] * 2

@@ -42,9 +42,9 @@ def load(phi_dir):
 
 
 @pytest.fixture
-def batch(tokenizer, patches):
+def batch(prompt_format, patches):
     texts = [caption_turns("a red cat"), caption_turns("the dog is in the box")]
-    texts = tuple(tokenize(texts, tokenizer, 99))
+    texts = tuple(tokenize(texts, prompt_format, 99))
     return collate_images([[Image(n, texts)] for n in range(2)], patches)
 
 

@@ -44,10 +44,10 @@ def test_an_id_of_the_tokenizer_beyond_the_last_row_is_refused(llm):
 
 
 @pytest.fixture
-def first_step(tokenizer, store):
+def first_step(prompt_format, store):
     return build_step(
         [Example(100, (caption_turns("a red cat"), caption_turns("the dog")))],
-        tokenizer,
+        prompt_format,
         store,
         pass_tokens=99,
         row_tokens=99,

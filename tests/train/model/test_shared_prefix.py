@@ -33,8 +33,8 @@ def model(make_model):
 
 
 @pytest.fixture
-def images(tokenizer):
-    return [Image(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
+def images(prompt_format):
+    return [Image(n, tuple(tokenize(texts, prompt_format, 99))) for n, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture
