@@ -11,9 +11,10 @@ PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo check test lint bench bench-gpu
 
+# LLM=llama: with the other tiny language model, which params.yaml names from then on.
 demo: $(INSTALLED)
 	@echo "dependencies: those of requirements.lock are in $(VENV)"
-	dvc repro
+	$(if $(LLM),dvc exp run --set-param llm.model=demo/checkpoints/$(LLM),dvc repro)
 	@echo "report: $(CURDIR)/reports/index.html"
 
 check: lint
@@ -37,6 +38,7 @@ bench: $(INSTALLED)
 	python -m bench.encode
 	python -m bench.extract
 	python -m bench.step
+	python -m bench.step_llama
 	python -m bench.generate
 	python -m bench.startup
 	python -m bench.full_size

@@ -5,7 +5,7 @@
 All contenders of a stage have the same weights, texts and features, or as many pictures, and each
 makes a whole step: from texts and image ids to changed weights. The learning rate is 0, so that
 all of them find the same weights at all times. The language model is a Phi in miniature, with
-Phi-2's vocabulary and random weights in float32.
+Phi-2's vocabulary and random weights in float32; `bench.step_llama` has a deeper and narrower one.
 
     ours              rows that share their patches, logits where they are needed, cached features
     usual loop        one padded sequence a text, all logits, cached features (`bench.usual_loop`)
@@ -30,7 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import ACT2FN
 
 from bench import student_loop, usual_loop
@@ -48,7 +54,14 @@ from bench.measure import (
 )
 from bench.opening import resident
 from bench.stores import SPEC, make_store
-from bench.texts import bare_format, draw_captions, draw_conversations, make_tokenizer
+from bench.texts import (
+    EOS_ID,
+    TOKENS,
+    bare_format,
+    draw_captions,
+    draw_conversations,
+    make_tokenizer,
+)
 from bench.usual_loop import ClipInTheLoop, Sample, by_length, cached, make_samples, shuffled
 from cache import FeatureStore, Spec
 from train.data.examples import Example
@@ -65,7 +78,8 @@ OURS, USUAL, BY_LENGTH = "ours", "usual loop", "usual loop, by length"
 WITH_CLIP, STUDENT = "usual loop, with CLIP", "student's loop"
 
 PRETRAIN, FINETUNE = "pretrain", "finetune"
-CONTENDERS = {
+Contenders = Mapping[str, tuple[str, ...]]
+CONTENDERS: Contenders = {
     PRETRAIN: (OURS, USUAL, BY_LENGTH, WITH_CLIP, STUDENT),
     FINETUNE: (OURS, USUAL, BY_LENGTH),
 }
@@ -89,7 +103,8 @@ PHI = PhiConfig(
     max_position_embeddings=2048,
     partial_rotary_factor=0.5,
 )
-SMALL_PHI = PhiConfig(**PHI.to_dict() | {"hidden_size": 64, "num_hidden_layers": 2})
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
+SMALL_PHI = PhiConfig(**PHI.to_dict() | SMALL)
 LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
 """Without dropout, so that gradients can be compared."""
 
@@ -108,7 +123,9 @@ class Sizes:
 
     images: dict[str, int]
     """Of one optimizer step, by stage."""
-    phi: PhiConfig
+    config: PreTrainedConfig
+    """Of the language model."""
+    contenders: Contenders
     rounds: int
     wait_steps: int
     """Steps over which the share of time waiting for data is taken."""
@@ -116,8 +133,8 @@ class Sizes:
     """Of how many contenders the memory is taken, each in a fresh process; None: of all."""
 
 
-FULL = Sizes({PRETRAIN: 16, FINETUNE: 12}, PHI, rounds=5, wait_steps=8, watched=None)
-QUICK = Sizes({PRETRAIN: 1, FINETUNE: 1}, SMALL_PHI, rounds=1, wait_steps=2, watched=1)
+FULL = Sizes({PRETRAIN: 16, FINETUNE: 12}, PHI, CONTENDERS, rounds=5, wait_steps=8, watched=None)
+QUICK = Sizes({PRETRAIN: 1, FINETUNE: 1}, SMALL_PHI, CONTENDERS, rounds=1, wait_steps=2, watched=1)
 
 
 @dataclass(frozen=True)
@@ -161,18 +178,19 @@ def make_features(folder: Path, num_images: int, spec: Spec = SPEC) -> Path:
     )
 
 
-def make_stage(name: str, folder: Path, phi: PhiConfig = PHI) -> Stage:
+def make_stage(name: str, folder: Path, config: PreTrainedConfig = PHI) -> Stage:
     """Make a stage's model and texts; everything is drawn from fixed seeds.
 
     Args:
         name: PRETRAIN or FINETUNE.
         folder: Store of the features.
-        phi: Of the language model.
+        config: Of the language model.
     """
     store = FeatureStore(folder)
     torch.manual_seed(0)
     # A model notes in its config how it computes attention: the settings stay as they are.
-    language_model = PhiForCausalLM(copy.deepcopy(phi)).requires_grad_(False).eval()
+    language_model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    language_model.requires_grad_(False).eval()
     if name == FINETUNE:
         add_lora(language_model, LORA, seed=0)
         for key, parameter in language_model.named_parameters():
@@ -180,16 +198,18 @@ def make_stage(name: str, folder: Path, phi: PhiConfig = PHI) -> Stage:
                 # Zero in a fresh LoRA, and then no gradient reaches the other matrix.
                 torch.nn.init.normal_(parameter, std=0.02)
     model = CaptionModel(
-        seeded_projector("mlp", store.spec.width, phi.hidden_size, seed=0), language_model
+        seeded_projector("mlp", store.spec.width, config.hidden_size, seed=0), language_model
     )
     learning = [p for p in model.parameters() if p.requires_grad]
     draw = draw_captions if name == PRETRAIN else draw_conversations
+    # The last id of a vocabulary smaller than Phi-2's is its EOS.
+    tokens, eos_id = min(TOKENS, config.vocab_size), min(EOS_ID, config.vocab_size - 1)
     return Stage(
         name,
         model,
-        make_tokenizer(),
+        make_tokenizer(tokens, eos_id),
         store,
-        draw(np.random.default_rng(0), len(store)),
+        draw(np.random.default_rng(0), len(store), eos_id),
         torch.optim.AdamW(learning, lr=0.0, weight_decay=0.0),
     )
 
@@ -279,7 +299,8 @@ def as_published(language_model: PreTrainedModel) -> None:
     """Let the model compute as transformers has it, and as other loops use it."""
     language_model.set_attn_implementation("sdpa")
     for layer in blocks_of(language_model):
-        layer.mlp.activation_fn = ACT2FN[language_model.config.hidden_act]  # type: ignore[union-attr]
+        if hasattr(layer.mlp, "activation_fn"):
+            layer.mlp.activation_fn = ACT2FN[language_model.config.hidden_act]
 
 
 def clip_in_the_loop() -> ClipInTheLoop:
@@ -300,9 +321,11 @@ def difference(stage: Stage, found: Contender, wanted: Contender) -> float:
     return float((gradient(stage, found) - reference).norm() / reference.norm())
 
 
-def peak_memory(contender: str, stage: str, folder: Path, phi: PhiConfig) -> dict[str, float]:
+def peak_memory(
+    contender: str, stage: str, folder: Path, config: PreTrainedConfig
+) -> dict[str, float]:
     """Make a step in this process, which has made none; return MiB before it and at most."""
-    made = make_contender(contender, make_stage(stage, folder, phi))
+    made = make_contender(contender, make_stage(stage, folder, config))
     # From here on VmHWM counts anew: what making the weights took is not the step's.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -314,9 +337,9 @@ def peak_memory(contender: str, stage: str, folder: Path, phi: PhiConfig) -> dic
 def peaks(stage: str, folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]:
     """Return the memory of a stage's contenders, each in a fresh process."""
     found = {}
-    for contender in CONTENDERS[stage][: sizes.watched]:
+    for contender in sizes.contenders[stage][: sizes.watched]:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            started = process.submit(peak_memory, contender, stage, folder, sizes.phi)
+            started = process.submit(peak_memory, contender, stage, folder, sizes.config)
             found[contender] = started.result()
     return found
 
@@ -324,13 +347,13 @@ def peaks(stage: str, folder: Path, sizes: Sizes) -> dict[str, dict[str, float]]
 def measure_stage(name: str, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Return what the result file says of a stage, and print its table."""
     memory = peaks(name, folder, sizes)
-    stage = make_stage(name, folder, sizes.phi)
-    contenders = {c: make_contender(c, stage) for c in CONTENDERS[name]}
+    stage = make_stage(name, folder, sizes.config)
+    contenders = {c: make_contender(c, stage) for c in sizes.contenders[name]}
     losses = {c: contender.step() for c, contender in contenders.items()}
     works = {c: rate_of(made.work) for c, made in contenders.items()}
     rates = interleaved(works, sizes.rounds, uncounted=min(1, sizes.rounds - 1))
     median = medians(rates)
-    print_table(f"step, {name}", UNITS[name], median)
+    print_table(f"step, {name}, {sizes.config.model_type}", UNITS[name], median)
     print_memory(memory)
     return {
         "unit": f"{UNITS[name]}/s",
@@ -366,8 +389,9 @@ def goals_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     goals = {}
     for name, stage in found.items():
         for contender, wanted in LEAST[name].items():
-            ratio = stage["median"][OURS] / stage["median"][contender]
-            goals[f"{name}: {OURS} / {contender}"] = at_least(wanted, ratio)
+            if contender in stage["median"]:
+                ratio = stage["median"][OURS] / stage["median"][contender]
+                goals[f"{name}: {OURS} / {contender}"] = at_least(wanted, ratio)
         goals |= {
             f"{name}: difference of the gradients, millionths": at_most(
                 MOST_DIFFERENCE * 1e6, stage["gradient_difference"] * 1e6
@@ -379,14 +403,14 @@ def goals_of(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return goals
 
 
-def shape_of(phi: PhiConfig) -> dict[str, int]:
+def shape_of(config: PreTrainedConfig) -> dict[str, int]:
     """Return the numbers of a language model that its speed depends on, for a result file."""
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    return {name: getattr(phi, name) for name in (*names, "vocab_size")}
+    return {name: getattr(config, name) for name in (*names, "vocab_size")}
 
 
 def measure(sizes: Sizes) -> dict[str, Any]:
-    """Measure both stages and print; return what the result file says."""
+    """Measure both stages of a model and print; return what the result file says of it."""
     found = {}
     for name, images in sizes.images.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -395,7 +419,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
     print_goals(goals)
     return {
         "setting": {
-            "language_model": shape_of(sizes.phi),
+            "language_model": shape_of(sizes.config),
             "dtype": "float32",
             "projector": "mlp",
             "lora_r": LORA.r,

@@ -82,11 +82,11 @@ independent of the others, is assumed; it gives 1.96.
 """
 
 
-def make_tokenizer() -> PreTrainedTokenizerBase:
+def make_tokenizer(tokens: int = TOKENS, eos_id: int = EOS_ID) -> PreTrainedTokenizerBase:
     """Return a fast tokenizer of as many tokens as Phi-2's: the word `w7` is token 7."""
-    words = {f"w{token_id}": token_id for token_id in range(TOKENS)}
-    del words[f"w{EOS_ID}"]
-    words["<|endoftext|>"] = EOS_ID
+    words = {f"w{token_id}": token_id for token_id in range(tokens)}
+    del words[f"w{eos_id}"]
+    words["<|endoftext|>"] = eos_id
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
@@ -98,14 +98,14 @@ def bare_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     return replace(phi_format(tokenizer), first_question=bare, later_question=bare, answer=bare)
 
 
-def draw_captions(rng: np.random.Generator, num_images: int) -> list[Example]:
-    """Return the images 0 to num_images - 1 with captions."""
+def draw_captions(rng: np.random.Generator, num_images: int, eos_id: int = EOS_ID) -> list[Example]:
+    """Return the images 0 to num_images - 1 with captions, of words below the EOS."""
     lengths = np.repeat(list(CAPTION_LENGTHS), list(CAPTION_LENGTHS.values()))
     return [
         Example(
             image_id,
             tuple(
-                caption_turns(_words(rng, length))
+                caption_turns(_words(rng, length, eos_id))
                 for length in rng.choice(lengths, CAPTIONS_AN_IMAGE).tolist()
             ),
         )
@@ -113,12 +113,14 @@ def draw_captions(rng: np.random.Generator, num_images: int) -> list[Example]:
     ]
 
 
-def draw_conversations(rng: np.random.Generator, num_images: int) -> list[Example]:
-    """Return the images 0 to num_images - 1 with conversations."""
+def draw_conversations(
+    rng: np.random.Generator, num_images: int, eos_id: int = EOS_ID
+) -> list[Example]:
+    """Return the images 0 to num_images - 1 with conversations, of words below the EOS."""
     examples: list[Example] = []
     while len(examples) < num_images:
         texts = tuple(
-            _conversation(rng, lengths[rng.integers(len(lengths))])
+            _conversation(rng, lengths[rng.integers(len(lengths))], eos_id)
             for share, lengths in KINDS
             if rng.random() < share
         )
@@ -127,10 +129,12 @@ def draw_conversations(rng: np.random.Generator, num_images: int) -> list[Exampl
     return examples
 
 
-def _conversation(rng: np.random.Generator, lengths: Lengths) -> Turns:
-    return tuple((_words(rng, question), _words(rng, answer)) for question, answer in lengths)
+def _conversation(rng: np.random.Generator, lengths: Lengths, eos_id: int) -> Turns:
+    return tuple(
+        (_words(rng, question, eos_id), _words(rng, answer, eos_id)) for question, answer in lengths
+    )
 
 
-def _words(rng: np.random.Generator, length: int) -> str:
+def _words(rng: np.random.Generator, length: int, eos_id: int) -> str:
     # All ids below EOS, so that no text ends early.
-    return " ".join(f"w{token_id}" for token_id in rng.integers(0, EOS_ID, length))
+    return " ".join(f"w{token_id}" for token_id in rng.integers(0, eos_id, length))

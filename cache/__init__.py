@@ -9,6 +9,7 @@ from .errors import (
     CacheError,
     CorruptShardError,
     IncompleteStoreError,
+    InvalidFeaturesError,
     MissingImageError,
     PatchcacheError,
     SettingsError,
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from .audit import VerifyReport
     from .spec import Spec
     from .store import FeatureStore
+    from .write import unfinished_ids, write_store
 
 __all__ = [
     "CacheError",
     "CorruptShardError",
     "FeatureStore",
     "IncompleteStoreError",
+    "InvalidFeaturesError",
     "MissingImageError",
     "PatchcacheError",
     "SettingsError",
@@ -35,9 +38,17 @@ __all__ = [
     "UnreachableStoreError",
     "UnsafeShardError",
     "VerifyReport",
+    "unfinished_ids",
+    "write_store",
 ]
 
-_LAZY = {"FeatureStore": "store", "Spec": "spec", "VerifyReport": "audit"}
+_LAZY = {
+    "FeatureStore": "store",
+    "Spec": "spec",
+    "VerifyReport": "audit",
+    "unfinished_ids": "write",
+    "write_store": "write",
+}
 """Names whose modules load numpy, h5py and pyarrow; imported on first use."""
 
 

@@ -9,6 +9,7 @@
         |-- MissingImageError      an image id that the store does not hold
         |-- CorruptShardError      bytes that differ from what was written
         |-- UnsafeShardError       a shard whose structure no writer of this format makes
+        |-- InvalidFeaturesError   features that no store can hold
         |-- IncompleteStoreError   a folder that is not a whole store
         `-- UnreachableStoreError  a server that does not deliver
 
@@ -60,6 +61,10 @@ class CorruptShardError(CacheError, ValueError):
 
 class UnsafeShardError(CacheError, ValueError):
     """A shard with a structure that no writer of this format makes."""
+
+
+class InvalidFeaturesError(CacheError, ValueError):
+    """Features, or a spec of features, that were given to be written and that no store can hold."""
 
 
 class IncompleteStoreError(CacheError, FileNotFoundError):

@@ -1,7 +1,5 @@
 """Command: shows what is in a store, on one screen."""
 
-import dataclasses
-
 from .cli.command import command_parser, run_guarded
 from .store import FeatureStore
 from .texts import first_few, human_size
@@ -27,7 +25,7 @@ def inspect(root: str) -> None:
         print(f"image ids    {store.image_ids[0]} to {store.image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")
     print(f"fingerprint  {store.fingerprint}")
-    for name, value in dataclasses.asdict(store.spec).items():
+    for name, value in store.spec.fields().items():
         # As `repr` spells it: a text from another machine can hold codes that steer a terminal.
         print(f"  {name:<20} {value!r}")
 

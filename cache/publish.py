@@ -4,13 +4,14 @@ Published files are replaced by rename, never written into, so that the mappings
 valid. A reader can miss a deleted shard that it has not mapped yet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import numpy as np
 
 from .files.atomic import link_or_copy, sha256_of, write_bytes
 from .plan import PlannedShard
+from .remote.location import Location
 from .shard import open_shard
 from .spec import SPEC_FILE, Spec
 from .store_index import INDEX_FILE, PROBE_FILE, ShardFile, StoreIndex
@@ -42,7 +43,27 @@ def publish(
     index = _make_index(root, plan, spec, hashes, sha256_of(probe) if probe else None)
     write_bytes(root / SPEC_FILE, spec.to_json())
     index.write(root / INDEX_FILE)
-    names = {shard.name for shard in plan} | ({PROBE_FILE} if probe else set())
+    _delete_others(root, {shard.name for shard in plan} | ({PROBE_FILE} if probe else set()))
+
+
+def publish_copy(root: Path, source: Location, index: StoreIndex) -> None:
+    """Publish the files of another store as they are, and delete files of the former content.
+
+    Args:
+        root: The store's folder.
+        source: The other store, which has been checked.
+        index: Its index.
+    """
+    probe = {} if index.probe_sha256 is None else {PROBE_FILE: index.probe_sha256}
+    for file in index.shards:
+        link_or_copy(source.shard_path(file), root / file.name)
+    for name in (*probe, SPEC_FILE, INDEX_FILE):
+        link_or_copy(source.path(name, sha256=probe.get(name)), root / name)
+    _delete_others(root, {file.name for file in index.shards} | probe.keys())
+
+
+def _delete_others(root: Path, names: Set[str]) -> None:
+    """Delete the shards, the probe and the unfinished files of a folder that have other names."""
     for path in [*root.glob("*.h5"), *root.glob(PROBE_FILE), *root.glob(".*.partial")]:
         if path.name not in names:
             path.unlink()

@@ -21,8 +21,8 @@ from cache.files.foreign import reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
 from cache.texts import one_line
 from eval.scoring.score_names import as_number
-from train.json_files import flatten
 from workspace.errors import StageError
+from workspace.json_files import flatten
 from workspace.paths import REPORTS, RUNS
 from workspace.settings import parse_yaml
 

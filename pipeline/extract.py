@@ -3,7 +3,8 @@
 Each shard is encoded into the work directory under a name that determines its content, so that a
 killed run continues where it stopped and a changed image costs one shard. The finished shards are
 then linked into `data/features/`, the index last. If every shard exists already, no image is
-opened, and the tower is not loaded unless its weights are named by a hub id.
+opened, and the tower is not loaded unless its weights are named by a hub id. With
+`encoder.model: external` a store that exists is checked and published, and nothing is encoded.
 """
 
 import shutil
@@ -26,8 +27,9 @@ from pipeline.encoding.work_folder import (
     verified_hashes,
     write_with_hash,
 )
+from pipeline.external import take_store
 from pipeline.images.source import ImageSource, open_images, read_source
-from pipeline.settings import EncoderSettings, ExtractSettings
+from pipeline.settings import EXTERNAL, EncoderSettings, ExtractSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.locks import folder_lock
@@ -42,13 +44,18 @@ def extract(params: Params) -> None:
     """Make the store that the settings and the index describe."""
     data = params.section("data", DataSettings)
     settings = params.section("extract", ExtractSettings)
-    encoder = LazyEncoder(params.section("encoder", EncoderSettings))
+    encoder_settings = params.section("encoder", EncoderSettings)
     source = read_source()
     stats = ExtractionStats()
     with folder_lock(SHARDS):
-        plan, hashes = make_shards(source, data, encoder, settings, stats)
-        publish(FEATURES, plan, SHARDS, encoder.spec, hashes, probe_path(encoder.spec))
-    write_report(plan, encoder.spec, stats, settings)
+        if encoder_settings.model == EXTERNAL:
+            plan, spec = take_store(encoder_settings.pretrained, source, settings, stats)
+        else:
+            encoder = LazyEncoder(encoder_settings)
+            plan, hashes = make_shards(source, data, encoder, settings, stats)
+            spec = encoder.spec
+            publish(FEATURES, plan, SHARDS, spec, hashes, probe_path(spec))
+    write_report(plan, spec, stats, settings)
 
 
 def make_shards(

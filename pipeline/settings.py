@@ -10,6 +10,12 @@ from workspace.data_settings import check_share
 RANDOM = "random"
 """The value of `pretrained` that stands for untrained weights."""
 
+EXTERNAL = "external"
+"""The value of `encoder.model` that stands for a store of features that others made."""
+
+TRANSFORMERS, TIMM = "hf:", "timm:"
+"""How a `model` begins that transformers or timm loads instead of open_clip."""
+
 MAX_BATCH = 4096
 """Limit of `batch_size`, which decides the memory of a forward pass."""
 
@@ -55,13 +61,19 @@ class EncoderSettings:
     """Section `encoder`: the vision tower and how it runs."""
 
     model: str
-    """An open_clip architecture, or the path of an open_clip config JSON."""
+    """An open_clip architecture, or the path of an open_clip config JSON; `hf:` and a hub id or
+    folder of transformers (CLIP, SigLIP, DINOv2, DINOv3, AIMv2); or `timm:` and a convolutional
+    network of timm. "external": no tower, but the features of a store of your own; the other keys
+    but `pretrained` then mean nothing."""
     pretrained: str
-    """An open_clip tag, a hub id, the path of a checkpoint, or "random": weights drawn from a fixed
-    seed, to try the stages without a download. Scores of such a tower say nothing about a trained
-    one; report, summary and model card say so."""
+    """An open_clip tag, a hub id, or the path of a checkpoint. For `hf:`, the revision on the hub:
+    a branch, tag or commit; `main` for a folder. For `timm:`, a tag of the network, or the path of
+    safetensors. For all, "random": weights drawn from a fixed seed, to try the stages without a
+    download. Scores of such a tower say nothing about a trained one; report, summary and model card
+    say so. Of `model: external`, the folder or URL of the store."""
     layer: int
-    """The block whose output is stored; -1 is the last, -2 (as in LLaVA) the one before."""
+    """The block whose output is stored; -1 is the last, -2 (as in LLaVA) the one before. Of a
+    convolutional network, -1 only: its last map."""
     precision: Literal["fp32", "bf16"]
     """Number type of the tower's weights and activations."""
     batch_size: int
@@ -87,7 +99,8 @@ class ExtractSettings:
     shard_rows: int
     """Mean number of rows in a shard; the largest holds twice as many."""
     max_failure_rate: float
-    """Share of images, from 0 to 1, above which images that do not decode stop the stage."""
+    """Share of images, from 0 to 1, above which images that do not decode, or that an external
+    store lacks, stop the stage."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:

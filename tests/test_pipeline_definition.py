@@ -59,7 +59,10 @@ def test_there_are_the_six_stages_and_their_code():
     assert list(STAGES) == ["code", *CODE_STAGES]
 
 
-@pytest.mark.parametrize("path", [ROOT / "params.yaml", *CONFIGS], ids=lambda path: path.name)
+FILES = [ROOT / "params.yaml", *CONFIGS]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_shipped_settings_file_fits_every_section(path):
     params = Params.read(path)
     assert params.seed() == 0

@@ -20,7 +20,7 @@ from train.model.language_model import add_lora, load_language_model, load_token
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
 from train.model.projector import Projector, check_pool, load_projector
-from train.model.supported import check_supported
+from train.model.supported import check_positions, check_supported
 from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
@@ -50,6 +50,8 @@ def finetune(params: Params) -> None:
     width = config.hidden_size
     projector = load_projector(start_path, store.spec.width, width).to(device)
     check_pool(projector.pool, store.spec.patches, str(start_path))
+    shared = len(prompts.lead) + projector.num_embeddings(store.spec.patches)
+    check_positions(llm, shared + settings.max_text_tokens)
     stage_1 = provenance_of("pretrain", store, language_model_id)
     if changed := changed_tables(stage_1):
         print(

@@ -15,7 +15,7 @@ from train.model.language_model import load_language_model, load_tokenizer
 from train.model.model_files import read_config
 from train.model.preflight import check_vocabulary
 from train.model.projector import check_pool, seeded_projector
-from train.model.supported import check_supported
+from train.model.supported import check_positions, check_supported
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import (
     CheckpointSettings,
@@ -49,6 +49,8 @@ def pretrain(params: Params) -> None:
     tokenizer = load_tokenizer(llm)
     check_vocabulary(tokenizer, llm)
     prompts = prompt_format(llm, tokenizer, read_config(llm.model))
+    shared = len(prompts.lead) + store.spec.patches // pool**2
+    check_positions(llm, shared + settings.max_text_tokens)
     language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
     language_model = load_language_model(llm, device)
     width = language_model.config.hidden_size

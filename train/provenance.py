@@ -11,9 +11,9 @@ from typing import Any
 
 from cache import FeatureStore
 from cache.errors import SpecMismatchError
-from train.json_files import read_json
 from train.run import WEIGHTS, deciding_settings, index_hashes, weights_of
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import RUNS
 from workspace.settings import Params
 

@@ -31,9 +31,9 @@ from cache.files.atomic import (
     write_text,
 )
 from cache.store_index import INDEX_FILE
-from train.json_files import flatten, read_json
 from workspace.clock import utc_now
 from workspace.errors import StageError
+from workspace.json_files import flatten, read_json
 from workspace.locks import folder_lock
 from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, WORK
 from workspace.settings import Params

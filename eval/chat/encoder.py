@@ -8,7 +8,7 @@ Letters: S side in pixels, C channels, P patches, D width of the vision tower.
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache.errors import SettingsError
 from eval.runs import FinishedRun
-from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
+from pipeline.images.decode import DecodeError, decode_for
 from pipeline.images.names import MAX_IMAGE_BYTES
 from pipeline.settings import EncoderSettings
 from workspace.errors import StageError
@@ -45,7 +45,8 @@ class RunEncoder:
             settings = self._run.params.section("encoder", EncoderSettings)
             # The features may come from another machine, so this machine's device is chosen anew.
             encoder = load_encoder(dataclasses.replace(settings, device="auto"))
-            self._run.check_features(encoder.spec, f"the vision tower {settings.pretrained}")
+            where = f"the vision tower {settings.pretrained} of {settings.model}"
+            self._run.check_features(encoder.spec, where)
             self._encoder = encoder
         return self._encoder
 
@@ -61,10 +62,8 @@ class RunEncoder:
             PatchcacheError: The tower cannot be loaded, or is not the run's.
         """
         encoder = self.load()
-        size, resize = encoder.spec.image_size, cast(Resize, encoder.spec.resize)
-        interpolation = cast(Interpolation, encoder.spec.interpolation)
         try:
-            pixels_SSC = decode_rgb(data, size, resize, interpolation)
+            pixels_SSC = decode_for(data, encoder.spec)
         except DecodeError as error:
             raise StageError(f"{name}: not a readable picture: {error}") from None
         patches_PD: NDArray[np.float16] = encoder.encode(torch.from_numpy(pixels_SSC)[None])[0]

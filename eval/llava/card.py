@@ -10,13 +10,15 @@ from ruamel.yaml import YAML
 
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
+from eval.llava.text import TextPart
 from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
 from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
-from train.json_files import read_json
+from pipeline.settings import TRANSFORMERS
 from train.run import weights_of
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import REPORTS
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
@@ -26,12 +28,13 @@ SHOWN_SECTIONS = ("encoder", "llm", "projector", "pretrain", "finetune")
 """Sections of the settings that the card shows."""
 
 
-def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> str:
+def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: EvaluateSettings) -> str:
     """Write the model card of a run.
 
     Args:
         trained: The run.
         spec: Spec of the features that the run was trained on.
+        text: The language model's representation.
         settings: Its `caption_question` is the question of the card's example.
 
     Returns:
@@ -46,13 +49,16 @@ def model_card(trained: LoadedRun, spec: Spec, settings: EvaluateSettings) -> st
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     return environment.get_template("model_card.md.j2").render(
-        header=_yaml(_header(values, source)).rstrip(),
+        header=_yaml(_header(values, source, _families(spec, text))).rstrip(),
         answers=trained.answers,
         encoder=shown["encoder"],
         llm=shown["llm"],
         datasets=DATASETS.get(source, ()),
         source=source,
         spec=spec,
+        text=text,
+        dtype=str(text.config.dtype).removeprefix("torch."),
+        prompts=trained.prompt_format,
         question=settings.caption_question,
         rows=read_score_rows(trained),
         provenance=trained.provenance,
@@ -119,13 +125,19 @@ def _written(section: Mapping[str, Any], key: str) -> str:
     return f"{section[key]:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
-def _header(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+def _families(spec: Spec, text: TextPart) -> list[str]:
+    """Return the names of the families of the language model and the vision tower."""
+    tower = spec.model.removeprefix(TRANSFORMERS)
+    return [text.config.model_type, "clip" if tower == spec.model else tower.rpartition("-")[0]]
+
+
+def _header(values: Mapping[str, Any], source: str, families: list[str]) -> dict[str, Any]:
     header: dict[str, Any] = {
         "license": "other",
         "license_name": "those-of-its-parts",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["llava", "phi", "clip", "patchcache"],
+        "tags": ["llava", *families, "patchcache"],
     }
     base = values["llm"]["model"]
     if not Path(base).exists():

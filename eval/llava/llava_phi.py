@@ -49,8 +49,8 @@ class LlavaPhiForConditionalGeneration(LlavaForConditionalGeneration):  # type: 
         return self.lm_head.weight.dtype
 
 
-class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
-    """CLIP's Pillow image processor with open_clip's crop and upright pictures."""
+class UprightImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
+    """CLIP's Pillow image processor with upright pictures."""
 
     def convert_to_rgb(
         self,
@@ -63,6 +63,14 @@ class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
         converted: NDArray[np.generic] = super().convert_to_rgb(image, input_data_format)
         return converted
 
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings; without trust in remote code transformers' own class is loaded."""
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}
+
+
+class PatchcacheImageProcessor(UprightImageProcessor):
+    """The same with open_clip's crop."""
+
     def center_crop(
         self, image: NDArray[np.generic], size: SizeDict, **_: object
     ) -> NDArray[np.generic]:
@@ -72,7 +80,3 @@ class PatchcacheImageProcessor(CLIPImageProcessorPil):  # type: ignore[misc]
             for side, wanted in zip(image.shape[1:], (size.height, size.width), strict=True)
         )
         return image[:, top : top + size.height, left : left + size.width]
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the settings; without trust in remote code transformers' own class is loaded."""
-        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}

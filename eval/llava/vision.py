@@ -1,12 +1,16 @@
-"""Converts open_clip's vision tower to transformers' CLIP vision model.
+"""Represents the vision tower of a run as the vision model of transformers' LLaVA.
 
-Letters: D width of the tower.
+A tower of open_clip is converted to transformers' CLIP; one of transformers is taken as it is.
+
+Letters: S side of the input in pixels, D width of the tower.
 """
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import torch
 from open_clip.transformer import (
     LayerNorm,
     LayerNormFp32,
@@ -15,8 +19,12 @@ from open_clip.transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig
+from transformers import AutoModel, CLIPVisionConfig, PreTrainedConfig
 
+from pipeline.encoding.encoder import Encoder
+from pipeline.settings import TRANSFORMERS, EncoderSettings
+from pipeline.towers.tower import PATCH, patch_tokens
+from pipeline.towers.transformers_tower import load_vision_model, num_prefix_tokens
 from workspace.errors import StageError
 
 NAMES = {
@@ -35,6 +43,75 @@ NAMES = {
 
 UNUSED = "proj"
 """The projection of the class token, which LLaVA does not use."""
+
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
+"""Largest relative difference of features, by precision; a wrong layer, norm or token gives more.
+"""
+
+
+@dataclass(frozen=True)
+class VisionPart:
+    """How LLaVA represents a vision tower."""
+
+    config: PreTrainedConfig
+    weights: Mapping[str, Tensor]
+    num_prefix_tokens: int
+    """Tokens before the patches: 0 or 1, the class token."""
+
+    @property
+    def strategy(self) -> Literal["default", "full"]:
+        """LLaVA's `vision_feature_select_strategy`: without the first token, or all tokens."""
+        return "default" if self.num_prefix_tokens else "full"
+
+
+def vision_part(tower: Encoder, settings: EncoderSettings) -> VisionPart:
+    """Represent a tower, and compare its features of a picture of noise.
+
+    Args:
+        tower: On the CPU.
+        settings: Its settings.
+
+    Raises:
+        StageError: LLaVA cannot represent the tower.
+    """
+    if tower.spec.tokens != PATCH:
+        raise _unsupported(settings.model, "the places of a map are its patches, not its tokens")
+    if settings.model.startswith(TRANSFORMERS):
+        model = load_vision_model(settings)
+        prefix = num_prefix_tokens(model.config)
+        if prefix > 1:
+            raise _unsupported(
+                settings.model, f"LLaVA drops one token before the patches, it has {prefix}"
+            )
+        # Like the names of the folders, nothing of this machine.
+        model.config.name_or_path = ""
+        part = VisionPart(model.config, model.to(tower._dtype).state_dict(), prefix)
+    else:
+        config = clip_vision_config(tower._visual, settings.model)
+        part = VisionPart(config, dict(clip_vision_weights(tower._visual)), 1)
+    _check_features(part, tower, settings.model)
+    return part
+
+
+@torch.inference_mode()
+def _check_features(part: VisionPart, tower: Encoder, model: str) -> None:
+    """Refuse a tower of which LLaVA would take other features."""
+    side = tower.spec.image_size
+    noise_1CSS = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    noise_1CSS = noise_1CSS.to(tower._dtype)
+    vision = AutoModel.from_config(part.config, dtype=tower._dtype).eval()
+    vision.load_state_dict(part.weights)
+    outputs = vision(noise_1CSS, output_hidden_states=True)
+    found = outputs.hidden_states[tower.spec.layer][:, part.num_prefix_tokens :].float()
+    wanted = patch_tokens(tower._visual, noise_1CSS, tower.spec.layer).float()
+    difference = "another shape"
+    if found.shape == wanted.shape:
+        relative = float((found - wanted).norm() / wanted.norm())
+        # Not `>`, which is False for NaN.
+        if relative <= TOLERANCE[tower.spec.precision]:
+            return
+        difference = f"relative difference {relative:.1e}"
+    raise _unsupported(model, f"transformers' model gives other features ({difference})")
 
 
 def clip_vision_config(visual: nn.Module, model: str) -> CLIPVisionConfig:
@@ -110,6 +187,7 @@ def clip_vision_weights(visual: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _unsupported(model: str, why: str) -> StageError:
     return StageError(
-        f"{model}: cannot be exported as transformers' CLIP: {why}. Train with features of one of "
-        f"open_clip's own ViTs, like ViT-B-32-quickgelu."
+        f"{model}: cannot be exported as the vision tower of transformers' LLaVA: {why}. Train "
+        f"with features of one of open_clip's own ViTs, like ViT-B-32-quickgelu, or of "
+        f"transformers' CLIP, SigLIP, DINOv2 without registers, or AIMv2."
     )

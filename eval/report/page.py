@@ -26,6 +26,7 @@ from eval.report.tables import (
     type_table,
 )
 from eval.settings import shown_setting
+from pipeline.settings import EXTERNAL
 
 MAX_CONTAMINATED = 50
 """Contaminated images that are listed for each kind of text; the rest are counted."""
@@ -145,6 +146,8 @@ def _sentence(settings: Mapping[str, Any]) -> str:
         for section, key in (("llm", "model"), ("encoder", "model"), ("data", "source"))
     )
     data = f"the {source} data" if source else "image and text pairs"
+    if encoder == EXTERNAL:
+        encoder = f"the store {shown_setting(settings, 'encoder', 'pretrained')}"
     return (
         f"{llm or 'A language model'} was trained on {data} to caption pictures and to answer "
         f"questions about them, from cached patch features of {encoder or 'a vision encoder'}."

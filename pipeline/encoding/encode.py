@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from pipeline.encoding.encoder import Encoder, PendingBatch
 from pipeline.encoding.stats import ExtractionStats
 from pipeline.encoding.work_folder import write_with_hash
 from pipeline.encoding.workers import WorkerPool
-from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
+from pipeline.images.decode import DecodeError, decode_for
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings
 
@@ -73,9 +72,7 @@ class BatchDecoder:
 
     def __init__(self, shards: list[PlannedShard], source: ImageSource, encoder: Encoder) -> None:
         spec = encoder.spec
-        self._source, self._side = source, spec.image_size
-        self._resize = cast(Resize, spec.resize)
-        self._interpolation = cast(Interpolation, spec.interpolation)
+        self._source, self._spec = source, spec
         self._batches = [
             (number, start, shard.image_ids[start : start + spec.batch_size])
             for number, shard in enumerate(shards)
@@ -100,7 +97,7 @@ class BatchDecoder:
         for image_id in image_ids.tolist():
             data = self._source.read(image_id)
             try:
-                pixels.append(decode_rgb(data, self._side, self._resize, self._interpolation))
+                pixels.append(decode_for(data, self._spec))
             except DecodeError as reason:
                 failures[image_id] = str(reason)
         stacked = np.stack(pixels) if pixels else np.empty((0, 0, 0, 3), np.uint8)

@@ -15,7 +15,7 @@ from cache.errors import PatchcacheError
 from cache.files.atomic import canonical_json, sha256_of, write_bytes
 from cache.spec import FORMAT, Spec
 from pipeline.encoding.versions import library_versions
-from pipeline.settings import EncoderSettings
+from pipeline.settings import TRANSFORMERS, EncoderSettings
 from workspace.code_hash import code_hash, modules_of
 from workspace.errors import StageError
 from workspace.paths import WORK
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 SPECS = WORK / "specs"
 """Cached specs, each named by the hash of what decides it."""
+
+
+MODEL_SUFFIXES = (".json", ".safetensors")
+"""Ends of the files from which transformers loads a tower."""
 
 
 class LazyEncoder:
@@ -85,14 +89,26 @@ def cache_path(settings: EncoderSettings) -> Path | None:
     Anything that may change the spec changes the path. None for weights on the hub, which their
     owner can replace.
     """
-    files = [name for name in (settings.model, settings.pretrained) if Path(name).is_file()]
-    if "/" in settings.pretrained and settings.pretrained not in files:
+    files = _files(settings)
+    if files is None:
         return None
     identity = {
         "settings": dataclasses.asdict(settings) | {"device": None},
         "files": {name: sha256_of(Path(name)) for name in files},
-        "versions": library_versions(),
+        "versions": library_versions(settings.model),
         "code": sorted(code_hash(path) for path in modules_of(("pipeline.encoding.encoder",))),
         "format": FORMAT,
     }
     return SPECS / f"{hashlib.sha256(canonical_json(identity)).hexdigest()[:16]}.json"
+
+
+def _files(settings: EncoderSettings) -> list[str] | None:
+    """Return the files that settings name; None if files on the hub decide the spec."""
+    if settings.model.startswith(TRANSFORMERS):
+        folder = Path(settings.model.removeprefix(TRANSFORMERS))
+        if not folder.is_dir():
+            return None
+        return sorted(str(path) for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES)
+    files = [name for name in (settings.model, settings.pretrained) if Path(name).is_file()]
+    on_hub = "/" in settings.pretrained and settings.pretrained not in files
+    return None if on_hub else files

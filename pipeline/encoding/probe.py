@@ -27,7 +27,7 @@ from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from pipeline.encoding.encoder import Encoder
 from pipeline.encoding.versions import library_versions
-from pipeline.images.decode import DecodeError, Interpolation, Resize, decode_rgb
+from pipeline.images.decode import DecodeError, decode_for
 from workspace.errors import StageError
 
 FOLDER = Path(__file__).with_name("probe_images")
@@ -82,12 +82,11 @@ def probe_pixels(spec: Spec) -> Tensor:
     Raises:
         StageError: An image cannot be decoded.
     """
-    resize, interpolation = cast(Resize, spec.resize), cast(Interpolation, spec.interpolation)
     pixels = []
     for name in NAMES:
         data = (FOLDER / name).read_bytes()
         try:
-            pixels.append(decode_rgb(data, spec.image_size, resize, interpolation))
+            pixels.append(decode_for(data, spec))
         except DecodeError as error:
             raise StageError(
                 f"probe: {FOLDER / name} cannot be decoded: {error}. Check that it is the file of "
@@ -111,7 +110,7 @@ def serialize_probe(features_BPD: NDArray[np.float16], spec: Spec) -> bytes:
     features = np.ascontiguousarray(features_BPD, dtype="<f2")
     metadata = {
         "fingerprint": spec.fingerprint,
-        "versions": library_versions(),
+        "versions": library_versions(spec.model),
         "xxh3": xxhash.xxh3_64_hexdigest(features.data),
     }
     # A single key: safetensors writes several in an order that differs between processes.
@@ -196,8 +195,8 @@ def check_probe(encoder: Encoder, stored: Probe) -> None:
         raise StageError(
             f"probe: the encoder gives {len(differing)} of {len(NAMES)} images other features than "
             f"those kept with the store: {', '.join(differing)} (relative L2, wanted at most "
-            f"{tolerance:g} in {encoder.spec.precision}). {_version_changes(stored.versions)} Or "
-            f"{_REENCODE}."
+            f"{tolerance:g} in {encoder.spec.precision}). "
+            f"{_version_changes(stored.versions, encoder.spec.model)} Or {_REENCODE}."
         )
 
 
@@ -212,9 +211,9 @@ def relative_differences(
     return differences
 
 
-def _version_changes(stored: dict[str, str]) -> str:
+def _version_changes(stored: dict[str, str], model: str) -> str:
     """Say in a sentence which library versions changed, and what to go back to."""
-    current = library_versions()
+    current = library_versions(model)
     changes = [
         f"{name} {stored.get(name, 'absent')} then, {current.get(name, 'absent')} now"
         for name in sorted(stored | current)

@@ -1,8 +1,9 @@
-"""Turns the bytes of an image file into the square RGB pixels that CLIP takes.
+"""Turns the bytes of an image file into the square RGB pixels that a vision tower takes.
 
-Resizing and cropping equal open_clip's `image_transform(is_train=False)` bit for bit, with Pillow
-alone so that decoding processes start fast. The steps before differ on purpose: the image is
-rotated as its EXIF says, and converted to RGB before it is resized.
+Resizing and cropping equal open_clip's `image_transform(is_train=False)`, timm's evaluation
+transform and transformers' Pillow processors bit for bit, with Pillow alone so that decoding
+processes start fast. The steps before differ on purpose: the image is rotated as its EXIF says, and
+converted to RGB before it is resized.
 """
 
 import contextlib
@@ -10,18 +11,19 @@ import io
 import struct
 import warnings
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cache.spec import Spec
 from cache.texts import one_line
 
-Resize = Literal["shortest", "squash"]
+RESIZES = ("shortest", "squash")
 
-Interpolation = Literal["bicubic", "bilinear"]
+CROPS = ("center", "center_floor")
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+"""Pillow's filter by the name of an interpolation."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Accepted formats. Pillow knows more, among them EPS, which it passes to Ghostscript."""
@@ -54,8 +56,13 @@ def image_size(data: bytes) -> tuple[int, int]:
         return _open(data).size
 
 
+def decode_for(data: bytes, spec: Spec) -> np.ndarray:
+    """Decode an image file as the features of a spec want it: `decode_rgb` with its fields."""
+    return decode_rgb(data, spec.image_size, spec.resize, spec.interpolation, spec.crop)
+
+
 def decode_rgb(
-    data: bytes, size: int, resize: Resize, interpolation: Interpolation = "bicubic"
+    data: bytes, size: int, resize: str, interpolation: str = "bicubic", crop: str = "center"
 ) -> np.ndarray:
     """Decode an image file, resize and crop it.
 
@@ -63,8 +70,11 @@ def decode_rgb(
         data: The file's bytes; the first frame of an animation is taken.
         size: Side of the square, in pixels.
         resize: "shortest" scales the shorter side to `size` and crops the middle; "squash" scales
-            both sides to `size`.
-        interpolation: Filter of the resizing.
+            both sides to `size`. "shortest-256" and "squash-256" scale to 256 pixels before the
+            crop, or to any other number that is not smaller than `size`.
+        interpolation: Filter of the resizing, of `FILTERS`.
+        crop: Where half a pixel goes if an odd number of pixels is cut off: "center" rounds half to
+            even, as torchvision does; "center_floor" down, as transformers does.
 
     Returns:
         uint8 [size, size, 3].
@@ -74,7 +84,7 @@ def decode_rgb(
     """
     image = decode_upright(data)
     with _pillow_errors():
-        return np.array(_to_square(image, size, resize, _FILTERS[interpolation]))
+        return np.array(to_square(image, size, resize, interpolation, crop))
 
 
 def decode_upright(data: bytes) -> Image.Image:
@@ -144,19 +154,29 @@ def _gray16_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
 
 
-def _to_square(
-    image: Image.Image, size: int, resize: Resize, resampling: Image.Resampling
+def to_square(
+    image: Image.Image, size: int, resize: str, interpolation: str, crop: str
 ) -> Image.Image:
-    if resize == "squash":
-        return image.resize((size, size), resampling)
-    shorter = min(image.size)
-    # Truncated, not rounded, as in torchvision's Resize.
-    width, height = (int(size * side / shorter) for side in image.size)
-    # A thin strip of few pixels would become gigabytes.
-    _check_area(width, height)
-    image = image.resize((width, height), resampling)
-    # Rounds half to even, as torchvision's CenterCrop does.
-    left, top = round((width - size) / 2), round((height - size) / 2)
+    """Resize and crop an RGB image; the arguments are those of `decode_rgb`.
+
+    Raises:
+        DecodeError: The resized image would be too large.
+    """
+    mode, _, resized = resize.partition("-")
+    side = int(resized or size)
+    width, height = side, side
+    if mode == "shortest":
+        shorter = min(image.size)
+        # Truncated, not rounded, as in torchvision's Resize.
+        width, height = (int(side * length / shorter) for length in image.size)
+        # A thin strip of few pixels would become gigabytes.
+        _check_area(width, height)
+    image = image.resize((width, height), FILTERS[interpolation])
+    if crop == "center_floor":
+        left, top = (width - size) // 2, (height - size) // 2
+    else:
+        # Rounds half to even, as torchvision's CenterCrop does.
+        left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 

@@ -7,6 +7,7 @@ from bench.texts import (
     KINDS,
     SEVERAL_QUESTIONS,
     TOKENS,
+    bare_format,
     draw_captions,
     draw_conversations,
     make_tokenizer,
@@ -44,7 +45,7 @@ def test_captions_have_the_lengths_of_the_table(tokenizer):
 
 def test_every_caption_is_learned_as_a_whole_and_ends_once(tokenizer):
     texts = [text for e in draw_captions(np.random.default_rng(1), 20) for text in e.texts]
-    for text in tokenize(texts, tokenizer, 99):
+    for text in tokenize(texts, bare_format(tokenizer), 99):
         assert all(text.is_target)
         assert text.token_ids.index(EOS_ID) == len(text.token_ids) - 1
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import cache
-from cache import FeatureStore, VerifyReport
+from cache import FeatureStore, VerifyReport, write_store
 
 STABLE = {
     "PatchcacheError",
@@ -16,6 +16,7 @@ STABLE = {
     "SpecMismatchError",
     "UnsafeShardError",
     "VerifyReport",
+    "write_store",
 }
 
 
@@ -44,6 +45,7 @@ def test_the_stable_signatures_hold():
     assert parameters(FeatureStore) == {"root": empty}
     assert parameters(FeatureStore.gather) == {"self": empty, "image_ids": empty, "out": None}
     assert parameters(FeatureStore.verify) == {"self": empty, "deep": True}
+    assert parameters(write_store) == {"folder": empty, "spec": empty, "rows": empty}
     assert all(hasattr(FeatureStore, name) for name in ("fingerprint", "image_ids", "__len__"))
     assert list(parameters(VerifyReport))[:2] == ["ok", "problems"]
 

@@ -25,6 +25,16 @@ assert not {"cache", "pipeline", "train", "eval", "workspace", "torch"} & sys.mo
 """
 
 
+WRITE = """
+import sys, numpy as np, patchcache
+spec = patchcache.Spec.external(model="net", about="last map", patches=4, width=6)
+row = np.ones((4, 6), np.float16)
+store = patchcache.write_store(sys.argv[1], spec, [(5, 1, row), (3, 2, row * 2)])
+assert store.image_ids.tolist() == [3, 5] and store.verify().ok
+assert not {"cache", "pipeline", "train", "eval", "workspace", "torch"} & sys.modules.keys()
+"""
+
+
 @pytest.fixture
 def run(tmp_path):
     """Runs Python in a folder that holds a copy of the package, and sees nothing else of ours."""
@@ -49,6 +59,12 @@ def run(tmp_path):
 def test_a_store_is_read_and_verified_by_the_renamed_library(run, store, tmp_path):
     run("-c", GATHER, store.root, tmp_path / "features.npy")
     assert np.array_equal(np.load(tmp_path / "features.npy"), store.features)
+
+
+def test_a_store_is_written_by_the_renamed_library(run, tmp_path):
+    run("-c", WRITE, tmp_path / "mine")
+    shown = run("-m", f"{NAME}.inspect", tmp_path / "mine").stdout
+    assert "about                'last map'" in shown
 
 
 def test_the_renamed_commands_work_and_name_themselves(run, store):

@@ -12,9 +12,9 @@ from demo.contexts import notes
 from demo.draw import draw_scene
 from demo.questions import CAPTION_REQUEST, ask
 from demo.scenes import scene_at
-from demo.tokenizer import prompt, train_tokenizer
+from demo.tokenizer import chat_tokenizer, prompt, train_tokenizer
 from demo.train_clip import NAME, normalised, pixels_of
-from demo.train_language_model import phi_config
+from demo.train_language_model import CHAT, PHI_2, llama_config, phi_config
 
 MOST_BYTES = 6_000_000
 SCENES = [scene_at(2, "test", index) for index in range(40)]
@@ -30,6 +30,11 @@ def clip():
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(CHECKPOINTS / "phi")
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "llama", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -99,33 +104,52 @@ def test_tokenizer_can_be_rebuilt(tokenizer):
     assert train_tokenizer(seed=0).get_vocab() == tokenizer.get_vocab()
 
 
-def test_stored_weights_have_the_layout_of_the_code(phi, tokenizer):
-    config = phi_config(tokenizer)
-    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
-        assert getattr(phi.config, name) == getattr(config, name)
+def test_stored_weights_have_the_layout_of_the_code(phi, llama, tokenizer):
+    for model, config in (
+        (phi, phi_config(tokenizer)),
+        (llama, llama_config(chat_tokenizer(tokenizer))),
+    ):
+        for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+            assert getattr(model.config, name) == getattr(config, name)
     assert load_file(CHECKPOINTS / "clip" / f"{NAME}.safetensors")["logit_scale"] > 0
 
 
-def share_right(phi, tokenizer, shift):
-    """Share of questions that Phi answers word for word after its own or another scene's notes."""
+def share_right(model, tokenizer, style, shift):
+    """Share of questions that are answered word for word after notes of their or another scene."""
     right = total = 0
+
+    def ids(text):
+        return tokenizer(text)["input_ids"]
+
     for index, scene in enumerate(SCENES):
         told = SCENES[(index + shift) % len(SCENES)]
-        context = tokenizer(notes(told, random.Random(index)))["input_ids"]
+        context = ids(style.lead) + ids(notes(told, random.Random(index)))
         for question, answer in ask(scene, random.Random(index), 3):
             if question == CAPTION_REQUEST:
                 continue
-            asked = torch.tensor([context + tokenizer(prompt(question))["input_ids"]])
-            wanted = [*tokenizer(f" {answer}")["input_ids"], tokenizer.eos_token_id]
+            asked = torch.tensor([context + ids(style.question.format(question))])
+            wanted = ids(style.answer.format(answer)) + ids(style.end)
             with torch.no_grad():
-                logits = phi(torch.cat([asked, torch.tensor([wanted])], dim=1)).logits[0]
+                logits = model(torch.cat([asked, torch.tensor([wanted])], dim=1)).logits[0]
             right += logits[asked.shape[1] - 1 : -1].argmax(-1).tolist() == wanted
             total += 1
     assert total > 80
     return right / total
 
 
-def test_phi_answers_from_its_context(phi, tokenizer):
-    own, other = share_right(phi, tokenizer, shift=0), share_right(phi, tokenizer, shift=7)
+@pytest.mark.parametrize(("name", "style"), [("phi", PHI_2), ("llama", CHAT)])
+def test_a_language_model_answers_from_its_context(name, style, request):
+    model = request.getfixturevalue(name)
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
+    own, other = (share_right(model, tokenizer, style, shift) for shift in (0, 7))
     assert own > 0.75
     assert own > other + 0.3
+
+
+def test_the_chat_template_is_the_format_of_the_trained_documents():
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / "llama")
+    turns = [("user", "Where?"), ("assistant", "top left"), ("user", "A dog?"), ("assistant", "no")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    answers = [CHAT.question.format(q) + a + CHAT.end for (_, q), (_, a) in (turns[:2], turns[2:])]
+    wanted = CHAT.lead + CHAT.turn.join(answers)
+    assert tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n") == wanted

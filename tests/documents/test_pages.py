@@ -23,9 +23,13 @@ ELSEWHERE = {
 }
 """Heading of a section to the module that runs its shell blocks, in order."""
 
+OWN_FEATURES = "Features of your own"
+"""Heading of the section whose code `test_own_features` runs."""
+
 BLOCKS = [
     block
     for block in all_blocks("sh", "python")
+    if block.heading != OWN_FEATURES
     if block.language == "python" or (block.heading not in ELSEWHERE and block.runnable)
 ]
 """In order: the code that loads an export stands behind the command that makes it."""

@@ -14,8 +14,10 @@ from PIL import Image
 
 from cache import FeatureStore
 from eval.settings import EvaluateSettings
+from train.data.prompt_formats import prompt_format
 from train.model.fingerprint import language_model_identity
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
+from train.model.model_files import read_config
 from train.model.projector import seeded_projector
 from train.run import RunDirectory, provenance
 from train.settings import LlmSettings, LoraSettings
@@ -110,7 +112,9 @@ class World:
         """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
         params = self.params(llm=llm)
         beside = params.section("llm", LlmSettings)
-        identity = language_model_identity(beside, load_tokenizer(beside))
+        tokenizer = load_tokenizer(beside)
+        prompts = prompt_format(beside, tokenizer, read_config(beside.model))
+        identity = language_model_identity(beside, tokenizer) | prompts.identity()
         made_from = provenance(self.store, torch.device("cpu"), language_model=identity)
         run = RunDirectory(stage, params, {"seed": seed}, made_from)
         run.write_history(HISTORY)

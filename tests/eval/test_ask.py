@@ -183,6 +183,7 @@ def test_a_question_to_stage_1_is_refused(run):
         ({"layer": -1}, 1),
         ({"model": "nowhere.json"}, 2),
         ({"pretrained": "nowhere.safetensors"}, 2),
+        ({"model": "external", "pretrained": "my_features"}, 2),
     ],
 )
 def test_another_tower_than_the_runs_is_refused(run, picture_world, tmp_path, changes, code):

@@ -1,58 +1,41 @@
 """An exported run gives from pixels the answers that the run gives from cached features."""
 
-import contextlib
-import io
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PhiConfig,
     dynamic_module_utils,
 )
 
 from cache.errors import SettingsError, SpecMismatchError
 from eval import export as module
-from eval.export import atomic_folder, export, main
-from eval.runs import load_run, open_run
-from pipeline.encoding.encoder import load_encoder, patch_tokens
-from pipeline.images.decode import decode_rgb
-from pipeline.settings import EncoderSettings
-from tests.conftest import HIDDEN, Workspace
+from eval.export import atomic_folder, main
+from tests.eval.llava.exported_run import (
+    BFLOAT16,
+    EVALUATE,
+    FLOAT16,
+    KERNELS,
+    QUESTIONS,
+    Made,
+    distance,
+    inputs_of,
+    our_answers,
+    our_logits,
+    their_answers,
+    their_logits,
+)
 from tests.pipeline.conftest import TINY, draw_jpeg
+from tests.train.model.families import FAMILIES
 from train.model.generate import generate
-from train.model.language_model import add_lora, load_language_model
-from train.model.projector import seeded_projector
-from train.run import RunDirectory, provenance
-from train.settings import LlmSettings, LoraSettings
+from train.model.language_model import load_language_model
+from train.settings import LlmSettings
 from workspace.errors import StageError
-
-QUESTIONS = ["What is in the box", "how many", "yes no"]
-EVALUATE = {
-    "caption_images": 99,
-    "questions": 99,
-    "pope_images": 99,
-    "caption_question": "What is in the box",
-    "caption_tokens": 6,
-    "answer_tokens": 7,
-    "max_text_tokens": 64,
-    "batch_size": 3,
-    "exclude_contaminated": False,
-}
-
-KERNELS = 1e-5
-"""Same numbers in another order of operations, in float32: relative to the largest logit."""
-FLOAT16 = 2**-11
-"""Half of the last digit of a cached feature, which ours reads and theirs does not."""
-BFLOAT16 = 2**-6
-"""A few times the last digit of a weight and of every activation of the language model."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -63,73 +46,6 @@ def _copied_code_stays_here(tmp_path_factory):
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
         patch.syspath_prepend(folder)
         yield
-
-
-class Pictures:
-    """Computes features of drawn pictures on demand; the id of a picture is its seed."""
-
-    def __init__(self, encoder):
-        self.encoder, self.spec = encoder, encoder.spec
-        self.fingerprint = encoder.spec.fingerprint
-
-    def gather(self, image_ids, out=None):
-        pixels = [
-            decode_rgb(draw_jpeg(int(i)), self.spec.image_size, "shortest") for i in image_ids
-        ]
-        return self.encoder.encode(torch.from_numpy(np.stack(pixels)))
-
-    def unrounded(self, image_id):
-        """Return features [1, P, D] as they are before the cast to float16."""
-        pixels = decode_rgb(draw_jpeg(image_id), self.spec.image_size, "shortest")
-        x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2).float() / 255
-        x = ((x - self.encoder._mean) / self.encoder._std).to(self.encoder._dtype)
-        with torch.inference_mode():
-            return patch_tokens(self.encoder._visual, x, self.spec.layer).float()
-
-
-class Made:
-    """A workspace with a run."""
-
-    def __init__(self, root, phi_dir):
-        self.root = root
-        self.workspace = Workspace(root, phi_dir)
-
-    def write(self, *, layer=-2, kind="mlp", pool=1, stage="finetune", llm=(), precision="fp32"):
-        (self.root / "clip.json").write_text(json.dumps(TINY))
-        encoder = {"model": "clip.json", "pretrained": "random", "layer": layer}
-        encoder |= {"precision": precision, "batch_size": 4, "device": "cpu"}
-        with contextlib.chdir(self.root):
-            params = self.workspace.params(
-                encoder=encoder, evaluate=EVALUATE, llm=dict(llm), data={"source": "local"}
-            )
-            self.workspace.write_index([], [])
-            self.features = Pictures(load_encoder(EncoderSettings(**encoder)))
-            made_from = provenance(self.features, torch.device("cpu"))
-            run = RunDirectory(stage, params, {"layer": layer, "kind": kind}, made_from)
-            width = self.features.spec.width
-            projector = seeded_projector(kind, width, HIDDEN, 3, pool)
-            projector.save(run.files / "projector.safetensors")
-            if stage == "finetune":
-                self._write_adapter(params.section("llm", LlmSettings), run.files / "adapter")
-            run.publish({"loss": 2.5}, self.root / "reports" / f"{stage}.json")
-        self.run = self.root / "runs" / stage
-        return self
-
-    def _write_adapter(self, llm, folder):
-        model = load_language_model(llm, torch.device("cpu"))
-        adapter = add_lora(model, LoraSettings(r=4, alpha=8, dropout=0.5), 1)
-        generator = torch.Generator().manual_seed(1)
-        for name, parameter in adapter.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.1, generator=generator)
-        adapter.save_pretrained(folder, save_embedding_layers=False)
-
-    def export(self):
-        self.out = self.root / "out"
-        with contextlib.chdir(self.root):
-            export(self.run, self.out)
-            self.trained = load_run(open_run(self.run))
-        return self
 
 
 @pytest.fixture
@@ -160,35 +76,6 @@ def load(out):
     )
     assert not any(loading.values()), loading
     return model, AutoProcessor.from_pretrained(out, trust_remote_code=True)
-
-
-def inputs_of(processor, image_ids, questions):
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        )
-        for question in questions
-    ]
-    pictures = [Image.open(io.BytesIO(draw_jpeg(i))) for i in image_ids]
-    return processor(images=pictures, text=texts, return_tensors="pt", padding=True)
-
-
-@torch.inference_mode()
-def our_logits(made, patches, question):
-    """Logits [T, V] behind the patches, from the run itself."""
-    model = made.trained.model.eval()
-    prompt = made.trained.prompt_format.dialogue_prompt([], question)
-    embeds = torch.cat([model.embed_patches(patches)[0], model.embed_text(torch.tensor(prompt))])
-    return model.language_model(inputs_embeds=embeds[None]).logits[0].float()
-
-
-@torch.inference_mode()
-def their_logits(model, inputs):
-    return model(**inputs).logits[0].float()
-
-
-def distance(found, wanted):
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def test_logits_from_pixels_are_those_from_the_features(exported):
@@ -228,18 +115,7 @@ def test_every_part_changes_the_logits(exported, broken):
 @pytest.mark.parametrize("exported", ["none", "nf4", "last layer"], indirect=True)
 def test_greedy_answers_are_the_same_in_a_batch_too(exported):
     model, processor = load(exported.out)
-    image_ids = list(range(len(QUESTIONS)))
-    wanted = generate(
-        exported.trained.model, exported.trained.prompt_format, exported.features, image_ids,
-        QUESTIONS,
-        max_tokens=EVALUATE["answer_tokens"], batch_size=2, description="test",
-    )  # fmt: skip
-    inputs = inputs_of(processor, image_ids, QUESTIONS)
-    with torch.inference_mode():
-        made = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in processor.batch_decode(made, skip_special_tokens=True)]
-    assert answers == [generation.text for generation in wanted]
-    assert made.shape[1] == EVALUATE["answer_tokens"]
+    assert their_answers(model, processor) == our_answers(exported)
 
 
 @pytest.mark.parametrize("exported", ["fp16"], indirect=True)
@@ -346,11 +222,12 @@ def test_a_pooled_run_is_refused_before_the_language_model_is_loaded(made):
 
 
 @pytest.mark.usefixtures("no_language_model")
-def test_a_language_model_that_is_no_phi_is_refused(made, monkeypatch):
+def test_a_language_model_that_llava_cannot_represent_is_refused(tmp_path, phi_dir):
+    made = Made(tmp_path, FAMILIES["Gemma2"].write(tmp_path / "gemma2", phi_dir))
     made.write()
-    monkeypatch.setattr("eval.llava.text.PhiConfig", type("Other", (PhiConfig,), {}))
-    with pytest.raises(StageError, match="is of type 'phi', and only Phi"):
+    with pytest.raises(StageError, match=r"is of type 'gemma2'.*soft cap of logits"):
         made.export()
+    assert not made.out.exists()
 
 
 @pytest.mark.usefixtures("no_language_model")

@@ -227,6 +227,22 @@ def test_what_decides_a_run_has_a_name_each(workspace):
 
 
 @pytest.mark.usefixtures("workspace")
+def test_the_setting_of_the_prompt_decides_nothing_but_the_format_that_it_stands_for(
+    workspace, prompt_format, chat_prompts
+):
+    store = FeatureStore(FEATURES)
+
+    def identity(made, **llm):
+        return run_identity(workspace.params(llm=llm), ["llm"], store, **made.identity())
+
+    wanted = identity(prompt_format)
+    assert wanted == identity(prompt_format, prompt="auto") == identity(prompt_format, prompt="phi")
+    assert not any("prompt" in name for name in wanted), "runs from before there were formats"
+    assert identity(chat_prompts)["prompt"].startswith("chat ")
+    assert identity(chat_prompts) == identity(chat_prompts, prompt="chat")
+
+
+@pytest.mark.usefixtures("workspace")
 def test_a_run_may_go_on_with_gradient_checkpointing(workspace):
     store = FeatureStore(FEATURES)
     made = [

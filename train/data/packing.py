@@ -130,7 +130,7 @@ def _aligned(num_bytes: int) -> int:
 def image_length(texts: Sequence[TokenizedText], patches: int, lead: int = 0) -> int:
     """Return how many positions an image takes.
 
-    These are the lead, its patches (pooled if the projector pools them) and the tokens of its
+    These are the lead, its patches, pooled if the projector pools them, and the tokens of its
     texts, without the last token of each text, which is only predicted.
     """
     return lead + patches + sum(len(text.token_ids) - 1 for text in texts)

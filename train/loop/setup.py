@@ -42,7 +42,7 @@ class TrainingSetup:
 
     @property
     def image_tokens(self) -> int:
-        """Positions that the patches of an image take."""
+        """Positions of an image's patches, pooled if the projector pools them."""
         return self.model.projector.num_embeddings(self.store.spec.patches)
 
     def plan(self) -> list[PlannedStep]:

@@ -12,12 +12,12 @@ from peft import LoraConfig
 from torch import nn
 
 from cache.files.foreign import reading_foreign_file
-from train.json_files import read_json
 from train.model.decoder import linear_shape
-from train.model.model_files import ADAPTER_CONFIG
-from train.model.tensor_file import read_header
 from train.settings import LoraSettings
+from workspace.checkpoint_files import ADAPTER_CONFIG
 from workspace.errors import StageError
+from workspace.json_files import read_json
+from workspace.tensor_file import read_header
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 

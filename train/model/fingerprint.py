@@ -20,8 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cache.files.atomic import canonical_json
 from cache.files.foreign import reading_foreign_file
 from train.model.language_model import PROBE
-from train.model.model_files import CONFIG, read_config, read_headers, refusal
+from train.model.model_files import read_config, read_headers, refusal
 from train.settings import LlmSettings
+from workspace.checkpoint_files import CONFIG
 
 INDECISIVE = (
     r"_.*|transformers_version|architectures|auto_map|(torch_)?dtype|use_cache|output_.*|return_.*"

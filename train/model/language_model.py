@@ -38,11 +38,11 @@ from train.model.model_files import (
     TOKENIZER,
     build_empty,
     check_tokenizer_files,
-    holding_back_stderr,
     locate,
     refusal,
 )
 from train.settings import LlmSettings, LoraSettings
+from workspace.checkpoint_files import holding_back_stderr
 from workspace.errors import StageError
 
 PROBE = "Instruct: What is in\tthe box?\nOutput: 12 Äpfel, ﬁve 犬 and 🙂."

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from cache.errors import SettingsError
 from cache.files.atomic import replacing
 from cache.files.foreign import reading_foreign_file, writing_foreign_file
-from train.model.tensor_file import read_header
 from workspace.errors import StageError
+from workspace.tensor_file import read_header
 
 MAX_HEADER_BYTES = 10_000
 """Far more than any projector's header."""

@@ -23,9 +23,10 @@ from train.data.prompts import TokenizedText
 from train.model.attention import NAME
 from train.model.captioner import CaptionModel
 from train.model.decoder import Linear, blocks_of
-from train.model.model_files import build_empty, holding_back_stderr, read_config
+from train.model.model_files import build_empty, read_config
 from train.model.projector import seeded_projector
 from train.settings import LlmSettings
+from workspace.checkpoint_files import holding_back_stderr
 
 PATCHES, VISION_WIDTH, VOCABULARY, HEADS = 5, 8, 64, 2
 """Sizes of the copy and its images."""
@@ -61,6 +62,38 @@ def check_supported(settings: LlmSettings) -> None:
         lambda detail: refuse(f"a small copy of it with random weights fails: {detail}")
     ):
         check_packing(read_config(settings.model))
+
+
+def check_positions(settings: LlmSettings, longest: int) -> None:
+    """Refuse texts beyond the positions for which a model has a table, or one way of counting.
+
+    Rotary positions of kind "longrope" or "dynamic" change for all texts of a row once one of them
+    is longer than the original limit, so packed texts would not be computed as alone.
+
+    Args:
+        settings: Name the language model.
+        longest: Most positions of a text, those of its picture included.
+
+    Raises:
+        SettingsError: Names the limit and what exceeds it.
+    """
+    empty = build_empty(settings.model)
+    config = empty.config
+    tables = [module for module in empty.modules() if isinstance(module, nn.Embedding)]
+    limits = [t.num_embeddings for t in tables if t is not empty.get_input_embeddings()]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # Models with layers of several types have parameters for each.
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if part.get("rope_type") in ("longrope", "dynamic"):
+            limits.append(
+                part.get("original_max_position_embeddings", config.max_position_embeddings)
+            )
+    if limits and longest > min(limits):
+        raise SettingsError(
+            f"llm.model: {settings.model} has {min(limits)} positions that texts of several images "
+            f"can share, and a picture with a text of max_text_tokens takes up to {longest}. Lower "
+            f"max_text_tokens."
+        )
 
 
 def _check_coverage(empty: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """The model card shows the scores of its own run, beside those with the wrong image."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
+from transformers import LlamaConfig, PhiConfig
 
 from eval.llava.card import model_card, read_score_rows
+from eval.llava.text import TextPart
 from eval.score_warnings import RANDOM_TOWER
 from tests.eval.llava.test_processor import spec
 from workspace.errors import StageError
@@ -36,6 +39,11 @@ PROVENANCE = {
     "versions": {"torch": "9.9"},
     "device": "a GPU",
 }
+PHI = TextPart(PhiConfig(dtype="bfloat16"), has_bias=True, scale=1.0)
+PROMPTS = SimpleNamespace(
+    name="phi", tokenizer=SimpleNamespace(eos_token="<end>"), wording=SimpleNamespace(lead="")
+)
+LLAMA = TextPart(LlamaConfig(dtype="bfloat16"), has_bias=False, scale=1.0)
 SETTINGS = SimpleNamespace(caption_question='What is "this"?')
 
 
@@ -57,14 +65,14 @@ def run(tmp_path):
         values = VALUES | changes
         return SimpleNamespace(
             folder=folder, params=SimpleNamespace(values=values), answers=answers,
-            provenance=PROVENANCE,
+            provenance=PROVENANCE, prompt_format=PROMPTS,
         )  # fmt: skip
 
     return make
 
 
-def card(trained):
-    return model_card(trained, spec(), SETTINGS)
+def card(trained, text=PHI, **changes):
+    return model_card(trained, spec(**changes), text, SETTINGS)
 
 
 def header(text):
@@ -175,3 +183,59 @@ def test_the_card_shows_the_provenance(run):
         assert known in text
     assert "LoRA was trained on top of NF4 weights" in text
     assert 'question = "What is \\"this\\"?"' in text
+
+
+def test_only_a_model_with_code_of_ours_asks_for_trust(run):
+    own = card(run())
+    assert "trust_remote_code=True" in own
+    assert "Phi's attention overflows" in own
+    assert 'backend="pil"' not in own
+    assert "phi" in header(own)["tags"]
+
+
+def test_a_plain_model_says_what_transformers_does_otherwise(run):
+    text = card(run(), LLAMA)
+    for known in ('backend="pil"', "EXIF", "640 x 427", "loads all parts in bfloat16", "<end>"):
+        assert known in text
+    for foreign in ("trust_remote_code", "llava_phi", "Phi's"):
+        assert foreign not in text
+    assert "llama" in header(text)["tags"]
+
+
+def test_squashed_pictures_are_not_cropped_and_float32_is_not_rounded(run):
+    exact = dataclasses.replace(LLAMA, config=LlamaConfig(dtype="float32"))
+    text = card(run(), exact, resize="squash")
+    assert "640 x 427" not in text
+    assert "loads all parts" not in text
+    assert 'backend="pil"' in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "parts"),
+    [("fp32", "Vision tower and projector computed"), ("bf16", "The projector computed")],
+)
+def test_the_parts_that_bf16_rounds_are_named(run, precision, parts):
+    assert parts in card(run(), LLAMA, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "lead", "snippet"),
+    [
+        ("phi", "", "text = processor.image_token\n"),
+        ("plain", "<s>", 'text = "\\u003cs\\u003e" + processor.image_token\n'),
+        ("chat", "<s>", 'content": [{"type": "image"}]}'),
+    ],
+)
+def test_a_caption_is_asked_for_in_the_format_of_training(run, name, lead, snippet):
+    trained = run(answers=False)
+    trained.prompt_format = SimpleNamespace(
+        name=name, tokenizer=PROMPTS.tokenizer, wording=SimpleNamespace(lead=lead)
+    )
+    text = card(trained, LLAMA)
+    assert snippet in text
+    compile(text.split("```python\n")[1].split("```")[0], "README.md", "exec")
+
+
+def test_the_tags_name_the_family_of_the_tower(run):
+    text = card(run(), LLAMA, model="hf:siglip-0123abcd")
+    assert header(text)["tags"] == ["llava", "llama", "siglip", "patchcache"]

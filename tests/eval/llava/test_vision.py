@@ -8,8 +8,11 @@ import torch
 from open_clip.transformer import VisionTransformer
 from transformers import CLIPVisionModel
 
-from eval.llava.vision import clip_vision_config, clip_vision_weights
+from eval.llava.vision import clip_vision_config, clip_vision_weights, vision_part
+from pipeline.encoding.encoder import load_encoder
+from pipeline.settings import EncoderSettings
 from tests.pipeline.conftest import TINY
+from tests.pipeline.towers.conftest import BLOCKS, KINDS, build
 from workspace.errors import StageError
 
 
@@ -85,3 +88,47 @@ def test_what_clip_does_not_have_is_refused_by_name(tower, case):
     assert isinstance(visual, VisionTransformer) == (case != "timm")
     with pytest.raises(StageError, match=rf"tower: cannot be exported.*{reason}.*Train with"):
         clip_vision_config(visual, "tower")
+
+
+def settings(model, pretrained="main", layer=-2):
+    return EncoderSettings(
+        model=model, pretrained=pretrained, layer=layer, precision="fp32", batch_size=4,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("clip-whole", "default"), ("siglip", "full")])
+def test_a_tower_of_transformers_is_taken_as_it_is(tmp_path, name, strategy):
+    encoder = settings(f"hf:{build(name, tmp_path)}")
+    part = vision_part(load_encoder(encoder), encoder)
+    assert part.strategy == strategy
+    assert part.config.num_hidden_layers == BLOCKS
+    assert str(tmp_path) not in part.config.to_json_string()
+
+
+@pytest.mark.parametrize("name", ["dinov2-registers", "dinov3"])
+def test_registers_are_refused_by_name(tmp_path, name):
+    encoder = settings(f"hf:{build(name, tmp_path)}")
+    prefix = KINDS[name].prefix
+    with pytest.raises(
+        StageError, match=f"hf:.*drops one token before the patches, it has {prefix}"
+    ):
+        vision_part(load_encoder(encoder), encoder)
+
+
+def test_the_map_of_a_convolutional_tower_is_refused_by_name():
+    encoder = settings("timm:resnet10t", "random", layer=-1)
+    with pytest.raises(StageError, match=r"timm:resnet10t.*places of a map"):
+        vision_part(load_encoder(encoder), encoder)
+
+
+@pytest.mark.parametrize("broken", ["prefix", "weights"])
+def test_other_features_are_refused(tmp_path, monkeypatch, broken):
+    encoder = settings(f"hf:{build('siglip', tmp_path)}")
+    tower = load_encoder(encoder)
+    if broken == "prefix":
+        monkeypatch.setattr("eval.llava.vision.num_prefix_tokens", lambda config: 1)
+    else:
+        tower._visual.model.embeddings.position_embedding.weight.data.add_(0.1)
+    with pytest.raises(StageError, match="other features"):
+        vision_part(tower, encoder)

@@ -49,6 +49,12 @@ def full_html():
     )
 
 
+def test_features_of_others_are_named_by_their_store():
+    settings = {"encoder": {"model": "external", "pretrained": "my_features"}}
+    html = render_report(**EMPTY_PAGE | {"provenance": {"settings": settings}})
+    assert "cached patch features of the store my_features." in html
+
+
 @pytest.mark.parametrize("page", ["full", "empty"])
 def test_the_page_fetches_nothing(page, full_html):
     html = full_html if page == "full" else render_report(**EMPTY_PAGE)

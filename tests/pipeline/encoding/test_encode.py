@@ -186,7 +186,7 @@ def test_a_dead_decoding_process_gives_one_line(run, plan, monkeypatch):
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(module, "decode_rgb", die)
+    monkeypatch.setattr(module, "decode_for", die)
     with pytest.raises(StageError, match=r"a decoding process died.*extract.workers") as caught:
         run(plan, workers=1)
     assert "\n" not in str(caught.value)

@@ -12,9 +12,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cache.errors import SettingsError
-from pipeline.encoding.encoder import Encoder, load_encoder, patch_tokens, weights_sha256
+from pipeline.encoding.encoder import Encoder, load_encoder
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
+from pipeline.towers.tower import patch_tokens, weights_sha256
 from workspace.errors import StageError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -417,11 +418,11 @@ def test_a_missing_checkpoint_is_refused(settings, name):
 
 
 def test_a_hub_id_is_loaded_like_a_file(settings, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.encoding.hub.hub_failure", lambda: "")
+    monkeypatch.setattr("pipeline.towers.hub.hub_failure", lambda: "")
     save_file(checkpoint, tmp_path / "a.safetensors")
     asked = []
     monkeypatch.setattr(
-        "pipeline.encoding.encoder.download_pretrained_from_hf",
+        "pipeline.towers.open_clip_tower.download_pretrained_from_hf",
         lambda name: asked.append(name) or str(tmp_path / "a.safetensors"),
     )
     found = load_encoder(settings(pretrained="somebody/some-clip")).spec
@@ -432,7 +433,7 @@ def test_a_hub_id_is_loaded_like_a_file(settings, checkpoint, tmp_path, monkeypa
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
     """A machine that reaches no hub; returns the folder that is its cache of one repository."""
-    monkeypatch.setattr("pipeline.encoding.hub.hub_failure", lambda: "no network")
+    monkeypatch.setattr("pipeline.towers.hub.hub_failure", lambda: "no network")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "hub/models--somebody--some-clip"
     (folder / "refs").mkdir(parents=True)

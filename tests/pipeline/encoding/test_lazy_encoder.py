@@ -11,6 +11,7 @@ import torch
 from cache.files.atomic import write_bytes
 from pipeline.encoding import encoder as encoder_module
 from pipeline.encoding import lazy_encoder as module
+from pipeline.encoding import versions
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.lazy_encoder import SPECS, LazyEncoder, cache_path, read_cached_spec
 from pipeline.encoding.versions import LIBRARIES
@@ -151,9 +152,9 @@ def test_other_weights_under_the_same_name_are_noticed(settings, usual):
 @pytest.mark.parametrize("library", [*LIBRARIES, "libjpeg_turbo"])
 def test_another_version_of_a_library_is_noticed(usual, spec, library, monkeypatch):
     cache_spec(usual, spec)
-    versions = module.library_versions()
-    assert library in versions
-    monkeypatch.setattr(module, "library_versions", lambda: versions | {library: "0.0.1"})
+    found = module.library_versions()
+    assert library in found
+    monkeypatch.setattr(module, "library_versions", lambda model: found | {library: "0.0.1"})
     assert cached_spec(usual) is None
 
 
@@ -168,7 +169,7 @@ def test_another_format_is_noticed(usual, spec, monkeypatch):
     [
         ("pipeline/encoding/encoder.py", ".float() / 255", ".float() / 256"),
         ("pipeline/encoding/encoder.py", "PREPROCESS_VERSION = 1", "PREPROCESS_VERSION = 2"),
-        ("pipeline/encoding/encoder.py", "intermediates=False", "intermediates=True"),
+        ("pipeline/towers/tower.py", "intermediates=False", "intermediates=True"),
         ("pipeline/images/decode.py", 'image.convert("RGB")', 'image.convert("RGB").copy()'),
         ("cache/spec.py", "sha256", "sha512"),
     ],
@@ -189,6 +190,40 @@ def test_comments_blank_lines_and_layout_of_the_code_do_not_matter(usual, spec, 
         text = text.replace("\n\n\ndef ", "\n# New.\n\n\n\n\ndef ")
         path.write_text(f"# First.\n\n{text}\n\n# Last.\n")
     assert cached_spec(usual) == spec
+
+
+# Towers of transformers
+
+
+@pytest.fixture
+def hf_tower(settings):
+    """Settings of a tower in a folder, whose files exist."""
+    Path("tower").mkdir()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors", "README.md"):
+        Path("tower", name).write_bytes(name.encode())
+    return settings(model="hf:tower", pretrained="main")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_another_file_in_a_folder_is_noticed(hf_tower, spec, name):
+    cache_spec(hf_tower, spec)
+    Path("tower/README.md").write_text("other words")
+    assert cached_spec(hf_tower) == spec
+    Path("tower", name).write_text("other content")
+    assert cached_spec(hf_tower) is None
+
+
+def test_another_version_of_transformers_is_noticed_by_its_own_towers(hf_tower, usual, monkeypatch):
+    paths = cache_path(usual), cache_path(hf_tower)
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda n: "0" if n == "transformers" else real(n))
+    assert cache_path(usual) == paths[0]
+    assert cache_path(hf_tower) != paths[1]
+
+
+@pytest.mark.parametrize("pretrained", ["main", "0" * 40, "random"])
+def test_specs_of_towers_on_the_hub_are_never_cached(settings, pretrained):
+    assert cache_path(settings(model="hf:facebook/dinov2-small", pretrained=pretrained)) is None
 
 
 # Specs that are not cached, and damaged ones

@@ -442,9 +442,9 @@ def cropped_one_off(monkeypatch):
 
 
 def rgb_after_resizing(monkeypatch):
-    to_rgb, to_square = decode._to_rgb, decode._to_square
+    to_rgb, to_square = decode._to_rgb, decode.to_square
     monkeypatch.setattr(decode, "_to_rgb", lambda image: image)
-    monkeypatch.setattr(decode, "_to_square", lambda *given: to_rgb(to_square(*given)))
+    monkeypatch.setattr(decode, "to_square", lambda *given: to_rgb(to_square(*given)))
 
 
 def exif_ignored(monkeypatch):
@@ -509,8 +509,8 @@ def chroma_repeated(image):
 
 
 def bgr(monkeypatch):
-    usual = probe.decode_rgb
-    monkeypatch.setattr(probe, "decode_rgb", lambda *given: usual(*given)[:, :, ::-1])
+    usual = probe.decode_for
+    monkeypatch.setattr(probe, "decode_for", lambda *given: usual(*given)[:, :, ::-1])
 
 
 PREPROCESSING = {

@@ -41,8 +41,8 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     """Its own rules, for the page."""
-    nf4: bool = True
-    """Whether bitsandbytes quantises its layers to NF4."""
+    export: str = "yes"
+    """How it is exported as LLaVA, for the page; "yes": without code of ours."""
 
     def config(self) -> transformers.PreTrainedConfig:
         """Return the config of the tiny model."""
@@ -72,7 +72,12 @@ class Family:
 FAMILIES = {
     family.kind: family
     for family in (
-        Family("Phi", "Phi-1, Phi-1.5, Phi-2", note="bias in the output layer"),
+        Family(
+            "Phi",
+            "Phi-1, Phi-1.5, Phi-2",
+            note="bias in the output layer",
+            export="own code",
+        ),
         Family(
             "Llama",
             "Llama 2 and 3, SmolLM2, TinyLlama",
@@ -99,6 +104,7 @@ FAMILIES = {
                 "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
                 "tie_word_embeddings": True},
             "scaled embeddings, sliding windows, soft caps of scores and logits",
+            export="no: LLaVA lacks the soft cap",
         ),
         Family(
             "Gemma3Text",
@@ -120,7 +126,6 @@ FAMILIES = {
             "GPT-2",
             {"tie_word_embeddings": True},
             "learned positions; weights of linear layers are transposed",
-            nf4=False,
         ),
         Family("StableLm", "StableLM 2", SHARED),
         Family(

@@ -6,7 +6,11 @@ without; NF4 is the model of the dequantised weights.
 """
 
 import copy
+import itertools
+import shutil
+import signal
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,17 +19,23 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+import train.loop.loop
 from tests.conftest import HIDDEN, PATCHES, WIDTH
 from tests.train.images import Image, collate_images
 from tests.train.model.families import FAMILIES, WINDOW
+from tests.train.stage_server import outcome
 from train.data.prompts import caption_turns, conversation_turns, tokenize
+from train.finetune import finetune
+from train.loop.step import optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.decoder import blocks_of
 from train.model.generate import generate
 from train.model.language_model import add_lora, load_language_model, load_lora, lora_dropouts
 from train.model.projector import seeded_projector
 from train.model.supported import Float64, check_supported
+from train.pretrain import pretrain
 from train.settings import LlmSettings, LoraSettings
 
 LORA = LoraSettings(r=4, alpha=8, dropout=0.5)
@@ -80,8 +90,8 @@ def captioner(language_model):
 
 
 @pytest.fixture
-def images(tokenizer):
-    return [Image(n, tuple(tokenize(texts, tokenizer, 99))) for n, texts in enumerate(TEXTS)]
+def images(prompt_format):
+    return [Image(n, tuple(tokenize(texts, prompt_format, 99))) for n, texts in enumerate(TEXTS)]
 
 
 @pytest.fixture
@@ -155,21 +165,20 @@ def test_lora_is_on_every_linear_layer_of_the_blocks_and_nothing_else(load, tmp_
         assert not torch.equal(load(lora=False)(ids).logits, model(ids).logits)
 
 
-def test_generation_with_a_cache_says_what_it_says_without(load, tokenizer, patches):
+def test_generation_with_a_cache_says_what_it_says_without(load, prompt_format, patches):
     model = captioner(load()).eval()
     features = patches.half().numpy()
-    prompts = ["", "how many of the", "where is"]
+    questions, tokenizer = [None, "how many of the", "where is"], prompt_format.tokenizer
 
     class Features:
         def gather(self, image_ids, out=None):
             return features[image_ids]
 
     found = generate(
-        model, tokenizer, Features(), range(len(prompts)), prompts,
+        model, prompt_format, Features(), range(len(questions)), questions,
         max_tokens=8, batch_size=3, description="",
     )  # fmt: skip
-    for number, prompt in enumerate(prompts):
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    for number, ids in enumerate(prompt_format.prompts(questions)):
         wanted = greedy(model, tokenizer, features[[number]], ids, 8)
         assert found[number].text == tokenizer.decode(wanted).strip()
         assert found[number].num_tokens == len(wanted)
@@ -193,7 +202,6 @@ def greedy(model, tokenizer, patches_1PD, ids, most):
     return chosen
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if FAMILIES[f].nf4], indirect=True)
 def test_nf4_is_the_model_of_the_dequantised_weights(load, images, patches):
     quantised = load("nf4")
     layers = {n for n, m in quantised.named_modules() if isinstance(m, Linear4bit)}
@@ -201,7 +209,9 @@ def test_nf4_is_the_model_of_the_dequantised_weights(load, images, patches):
     with torch.no_grad():
         for name in layers:
             weight = quantised.get_submodule(name).weight
-            plain.get_submodule(name).weight.copy_(dequantize_4bit(weight, weight.quant_state))
+            values = dequantize_4bit(weight, weight.quant_state)
+            layer = plain.get_submodule(name)
+            layer.weight.copy_(values.T if isinstance(layer, Conv1D) else values)
     assert layers == {n for n, m in plain.named_modules() if n.endswith("base_layer")}
     batch = collate_images([images], patches.half())
     losses, gradients = [], []
@@ -214,3 +224,37 @@ def test_nf4_is_the_model_of_the_dequantised_weights(load, images, patches):
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[1].norm()
+
+
+@pytest.mark.slow("trains in both stages with every family")
+def test_a_resumed_run_equals_an_uninterrupted_one(family, folders, workspace, monkeypatch):
+    loop = {"epochs": 2, "validate_every_steps": 3, "samples": 1}
+    params = workspace.params(
+        llm={"model": str(folders(family)), "quantize": "none", "dtype": "fp32"},
+        pretrain=loop,
+        finetune=loop,
+        checkpoints={"every_steps": 2},
+    )
+    for name, stage in (("pretrain", pretrain), ("finetune", finetune)):
+        stage(params)
+        uninterrupted = outcome(name)
+        shutil.rmtree(f"runs/{name}")
+        with monkeypatch.context() as patch:
+            patch.setattr(train.loop.loop, "optimizer_step", interrupting(3))
+            with pytest.raises(KeyboardInterrupt):
+                stage(params)
+        assert list(Path(".work/runs", name).glob("*/checkpoints/step-*.safetensors"))
+        stage(params)
+        assert outcome(name) == uninterrupted
+
+
+def interrupting(number):
+    """Return an optimizer step that gets a signal in its `number`-th call."""
+    calls = itertools.count(1)
+
+    def step(*arguments, **options):
+        if next(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return optimizer_step(*arguments, **options)
+
+    return step

@@ -12,7 +12,12 @@ import train.model.attention
 import train.model.captioner
 from cache.errors import SettingsError
 from train.finetune import finetune
-from train.model.supported import check_packing, check_supported, small_copy
+from train.model.supported import (
+    check_packing,
+    check_positions,
+    check_supported,
+    small_copy,
+)
 from train.pretrain import pretrain
 from train.settings import LlmSettings
 
@@ -132,3 +137,37 @@ def test_the_copy_is_small_and_keeps_the_layer_types_and_the_width_of_a_head(kin
     assert set(getattr(copy.config, "layer_types", None) or ()) == set(types or ())
     assert sum(p.numel() for p in copy.parameters()) < 5e6
     assert all(p.dtype == torch.float64 and not p.requires_grad for p in copy.parameters())
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16,
+    "long_factor": [4.0] * 16,
+    "original_max_position_embeddings": 40, "factor": 4.0, "partial_rotary_factor": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (transformers.GPT2Config(**SIZES, n_positions=60), 60),
+        (
+            transformers.Phi3Config(
+                **SIZES, intermediate_size=64, rope_parameters=LONGROPE, pad_token_id=0,
+                max_position_embeddings=160,
+                original_max_position_embeddings=40, num_key_value_heads=2,
+            ),
+            40,
+        ),
+        (transformers.LlamaConfig(**SIZES, intermediate_size=64, max_position_embeddings=60), None),
+    ],
+    ids=["learned", "longrope", "rotary"],
+)  # fmt: skip
+def test_texts_beyond_a_models_positions_are_refused(config, limit, tmp_path, phi_dir):
+    folder = folder_of(config, tmp_path / "model", phi_dir)
+    llm = LlmSettings(model=str(folder), quantize="none", dtype="fp32")
+    check_positions(llm, limit or 1000)
+    if limit:
+        with pytest.raises(
+            SettingsError, match=rf"has {limit} positions .* takes up to {limit + 1}\."
+        ):
+            check_positions(llm, limit + 1)

@@ -68,9 +68,12 @@ THROUGH_TIMM = {
 }
 """Towers of timm's classes."""
 
+CONVOLUTIONAL = {
+    "convnext": partial(ConvNeXt, depths=(1, 1, 1, 1), dims=(8, 8, 8, 12)),
+    "resnet": partial(ResNet, BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 12), stem_width=8),
+}
+
 WITHOUT_PATCHES = {
-    "convnext": partial(ConvNeXt, depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)),
-    "resnet": partial(ResNet, BasicBlock, (1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8),
     "swin": partial(
         SwinTransformer, img_size=32, patch_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 1)
     ),
@@ -111,7 +114,7 @@ def config(kind, vision):
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """Writes the config of a small tower and returns its path; timm learns of its trunk."""
-    for kind, trunk in (THROUGH_TIMM | WITHOUT_PATCHES).items():
+    for kind, trunk in (THROUGH_TIMM | CONVOLUTIONAL | WITHOUT_PATCHES).items():
 
         def create(trunk=trunk, *, num_classes, global_pool, **options):
             made = trunk(num_classes=num_classes, global_pool=global_pool)
@@ -241,6 +244,30 @@ def test_the_spec_has_the_number_of_patches_and_their_width(settings, model, kin
         assert (spec.image_size, spec.patches) == (336, 576)
 
 
+# Convolutional towers
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_the_patches_of_a_convolutional_tower_are_its_last_map(settings, model, kind):
+    encoder = load_encoder(settings(model=model(kind, image_size=96), layer=-1))
+    pixels = random_pixels(encoder, 2)
+    with torch.inference_mode():
+        wanted = encoder._visual.trunk.forward_features(normalised(encoder, pixels))
+    assert wanted.shape == (2, 12, 3, 3)
+    found = encoder.encode(pixels)
+    assert (encoder.spec.tokens, encoder.spec.patches, encoder.spec.width) == ("grid", 9, 12)
+    for row in range(3):
+        for column in range(3):
+            assert relative(found[:, 3 * row + column], wanted[:, :, row, column]) < 1e-3
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONAL)
+def test_only_the_last_map_of_a_convolutional_tower_is_taken(settings, model, kind):
+    with pytest.raises(SettingsError, match=r"encoder.layer: .* no block -2: .*to -1") as caught:
+        load_encoder(settings(model=model(kind), layer=-2))
+    assert "\n" not in str(caught.value)
+
+
 # The preprocess
 
 
@@ -285,22 +312,19 @@ def test_an_image_that_is_not_square_is_refused(settings, model, kind):
 # What has no patches, or not of this size or block
 
 
-@pytest.mark.parametrize(
-    ("kind", "tower"), [("convnext", "ConvNeXt"), ("resnet", "ResNet"), ("swin", "SwinTransformer")]
-)
-def test_a_trunk_without_patch_tokens_is_refused(settings, model, kind, tower):
+def test_a_trunk_without_patch_tokens_is_refused(settings, model):
     for layer in (-1, -2, -30):
         with pytest.raises(
-            SettingsError, match=f"encoder.model: .*{kind}.*no patch tokens"
+            SettingsError, match=r"encoder.model: .*swin.*no patch tokens"
         ) as caught:
-            load_encoder(settings(model=model(kind), layer=layer))
-        assert f"tokens: {tower} is a convolutional network, merges" in str(caught.value)
+            load_encoder(settings(model=model("swin"), layer=layer))
+        assert "tokens: SwinTransformer merges" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 def test_a_convolutional_tower_of_open_clip_is_refused(settings, model):
     path = model("plain", layers=[1, 1, 1, 1], width=8, head_width=32)
-    with pytest.raises(SettingsError, match=r"encoder.model: .*no patch tokens: ModifiedResNet is"):
+    with pytest.raises(SettingsError, match=r"encoder.model: .*no patch tokens: ModifiedResNet "):
         load_encoder(settings(model=path))
 
 

@@ -3,8 +3,8 @@ import logging
 import pytest
 from huggingface_hub import constants
 
-from pipeline.encoding import hub as module
-from pipeline.encoding.hub import hub_failure, logging_disabled, offline_if_hub_unreachable
+from pipeline.towers import hub as module
+from pipeline.towers.hub import hub_failure, logging_disabled, offline_if_hub_unreachable
 
 
 class Session:

@@ -1,0 +1,117 @@
+"""Takes a store that others wrote, such as one of `cache.write_store`, in place of encoding.
+
+The store is checked to its last byte and against the index of the workspace, then published as it
+is. A store with features of another file than the indexed one is refused: they would be trained on
+beside the texts of that file.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cache.audit import audit
+from cache.errors import REMEDY, SettingsError
+from cache.plan import PlannedShard
+from cache.publish import publish_copy
+from cache.remote.location import Location
+from cache.spec import Spec
+from cache.store_index import INDEX_FILE, StoreIndex
+from cache.texts import first_few
+from pipeline.encoding.stats import ExtractionStats
+from pipeline.images.source import ImageSource
+from pipeline.settings import ExtractSettings
+from workspace.errors import StageError
+from workspace.paths import FEATURES, IMAGES
+
+KEY = "encoder.pretrained"
+"""The setting that names the store."""
+
+
+def take_store(
+    root: str, source: ImageSource, settings: ExtractSettings, stats: ExtractionStats
+) -> tuple[list[PlannedShard], Spec]:
+    """Check a store and publish it as that of the workspace.
+
+    Args:
+        root: Its folder or URL.
+        source: The indexed images.
+        settings: Of the stage.
+        stats: Updated with the images that the store lacks, as failures.
+
+    Returns:
+        The shards, and the spec of the features.
+
+    Raises:
+        SettingsError: The store is the one that would be replaced by it.
+        StageError: It is damaged, lacks too many images, or has features of other files.
+    """
+    location = Location(root)
+    if not location.is_remote and Path(root).resolve() == FEATURES.resolve():
+        raise SettingsError(
+            f"{KEY}: {root} is what this stage replaces. Write the store elsewhere."
+        )
+    _check_files(location)
+    spec = location.read_spec()
+    index = StoreIndex.read(location.path(INDEX_FILE), spec)
+    _check_images(index, root, source, settings, stats)
+    publish_copy(FEATURES, location, index)
+    return _plan_of(index), spec
+
+
+def _check_files(location: Location) -> None:
+    with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done)
+
+        report = audit(location, deep=True, progress=progress)
+    if not report.ok:
+        first = report.problems[0].replace(REMEDY, "Write or copy the store again.")
+        raise StageError(
+            f"{KEY}: problems of the store: {len(report.problems)}, the first: {first}"
+        )
+
+
+def _check_images(
+    index: StoreIndex,
+    root: str,
+    source: ImageSource,
+    settings: ExtractSettings,
+    stats: ExtractionStats,
+) -> None:
+    """Hold the images of a store against those of the workspace.
+
+    Raises:
+        StageError: Too many are missing, or a file is another one.
+    """
+    _, stored, indexed = np.intersect1d(
+        index.image_ids, source.image_ids, assume_unique=True, return_indices=True
+    )
+    others = index.source_xxh3[stored] != source.source_xxh3[indexed]
+    if others.any():
+        raise StageError(
+            f"{KEY}: {root} has features of other files than {IMAGES} for {int(others.sum())} of "
+            f"{len(stored)} images: {first_few(source.image_ids[indexed[others]])}. Write their "
+            f"rows with xxh3_64 of the files that are indexed, or run index on the files that the "
+            f"features were made of."
+        )
+    missing = np.delete(source.image_ids, indexed).tolist()
+    allowed = int(settings.max_failure_rate * len(source.image_ids))
+    if len(missing) > allowed or not len(stored):
+        raise StageError(
+            f"{KEY}: {root} lacks {len(missing)} of {len(source.image_ids)} images, at most "
+            f"{allowed} may be missing (extract.max_failure_rate): {first_few(missing)}. Write "
+            f"their rows, or take the images out and run index."
+        )
+    stats.failures |= dict.fromkeys(missing, f"{root} has no features of it")
+    if extra := len(index.image_ids) - len(stored):
+        print(f"extract: {root}: {extra} of its images are not indexed and stay unused", flush=True)
+
+
+def _plan_of(index: StoreIndex) -> list[PlannedShard]:
+    return [
+        PlannedShard(Path(file.name).stem, index.image_ids[rows], index.source_xxh3[rows])
+        for file, rows in zip(index.shards, index.by_shard, strict=True)
+    ]
