@@ -38,6 +38,7 @@ bench: $(INSTALLED)
 	python -m bench.encode
 	python -m bench.extract
 	python -m bench.step
+	python -m bench.step_llama
 	python -m bench.generate
 	python -m bench.startup
 	python -m bench.full_size

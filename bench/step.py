@@ -4,8 +4,8 @@
 
 All contenders of a stage have the same weights, texts and features, or as many pictures, and each
 makes a whole step: from texts and image ids to changed weights. The learning rate is 0, so that
-all of them find the same weights at all times. The language model has random weights in float32: a
-Phi in miniature with Phi-2's vocabulary, then a Llama of SmolLM2-135M's sizes, deep and narrow.
+all of them find the same weights at all times. The language model is a Phi in miniature, with
+Phi-2's vocabulary and random weights in float32; `bench.step_llama` has a deeper and narrower one.
 
     ours              rows that share their patches, logits where they are needed, cached features
     usual loop        one padded sequence a text, all logits, cached features (`bench.usual_loop`)
@@ -13,12 +13,10 @@ Phi in miniature with Phi-2's vocabulary, then a Llama of SmolLM2-135M's sizes, 
     ... with CLIP     the usual loop with CLIP on decoded pictures at every step, none ahead
     student's loop    a forward pass for every token of a caption (`bench.student_loop`)
 
-Stage 1 has captions of COCO's lengths; stage 2 has conversations of LLaVA's (`bench.texts`). The
-Llama is compared with the usual loops on cached features alone.
+Stage 1 has captions of COCO's lengths; stage 2 has conversations of LLaVA's (`bench.texts`).
 """
 
 import copy
-import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -34,7 +32,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -86,8 +83,6 @@ CONTENDERS: Contenders = {
     PRETRAIN: (OURS, USUAL, BY_LENGTH, WITH_CLIP, STUDENT),
     FINETUNE: (OURS, USUAL, BY_LENGTH),
 }
-CACHED: Contenders = dict.fromkeys((PRETRAIN, FINETUNE), (OURS, USUAL, BY_LENGTH))
-"""The contenders that read cached features."""
 UNITS = {PRETRAIN: "captions", FINETUNE: "conversations"}
 
 PASS_TOKENS, ROW_TOKENS = 2048, 256
@@ -110,19 +105,6 @@ PHI = PhiConfig(
 )
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
 SMALL_PHI = PhiConfig(**PHI.to_dict() | SMALL)
-LLAMA = LlamaConfig(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=2048,
-    tie_word_embeddings=True,
-)
-SMALL_LLAMA = LlamaConfig(
-    **LLAMA.to_dict() | SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
-)
 LORA = LoraSettings(r=16, alpha=32, dropout=0.0)
 """Without dropout, so that gradients can be compared."""
 
@@ -153,8 +135,6 @@ class Sizes:
 
 FULL = Sizes({PRETRAIN: 16, FINETUNE: 12}, PHI, CONTENDERS, rounds=5, wait_steps=8, watched=None)
 QUICK = Sizes({PRETRAIN: 1, FINETUNE: 1}, SMALL_PHI, CONTENDERS, rounds=1, wait_steps=2, watched=1)
-FULL_LLAMA = dataclasses.replace(FULL, config=LLAMA, contenders=CACHED)
-QUICK_LLAMA = dataclasses.replace(QUICK, config=SMALL_LLAMA, contenders=CACHED)
 
 
 @dataclass(frozen=True)
@@ -459,13 +439,10 @@ def main() -> None:
     """Measure and write the result file."""
     run_benchmark(
         "step",
-        lambda arguments: {
-            **measure(QUICK if arguments.quick else FULL),
-            "llama": measure(QUICK_LLAMA if arguments.quick else FULL_LLAMA),
-        },
+        lambda arguments: measure(QUICK if arguments.quick else FULL),
         benchmark_parser(__doc__),
-        minutes=25,
-        quick_seconds=90,
+        minutes=15,
+        quick_seconds=60,
         libraries=("torch", "transformers", "peft", "open_clip_torch", "pillow"),
     )
 

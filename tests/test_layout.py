@@ -24,7 +24,12 @@ MAY_IMPORT = {
 }
 """Package to the packages below it."""
 
-EVAL_MAY_IMPORT = ("pipeline.images", "pipeline.encoding.encoder", "pipeline.settings")
+EVAL_MAY_IMPORT = (
+    "pipeline.images",
+    "pipeline.encoding.encoder",
+    "pipeline.towers",
+    "pipeline.settings",
+)
 """Of pipeline: pictures, the tower, and the settings that name it."""
 
 PACKAGES = tuple(MAY_IMPORT)

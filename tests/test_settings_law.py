@@ -37,6 +37,7 @@ NO_LAW = {
     "fetch.files.bytes": FETCHED,
     "fetch.files.sha256": FETCHED,
     "fetch.files.unpack": FETCHED,
+    "llm.prompt": "which tokens stand around texts: tests/train/data/test_prompt_formats.py",
     "encoder.device": "where the work is done: tests/pipeline/encoding/test_devices.py",
 }
 """Settings that no law changes."""

@@ -1,6 +1,6 @@
-"""A language model that is small enough to train with every loop of a benchmark."""
+"""Language models that are small enough to train with every loop of a benchmark."""
 
-from transformers import PhiConfig
+from transformers import LlamaConfig, PhiConfig
 
 TINY_PHI = PhiConfig(
     vocab_size=51_200,
@@ -10,4 +10,15 @@ TINY_PHI = PhiConfig(
     num_attention_heads=2,
     max_position_embeddings=1024,
     partial_rotary_factor=0.5,
+)
+
+TINY_LLAMA = LlamaConfig(
+    vocab_size=49_152,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
 )

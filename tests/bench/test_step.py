@@ -9,7 +9,7 @@ from bench import step, student_loop, usual_loop
 from bench.step import BY_LENGTH, CONTENDERS, FINETUNE, OURS, PRETRAIN, STUDENT, USUAL, WITH_CLIP
 from bench.stores import SPEC
 from bench.usual_loop import by_length, make_samples, shuffled
-from tests.bench.models import TINY_PHI
+from tests.bench.models import TINY_LLAMA, TINY_PHI
 
 pytestmark = pytest.mark.slow("trains with every loop of the benchmark")
 
@@ -27,9 +27,13 @@ def folder(tmp_path_factory):
     return step.make_features(tmp_path_factory.mktemp("features"), IMAGES, spec)
 
 
-@pytest.fixture(scope="module", params=[PRETRAIN, FINETUNE])
+@pytest.fixture(
+    scope="module",
+    params=[(PRETRAIN, TINY_PHI), (FINETUNE, TINY_PHI), (PRETRAIN, TINY_LLAMA)],
+    ids=lambda param: f"{param[0]}-{param[1].model_type}",
+)
 def stage(request, folder):
-    made = step.make_stage(request.param, folder, TINY_PHI)
+    made = step.make_stage(request.param[0], folder, request.param[1])
     for parameter in made.model.language_model.parameters():
         # Large enough that every position matters to every later logit.
         torch.nn.init.normal_(parameter, std=0.1)

@@ -20,12 +20,18 @@ def make(config=PHI, quantize=False, dtype=torch.float32):
     return make_language_model(config, quantize=quantize, dtype=dtype, device=CPU)
 
 
+def load_with_sdpa(settings):
+    model = load_language_model(settings, CPU)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
 @pytest.mark.parametrize("config", [PHI, LLAMA])
 def test_a_model_is_the_one_that_its_saved_weights_give(config, tmp_path):
     model = make(config)
     model.save_pretrained(tmp_path)
     settings = LlmSettings(model=str(tmp_path), quantize="none", dtype="fp32")
-    loaded = load_language_model(settings, CPU)
+    loaded = load_with_sdpa(settings)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     torch.testing.assert_close(model(IDS).logits, loaded(IDS).logits, rtol=0, atol=0)
@@ -35,7 +41,7 @@ def test_a_model_is_the_one_that_its_saved_weights_give(config, tmp_path):
 def test_a_quantised_model_is_the_one_that_loading_quantises(dtype, tmp_path):
     make(dtype=dtype).save_pretrained(tmp_path)
     name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    loaded = load_language_model(LlmSettings(model=str(tmp_path), quantize="nf4", dtype=name), CPU)
+    loaded = load_with_sdpa(LlmSettings(model=str(tmp_path), quantize="nf4", dtype=name))
     model = make(quantize=True, dtype=dtype)
     kinds = {n: type(m) for n, m in loaded.named_modules() if isinstance(m, nn.Linear)}
     assert {n: type(m) for n, m in model.named_modules() if isinstance(m, nn.Linear)} == kinds

@@ -41,6 +41,8 @@ class Family:
     sizes: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     """Its own rules, for the page."""
+    export: str = "yes"
+    """How it is exported as LLaVA, for the page; "yes": without code of ours."""
 
     def config(self) -> transformers.PreTrainedConfig:
         """Return the config of the tiny model."""
@@ -70,7 +72,12 @@ class Family:
 FAMILIES = {
     family.kind: family
     for family in (
-        Family("Phi", "Phi-1, Phi-1.5, Phi-2", note="bias in the output layer"),
+        Family(
+            "Phi",
+            "Phi-1, Phi-1.5, Phi-2",
+            note="bias in the output layer",
+            export="own code",
+        ),
         Family(
             "Llama",
             "Llama 2 and 3, SmolLM2, TinyLlama",
@@ -97,6 +104,7 @@ FAMILIES = {
                 "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
                 "tie_word_embeddings": True},
             "scaled embeddings, sliding windows, soft caps of scores and logits",
+            export="no: LLaVA lacks the soft cap",
         ),
         Family(
             "Gemma3Text",
