@@ -28,7 +28,12 @@ from eval.llava.llava_phi import (
     UprightImageProcessor,
 )
 from eval.llava.model import LlavaParts, build_model, save_model
-from eval.llava.processor import IMAGE_TOKEN, make_processor, with_image_token
+from eval.llava.processor import (
+    IMAGE_TOKEN,
+    make_processor,
+    prompts_differ,
+    with_image_token,
+)
 from eval.llava.text import text_part
 from eval.llava.vision import vision_part
 from eval.runs import PROJECTOR, FinishedRun, load_run, open_run
@@ -66,10 +71,12 @@ def export(run: Path, out: Path) -> None:
     processor = make_processor(
         parts.tokenizer, parts.vision, parts.spec, template, own_code=parts.text.has_bias
     )
+    differ = prompts_differ(processor, trained.prompt_format)
+    card = model_card(trained, parts.spec, parts.text, settings, prompts_differ=differ)
     with atomic_folder(out) as folder, writing_foreign_file(out):
         save_model(model, folder)
         processor.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(trained, parts.spec, parts.text, settings))
+        write_text(folder / "README.md", card)
     print(f"export: {out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
 
 

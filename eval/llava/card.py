@@ -28,7 +28,14 @@ SHOWN_SECTIONS = ("encoder", "llm", "projector", "pretrain", "finetune")
 """Sections of the settings that the card shows."""
 
 
-def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: EvaluateSettings) -> str:
+def model_card(
+    trained: LoadedRun,
+    spec: Spec,
+    text: TextPart,
+    settings: EvaluateSettings,
+    *,
+    prompts_differ: bool,
+) -> str:
     """Write the model card of a run.
 
     Args:
@@ -36,6 +43,7 @@ def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: Evaluat
         spec: Spec of the features that the run was trained on.
         text: The language model's representation.
         settings: Its `caption_question` is the question of the card's example.
+        prompts_differ: Whether a question has other tokens than in training.
 
     Returns:
         Markdown with a YAML header.
@@ -57,6 +65,7 @@ def model_card(trained: LoadedRun, spec: Spec, text: TextPart, settings: Evaluat
         source=source,
         spec=spec,
         text=text,
+        prompts_differ=prompts_differ,
         dtype=str(text.config.dtype).removeprefix("torch."),
         prompts=trained.prompt_format,
         question=settings.caption_question,

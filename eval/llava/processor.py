@@ -8,6 +8,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 from cache.spec import Spec
 from eval.llava.llava_phi import PatchcacheImageProcessor, UprightImageProcessor
 from eval.llava.vision import VisionPart
+from train.data.prompts import PromptFormat
 
 IMAGE_TOKEN = "<image>"
 
@@ -52,6 +53,22 @@ def make_processor(
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=vision.num_prefix_tokens,
     )
+
+
+def prompts_differ(processor: LlavaProcessor, prompt_format: PromptFormat) -> bool:
+    """Return whether a question has other tokens in the exported format than in training.
+
+    Some tokenizers mark the text behind every special token as the start of a word, behind the
+    image token too; in training no token stands there.
+    """
+    if processor.chat_template is None:
+        return False
+    question = "What is in the box?"
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}])
+    found: list[int] = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = prompt_format.dialogue_prompt([], question)
+    return found != [*prompt_format.lead, processor.image_token_id, *prompt]
 
 
 def image_processor(spec: Spec, *, own_code: bool) -> UprightImageProcessor | CLIPImageProcessor:

@@ -247,7 +247,7 @@ def test_an_empty_folder_is_filled_and_a_half_one_never_seen(made, monkeypatch):
     made.write()
     (made.root / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "model_card", lambda *_: 1 / 0)
+        patch.setattr(module, "save_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made.export()
     assert not list((made.root / "out").iterdir())

@@ -71,8 +71,8 @@ def run(tmp_path):
     return make
 
 
-def card(trained, text=PHI, **changes):
-    return model_card(trained, spec(**changes), text, SETTINGS)
+def card(trained, text=PHI, prompts_differ=False, **changes):
+    return model_card(trained, spec(**changes), text, SETTINGS, prompts_differ=prompts_differ)
 
 
 def header(text):
@@ -239,3 +239,9 @@ def test_a_caption_is_asked_for_in_the_format_of_training(run, name, lead, snipp
 def test_the_tags_name_the_family_of_the_tower(run):
     text = card(run(), LLAMA, model="hf:siglip-0123abcd")
     assert header(text)["tags"] == ["llava", "llama", "siglip", "patchcache"]
+
+
+def test_other_tokens_than_in_training_are_told(run):
+    trained = run()
+    assert "the start of a word" in card(trained, prompts_differ=True)
+    assert "the start of a word" not in card(trained)

@@ -13,12 +13,18 @@ from transformers import (
 )
 
 from cache import Spec
-from eval.llava.processor import IMAGE_TOKEN, image_processor, make_processor, with_image_token
+from eval.llava.processor import (
+    IMAGE_TOKEN,
+    image_processor,
+    make_processor,
+    prompts_differ,
+    with_image_token,
+)
 from eval.llava.vision import VisionPart
 from pipeline.images.decode import decode_for
 from tests.conftest import EOS
 from train.data.jinja_template import jinja_template
-from train.data.prompt_formats import phi_format
+from train.data.prompt_formats import phi_format, plain_format
 
 SPEC = {
     "format": "patchcache/1", "model": "tiny", "weights_sha256": "0" * 64,
@@ -220,3 +226,10 @@ def test_the_image_token_takes_the_first_id_behind_all_tokens(tokenizer):
     assert len(tokenizer) == before
     twice = with_image_token(with_image_token(tokenizer))
     assert twice.convert_tokens_to_ids(IMAGE_TOKEN) == found
+
+
+def test_prompts_that_differ_from_those_of_training_are_found(processor, tokenizer):
+    assert not prompts_differ(processor, phi_format(tokenizer))
+    assert prompts_differ(processor, plain_format(tokenizer))
+    processor.chat_template = None
+    assert not prompts_differ(processor, plain_format(tokenizer))
