@@ -588,10 +588,10 @@ def test_the_probe_is_published_and_named_in_the_index(workspace):
 
 def other_pixels(monkeypatch):
     """Another library decodes or resizes otherwise."""
-    real = decode_module._to_square
+    real = decode_module.to_square
     monkeypatch.setattr(
         decode_module,
-        "_to_square",
+        "to_square",
         lambda image, *rest: real(image.convert("L"), *rest).convert("RGB"),
     )
 
