@@ -4,6 +4,7 @@ Source `demo` renders the embedded world, `coco` downloads the files of section 
 takes the files of the user. Files are made below `.work/fetch` and published whole in `data/raw`.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -56,14 +57,13 @@ def render_demo(work: Path) -> None:
     checkout = str(Path(__file__).resolve().parents[1])
     search_path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), checkout)))
     environment = os.environ | {"PYTHONPATH": search_path}
-    with without_interrupts():
-        process = subprocess.Popen(command, env=environment)
-    try:
+    with contextlib.ExitStack() as at_end:
+        with without_interrupts():
+            process = subprocess.Popen(command, env=environment)
+            # Only an interrupt, which the process itself ignores, leaves it running.
+            at_end.callback(process.wait)
+            at_end.callback(process.kill)
         code = process.wait()
-    finally:
-        # Only an interrupt, which the process itself ignores, leaves it running.
-        process.kill()
-        process.wait()
     if code in (1, SettingsError.exit_code):
         # The process printed its own error.
         sys.exit(code)

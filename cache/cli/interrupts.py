@@ -7,6 +7,7 @@ at once. Only the first process handles it, and ends the others.
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -49,12 +50,28 @@ def ignore_interrupts() -> None:
 
 @contextlib.contextmanager
 def without_interrupts() -> Iterator[None]:
-    """Block INTERRUPTS in processes that are started within the block."""
+    """Hold INTERRUPTS back until the block ends, and block them in processes that start within it.
+
+    They are raised as the block ends: a `try` that ends these processes holds the block too.
+    """
+    held: list[int] = []
+    handlers = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
     try:
+        # The system gives a signal that this thread blocks to another one, such as tqdm's, and
+        # Python runs the handler in the main thread all the same.
+        if threading.current_thread() is threading.main_thread():
+            for number in INTERRUPTS:
+                if callable(handler := signal.getsignal(number)):
+                    handlers[number] = handler
+                    signal.signal(number, lambda number, frame: held.append(number))
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for late in held:
+            signal.raise_signal(late)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

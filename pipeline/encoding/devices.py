@@ -42,7 +42,9 @@ class SharedCounters:
     def create(cls) -> "SharedCounters":
         """Create both counters at 0."""
         context = multiprocessing.get_context("spawn")
-        return cls(context.Value("q", 0), context.Value("q", 0))
+        # Starts Python's tracker of semaphores, which SIGHUP would end.
+        with without_interrupts():
+            return cls(context.Value("q", 0), context.Value("q", 0))
 
     def claim_shards(self, num_shards: int) -> Iterator[int]:
         """Yield shard numbers, each to one process only."""
@@ -108,11 +110,11 @@ def _encode_side_by_side(
             counters.stop()
 
     with pool:
-        with without_interrupts():
-            futures = [pool.submit(_encode_elsewhere, job, device) for device in other_devices]
-        for future in futures:
-            future.add_done_callback(stop_after_error)
         try:
+            with without_interrupts():
+                futures = [pool.submit(_encode_elsewhere, job, device) for device in other_devices]
+            for future in futures:
+                future.add_done_callback(stop_after_error)
             _encode(job, encoder, stats, counters, progress)
             for future in futures:
                 stats.add(future.result())

@@ -35,10 +35,10 @@ JOIN_SECONDS = 5.0
 
 
 class WorkerPool(Generic[Result]):
-    """Processes that all run one function; leaving the `with` block ends them."""
+    """Processes that all run one function, from the beginning of a `with` block to its end."""
 
     def __init__(self, function: Callable[[int], Result], num_workers: int) -> None:
-        """Start the processes.
+        """Prepare the processes.
 
         Args:
             function: Computes the result of a number. A PatchcacheError or an OSError that it
@@ -47,24 +47,21 @@ class WorkerPool(Generic[Result]):
         """
         self._function = function
         self._workers = [_Worker(function) for _ in range(num_workers)]
-        try:
-            for worker in self._workers:
-                worker.start()
-        except BaseException:
-            self._kill_workers()
-            self._close_pipes()
-            raise
         self._idle = deque(self._workers)
         # Each thread waits for one process.
         self._threads = ThreadPoolExecutor(max(1, num_workers))
 
     def __enter__(self) -> Self:
+        try:
+            for worker in self._workers:
+                worker.start()
+        except BaseException:
+            self._end()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._kill_workers()
-        self._threads.shutdown(cancel_futures=True)
-        self._close_pipes()
+        self._end()
 
     def results(self, numbers: Iterable[int], prefetch: int) -> Iterator[Result]:
         """Yield the result of each number, in order.
@@ -99,11 +96,12 @@ class WorkerPool(Generic[Result]):
         finally:
             self._idle.append(worker)
 
-    def _kill_workers(self) -> None:
-        for worker in self._workers:
-            worker.kill()
-
-    def _close_pipes(self) -> None:
+    def _end(self) -> None:
+        # An interrupt midway would leave a process behind.
+        with without_interrupts():
+            for worker in self._workers:
+                worker.kill()
+        self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.close()
 

@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -230,6 +231,22 @@ def test_two_downloads_of_one_name_are_a_settings_error():
     ]
     with pytest.raises(SettingsError, match=r"files ends in 'a\.zip'"):
         run("coco", fetch={"files": entries})
+
+
+def test_an_interrupt_while_the_renderer_starts_leaves_none(monkeypatch):
+    write_world()
+    Path("demo/world.py").write_text("import time\ntime.sleep(99)")
+    started = []
+
+    def start(*args, real=subprocess.Popen, **options):
+        started.append(real(*args, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(KeyboardInterrupt):
+        run("demo")
+    assert started[0].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("number", INTERRUPTS)

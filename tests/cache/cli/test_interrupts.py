@@ -78,16 +78,28 @@ def test_a_process_that_begins_in_the_block_never_sees_them():
 
 
 def test_a_process_hears_behind_the_block_what_came_in_it():
-    """In a process of its own: the threads of this one would hear it for the blocked one."""
+    """By its only thread, and by one that does not block it."""
     code = """
 import os, signal
+from concurrent.futures import ThreadPoolExecutor
 from cache.cli.interrupts import INTERRUPTS, without_interrupts
+def open_and_leave_a_block():
+    with without_interrupts():
+        pass
+
 heard = []
 signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
 with without_interrupts():
     os.kill(os.getpid(), signal.SIGTERM)
     assert not heard
 assert heard == [signal.SIGTERM]
+with ThreadPoolExecutor(1) as other:
+    other.submit(int).result()
+    with without_interrupts():
+        other.submit(signal.raise_signal, signal.SIGTERM).result()
+        assert heard == [signal.SIGTERM]
+    assert heard == [signal.SIGTERM] * 2
+    other.submit(open_and_leave_a_block).result()
 with without_interrupts(), without_interrupts():
     pass
 assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(INTERRUPTS)

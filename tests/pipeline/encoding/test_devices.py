@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,28 +215,48 @@ def test_a_killed_process_gives_one_line(job, monkeypatch):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("waits", [False, True])
-def test_an_interrupt_ends_the_other_processes_at_once(job, monkeypatch, waits):
-    """While this one works, and while it waits for them."""
+@pytest.mark.parametrize("moment", ["starts", "works", "waits"])
+def test_an_interrupt_ends_the_other_processes_at_once(job, monkeypatch, moment):
+    """While this one starts them, works, and waits for them."""
     job, encoder = job
     others = []
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    def encode(*args):
+    def submit(*args, real=ProcessPoolExecutor.submit):
+        future = real(*args)
         others.extend(multiprocessing.active_children())
-        if not waits:
+        if moment == "starts":
+            os.kill(os.getpid(), signal.SIGINT)
+        return future
+
+    def encode(*args):
+        if moment == "works":
             interrupt()
 
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", submit)
     monkeypatch.setattr(module, "_encode", encode)
-    if waits:
+    if moment == "waits":
         monkeypatch.setattr(Future, "result", interrupt)
     with pytest.raises(KeyboardInterrupt):
         encode_job(job, encoder)
     assert [process.exitcode for process in others] == [-signal.SIGKILL]
     # It is heard again.
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_a_signal_to_the_tracker_of_semaphores_is_no_matter():
+    """In a process of its own, whose tracker no other test has started."""
+    code = """
+import os, signal
+from multiprocessing.resource_tracker import _resource_tracker
+from pipeline.encoding.devices import SharedCounters
+counters = SharedCounters.create()
+os.kill(_resource_tracker._pid, signal.SIGHUP)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_interrupt_is_the_matter_of_this_process_alone(job, monkeypatch):

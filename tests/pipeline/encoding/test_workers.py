@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import synchronize
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from cache.cli.interrupts import INTERRUPTS
 from cache.errors import SettingsError
-from pipeline.encoding.workers import WorkerPool
+from pipeline.encoding.workers import WorkerPool, _Worker
 from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -139,6 +140,42 @@ def test_work_that_hangs_is_left_at_an_interrupt(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             next(pool.results(range(4), 2))
     assert children() == 0
+
+
+@pytest.mark.parametrize("moment", ["start", "end"])
+def test_an_interrupt_while_they_start_or_end_leaves_none(monkeypatch, moment):
+    """It comes by a thread that does not block it, such as tqdm's."""
+    started = []
+
+    def fork(real=os.fork):
+        process = real()
+        if process:
+            started.append(process)
+            if moment == "start":
+                interrupt()
+        return process
+
+    def kill(worker, real=_Worker.kill):
+        if moment == "end":
+            interrupt()
+        real(worker)
+
+    def interrupt():
+        other_thread.submit(signal.raise_signal, signal.SIGINT).result()
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(_Worker, "kill", kill)
+    with ThreadPoolExecutor(1) as other_thread:
+        other_thread.submit(int).result()
+        with pytest.raises(KeyboardInterrupt), WorkerPool(own_process, 2) as pool:
+            next(pool.results(range(2), 1))
+    assert len(started) == {"start": 1, "end": 2}[moment]
+    left = []
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+            left.append(process)
+    assert left == []
 
 
 def test_they_end_when_this_process_is_killed(tmp_path):
