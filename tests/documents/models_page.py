@@ -51,9 +51,10 @@ The tests behind the table run on tiny random models; `python -m tests.documents
 runs them and makes this page. Real weights of Phi-2's size and of these families were not
 trained here, but for what [the ladder](data.md#a-ladder-of-whole-runs) names.
 
-`make demo LLM=llama` runs the demo with a tiny Llama and the chat template of its tokenizer, trained
-on the same texts as the demo's Phi. `params.yaml` names it from then on; `git checkout params.yaml`
-goes back. `llm.prompt` decides which tokens stand around questions ([prompts](training.md#prompts)).
+`make demo LLM=llama` runs the demo with a tiny Llama and the chat template of its tokenizer,
+trained on the same texts as the demo's Phi. `params.yaml` names it from then on;
+`git checkout params.yaml` goes back. `llm.prompt` decides which tokens stand around questions
+([prompts](training.md#prompts)).
 
 `encoder.model` names the vision tower: an architecture of open_clip, `hf:` and a vision model of
 transformers, or `timm:` and a convolutional network; see [towers](data.md#another-vision-tower).
