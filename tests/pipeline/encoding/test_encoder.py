@@ -236,6 +236,7 @@ def test_the_spec_describes_the_features(settings):
         "patches": 16,
         "width": 64,
         "preprocess_version": 1,
+        "about": "",
     }
 
 

@@ -72,7 +72,7 @@ def test_the_head_is_asked_at_supervised_positions_only(make_model, batch, patch
         lambda module, inputs, output: seen.append(tuple(output.shape))
     )
     model(batch)
-    assert seen == [(len(batch.target_ids), model.language_model.config.vocab_size)]
+    assert seen == [(1, len(batch.target_ids), model.language_model.config.vocab_size)]
     assert len(batch.target_ids) < batch.token_ids.numel()
 
 

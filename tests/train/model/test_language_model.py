@@ -415,11 +415,3 @@ def test_a_tokenizer_in_python_is_refused(tmp_path):
     slow.save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match="found CTRLTokenizer"):
         load_tokenizer(settings_for(tmp_path))
-
-
-def test_a_model_that_is_no_phi_cannot_take_lora():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tiny = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
-    with pytest.raises(StageError, match="cannot take LoRA"):
-        add_lora(tiny, LORA, seed=0)
