@@ -48,7 +48,7 @@ def main() -> None:
         "step_llama",
         lambda arguments: measure(QUICK_LLAMA if arguments.quick else FULL_LLAMA),
         benchmark_parser(__doc__),
-        minutes=10,
+        minutes=25,
         quick_seconds=60,
         libraries=("torch", "transformers", "peft"),
     )
