@@ -36,7 +36,7 @@ LLAMA = LlamaConfig(
     tie_word_embeddings=True,
 )
 SMALL_LLAMA = LlamaConfig(
-    **LLAMA.to_dict() | SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    **LLAMA.to_dict() | SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 )
 FULL_LLAMA = dataclasses.replace(FULL, config=LLAMA, contenders=CACHED)
 QUICK_LLAMA = dataclasses.replace(QUICK, config=SMALL_LLAMA, contenders=CACHED)

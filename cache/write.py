@@ -7,12 +7,10 @@ keeps every row. The index is published last.
 Letters: N rows, P patches, D width.
 """
 
-import contextlib
 import errno
-import fcntl
 import operator
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from .errors import CacheError, InvalidFeaturesError, SettingsError
 from .files.atomic import sha256_of, sha256_of_pieces, write_bytes
+from .files.locks import exclusive_lock
 from .files.row_spool import RowSpool, intact_rows
 from .plan import PlannedShard, plan_shards
 from .publish import publish
@@ -79,7 +78,7 @@ def write_store(
     if shard_rows < 1:
         raise InvalidFeaturesError(f"shard_rows is {shard_rows}, wanted 1 or more.")
     work = root / UNFINISHED
-    with _locked(work):
+    with exclusive_lock(work, CacheError):
         _claim(work, root, spec)
         with RowSpool(work, spec.patches, spec.width) as spool:
             _spool_rows(rows, spec, spool, work)
@@ -119,24 +118,6 @@ def _checked_folder(folder: str | Path) -> Path:
                 f"{root}: holds {first_few(others)} and is no store. Wanted a new or empty folder."
             )
     return root
-
-
-@contextlib.contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Make a folder if needed, and keep other processes out of it."""
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("wb") as lock:
-        try:
-            # Not flock: forked workers of the caller would hold it after its death.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise CacheError(
-                f"{work}: another process writes this store. Wait until it is done."
-            ) from None
-        except OSError:
-            # A file system without locks.
-            pass
-        yield
 
 
 def _claim(work: Path, root: Path, spec: Spec) -> None:

@@ -9,18 +9,15 @@ from cache.files.atomic import sha256_of
 from cache.files.foreign import writing_foreign_file
 from cache.texts import first_few
 from train.data.examples import read_conversation_examples, with_features
-from train.data.prompt_formats import prompt_format
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
-from train.model.fingerprint import language_model_fingerprint, language_model_identity
-from train.model.language_model import add_lora, load_language_model, load_tokenizer
-from train.model.model_files import read_config
-from train.model.preflight import check_vocabulary
+from train.model.fingerprint import language_model_fingerprint
+from train.model.language_model import add_lora, load_language_model
+from train.model.preflight import check_language_model
 from train.model.projector import Projector, check_pool, load_projector
-from train.model.supported import check_positions, check_supported
 from train.provenance import changed_settings, changed_tables, provenance_of
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
@@ -40,19 +37,14 @@ def finetune(params: Params) -> None:
     seed = params.seed()
     store = FeatureStore(FEATURES)
     device = pick_device()
-    check_supported(llm)
-    tokenizer = load_tokenizer(llm)
-    check_vocabulary(tokenizer, llm)
-    config = read_config(llm.model)
-    prompts = prompt_format(llm, tokenizer, config)
-    language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
+    checked = check_language_model(llm)
+    prompts = checked.prompt_format
     start_path = RUNS / "pretrain" / "projector.safetensors"
-    width = config.hidden_size
-    projector = load_projector(start_path, store.spec.width, width).to(device)
+    projector = load_projector(start_path, store.spec.width, checked.width).to(device)
     check_pool(projector.pool, store.spec.patches, str(start_path))
-    shared = len(prompts.lead) + projector.num_embeddings(store.spec.patches)
-    check_positions(llm, shared + settings.max_text_tokens)
-    stage_1 = provenance_of("pretrain", store, language_model_id)
+    image_tokens = projector.num_embeddings(store.spec.patches)
+    checked.check_positions(image_tokens, settings.max_text_tokens)
+    stage_1 = provenance_of("pretrain", store, checked.identity)
     if changed := changed_tables(stage_1):
         print(
             f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
@@ -72,7 +64,7 @@ def finetune(params: Params) -> None:
         params,
         ("llm", "finetune"),
         store,
-        language_model=language_model_fingerprint(language_model, tokenizer),
+        language_model=language_model_fingerprint(language_model, prompts.tokenizer),
         start_projector=start_sha256,
         **prompts.identity(),
     )
@@ -92,7 +84,7 @@ def finetune(params: Params) -> None:
     )
     with stage_lock("finetune"):
         origin = provenance(
-            store, device, language_model=language_model_id, start_projector_sha256=start_sha256
+            store, device, language_model=checked.identity, start_projector_sha256=start_sha256
         )
         run = RunDirectory("finetune", params, identity, origin)
         with Tracker(tracking, run, params.values) as tracker:

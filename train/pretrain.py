@@ -4,18 +4,15 @@ import torch
 
 from cache import FeatureStore
 from train.data.examples import held_out_images, read_caption_examples, with_features
-from train.data.prompt_formats import prompt_format
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
 from train.model.blocks import set_up_blocks
 from train.model.captioner import CaptionModel
-from train.model.fingerprint import language_model_fingerprint, language_model_identity
-from train.model.language_model import load_language_model, load_tokenizer
-from train.model.model_files import read_config
-from train.model.preflight import check_vocabulary
+from train.model.fingerprint import language_model_fingerprint
+from train.model.language_model import load_language_model
+from train.model.preflight import check_language_model
 from train.model.projector import check_pool, seeded_projector
-from train.model.supported import check_positions, check_supported
 from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import (
     CheckpointSettings,
@@ -45,16 +42,12 @@ def pretrain(params: Params) -> None:
     # Held-out images must stay new to the model, in their captions too.
     examples = read_caption_examples("train").without(held_out_images())
     device = pick_device()
-    check_supported(llm)
-    tokenizer = load_tokenizer(llm)
-    check_vocabulary(tokenizer, llm)
-    prompts = prompt_format(llm, tokenizer, read_config(llm.model))
-    shared = len(prompts.lead) + store.spec.patches // pool**2
-    check_positions(llm, shared + settings.max_text_tokens)
-    language_model_id = language_model_identity(llm, tokenizer) | prompts.identity()
+    checked = check_language_model(llm)
+    projector = seeded_projector(kind, store.spec.width, checked.width, seed, pool).to(device)
+    image_tokens = projector.num_embeddings(store.spec.patches)
+    checked.check_positions(image_tokens, settings.max_text_tokens)
+    prompts = checked.prompt_format
     language_model = load_language_model(llm, device)
-    width = language_model.config.hidden_size
-    projector = seeded_projector(kind, store.spec.width, width, seed, pool).to(device)
     set_up_blocks(language_model, projector, settings)
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
@@ -76,11 +69,11 @@ def pretrain(params: Params) -> None:
         params,
         ("llm", "projector", "pretrain"),
         store,
-        language_model=language_model_fingerprint(language_model, tokenizer),
+        language_model=language_model_fingerprint(language_model, prompts.tokenizer),
         **prompts.identity(),
     )
     with stage_lock("pretrain"):
-        origin = provenance(store, device, language_model=language_model_id)
+        origin = provenance(store, device, language_model=checked.identity)
         run = RunDirectory("pretrain", params, identity, origin)
         with Tracker(tracking, run, params.values) as tracker:
             metrics = train(setup, saving, run, tracker)

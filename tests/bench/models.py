@@ -2,6 +2,8 @@
 
 from transformers import LlamaConfig, PhiConfig
 
+from bench.step_llama import LLAMA
+
 TINY_PHI = PhiConfig(
     vocab_size=51_200,
     hidden_size=16,
@@ -13,12 +15,13 @@ TINY_PHI = PhiConfig(
 )
 
 TINY_LLAMA = LlamaConfig(
-    vocab_size=49_152,
-    hidden_size=16,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
+    **LLAMA.to_dict()
+    | {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+    }
 )

@@ -1,6 +1,7 @@
 """A store from arrays: the same bytes whatever the order of its rows, and however often killed."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from cache import (
     CacheError,
@@ -134,7 +136,6 @@ def test_arrays_of_any_layout_and_numbers_of_numpy_are_taken(store, given, folde
 
 
 def test_tensors_are_taken(store, given, folder):
-    torch = pytest.importorskip("torch")
     write(folder, given, [(i, s, torch.from_numpy(row)) for i, s, row in given.rows])
     assert bytes_of(folder) == bytes_of(store.root)
 
@@ -423,7 +424,7 @@ def test_two_writers_of_one_store_are_refused(store, given, folder):
             text=True,
             check=False,
         )
-        assert re.search("CacheError: .*another process writes this store", other.stderr)
+        assert re.search("CacheError: .*another process works in it", other.stderr)
         yield from given.rows[10:]
 
     write(folder, given, rows())
@@ -448,7 +449,7 @@ def test_on_a_file_system_without_locks_the_store_is_written(store, given, folde
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(module.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     write(folder, given)
     assert bytes_of(folder) == bytes_of(store.root)
 

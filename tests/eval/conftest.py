@@ -11,6 +11,7 @@ import pytest
 import torch
 import xxhash
 from PIL import Image
+from transformers import dynamic_module_utils
 
 from cache import FeatureStore
 from eval.settings import EvaluateSettings
@@ -59,6 +60,19 @@ IMAGES = pa.schema(
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def copied_code(tmp_path_factory):
+    """A folder of its own for the code of exports, which transformers copies to the user's cache.
+
+    It copies the code of a folder before it runs it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
+        patch.syspath_prepend(folder)
+        yield
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from transformers import (
     AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    dynamic_module_utils,
 )
 
 from cache.errors import SettingsError, SpecMismatchError
@@ -37,15 +36,7 @@ from train.model.language_model import load_language_model
 from train.settings import LlmSettings
 from workspace.errors import StageError
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _copied_code_stays_here(tmp_path_factory):
-    """transformers copies the code of a folder to the user's cache before it runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
+pytestmark = pytest.mark.usefixtures("copied_code")
 
 
 @pytest.fixture

@@ -1,65 +1,34 @@
-"""A folder is locked by one process at a time, until that process ends."""
+"""The lock of a folder of the workspace is a stage's error where another process holds it."""
 
-import errno
-import fcntl
-import multiprocessing
-import os
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from workspace.errors import StageError
 from workspace.locks import folder_lock
 
+HOLDER = """
+import sys
+from pathlib import Path
+from workspace.locks import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
-def hold(folder, ready, seconds):
-    with folder_lock(folder):
-        # A worker of the holder, which a kill of the holder leaves behind.
-        if os.fork() == 0:
-            time.sleep(seconds)
-            os._exit(0)
-        ready.set()
-        time.sleep(seconds)
 
-
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_folder_is_for_one_process_until_that_one_ends_even_if_its_children_live(tmp_path):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    holder = context.Process(target=hold, args=(tmp_path / "held", ready, 5))
-    holder.start()
-    assert ready.wait(30)
-    with (
-        pytest.raises(StageError, match="another process works in it"),
-        folder_lock(tmp_path / "held"),
-    ):
+def test_a_folder_that_another_process_holds_is_a_stage_error(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StageError, match="another process works in it"), folder_lock(tmp_path):
+            pass
+    with folder_lock(tmp_path):
         pass
-    holder.kill()
-    holder.join()
-    with folder_lock(tmp_path / "held"):
-        pass
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL])
-def test_without_locks_it_warns_and_goes_on(tmp_path, monkeypatch, capsys, number):
-    def refuse(*args):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    done = []
-    with folder_lock(tmp_path / "held"):
-        done.append(True)
-    assert done
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith(f"warning: {tmp_path / 'held'}: its file system has no locks (")
-    assert err.count("\n") == 1
-
-
-def test_another_failure_of_a_lock_is_not_taken_for_a_lack_of_locks(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    with pytest.raises(OSError, match="Input/output error"), folder_lock(tmp_path / "held"):
-        pytest.fail("went on")

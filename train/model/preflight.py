@@ -1,14 +1,64 @@
 """Checks before the first optimizer step, for faults that no loss would show."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from cache.errors import SettingsError
+from train.data.prompt_formats import prompt_format
+from train.data.prompts import PromptFormat
 from train.loop.step import StepData
 from train.model.captioner import CaptionModel
+from train.model.fingerprint import language_model_identity
+from train.model.language_model import load_tokenizer
 from train.model.model_files import read_config
+from train.model.supported import check_supported
 from train.settings import LlmSettings
 from workspace.errors import StageError
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """A language model whose files can be trained with; its weights are not loaded."""
+
+    prompt_format: PromptFormat
+    identity: dict[str, str]
+    """Hashes of its files, and of the prompt format."""
+    width: int
+    """H, of its embeddings."""
+    max_positions: int | None
+    """Most positions of a text, those of its picture included; None without a limit."""
+
+    def check_positions(self, image_tokens: int, max_text_tokens: int) -> None:
+        """Refuse texts that may be longer than the model permits.
+
+        Raises:
+            SettingsError: Names the limit and what exceeds it.
+        """
+        longest = len(self.prompt_format.lead) + image_tokens + max_text_tokens
+        if self.max_positions is not None and longest > self.max_positions:
+            raise SettingsError(
+                f"llm.model: {self.identity['name']} has {self.max_positions} positions, and a "
+                f"picture with a text of max_text_tokens takes up to {longest}. Lower "
+                f"max_text_tokens."
+            )
+
+
+def check_language_model(llm: LlmSettings) -> CheckedModel:
+    """Check a language model's files, and a small copy of it with random weights.
+
+    Raises:
+        PatchcacheError: Says what is wrong with its config, weights, tokenizer or chat template.
+    """
+    max_positions = check_supported(llm)
+    tokenizer = load_tokenizer(llm)
+    check_vocabulary(tokenizer, llm)
+    config = read_config(llm.model)
+    prompts = prompt_format(llm, tokenizer, config)
+    identity = language_model_identity(llm, tokenizer) | prompts.identity()
+    return CheckedModel(prompts, identity, config.hidden_size, max_positions)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, llm: LlmSettings) -> None:

@@ -41,8 +41,11 @@ TOLERANCE = 1e-9
 """Largest relative difference of losses and gradients; rounding gives 1e-13."""
 
 
-def check_supported(settings: LlmSettings) -> None:
+def check_supported(settings: LlmSettings) -> int | None:
     """Refuse a language model that LoRA would not cover, or whose packed rows have another loss.
+
+    Returns:
+        Most positions of a text, those of its picture included; None without a limit.
 
     Raises:
         SettingsError: Says what fails, or names the fault in the model's files.
@@ -62,22 +65,15 @@ def check_supported(settings: LlmSettings) -> None:
         lambda detail: refuse(f"a small copy of it with random weights fails: {detail}")
     ):
         check_packing(read_config(settings.model))
+    return _most_positions(empty)
 
 
-def check_positions(settings: LlmSettings, longest: int) -> None:
-    """Refuse texts beyond the positions for which a model has a table, or one way of counting.
+def _most_positions(empty: PreTrainedModel) -> int | None:
+    """Return the positions for which a model has a table, or one way of counting; None: any number.
 
     Rotary positions of kind "longrope" or "dynamic" change for all texts of a row once one of them
     is longer than the original limit, so packed texts would not be computed as alone.
-
-    Args:
-        settings: Name the language model.
-        longest: Most positions of a text, those of its picture included.
-
-    Raises:
-        SettingsError: Names the limit and what exceeds it.
     """
-    empty = build_empty(settings.model)
     config = empty.config
     tables = [module for module in empty.modules() if isinstance(module, nn.Embedding)]
     limits = [t.num_embeddings for t in tables if t is not empty.get_input_embeddings()]
@@ -88,12 +84,7 @@ def check_positions(settings: LlmSettings, longest: int) -> None:
             limits.append(
                 part.get("original_max_position_embeddings", config.max_position_embeddings)
             )
-    if limits and longest > min(limits):
-        raise SettingsError(
-            f"llm.model: {settings.model} has {min(limits)} positions that texts of several images "
-            f"can share, and a picture with a text of max_text_tokens takes up to {longest}. Lower "
-            f"max_text_tokens."
-        )
+    return min(limits, default=None)
 
 
 def _check_coverage(empty: PreTrainedModel) -> None:

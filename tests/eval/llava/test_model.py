@@ -11,7 +11,6 @@ from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    dynamic_module_utils,
 )
 
 from tests.eval.llava.exported_run import (
@@ -30,6 +29,8 @@ from tests.eval.llava.exported_run import (
 from tests.pipeline.towers.conftest import KINDS, build
 from tests.train.model.families import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("copied_code")
+
 PLAIN = sorted(FAMILIES.keys() - {"Phi", "Gemma2"})
 """Families whose output layer has neither a bias nor a soft cap."""
 
@@ -40,16 +41,6 @@ have another name for their embeddings."""
 
 # The tiny models of the families magnify every difference of their inputs more than Phi does.
 ROUNDED_FEATURES, ALL_BFLOAT16 = 8 * FLOAT16, 4 * BFLOAT16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _copied_code_stays_here(tmp_path_factory):
-    """transformers copies the code of a folder to the user's cache before it runs it."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", folder)
-        patch.syspath_prepend(folder)
-        yield
 
 
 def export(root, family, phi_dir, **changes):

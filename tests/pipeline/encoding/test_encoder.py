@@ -16,6 +16,7 @@ from pipeline.encoding.encoder import Encoder, load_encoder
 from pipeline.images.decode import decode_rgb
 from pipeline.settings import EncoderSettings
 from pipeline.towers.tower import patch_tokens, weights_sha256
+from tests.pipeline.towers.laws import relative
 from workspace.errors import StageError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,11 +26,6 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 def pixels(encoder, images):
     side = encoder.spec.image_size
     return torch.from_numpy(np.stack([decode_rgb(data, side, "shortest") for data in images]))
-
-
-def relative(found, wanted):
-    found, wanted = (np.asarray(v, dtype=np.float64) for v in (found, wanted))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 def one_line(caught):

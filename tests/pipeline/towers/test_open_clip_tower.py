@@ -22,6 +22,12 @@ from cache import FeatureStore
 from cache.errors import SettingsError
 from pipeline.encoding.encoder import load_encoder
 from pipeline.images.decode import decode_rgb
+from tests.pipeline.towers.laws import (
+    assert_patches_run_row_by_row_from_the_top_left,
+    assert_what_comes_with_an_image_does_not_matter,
+    random_pixels,
+    relative,
+)
 
 WIDTH = 32
 
@@ -149,12 +155,6 @@ def tag(tmp_path, monkeypatch):
     return make
 
 
-def random_pixels(encoder, num_images):
-    rng = np.random.default_rng(0)
-    side = encoder.spec.image_size
-    return torch.from_numpy(rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8))
-
-
 def normalised(encoder, pixels):
     mean, std = torch.tensor(encoder.spec.mean), torch.tensor(encoder.spec.std)
     return ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -166,11 +166,6 @@ def blocks_of(visual):
 
 def embed_of(visual):
     return visual.trunk.patch_embed if hasattr(visual, "trunk") else visual.conv1
-
-
-def relative(found, wanted):
-    found, wanted = (np.asarray(v, dtype=np.float64) for v in (found, wanted))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 # What the features are
@@ -196,36 +191,16 @@ def test_features_are_the_patch_tokens_of_a_block_alone(settings, model, kind, l
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_run_row_by_row_from_the_top_left(settings, model, kind):
-    """Before any attention mixes them, a patch changes where its own pixels change."""
     encoder = load_encoder(settings(model=model(kind)))
-    seen = []
-    blocks_of(encoder._visual)[0].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    side = SIDE[kind]
-    step = encoder.spec.image_size // side
-    plain = torch.zeros(1, *[encoder.spec.image_size] * 2, 3, dtype=torch.uint8)
-    places = {
-        (0, 0): 0,
-        (0, side - 1): side - 1,
-        (side - 1, 0): side * (side - 1),
-        (1, 2): side + 2,
-    }
-    encoder.encode(plain)
-    for (row, column), place in places.items():
-        marked = plain.clone()
-        marked[0, row * step : (row + 1) * step, column * step : (column + 1) * step] = 255
-        encoder.encode(marked)
-        differs = (seen[0] != seen.pop()).any(dim=2)[0, PREFIX[kind] :]
-        assert differs.nonzero().flatten().tolist() == [place]
+    assert_patches_run_row_by_row_from_the_top_left(
+        encoder, blocks_of(encoder._visual)[0], SIDE[kind], PREFIX[kind]
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_with_an_image_does_not_matter(settings, model, kind):
     encoder = load_encoder(settings(model=model(kind)))
-    pixels = random_pixels(encoder, 3)
-    together = encoder.encode(pixels)
-    alone = np.concatenate([encoder.encode(pixels[n : n + 1]) for n in range(3)])
-    assert relative(alone, together) < 1e-3
-    assert relative(together[0], together[1]) > 1e-2
+    assert_what_comes_with_an_image_does_not_matter(encoder, random_pixels(encoder, 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)

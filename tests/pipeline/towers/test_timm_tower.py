@@ -21,6 +21,10 @@ from cache.errors import PatchcacheError, SettingsError
 from pipeline.encoding.encoder import load_encoder
 from pipeline.images.decode import decode_for
 from pipeline.towers import timm_tower
+from tests.pipeline.towers.laws import (
+    assert_what_comes_with_an_image_does_not_matter,
+    relative,
+)
 from workspace.errors import StageError
 
 STAGES = [["ds_r1_k3_s2_e1_c8"], *[["ir_r1_k3_s2_e2_c8"]] * 3]
@@ -109,11 +113,6 @@ def last_map(network, spec, pixels):
         return network.forward_features(x)
 
 
-def relative(found, wanted):
-    found, wanted = (np.asarray(v, dtype=np.float64) for v in (found, wanted))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
-
-
 # What the features are
 
 
@@ -136,11 +135,7 @@ def test_features_are_the_places_of_the_last_map_row_by_row(tower, weights, name
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_comes_with_an_image_does_not_matter(tower, name):
     encoder = tower(name)
-    pixels = random_pixels(3)
-    together = encoder.encode(pixels)
-    alone = np.concatenate([encoder.encode(pixels[n : n + 1]) for n in range(3)])
-    assert relative(alone, together) < 1e-3
-    assert relative(together[0], together[1]) > 1e-2
+    assert_what_comes_with_an_image_does_not_matter(encoder, random_pixels(3))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -21,6 +21,12 @@ from pipeline.encoding.encoder import load_encoder
 from pipeline.images.decode import decode_for
 from pipeline.towers.transformers_tower import PREFIX_TOKENS, blocks_of
 from tests.pipeline.towers.conftest import BLOCKS, KINDS, WIDTH
+from tests.pipeline.towers.laws import (
+    assert_patches_run_row_by_row_from_the_top_left,
+    assert_what_comes_with_an_image_does_not_matter,
+    random_pixels,
+    relative,
+)
 
 
 @pytest.fixture
@@ -57,20 +63,9 @@ def refusal(tower, folder, **changes):
     return str(caught.value)
 
 
-def random_pixels(encoder, num_images):
-    rng = np.random.default_rng(0)
-    side = encoder.spec.image_size
-    return torch.from_numpy(rng.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8))
-
-
 def normalised(encoder, pixels):
     mean, std = torch.tensor(encoder.spec.mean), torch.tensor(encoder.spec.std)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-
-
-def relative(found, wanted):
-    found, wanted = (np.asarray(v, dtype=np.float64) for v in (found, wanted))
-    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
 def vision_model(kind, folder, **options):
@@ -123,30 +118,16 @@ def test_pictures_end_up_as_transformers_hidden_states(tower, checkpoints, jpeg,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_run_row_by_row_from_the_top_left(tower, kind):
-    """Before any attention mixes them, a patch changes where its own pixels change."""
     encoder = tower(kind)
-    seen = []
-    blocks_of(encoder._visual.model)[0].register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
+    assert_patches_run_row_by_row_from_the_top_left(
+        encoder, blocks_of(encoder._visual.model)[0], 4, KINDS[kind].prefix
     )
-    plain = torch.zeros(1, *[encoder.spec.image_size] * 2, 3, dtype=torch.uint8)
-    encoder.encode(plain)
-    for (row, column), place in {(0, 0): 0, (0, 3): 3, (3, 0): 12, (1, 2): 6}.items():
-        marked = plain.clone()
-        marked[0, row * 8 : (row + 1) * 8, column * 8 : (column + 1) * 8] = 255
-        encoder.encode(marked)
-        differs = (seen[0] != seen.pop()).any(dim=2)[0, KINDS[kind].prefix :]
-        assert differs.nonzero().flatten().tolist() == [place]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_with_an_image_does_not_matter(tower, kind):
     encoder = tower(kind)
-    pixels = random_pixels(encoder, 3)
-    together = encoder.encode(pixels)
-    alone = np.concatenate([encoder.encode(pixels[n : n + 1]) for n in range(3)])
-    assert relative(alone, together) < 1e-3
-    assert relative(together[0], together[1]) > 1e-2
+    assert_what_comes_with_an_image_does_not_matter(encoder, random_pixels(encoder, 3))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from cache.errors import SettingsError
 from train.data.examples import Example
 from train.data.prompts import caption_turns
 from train.loop.step import build_step
-from train.model.preflight import check_first_logits, check_vocabulary
+from train.model.preflight import check_first_logits, check_language_model, check_vocabulary
 from train.settings import LlmSettings
 from workspace.errors import StageError
 
@@ -41,6 +44,20 @@ def test_an_id_of_the_tokenizer_beyond_the_last_row_is_refused(llm):
 
     with refused("ids of the tokenizer: wanted below 512, found 512"):
         check_vocabulary(Sparse(), llm)
+
+
+def test_texts_beyond_a_models_positions_are_refused(llm):
+    checked = check_language_model(llm)
+    assert checked.max_positions is None
+    checked.check_positions(49, 10**6)
+    limited = replace(checked, max_positions=60, prompt_format=lead_of(checked, 3))
+    limited.check_positions(49, 8)
+    with pytest.raises(SettingsError, match=r"has 60 positions, .* takes up to 61\. Lower"):
+        limited.check_positions(49, 9)
+
+
+def lead_of(checked, length):
+    return replace(checked.prompt_format, lead=(0,) * length)
 
 
 @pytest.fixture

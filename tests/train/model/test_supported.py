@@ -14,7 +14,6 @@ from cache.errors import SettingsError
 from train.finetune import finetune
 from train.model.supported import (
     check_packing,
-    check_positions,
     check_supported,
     small_copy,
 )
@@ -162,12 +161,9 @@ LONGROPE = {
     ],
     ids=["learned", "longrope", "rotary"],
 )  # fmt: skip
-def test_texts_beyond_a_models_positions_are_refused(config, limit, tmp_path, phi_dir):
+def test_the_positions_of_a_model_are_those_of_its_table_or_of_one_way_of_counting(
+    config, limit, tmp_path, phi_dir
+):
     folder = folder_of(config, tmp_path / "model", phi_dir)
     llm = LlmSettings(model=str(folder), quantize="none", dtype="fp32")
-    check_positions(llm, limit or 1000)
-    if limit:
-        with pytest.raises(
-            SettingsError, match=rf"has {limit} positions .* takes up to {limit + 1}\."
-        ):
-            check_positions(llm, limit + 1)
+    assert check_supported(llm) == limit
