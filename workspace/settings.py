@@ -208,18 +208,31 @@ def _build(value: Any, wanted: Any, key: str, path: Path) -> Any:
 
 
 def _build_alternative(value: Any, alternatives: tuple[Any, ...], key: str, path: Path) -> Any:
-    """Build a value of one type, or one of some words, or nothing."""
+    """Build a value of one of some types: by its form a section, a list, a word, a text or none."""
     words = [w for a in alternatives if typing.get_origin(a) is Literal for w in typing.get_args(a)]
     if isinstance(value, str) and value in words:
         return value
     if value is None and type(None) in alternatives:
         return None
-    (wanted,) = (
-        a for a in alternatives if a is not type(None) and typing.get_origin(a) is not Literal
-    )
-    if words and type(value) not in (wanted, int):
-        raise _wrong(path, key, f"{wanted.__name__} or {', '.join(words)}", value)
+    types_ = [a for a in alternatives if a is not type(None) and typing.get_origin(a) is not Literal]
+    wanted = next((t for t in types_ if _has_form(value, t)), types_[0])
+    if (words or len(types_) > 1) and not (_has_form(value, wanted) or type(value) is int):
+        forms = [*map(_form, types_), ", ".join(words)] if words else map(_form, types_)
+        raise _wrong(path, key, " or ".join(forms), value)
     return _build(value, wanted, key, path)
+
+
+def _has_form(value: Any, wanted: Any) -> bool:
+    """Return whether a value has the form of a type, whatever is in it."""
+    if dataclasses.is_dataclass(wanted):
+        return isinstance(value, dict)
+    return type(value) is (list if typing.get_origin(wanted) is tuple else wanted)
+
+
+def _form(wanted: Any) -> str:
+    if dataclasses.is_dataclass(wanted):
+        return "a section of keys"
+    return "a list" if typing.get_origin(wanted) is tuple else str(wanted.__name__)
 
 
 def _check_extent(value: Any, key: str, path: Path) -> None:

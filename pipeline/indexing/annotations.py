@@ -35,7 +35,8 @@ class ImageRecord:
 
     record: str
     """Position of the entry, such as "captions.json: images[7]"."""
-    image_id: int
+    image_id: int | None
+    """None where the file numbers no images: the id then follows from the file's full name."""
     file_name: str
 
 
@@ -45,7 +46,8 @@ class CaptionRecord:
 
     record: str
     caption_id: int
-    image_id: int
+    image: int | str
+    """The id of its image in the same file, or the name if the file numbers no images."""
     caption: str
 
 
