@@ -2,6 +2,7 @@
 
 Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, and `local`
 takes the files of the user. Files are made below `.work/fetch` and published whole in `data/raw`.
+Files of the user elsewhere are linked in `data/inputs`.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from cache.errors import SettingsError
 from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
+from pipeline.inputs import is_url, link_inputs, matches, named_paths
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
@@ -42,6 +44,7 @@ def fetch(params: Params) -> None:
     elif data.source == "coco":
         fetch_files(params.section("fetch", FetchSettings).files)
     check_paths(data)
+    link_inputs(data)
 
 
 def render_demo(work: Path) -> None:
@@ -121,24 +124,18 @@ def unpack(archive: Path, members: tuple[str, ...], folder: Path) -> None:
 
 
 def check_paths(data: DataSettings) -> None:
-    """Refuse settings that name missing files.
+    """Refuse settings that name missing files; those behind URLs are not asked for.
 
     Raises:
         StageError: A file is missing; names the settings key and the path.
     """
-    paths = {
-        "data.train.images": data.train.images,
-        "data.train.captions": data.train.captions,
-        "data.val.images": data.val.images,
-        "data.val.captions": data.val.captions,
-        "data.instruct": data.instruct,
-    }
-    for key, path in paths.items():
-        if not Path(path).exists():
+    local = [(key, path) for key, path in named_paths(data) if not is_url(path)]
+    for key, path in local:
+        if not matches(path):
             raise StageError(
                 f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"
             )
-    print(f"fetch: all {len(paths)} files and folders of section data are there")
+    print(f"fetch: all {len(local)} files and folders of section data are there")
 
 
 def _remedy(path: str) -> str:

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
-from pipeline.images.archives import ImageArchive
-from pipeline.indexing.annotations import read_captions
+from pipeline.images.source import open_archives
+from pipeline.indexing.annotations import CaptionsFile, read_captions
 from pipeline.indexing.collect import collect_captions, collect_conversations, split_by_hash
 from pipeline.indexing.image_collection import ImageCollection, ImageRow
-from pipeline.indexing.image_lookup import Split
 from pipeline.indexing.instruct import read_instruct
-from pipeline.indexing.pope import collect_questions, read_question_files
+from pipeline.indexing.pope import (
+    collect_questions,
+    images_asked_about,
+    read_question_files,
+)
 from pipeline.indexing.records import Kind
 from pipeline.indexing.rejections import (
     check_reject_rates,
@@ -29,7 +32,7 @@ from pipeline.indexing.rejections import (
     faulty_records,
 )
 from pipeline.indexing.tables import write_table
-from workspace.data_settings import DataSettings, SplitSettings
+from workspace.data_settings import DataSettings, Split
 from workspace.errors import StageError
 from workspace.paths import INDEX, REPORTS, WORK
 from workspace.settings import Params
@@ -47,6 +50,8 @@ class Index:
     tables: dict[str, list[Any]]
     """Rows by table, sorted as they are written."""
     num_read: dict[Kind, int]
+    num_other_files: int
+    """Files that are no images by their names, where all images of the data are indexed."""
     question_report: dict[str, Any]
 
     def report(self) -> dict[str, Any]:
@@ -62,6 +67,7 @@ class Index:
         for kind in KINDS:
             splits = Counter(row.split for row in self.tables[kind])
             counts[kind]["splits"] = dict(sorted(splits.items()))
+        counts["images"]["other_files"] = self.num_other_files
         counts["pope"] |= self.question_report
         return counts
 
@@ -87,6 +93,8 @@ def index(params: Params) -> None:
     kept = ", ".join(f"{len(tables[kind])} {kind}" for kind in KINDS)
     questions, num_rejected = len(tables["pope"]), len(faulty_records(rejected))
     print(f"index: {kept}, {questions} yes-no questions kept, {num_rejected} records rejected")
+    if built.num_other_files:
+        print(f"index: {built.num_other_files} other files left out: their names are no images'")
 
 
 def build_index(data: DataSettings, seed: int) -> Index:
@@ -95,38 +103,39 @@ def build_index(data: DataSettings, seed: int) -> Index:
     Raises:
         StageError: A file is missing or has another layout, or no image is usable.
     """
-    sources = sources_of(data)
-    listed = {
-        split: read_captions(Path(source.captions), key=f"data.{split}.captions")
-        for split, source in sources.items()
-    }
-    question_files = read_question_files(Path(data.val.captions))
-    instruct = read_instruct(Path(data.instruct), list(listed.values()), question_files, seed)
+    listed = read_all_captions(data)
+    files = [file for of_split in listed.values() for file in of_split]
+    question_files = read_question_files(list(data.splits.items())[-1][1].caption_paths)
+    instruct = read_instruct(data.instruct_paths, files, question_files, seed)
 
-    archives = {
-        split: ImageArchive(
-            source.images, key=f"data.{split}.images", follow_links=data.follow_links
-        )
-        for split, source in sources.items()
-    }
-    cut = partial(split_by_hash, val_share=data.val_share) if data.split == "hash" else None
-    images = ImageCollection(archives, cut)
-    images.add_listed({split: file.images for split, file in listed.items()})
-    captions, bad_captions = collect_captions(
-        {split: file.captions for split, file in listed.items()}, images
+    # Without captions, nothing is scored on split val.
+    is_cut = data.split == "hash" or (data.split_name == "hash" and bool(files))
+    images = ImageCollection(
+        open_archives(data, data.splits),
+        split_of=partial(split_by_hash, val_share=data.val_share) if is_cut else None,
+        listing={"val"} if listed.get("val") else (),
     )
+    images.add_listed(
+        {split: [i for file in of_split for i in file.images] for split, of_split in listed.items()}
+    )
+    if data.split == "karpathy":
+        images.move_to_val(images_asked_about(question_files, images.rows))
+    num_other_files = 0
+    if not files and not data.instruct_paths:
+        num_other_files = sum(map(images.add_files, data.splits))
+    captions, bad_captions = collect_captions(listed, images)
     conversations, bad_conversations = collect_conversations(
         instruct.conversations, images, holdout=data.instruct_holdout, seed=seed
     )
     questions = collect_questions(question_files, images.rows, seed, images.problems)
-    rejected = [bad for file in listed.values() for bad in file.rejected] + instruct.rejected
+    rejected = [bad for file in files for bad in file.rejected] + instruct.rejected
     rejected += images.rejected + bad_captions + bad_conversations + questions.rejected
     if not images.rows:
         raise StageError(
             f"data.train.images, data.val.images: not one usable image. "
             f"{describe_commonest(rejected)}"
         )
-    if cut:
+    if is_cut and files:
         _check_both_splits(images.rows.values(), data.val_share)
     return Index(
         tables={
@@ -139,21 +148,31 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "rejected": sorted(rejected, key=lambda row: get_args(Kind).index(row.kind)),
         },
         num_read={
-            "images": sum(file.num_images for file in listed.values()) + images.num_unlisted,
-            "captions": sum(file.num_captions for file in listed.values()),
+            "images": images.num_without_number
+            + sum(file.num_images for file in files if file.numbers_images),
+            "captions": sum(file.num_captions for file in files),
             "conversations": instruct.num_conversations,
             "objects": questions.num_objects + instruct.num_objects,
             "pope": question_files.num_official,
         },
+        num_other_files=num_other_files,
         question_report=questions.report(question_files),
     )
 
 
-def sources_of(data: DataSettings) -> dict[Split, SplitSettings]:
-    """Return the images and captions to read: each once, also if one set is cut by hash."""
-    if data.split == "hash":
-        return {"train": data.train}
-    return {"train": data.train, "val": data.val}
+def read_all_captions(data: DataSettings) -> dict[Split, list[CaptionsFile]]:
+    """Read the captions files of each split.
+
+    Raises:
+        StageError: A file is missing or has another layout.
+    """
+    return {
+        split: [
+            read_captions(path, key=f"data.{split}.captions", split=data.split_name)
+            for path in source.caption_paths
+        ]
+        for split, source in data.splits.items()
+    }
 
 
 def _check_both_splits(images: Collection[ImageRow], val_share: float) -> None:

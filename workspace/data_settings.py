@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-
 Split = Literal["train", "val", "test"]
 """Splits of the images: `test` exists with Karpathy's split alone."""
 

@@ -5,6 +5,9 @@ from pathlib import Path
 RAW = Path("data/raw")
 """Downloaded or rendered images and annotations: output of the fetch stage."""
 
+INPUTS = Path("data/inputs")
+"""Links to the inputs outside of `RAW`, for DVC: output of the fetch stage."""
+
 INDEX = Path("data/index")
 IMAGES = INDEX / "images.parquet"
 CAPTIONS = INDEX / "captions.parquet"

@@ -214,10 +214,11 @@ def _build_alternative(value: Any, alternatives: tuple[Any, ...], key: str, path
         return value
     if value is None and type(None) in alternatives:
         return None
-    types_ = [a for a in alternatives if a is not type(None) and typing.get_origin(a) is not Literal]
-    wanted = next((t for t in types_ if _has_form(value, t)), types_[0])
-    if (words or len(types_) > 1) and not (_has_form(value, wanted) or type(value) is int):
-        forms = [*map(_form, types_), ", ".join(words)] if words else map(_form, types_)
+    others = (a for a in alternatives if typing.get_origin(a) is not Literal)
+    typed = [a for a in others if a is not type(None)]
+    wanted = next((t for t in typed if _has_form(value, t)), typed[0])
+    if (words or len(typed) > 1) and not (_has_form(value, wanted) or type(value) is int):
+        forms = [*map(_form, typed), ", ".join(words)] if words else map(_form, typed)
         raise _wrong(path, key, " or ".join(forms), value)
     return _build(value, wanted, key, path)
 

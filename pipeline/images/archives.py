@@ -60,9 +60,7 @@ class _Place:
 class ImageArchive:
     """The images of one split, each read where it is."""
 
-    def __init__(
-        self, paths: Sequence[ImagePath], *, key: str, follow_links: bool = False
-    ) -> None:
+    def __init__(self, paths: Sequence[ImagePath], *, key: str, follow_links: bool = False) -> None:
         """Open the images.
 
         Args:

@@ -1,7 +1,9 @@
 """The indexed images: their ids, and their bytes, checked against the index."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from cache.files.parquet import read_columns, values_of
 from pipeline.images.archives import ImageArchive
 from pipeline.images.names import ImageNameError
-from workspace.data_settings import DataSettings
+from workspace.data_settings import DataSettings, Split
 from workspace.errors import StageError
 from workspace.paths import IMAGES
 
@@ -94,13 +96,31 @@ def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
     Raises:
         StageError: A split is unknown, or its images are missing.
     """
-    paths = {"train": data.train.images, "val": data.val.images}
-    if unknown := set(source.splits) - paths.keys():
+    splits = sorted(set(source.splits))
+    if unknown := set(splits) - set(get_args(Split)):
         raise StageError(f"{IMAGES}: unknown splits {sorted(unknown)}. Run the index stage again.")
-    archives = {
-        split: ImageArchive(
-            paths[split], key=f"data.{split}.images", follow_links=data.follow_links
+    return dataclasses.replace(source, archives=open_archives(data, splits))
+
+
+def open_archives(data: DataSettings, splits: Iterable[str]) -> dict[str, ImageArchive]:
+    """Open the places of the images of some splits, each set of places once.
+
+    Raises:
+        StageError: A place is missing or cannot be read, or the settings name none for a split.
+    """
+    named_for = {split: split if split in data.splits else "train" for split in splits}
+    if data.split_name == "val2017" and "test" in named_for:
+        raise StageError(
+            f"data.split: {data.split}: has no split test, of which {IMAGES} has images. Run the "
+            f"index stage again."
         )
-        for split in sorted(set(source.splits))
+    opened = {
+        split: ImageArchive(
+            data.splits[split].image_paths,
+            key=f"data.{split}.images",
+            follow_links=data.follow_links,
+        )
+        for split in data.splits
+        if split in named_for.values()
     }
-    return dataclasses.replace(source, archives=archives)
+    return {split: opened[name] for split, name in named_for.items()}

@@ -20,6 +20,7 @@ from pipeline.indexing.records import (
     parse_all,
     str_field,
 )
+from workspace.data_settings import Split
 
 IMAGE_MARKER = "<image>"
 """Marks the picture at the start or the end of the first question of LLaVA-Instruct. It is removed
@@ -38,6 +39,10 @@ class ImageRecord:
     image_id: int | None
     """None where the file numbers no images: the id then follows from the file's full name."""
     file_name: str
+    other_names: tuple[str, ...] = ()
+    """Names in other releases of the pictures, tried in order where no file has the first."""
+    split: Split | None = None
+    """The split that the file gives; None: the one that the file itself is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,11 @@ class CaptionsFile:
     rejected: list[Rejection]
     num_images: int
     num_captions: int
+
+    @property
+    def numbers_images(self) -> bool:
+        """Whether the file gives the ids of its images."""
+        return all(image.image_id is not None for image in self.images)
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ Decides which captions and conversations are accepted, and gives the reason for 
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 import xxhash
 
-from pipeline.indexing.annotations import CaptionRecord, ConversationRecord
-from pipeline.indexing.image_collection import ImageCollection
-from pipeline.indexing.image_lookup import Split
+from pipeline.indexing.annotations import CaptionRecord, CaptionsFile, ConversationRecord
+from pipeline.indexing.image_collection import ImageCollection, ImageRow
 from pipeline.indexing.records import RecordError, Rejection
+from workspace.data_settings import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +40,44 @@ class ConversationRow:
 
 
 def collect_captions(
-    files: dict[Split, list[CaptionRecord]], images: ImageCollection
+    files: Mapping[Split, Sequence[CaptionsFile]], images: ImageCollection
 ) -> tuple[list[CaptionRow], list[Rejection]]:
     """Accept the captions whose image is accepted and listed in their own file.
 
     Caption ids are unique within a file only: every file may number its captions from 1.
     """
-    rows: dict[tuple[Split, int], CaptionRow] = {}
+    rows: list[CaptionRow] = []
     rejected = []
-    for split, records in files.items():
-        for record in records:
-            image = images.rows.get(record.image_id)
-            if problem := images.problems.get(record.image_id):
-                reason = problem
-            elif image is None or (images.split_of is None and image.split != split):
-                reason = f"image unknown or rejected: {record.image_id}"
-            elif (split, record.caption_id) in rows:
-                reason = f"caption id repeated: {record.caption_id}"
-            else:
-                rows[split, record.caption_id] = CaptionRow(
-                    record.caption_id, record.image_id, image.split, record.caption
-                )
+    for split, file in ((split, file) for split, of_split in files.items() for file in of_split):
+        seen: set[int] = set()
+        for record in file.captions:
+            try:
+                image = _image_of(record, split, images)
+                if record.caption_id in seen:
+                    raise RecordError(f"caption id repeated: {record.caption_id}")
+            except RecordError as error:
+                rejected.append(Rejection("captions", record.record, str(error)))
                 continue
-            rejected.append(Rejection("captions", record.record, reason))
-    return list(rows.values()), rejected
+            seen.add(record.caption_id)
+            rows.append(CaptionRow(record.caption_id, image.image_id, image.split, record.caption))
+    return rows, rejected
+
+
+def _image_of(record: CaptionRecord, split: Split, images: ImageCollection) -> ImageRow:
+    """Return the image of a caption in a file of a split.
+
+    Raises:
+        RecordError: The image is unknown, rejected, or of another split.
+    """
+    image_id = record.image
+    if isinstance(image_id, str):
+        image_id = images.id_of(image_id, split)
+    if problem := images.problems.get(image_id):
+        raise RecordError(problem)
+    image = images.rows.get(image_id)
+    if image is None or image_id not in images.listed[split]:
+        raise RecordError(f"image unknown or rejected: {image_id}")
+    return image
 
 
 def collect_conversations(
@@ -81,7 +95,7 @@ def collect_conversations(
         holdout: Share of the images whose conversations are held out for evaluation.
         seed: Decides which images are held out.
     """
-    images.add_unlisted(records)
+    images.add_conversations(records)
     accepted, rejected = [], []
     for record in records:
         try:
@@ -89,8 +103,8 @@ def collect_conversations(
         except RecordError as error:
             rejected.append(Rejection("conversations", record.record, str(error)))
     held_out = choose_holdout({image_id for _, image_id in accepted}, holdout, seed)
-    # Training on an image of val would spoil the scores on val.
-    held_out |= {image_id for image_id, image in images.rows.items() if image.split == "val"}
+    # Training on an image of val or test would spoil the scores there.
+    held_out |= {image_id for image_id, image in images.rows.items() if image.split != "train"}
     # The same holds for a copy of a held-out image in another file.
     contents = {images.rows[image_id].content for image_id in held_out}
     held_out |= {image_id for image_id, image in images.rows.items() if image.content in contents}

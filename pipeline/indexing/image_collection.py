@@ -2,19 +2,28 @@
 
 Two different files never share an id, and a file never has two ids. Files with equal bytes count as
 one file where several of them claim the same id or name. No image is decoded.
+
+Captions files in COCO's layout number their images. Every other image has the number at the end of
+its name, as COCO's own files do, or a hash of its full name where there is no such number, or where
+another image has it.
 """
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 
+import xxhash
 from tqdm import tqdm
 
 from pipeline.images.archives import ImageArchive
 from pipeline.indexing.annotations import ConversationRecord, ImageRecord
-from pipeline.indexing.image_lookup import Content, ImageFile, ImageInfo, ImageLookup, Split
+from pipeline.indexing.image_lookup import Content, ImageFile, ImageInfo, ImageLookup
 from pipeline.indexing.records import RecordError, Rejection, image_id_in
+from workspace.data_settings import Split
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
+"""Ends of the names of image files, in lower case; their content alone says what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,7 @@ class Claim:
     """An entry that claims an image id for a file."""
 
     record: ImageRecord
+    image_id: int
     split: Split
     file: ImageFile | None
     """None if no file has the name."""
@@ -52,7 +62,7 @@ class Claim:
 
     def precedence(self) -> tuple[bool, int, str]:
         """Sort key: of several claims the smallest wins, whatever their order in the files."""
-        return self.split != "train", self.record.image_id, self.record.file_name
+        return self.split != "train", self.image_id, self.record.file_name
 
 
 class ImageCollection:
@@ -61,51 +71,121 @@ class ImageCollection:
     def __init__(
         self,
         archives: Mapping[Split, ImageArchive],
+        *,
         split_of: Callable[[int], Split] | None = None,
+        listing: Collection[Split] = (),
     ) -> None:
         """Start without images.
 
         Args:
             archives: The image files of each split.
             split_of: Decides the split of an image by its id; without it, the split is that of the
-                captions file that lists the image.
+                captions file that lists the image, or of the archive that holds it.
+            listing: The splits whose captions files list all their images, so that a conversation
+                cannot add one.
         """
         self.split_of = split_of
         self.rows: dict[int, ImageRow] = {}
         """Accepted images by id."""
+        self.listed: dict[Split, set[int]] = defaultdict(set)
+        """Ids of the accepted images by the split whose inputs gave them."""
         self.rejected: list[Rejection] = []
         self.problems: dict[int, str] = {}
         """Why texts cannot rely on an image id, by id."""
-        self.num_unlisted = 0
-        """Images that only conversations name."""
+        self.num_without_number = 0
+        """Images, accepted or not, whose id no captions file gives."""
         self._lookup = ImageLookup(archives)
+        self._archives = archives
+        self._listing = listing
         self._claims: dict[int, list[Claim]] = defaultdict(list)
         self._ids: dict[str, int | str] = {}
         """The id of a file, or why it has none, by the file's real path."""
 
     def add_listed(self, records: Mapping[Split, list[ImageRecord]]) -> None:
-        """Add the images of all captions files; unusable ones go to `rejected`."""
-        claims = [
-            self._listed_claim(record, split)
-            for split, listed in records.items()
-            for record in tqdm(listed, desc=f"index {split} images", unit="image", disable=None)
-        ]
+        """Add the images of all captions files; unusable ones go to `rejected`.
+
+        The captions of an image without a file are rejected later, by its name.
+        """
+        claims: list[Claim] = []
+        unnumbered: list[tuple[ImageRecord, ImageFile, Split]] = []
+        for split, listed in records.items():
+            for record in tqdm(listed, desc=f"index {split} images", unit="image", disable=None):
+                if record.image_id is not None:
+                    claims.append(self._listed_claim(record, record.image_id, split))
+                    continue
+                # `id_of` raises the error of a name without a file.
+                with contextlib.suppress(RecordError):
+                    file = self._lookup.find_listed(record.file_name, split)
+                    unnumbered.append((record, file, split))
         for claim in claims:
-            self._claims[claim.record.image_id].append(claim)
+            self._claims[claim.image_id].append(claim)
         for image_id, same_id in self._claims.items():
             self._resolve_id(image_id, same_id)
         self._accept(claims)
+        self._add_unnumbered(unnumbered)
 
-    def _listed_claim(self, record: ImageRecord, split: Split) -> Claim:
+    def add_files(self, split: Split) -> int:
+        """Add all image files of a split, and return the number of its other files.
+
+        An image file is told by the suffix of its name.
+        """
+        names = self._archives[split].all_names()
+        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        found = []
+        for name in images:
+            record = ImageRecord(f"{split} images: {name}", None, name)
+            try:
+                found.append((record, self._lookup.find_listed(name, split), split))
+            except RecordError as error:
+                self.num_without_number += 1
+                self.rejected.append(Rejection("images", record.record, str(error)))
+        self._add_unnumbered(found)
+        return len(names) - len(images)
+
+    def move_to_val(self, image_ids: Iterable[int]) -> None:
+        """Keep images out of training that are of split train."""
+        for image_id in image_ids:
+            if self.rows[image_id].split == "train":
+                self.rows[image_id] = replace(self.rows[image_id], split="val")
+
+    def add_conversations(self, conversations: Iterable[ConversationRecord]) -> None:
+        """Add the images that conversations name and no captions file lists."""
+        found = []
+        for record in tqdm(conversations, desc="index conversations", unit="record", disable=None):
+            # `id_of` raises the error of a name without a file.
+            with contextlib.suppress(RecordError):
+                file = self._file_of(record.image_name)
+                image = ImageRecord(record.record, None, record.image_name)
+                if file.real_path in self._ids:
+                    continue
+                if file.split in self._listing:
+                    self._ids[file.real_path] = (
+                        f"image not listed: {file!r} is of {file.split}, whose captions do not "
+                        f"list it"
+                    )
+                else:
+                    found.append((image, file, file.split))
+        self._add_unnumbered(found)
+
+    def _listed_claim(self, record: ImageRecord, image_id: int, split: Split) -> Claim:
         try:
-            file = self._lookup.find_listed(record.file_name, split)
+            name, file = self._find_listed(record, split)
         except RecordError as error:
-            return Claim(record, split, None, ImageInfo(None), str(error))
-        return self._claim(record, file)
+            return Claim(record, image_id, split, None, ImageInfo(None), str(error))
+        return self._claim(replace(record, file_name=name), image_id, file, split)
 
-    def _claim(self, record: ImageRecord, file: ImageFile) -> Claim:
+    def _find_listed(self, record: ImageRecord, split: Split) -> tuple[str, ImageFile]:
+        """Return the first name of an image that is a file's, and the file."""
+        for name in record.other_names:
+            with contextlib.suppress(RecordError):
+                return record.file_name, self._lookup.find_listed(record.file_name, split)
+            with contextlib.suppress(RecordError):
+                return name, self._lookup.find_listed(name, split)
+        return record.file_name, self._lookup.find_listed(record.file_name, split)
+
+    def _claim(self, record: ImageRecord, image_id: int, file: ImageFile, split: Split) -> Claim:
         info = self._lookup.info(file)
-        return Claim(record, file.split, file, info, info.problem)
+        return Claim(record, image_id, split, file, info, info.problem)
 
     def _resolve_id(self, image_id: int, claims: list[Claim]) -> None:
         """Leave one claim of an id without a problem, or none if they are for different files."""
@@ -126,9 +206,9 @@ class ImageCollection:
         for claim in claims:
             if claim.file:
                 # A text may name the file of a rejected claim: it means the accepted copy, if any.
-                row = self.rows.get(claim.record.image_id)
+                row = self.rows.get(claim.image_id)
                 is_copy = row is not None and row.content == claim.info.content
-                found = claim.record.image_id if is_copy else claim.problem
+                found = claim.image_id if is_copy else claim.problem
                 self._ids.setdefault(claim.file.real_path, found)
             if claim.problem:
                 self.rejected.append(Rejection("images", claim.record.record, claim.problem))
@@ -139,69 +219,100 @@ class ImageCollection:
         if claim.problem or claim.file is None or content is None:
             return
         record = claim.record
-        known = self._ids.setdefault(claim.file.real_path, record.image_id)
-        if known == record.image_id:
-            split = self.split_of(known) if self.split_of else claim.split
+        known = self._ids.setdefault(claim.file.real_path, claim.image_id)
+        if known == claim.image_id:
+            split = record.split or claim.split
+            if self.split_of:
+                split = self.split_of(known)
+            self.listed[claim.split].add(known)
             self.rows[known] = ImageRow(known, split, record.file_name, *claim.info.size, *content)
         else:
-            claim.problem = f"image file of two ids: {claim!r} is {known} and {record.image_id}"
-            self.problems[record.image_id] = claim.problem
+            claim.problem = f"image file of two ids: {claim!r} is {known} and {claim.image_id}"
+            self.problems[claim.image_id] = claim.problem
 
-    def add_unlisted(self, conversations: Iterable[ConversationRecord]) -> None:
-        """Add the images of split train that conversations name and no captions file lists.
-
-        An image's id is the number at the end of its name.
-        """
-        new: dict[str, tuple[str, ImageFile]] = {}
-        for record in tqdm(conversations, desc="index conversations", unit="record", disable=None):
-            # `id_of` raises the error of a name without a file.
-            with contextlib.suppress(RecordError):
-                file = self._file_of(record.image_name)
-                if file.real_path not in self._ids:
-                    new.setdefault(file.real_path, (record.record, file))
-        claims_of: dict[int, list[Claim]] = defaultdict(list)
-        for real_path, (record_name, file) in new.items():
+    def _add_unnumbered(self, found: Iterable[tuple[ImageRecord, ImageFile, Split]]) -> None:
+        """Add each file once, under an id that follows from its name."""
+        claims: dict[str, Claim] = {}
+        for record, file, split in found:
+            if file.real_path in self._ids or file.real_path in claims:
+                continue
             try:
-                image = ImageRecord(record_name, _id_in_name(file), file.full_name)
-            except RecordError as error:
-                self._ids[real_path] = str(error)
+                image_id = _id_by_name(file.full_name)
+            except UnicodeEncodeError:
+                problem = f"file name not UTF-8: {file.full_name!r}"
+                self._ids[file.real_path] = problem
+                self.rejected.append(Rejection("images", record.record, problem))
+                self.num_without_number += 1
+                continue
+            image = replace(record, file_name=file.full_name)
+            claims[file.real_path] = self._claim(image, image_id, file, split)
+        self.num_without_number += len(claims)
+        by_id: dict[int, list[Claim]] = defaultdict(list)
+        for claim in claims.values():
+            by_id[claim.image_id].append(claim)
+        hashed: dict[int, list[Claim]] = defaultdict(list)
+        for image_id, same in by_id.items():
+            known = self._claims[image_id]
+            if _claim_of_another_file(same[0], [*same, *known]):
+                # No file has the number rather than another, so none of the new ones keeps it.
+                for claim in same:
+                    claim.image_id = hashed_id(claim.record.file_name)
+                    hashed[claim.image_id].append(claim)
             else:
-                claims_of[image.image_id].append(self._claim(image, file))
-        for image_id, claims in claims_of.items():
-            self._add_unlisted(image_id, claims)
+                self._resolve_unnumbered(image_id, same)
+        for image_id, same in hashed.items():
+            self._resolve_unnumbered(image_id, same)
+        self._accept(list(claims.values()))
 
-    def _add_unlisted(self, image_id: int, claims: list[Claim]) -> None:
-        """Give an id to a file that has it in its name, unless the id belongs to another file."""
-        self.num_unlisted += len(claims)
-        listed = self._claims.get(image_id, [])
+    def _resolve_unnumbered(self, image_id: int, claims: list[Claim]) -> None:
+        """Leave one new claim of an id without a problem, unless another image has the id."""
+        known = self._claims[image_id]
+        known += claims
+        if image_id not in self.rows:
+            self._resolve_id(image_id, known)
+            return
+        other = _claim_of_another_file(known[0], known)
         for claim in claims:
-            if other := _claim_of_another_file(claim, listed):
-                taken = (
-                    f"image id taken: {image_id}, in the name of {claim!r}, is that of {other!r}"
-                )
-                claim.problem = claim.problem or taken
-            elif image_id in self.rows:
-                claim.problem = claim.problem or f"image id repeated: {image_id}"
-        if usable := [claim for claim in claims if not claim.problem]:
-            self._resolve_id(image_id, usable)
-        self._accept(claims)
+            repeated = f"image id repeated: {image_id}"
+            taken = f"image id of two files: {image_id} is that of {known[0]!r}"
+            claim.problem = claim.problem or (taken if other else repeated)
 
-    def id_of(self, name: str) -> int:
-        """Return the id of the image that a text names, after `add_unlisted` of all texts.
+    def id_of(self, name: str, split: Split | None = None) -> int:
+        """Return the id of the image that a text names, after all images were added.
+
+        Args:
+            name: As the text spells it.
+            split: The split whose captions the text is of; None for a conversation.
 
         Raises:
             RecordError: No image has the name, the image is rejected, or different ones have it.
         """
-        image_id = self._ids[self._file_of(name).real_path]
+        file = self._lookup.find_listed(name, split) if split else self._file_of(name)
+        image_id = self._ids[file.real_path]
         if isinstance(image_id, str):
-            says_image = image_id.startswith(("image without an id", "image not listed"))
-            raise RecordError(image_id if says_image else f"image rejected: {name!r}: {image_id}")
+            if image_id.startswith("image not listed"):
+                raise RecordError(image_id)
+            raise RecordError(f"image rejected: {name!r}: {image_id}")
         return image_id
 
     def _file_of(self, name: str) -> ImageFile:
         """Return the file that a text names; of several equal files, one with an id."""
         files = self._lookup.find_named(name)
         return next((f for f in files if isinstance(self._ids.get(f.real_path), int)), files[0])
+
+
+def hashed_id(full_name: str) -> int:
+    """Return 63 bits of a hash of an image's full name, for an image without a number."""
+    return xxhash.xxh3_64_intdigest(full_name.encode()) >> 1
+
+
+def _id_by_name(full_name: str) -> int:
+    """Return the number at the end of a file's name, or a hash of the full name."""
+    hashed = hashed_id(full_name)
+    try:
+        return image_id_in(full_name)
+    except RecordError:
+        return hashed
 
 
 def _claim_of_another_file(first: Claim, claims: list[Claim]) -> Claim | None:
@@ -220,9 +331,3 @@ def _claim_of_another_file(first: Claim, claims: list[Claim]) -> Claim | None:
         if is_other:
             return claim
     return None
-
-
-def _id_in_name(file: ImageFile) -> int:
-    if file.split == "val":
-        raise RecordError(f"image not listed: {file!r} is of val, whose captions do not list it")
-    return image_id_in(file.full_name)

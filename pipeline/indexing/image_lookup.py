@@ -7,8 +7,6 @@ Reads a file once, however many names lead to it. Which file gets which id is de
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import xxhash
 
@@ -16,8 +14,7 @@ from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
 from pipeline.images.names import ImageNameError, check_file_name, plain_name
 from pipeline.indexing.records import RecordError
-
-Split = Literal["train", "val"]
+from workspace.data_settings import Split
 
 Content = tuple[int, int]
 """Number of bytes and xxh3 of a file, by which equal files are recognised."""
@@ -30,7 +27,7 @@ class ImageFile:
     """A file among the images of a split."""
 
     split: Split
-    root: Path
+    root: str
     full_name: str
     real_path: str
     """The path with all links resolved, the same for every name of the file."""
@@ -92,7 +89,7 @@ class ImageLookup:
             for full_name in archive.names(name)
         ]
         if not files:
-            roots = " or ".join(str(archive.path) for archive in self._archives.values())
+            roots = " or ".join(archive.path for archive in self._archives.values())
             raise RecordError(f"{UNREADABLE}: no file {name!r} in {roots}")
         for other in files[1:]:
             self._check_same(name, files[0], other)

@@ -123,6 +123,12 @@ def read_question_files(captions: Path) -> QuestionFiles:
     )
 
 
+def images_asked_about(files: QuestionFiles, images: Mapping[int, ImageRow]) -> set[int]:
+    """Return the ids of the images that POPE's own questions are about."""
+    names = {coco_name(question.image_name) for question in files.official}
+    return {i for i, image in images.items() if coco_name(image.file_name) in names}
+
+
 def collect_questions(
     files: QuestionFiles,
     images: Mapping[int, ImageRow],
@@ -140,7 +146,9 @@ def collect_questions(
     rejected = list(files.rejected)
     mismatches = _name_mismatches(files, images)
     rejected += mismatches.values()
-    val = [i for i, image in images.items() if image.split == "val" and i not in mismatches]
+    has_test = any(image.split == "test" for image in images.values())
+    scored = "test" if has_test else "val"
+    val = [i for i, image in images.items() if image.split == scored and i not in mismatches]
     rows = make_questions(files.instances, val, seed)
     ids: dict[str, list[int]] = defaultdict(list)
     for image in images.values():
