@@ -49,6 +49,7 @@ bench: $(INSTALLED)
 	python -m bench.scale
 	python -m bench.verify
 	python -m bench.encode
+	python -m bench.index
 	python -m bench.extract
 	python -m bench.step
 	python -m bench.step_llama
