@@ -46,7 +46,7 @@ MIX = {
     "textvqa/train_images": (21_953, 21_953),
     "vg/VG_100K": (86_417, 86_417),
 }
-"""Conversations and images of LLaVA-1.5's mixture (Liu et al. 2023, arXiv 2310.03744), by folder."""
+"""Conversations and images of LLaVA-1.5's mixture (arXiv 2310.03744), by folder."""
 
 TEXT_ONLY = 40_688
 """Its conversations without an image, from ShareGPT."""
