@@ -59,7 +59,7 @@ def parse_karpathy(
         file_name = file_name_field({"filename": folder + name}, "filename")
         name_of_2017 = COCO_2014.sub("", name)
         others = (name_of_2017,) if name_of_2017 != name else ()
-        return ImageRecord(record, image_id, file_name, split, others)
+        return ImageRecord(record, image_id, file_name, others, split)
 
     def parse_caption(record: str, entry: dict[str, Any]) -> CaptionRecord:
         image = entry["image"]
