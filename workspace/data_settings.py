@@ -29,7 +29,7 @@ class SplitSettings:
     """Where the images and captions of one split are."""
 
     images: str | ImagePath | tuple[str | ImagePath, ...]
-    """A path, a path with a prefix, or a list of these; see `ImagePath`."""
+    """A path, or a section of `path` and `prefix`, or a list of these."""
     captions: str | tuple[str, ...] | None = None
     """One or more files of captions, or none: COCO's JSON, LLaVA's JSON or JSONL, a CSV, TSV, JSONL
     or parquet with columns `image` and `caption`, or webdataset shards with `.txt` or `.json`."""
