@@ -1,9 +1,9 @@
 """Collects `pope.parquet`: questions made from an instances file, and those that POPE published.
 
 Both kinds of files are optional and lie beside the captions that are scored. POPE's own files (Li
-et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each question
-is read with its label, and its position means nothing. It belongs to the image of the same name,
-since a number alone can be the id of any picture.
+et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each
+question is read with its label, and its position means nothing. It belongs to the image of the same
+name, since a number alone can be the id of any picture.
 """
 
 import dataclasses

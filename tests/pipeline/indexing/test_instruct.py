@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.indexing.annotations import read_captions
+from pipeline.indexing.captions import read_captions
 from pipeline.indexing.instruct import CAPTION_REQUEST, read_instruct
 from pipeline.indexing.pope import read_question_files
 from workspace.errors import StageError
@@ -44,7 +44,7 @@ class Files:
         captions.write_text(json.dumps(self.captions))
         (self.root / name).write_text(json.dumps(self.instances))
         listed = [read_captions(captions, key="k")]
-        return read_instruct(self.root / name, listed, read_question_files(captions), seed)
+        return read_instruct([self.root / name], listed, read_question_files([captions]), seed)
 
 
 def asked(file):
