@@ -66,7 +66,7 @@ def read_instruct(
 def _read_file(
     path: str | Path, listed: Sequence[CaptionsFile], questions: QuestionFiles, seed: int
 ) -> InstructFile:
-    if str(path) in questions.instances_paths:
+    if Path(path) in questions.instances_paths:
         return _made_of(questions.instances, listed, seed)
     file = AnnotationFile(path, "data.instruct")
     with open_entries(file, QUESTION_COLUMNS) as content:

@@ -63,7 +63,7 @@ class QuestionFiles:
 
     instances: Instances
     """The objects of all instances files together."""
-    instances_paths: list[str]
+    instances_paths: list[Path]
     official: list[OfficialQuestion]
     rejected: list[Rejection]
     """Unusable entries of both kinds of files."""
@@ -116,7 +116,7 @@ def read_question_files(captions: Sequence[str | Path]) -> QuestionFiles:
     names = [path.name for path in instances_paths + official_paths]
     return QuestionFiles(
         instances=instances,
-        instances_paths=[str(path) for path in instances_paths],
+        instances_paths=instances_paths,
         official=official,
         rejected=rejected,
         num_official=len(official) + num_bad,

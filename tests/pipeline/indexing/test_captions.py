@@ -150,3 +150,23 @@ def test_no_error_advises_to_fetch_again(tmp_path):
             read_conversations(path)
         assert "again" not in str(error.value)
         assert "the sources demo and coco make it in the fetch stage" in str(error.value)
+
+
+def test_a_table_lists_each_image_once_and_numbers_captions_by_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "image,caption\na/1.jpg, A  dog. \n./a/1.jpg,B\n\n2.jpg,\n../3.jpg,C\n2.jpg,D\n"
+    )
+    file = read_captions(path, key="k")
+    assert [(i.image_id, i.file_name, i.record) for i in file.images] == [
+        (None, "a/1.jpg", "t.csv: line 2"),
+        (None, "2.jpg", "t.csv: line 5"),
+    ]
+    assert [(c.caption_id, c.image, c.caption) for c in file.captions] == [
+        (0, "a/1.jpg", "A dog."),
+        (1, "a/1.jpg", "B"),
+        (4, "2.jpg", "D"),
+    ]
+    assert [bad.record for bad in file.rejected] == ["t.csv: line 5", "t.csv: line 6"]
+    assert {bad.kind for bad in file.rejected} == {"captions"}
+    assert (file.num_images, file.num_captions) == (2, 5)

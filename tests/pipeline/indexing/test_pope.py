@@ -228,3 +228,59 @@ def test_a_captions_file_of_another_name_has_no_instances_file(tmp_path):
     files = read_question_files([captions])
     assert (files.names, files.instances.num_entries) == ([], 0)
     assert files.why_empty.startswith("val.json has no 'captions' in its name")
+
+
+def test_files_beside_several_captions_files_are_read_once_each(captions, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    more = INSTANCES | {"annotations": [{"image_id": 9, "category_id": 1}]}
+    write(other / "instances_more.json", more)
+    write(other / "coco_pope_random.json", LINE | {"question_id": 3})
+    tables = [captions.with_name("captions_x.csv"), other / "captions_more.csv"]
+    files = read_question_files([captions, *tables, captions])
+    assert files.instances.shown == {310196: {"apple"}, 9: {"apple", "dog"}}
+    assert files.instances_paths == [
+        captions.with_name("instances_val2017.json"),
+        other / "instances_more.json",
+    ]
+    assert files.num_official == 4
+    assert len(files.names) == 5
+
+
+def test_an_id_that_two_instances_files_give_to_two_pictures_is_not_asked_about(captions):
+    write(captions, {})
+    named = INSTANCES | {"images": [{"id": 9, "file_name": "COCO_val2014_000000000009.jpg"}]}
+    write(captions.with_name("instances_val2017.json"), named)
+    for name, file_name in (("same", "000000000009.png"), ("other", "10.jpg")):
+        images = [{"id": 9, "file_name": file_name}]
+        write(captions.with_name(f"instances_{name}.json"), INSTANCES | {"images": images})
+    paths = [captions.with_name(f"captions_{name}.json") for name in ("val2017", "same")]
+    assert not read_question_files(paths).rejected
+    files = read_question_files([*paths, captions.with_name("captions_other.json")])
+    (rejection,) = files.rejected
+    assert (rejection.kind, rejection.record) == ("objects", "instances_other.json: image 9")
+    assert files.instances.unclear == {9}
+    assert files.instances.num_entries == 3 * 4 + 1
+
+
+def test_instances_of_other_categories_are_not_mixed(captions):
+    write(captions.with_name("instances_b.json"), INSTANCES | {"categories": []})
+    with pytest.raises(StageError, match=r"instances_b\.json: other categories than in .*val2017"):
+        read_question_files([captions, captions.with_name("captions_b.json")])
+
+
+@pytest.mark.parametrize(
+    ("paths", "reason"),
+    [
+        ([], "there are no captions"),
+        (["memory://texts/captions.json"], "the captions are at a URL"),
+        (["a/captions.csv", "b/texts.csv"], "texts.csv has no 'captions' in its name"),
+        (["a/captions.csv"], "neither instances.json nor coco_pope_*.json is in a"),
+    ],
+)
+def test_why_there_are_no_questions_is_told(tmp_path, monkeypatch, paths, reason):
+    monkeypatch.chdir(tmp_path)
+    files = read_question_files(paths)
+    assert not files.names
+    assert not files.instances.shown
+    assert files.why_empty.startswith(reason)
