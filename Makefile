@@ -9,13 +9,26 @@ export PYTHONPATH := $(CURDIR)
 # A test module stays in one process, so that its fixtures are made once.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo check test lint bench bench-gpu
+.PHONY: demo mine check test lint bench bench-gpu
 
 # LLM=llama: with the other tiny language model, which params.yaml names from then on.
 demo: $(INSTALLED)
 	@echo "dependencies: those of requirements.lock are in $(VENV)"
 	$(if $(LLM),dvc exp run --set-param llm.model=demo/checkpoints/$(LLM),dvc repro)
 	@echo "report: $(CURDIR)/reports/index.html"
+
+ifeq ($(MAKECMDGOALS)$(PICTURES),mine)
+$(error wanted make mine PICTURES=folder [CAPTIONS=file.csv])
+endif
+
+# PICTURES: a folder, an archive or a URL; CAPTIONS: a file with columns image and caption.
+mine: $(INSTALLED)
+	python -m pipeline.propose "$(PICTURES)" $(if $(CAPTIONS),--captions "$(CAPTIONS)")
+	python -m pipeline.index --params mine.yaml
+	python -m pipeline.extract --params mine.yaml
+	@echo "features: $(CURDIR)/data/features. Next, after source .venv/bin/activate:"
+	@echo "  python -m cache.inspect data/features    what is there; --image NAME: where a picture is"
+	@echo "  cp mine.yaml params.yaml && dvc repro    with captions: trains on them and scores"
 
 check: lint
 	pytest $(PARALLEL) -m "not slow"
@@ -36,6 +49,7 @@ bench: $(INSTALLED)
 	python -m bench.scale
 	python -m bench.verify
 	python -m bench.encode
+	python -m bench.index
 	python -m bench.extract
 	python -m bench.step
 	python -m bench.step_llama

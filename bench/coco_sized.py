@@ -67,9 +67,18 @@ Random = np.random.Generator
 
 def make_workspace(folder: Path, size: DataSize) -> None:
     """Make index, features and settings in an empty folder."""
+    write_inputs(folder, size)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipeline.index"]
+    subprocess.run(command, cwd=folder, env=environment, check=True)
+    store = make_random_store(folder / "made", sum(size.images.values()), SPEC_SMALL)
+    store.rename(folder / "data/features")
+
+
+def write_inputs(folder: Path, size: DataSize) -> None:
+    """Make pictures, annotation files and settings in an empty folder."""
     rng = np.random.default_rng(0)
-    number = sum(size.images.values())
-    shuffled = rng.permutation(number)
+    shuffled = rng.permutation(sum(size.images.values()))
     image_ids = {
         "train": np.sort(shuffled[: size.images["train"]]),
         "val": np.sort(shuffled[size.images["train"] :]),
@@ -83,11 +92,6 @@ def make_workspace(folder: Path, size: DataSize) -> None:
         write_pictures(raw / f"{split}.zip", ids)
     write_json(raw / "instruct.json", list(conversations(rng, words, image_ids["train"], size)))
     write_settings(folder)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pipeline.index"]
-    subprocess.run(command, cwd=folder, env=environment, check=True)
-    store = make_random_store(folder / "made", number, SPEC_SMALL)
-    store.rename(folder / "data/features")
 
 
 def demo_words() -> NDArray[np.object_]:

@@ -90,9 +90,9 @@ class Child:
         }
 
 
-def run_measured(arguments: list[str], folder: Path) -> Child:
-    """Run Python in a folder, with this code, and watch its memory."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def run_measured(arguments: list[str], folder: Path, checkout: Path = ROOT) -> Child:
+    """Run Python in a folder, with the code of a checkout, and watch its memory."""
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment)
     anonymous = pid = status = 0

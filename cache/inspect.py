@@ -1,8 +1,23 @@
-"""Command: shows what is in a store, on one screen."""
+"""Command: shows what is in a store, on one screen, or where one of its images is."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 
 from .cli.command import command_parser, run_guarded
+from .errors import SettingsError
+from .files.parquet import read_columns
+from .remote.location import Location
 from .store import FeatureStore
+from .store_index import INDEX_FILE, StoreIndex
 from .texts import first_few, human_size
+
+IMAGES = pa.schema({"image_id": pa.int64(), "split": pa.string(), "file_name": pa.string()})
+"""Columns of the table of images that are read here."""
+
+MAX_SHOWN = 20
+"""Most images of one name that are printed."""
 
 
 def inspect(root: str) -> None:
@@ -30,12 +45,76 @@ def inspect(root: str) -> None:
         print(f"  {name:<20} {value!r}")
 
 
+def find_image(root: str, wanted: str, table: Path | None) -> None:
+    """Print id, name and place of the images that an id or a file name means.
+
+    Args:
+        root: Folder or fsspec URL of the store.
+        wanted: An id, a file's full name, or the end of one from a folder on, such as `cat.jpg`.
+        table: The table of images, which knows their names; by default `index/images.parquet`
+            beside the store.
+
+    Raises:
+        SettingsError: No image is meant, or a name is asked for and there is no table.
+        PatchcacheError: Not a store, or the table is damaged.
+    """
+    location = Location(root)
+    index = StoreIndex.read(location.path(INDEX_FILE), location.read_spec())
+    rows = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
+    images = _images_of(root, wanted, table)
+    if not images and _is_id(wanted) and int(wanted) in rows:
+        images = [{"image_id": int(wanted)}]
+    if not images:
+        raise SettingsError(f"--image {wanted}: no image of this id or name is indexed.")
+    for image in images[:MAX_SHOWN]:
+        image_id, where = image["image_id"], "has no features in this store"
+        if (row := rows.get(image_id)) is not None:
+            shard = index.shards[index.shard_number[row]].name
+            where = f"row {index.row[row]} of {shard}"
+        name = f"{image['file_name']!r}, split {image['split']}, " if "split" in image else ""
+        print(f"image {image_id}: {name}{where}")
+    if len(images) > MAX_SHOWN:
+        print(f"and {len(images) - MAX_SHOWN} more")
+
+
+def _is_id(wanted: str) -> bool:
+    return wanted.removeprefix("-").isdecimal()
+
+
+def _images_of(root: str, wanted: str, table: Path | None) -> list[dict[str, Any]]:
+    """Return the rows of the table of images that an id or a name means."""
+    path = table or Path(root).resolve().parent / "index" / "images.parquet"
+    if table is None and not path.is_file():
+        if _is_id(wanted):
+            return []
+        raise SettingsError(
+            f"--image {wanted}: a store knows ids alone, and {path}, which knows the names, does "
+            f"not exist. Name the table with --images, or an id."
+        )
+    images = read_columns(path, IMAGES, lambda why: SettingsError(f"{path}: {why}."))
+    return [
+        image
+        for image in images.to_pylist()
+        if (_is_id(wanted) and image["image_id"] == int(wanted))
+        or f"/{image['file_name']}".endswith(f"/{wanted}")
+    ]
+
+
 def main() -> None:
     """Read the command line and inspect."""
     parser = command_parser(__doc__)
     parser.add_argument("root", help="folder or fsspec URL of a store")
+    parser.add_argument("--image", metavar="ID_OR_NAME", help="show where this image is")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="FILE",
+        help="the index's images.parquet, with the names (default: ../index beside the store)",
+    )
     arguments = parser.parse_args()
-    run_guarded(lambda: inspect(arguments.root))
+    if arguments.image is None:
+        run_guarded(lambda: inspect(arguments.root))
+    run_guarded(lambda: find_image(arguments.root, arguments.image, arguments.images))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def matches(path: str) -> list[Path]:
     """Return the local file or folder of a path, or the files of a pattern, sorted."""
     if os.path.lexists(path):
         return [Path(path)]
-    return [Path(name) for name in sorted(glob.glob(path))]
+    return [Path(name) for name in sorted(glob.glob(path))]  # noqa: PTH207
 
 
 def link_inputs(data: DataSettings) -> None:
@@ -83,7 +83,8 @@ def watched_paths(data: DataSettings) -> list[Path]:
     for key, path in named_paths(data):
         if is_url(path):
             continue
-        given = Path(os.path.abspath(path))  # noqa: PTH100: links stay as they are
+        # Not resolved: a link may lead elsewhere later.
+        given = Path(os.path.abspath(path))  # noqa: PTH100
         while glob.has_magic(str(given)) and not os.path.lexists(given):
             given = given.parent
         beside = question_files(given) if key.endswith("captions") else []

@@ -18,16 +18,21 @@ def leaves(cls: type, prefix: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        name, wanted = f"{prefix}.{field.name}", _inner(hints[field.name])
-        found |= leaves(wanted, name) if dataclasses.is_dataclass(wanted) else {name: wanted}
+        name, kinds = f"{prefix}.{field.name}", alternatives(hints[field.name])
+        sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        if len(sections) < len(kinds):
+            found[name] = kinds[0]
+        for section in sections:
+            found |= leaves(section, name)
     return found
 
 
-def _inner(wanted: Any) -> Any:
-    """Return what a list or an optional value is of."""
-    if typing.get_origin(wanted) in (tuple, typing.Union, types.UnionType):
-        return typing.get_args(wanted)[0]
-    return wanted
+def alternatives(wanted: Any) -> list[Any]:
+    """Return the types that a value can have, or the items of a list; None is no type."""
+    if typing.get_origin(wanted) not in (tuple, typing.Union, types.UnionType):
+        return [wanted]
+    inner = [a for a in typing.get_args(wanted) if a not in (type(None), Ellipsis)]
+    return list(dict.fromkeys(kind for a in inner for kind in alternatives(a)))
 
 
 def has_a_choice(wanted: Any) -> bool:

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from eval.settings import EvaluateSettings
 from pipeline.code import STAGES as CODE_STAGES
+from pipeline.inputs import named_paths
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.model.projector import check_pool
 from train.settings import (
@@ -87,9 +88,7 @@ def test_a_real_run_downloads_what_it_names_and_no_more(path):
         for item in files
         for member in item.unpack or [""]
     }
-    named = {data.instruct}
-    for split in (data.train, data.val):
-        named |= {split.images, split.captions}
+    named = {path for _, path in named_paths(data)}
     # The yes-no questions are made of the objects in the images of split val.
     named.add(data.val.captions.replace("captions_", "instances_"))
     assert fetched == named

@@ -22,10 +22,11 @@ INDEXED = (
 )
 NO_LAW = {
     "data.source": "who makes the files, not what is in them: tests/pipeline/test_fetch.py",
-    "data.train.images": INDEXED,
-    "data.train.captions": INDEXED,
-    "data.val.images": INDEXED,
-    "data.val.captions": INDEXED,
+    **{
+        f"data.{split}.{name}": INDEXED
+        for split in ("train", "val")
+        for name in ("images", "images.path", "images.prefix", "captions")
+    },
     "data.instruct": INDEXED,
     "data.instruct_holdout": "a share of random images: tests/pipeline/test_index.py",
     "data.follow_links": "what a folder with links holds: tests/pipeline/images/test_names.py",

@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +51,45 @@ def test_inspect_tells_which_shards_are_not_here(store):
     done = run("cache.inspect", store.root)
     assert done.returncode == 0
     assert f"2 of {len(store.names)} shards: {', '.join(sorted(store.names[:2]))}\n" in done.stdout
+
+
+def write_names(path, image_ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = [f"train/{image_id}/cat.jpg" for image_id in image_ids]
+    table = {"image_id": image_ids, "split": ["train"] * len(image_ids), "file_name": names}
+    pq.write_table(pa.table(table), path)
+
+
+def test_inspect_finds_an_image_by_id_and_by_name(store):
+    image_id = int(store.image_ids[3])
+    shard, row = next(
+        (path.name, rows.tolist().index(image_id))
+        for path in sorted(store.root.glob("*.h5"))
+        if image_id in (rows := h5py.File(path)["image_id"][:])
+    )
+    line = f"image {image_id}: 'train/{image_id}/cat.jpg', split train, row {row} of {shard}\n"
+    write_names(store.root.parent / "index/images.parquet", store.image_ids.tolist())
+    for wanted in (image_id, f"train/{image_id}/cat.jpg", f"{image_id}/cat.jpg"):
+        assert run("cache.inspect", store.root, "--image", wanted).stdout == line
+    assert len(run("cache.inspect", store.root, "--image", "cat.jpg").stdout.splitlines()) > 3
+
+
+def test_inspect_of_an_image_without_features_or_names_says_so(store, tmp_path):
+    write_names(tmp_path / "names.parquet", [-77])
+    names = ("--images", tmp_path / "names.parquet")
+    found = run("cache.inspect", store.root, "--image", "cat.jpg", *names)
+    assert (
+        found.stdout
+        == "image -77: 'train/-77/cat.jpg', split train, has no features in this store\n"
+    )
+    other = run("cache.inspect", store.root, "--image", "at.jpg", *names)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "no image of this id or name" in other.stderr
+    nameless = run("cache.inspect", store.root, "--image", "cat.jpg")
+    assert nameless.returncode == 2
+    assert "Name the table with --images" in nameless.stderr
+    by_id = run("cache.inspect", store.root, "--image", store.image_ids[0])
+    assert by_id.stdout.startswith(f"image {store.image_ids[0]}: row 0 of ")
 
 
 def test_inspect_of_another_folder_is_one_line(tmp_path):

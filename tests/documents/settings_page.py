@@ -11,6 +11,7 @@ import types
 import typing
 from pathlib import Path
 
+from tests.settings_law import alternatives
 from tests.test_pipeline_definition import SECTIONS
 from workspace.settings import Params
 
@@ -53,13 +54,13 @@ def fields(cls: type, before: str = "") -> typing.Iterator[tuple[str, str, str]]
     texts = docstrings(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            yield from fields(hint, f"{before}{field.name}.")
-        else:
-            item = next(iter(typing.get_args(hint)), None)
+        kinds = alternatives(hint)
+        sections = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+        is_list = typing.get_origin(hint) is tuple
+        if is_list or len(sections) < len(kinds):
             yield f"{before}{field.name}", type_name(hint), texts.get(field.name, "")
-            if dataclasses.is_dataclass(item):
-                yield from fields(item, f"{before}{field.name}[].")
+        for section in sections:
+            yield from fields(section, f"{before}{field.name}{'[]' * is_list}.")
 
 
 def docstrings(cls: type) -> dict[str, str]:
