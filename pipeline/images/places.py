@@ -50,7 +50,7 @@ class ImageFiles(Protocol):
         """Return the paths of all files with this base name, in all folders, sorted."""
 
     def all_names(self) -> Sequence[str]:
-        """Return the paths of all files that may be images, in the order of the place.
+        """Return the paths of all files in a fixed order, but for hidden ones.
 
         Raises:
             StageError: A part of the place cannot be listed.
