@@ -76,10 +76,15 @@ def may_be_image(name: str) -> bool:
     Hidden files, files that a system leaves, and files with the suffix of a text or an array do
     not. A file of an unknown suffix does: its bytes decide, and say what it is.
     """
-    *folders, base_name = name.split("/")
-    if name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(folders):
-        return False
-    return base_name.rpartition(".")[2].lower() not in OTHER_SUFFIXES or "." not in base_name
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return not is_system_file(name) and not (dot and suffix.lower() in OTHER_SUFFIXES)
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file or a folder above it is hidden, or is one that a system leaves."""
+    return (
+        name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
+    )
 
 
 def check_size(name: str, num_bytes: int) -> None:
