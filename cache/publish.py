@@ -14,7 +14,7 @@ from .plan import PlannedShard
 from .remote.location import Location
 from .shard import open_shard
 from .spec import SPEC_FILE, Spec
-from .store_index import INDEX_FILE, PROBE_FILE, ShardFile, StoreIndex
+from .store_index import INDEX_FILE, PROBE_FILE, SHARD_NAME, ShardFile, StoreIndex
 
 
 def publish(
@@ -63,9 +63,14 @@ def publish_copy(root: Path, source: Location, index: StoreIndex) -> None:
 
 
 def _delete_others(root: Path, names: Set[str]) -> None:
-    """Delete the shards, the probe and the unfinished files of a folder that have other names."""
+    """Delete the shards, the probe and the unfinished files of a folder that have other names.
+
+    Files whose names no store has are somebody's own.
+    """
     for path in [*root.glob("*.h5"), *root.glob(PROBE_FILE), *root.glob(".*.partial")]:
-        if path.name not in names:
+        name = path.name.removeprefix(".").removesuffix(".partial")
+        is_of_store = SHARD_NAME.fullmatch(name) or name in (PROBE_FILE, SPEC_FILE, INDEX_FILE)
+        if is_of_store and path.name not in names:
             path.unlink()
 
 

@@ -27,7 +27,7 @@ from .publish import publish
 from .shard import shard_bytes
 from .spec import SPEC_FILE, Spec, check_same_spec
 from .store import FeatureStore
-from .store_index import INDEX_FILE
+from .store_index import INDEX_FILE, StoreIndex
 from .texts import first_few, human_size
 
 UNFINISHED = ".unfinished"
@@ -52,7 +52,8 @@ def write_store(
     with the one that is kept, which stays; if the image's file has changed, the new row counts. To
     begin anew, delete the folder `.unfinished`.
 
-    A store that the folder held is replaced. Until then, the disk holds the features twice.
+    A store that the folder held is replaced; files that are no part of a store stay. Until then,
+    the disk holds the features twice.
 
     Args:
         folder: New or empty, of a write that was killed, or of a store of the same spec.
@@ -66,8 +67,9 @@ def write_store(
         The store.
 
     Raises:
-        InvalidFeaturesError: A spec or a row that no store can hold, an image that comes twice, or
-            no row at all. The rows before it are kept.
+        InvalidFeaturesError: A spec or a row that no store can hold, an image that comes twice, no
+            row at all, or other features than the store has that would be replaced. The rows before
+            it are kept.
         SpecMismatchError: The folder has features of another spec.
         SettingsError: The folder is none that a store can be written to.
         CacheError: Another process writes the store.
@@ -86,6 +88,7 @@ def write_store(
             if not plan:
                 raise InvalidFeaturesError(f"{root}: no row was given, wanted at least one.")
             hashes = _write_shards(plan, spec, spool, work)
+        _check_same_shards(root, spec, hashes)
         publish(root, plan, work, spec, hashes)
         shutil.rmtree(work)
     return FeatureStore(root)
@@ -105,18 +108,27 @@ def unfinished_ids(folder: str | Path) -> NDArray[np.int64]:
 
 
 def _checked_folder(folder: str | Path) -> Path:
-    """Refuse a URL, and a folder in which publishing could delete files of others."""
+    """Refuse a URL, and a folder that holds other files and neither a store nor its rows."""
     if "://" in str(folder):
         raise SettingsError(
             f"{folder}: stores are written to folders. Write it here, then copy it."
         )
     root = Path(folder)
-    if root.is_dir() and not (root / UNFINISHED).is_dir() and not (root / INDEX_FILE).is_file():
-        others = sorted(path.name for path in root.iterdir())
-        if others:
-            raise SettingsError(
-                f"{root}: holds {first_few(others)} and is no store. Wanted a new or empty folder."
-            )
+    work = root / UNFINISHED
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        # A link's target would be filled, and could not be deleted.
+        raise SettingsError(
+            f"{work}: a link, or no folder. Delete it, and run the same program again."
+        )
+    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    # The spec is written before the index: an index alone is of another program.
+    is_store = {SPEC_FILE, INDEX_FILE} <= names
+    is_unfinished = UNFINISHED in names and INDEX_FILE not in names
+    if names and not (is_store or is_unfinished):
+        raise SettingsError(
+            f"{root}: holds {first_few(sorted(names))} and is no store. Wanted a new or empty "
+            f"folder."
+        )
     return root
 
 
@@ -126,7 +138,7 @@ def _claim(work: Path, root: Path, spec: Spec) -> None:
     Raises:
         SpecMismatchError: Names the fields that differ.
     """
-    if (root / INDEX_FILE).is_file():
+    if (root / SPEC_FILE).is_file():
         check_same_spec(Spec.read(root / SPEC_FILE), spec, str(root))
     if (work / SPEC_FILE).is_file():
         check_same_spec(Spec.read(work / SPEC_FILE), spec, f"{work} (delete it to begin anew)")
@@ -216,6 +228,31 @@ def _write_shards(
             write_bytes(path, *pieces)
         hashes[shard.name] = digest
     return hashes
+
+
+def _check_same_shards(root: Path, spec: Spec, hashes: dict[str, str]) -> None:
+    """Refuse other bytes under the name of a shard of the store that the folder holds.
+
+    The new shard would stand under the old index: readers would mix the features of both, and a
+    kill before the new index would leave neither store.
+    """
+    if not (root / INDEX_FILE).is_file():
+        return
+    try:
+        former = StoreIndex.read(root / INDEX_FILE, spec).shards
+    except CacheError:
+        # No store that anybody could read.
+        return
+    changed = [
+        shard.name for shard in former if hashes.get(shard.name, shard.sha256) != shard.sha256
+    ]
+    if changed:
+        raise InvalidFeaturesError(
+            f"{root}: holds other features of the same images under the same spec, in shards: "
+            f"{len(changed)}, the first: {changed[0]}. If the encoder has changed, say so in the "
+            f"spec, and write to another folder. To replace this store, delete "
+            f"{root / INDEX_FILE} and run the same program again: the rows are kept."
+        )
 
 
 def _check_space(work: Path, num_rows: int, spec: Spec) -> None:

@@ -33,7 +33,6 @@ from eval.scoring.score_names import BLIND
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
-from train.untrained import REASONS
 from workspace.clock import utc_now
 from workspace.data_settings import DataSettings
 from workspace.paths import FEATURES, REPORTS, RUNS
@@ -61,7 +60,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     models = load_models(runs, store, params.seed())
     scores, predictions = score_models(models, evaluation_set, settings)
     scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
-    scores["untrained"] = {s: REASONS[s] for s, run in runs.items() if not run.is_trained}
+    scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
 
     contamination = evaluation_set.contamination_list()
     # Without conversations, the captions of stage 1 alone are all there is.
@@ -150,7 +149,7 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
     for sentence in gaps(scores):
         print(f"note:     {sentence}")
     captions, answers = scores["captions"], scores["answers"]
-    if "finetune" in scores["untrained"]:
+    if not scores["trained"]["finetune"]:
         captions = scores["pretrain_only"]["captions"]
     if captions["count"]:
         print(f"captions: {_beside_wrong_image(captions, 'CIDEr', 'CIDEr')}")

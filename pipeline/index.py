@@ -170,7 +170,7 @@ def read_all_captions(data: DataSettings) -> dict[Split, list[CaptionsFile]]:
     """
     return {
         split: [
-            read_captions(path, key=f"data.{split}.captions", split=data.split_name)
+            read_captions(path, key=f"data.{split}.captions", split=data.split)
             for path in source.caption_paths
         ]
         for split, source in data.splits.items()

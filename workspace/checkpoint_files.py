@@ -5,6 +5,7 @@ checkpoint. Each error names its file through the function `refusal` that the ca
 """
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
@@ -26,6 +27,9 @@ WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 MAX_COUNT = 10_000
 """Most layers or labels: a config builds lists of them before anything else can be checked."""
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights, as safetensors spells them, that are numbers without a scale elsewhere."""
 
 ATTENTIONS = ("eager", "sdpa", "flex_attention")
 """Values of `_attn_implementation` that make transformers import nothing."""
@@ -55,6 +59,8 @@ def check_config(folder: Path, refusal: Refusal) -> dict[str, Any]:
             raise refuse(f"{name} is {value!r}, wanted one of {', '.join(ATTENTIONS)}, or none")
         if key == "transformers_weights":
             raise refuse(f"{name} is {value!r}, wanted the weights in {WEIGHTS}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise refuse(f"{name} is {value}, wanted a finite number")
         counts = "layer" in key or "label" in key
         if counts and isinstance(value, int) and value > MAX_COUNT:
             raise refuse(f"{name} is {value}, wanted at most {MAX_COUNT}")
@@ -90,6 +96,18 @@ def read_headers(folder: Path, refusal: Refusal) -> dict[Path, TensorFile]:
     if len(names) > len(set(names)):
         raise refusal(WEIGHTS_INDEX)("its files hold a tensor twice")
     return headers
+
+
+def check_dtypes(headers: Mapping[Path, TensorFile], refusal: Refusal) -> None:
+    """Refuse quantised weights, which transformers would load as numbers, without their scales.
+
+    Raises:
+        PatchcacheError: From `refusal`; names the tensor.
+    """
+    for path, header in headers.items():
+        for name, (dtype, _) in header.tensors.items():
+            if name.endswith(".weight") and dtype not in FLOATS:
+                raise refusal(path.name)(f"{name} is of type {dtype}, wanted one of {FLOATS}")
 
 
 @contextlib.contextmanager

@@ -46,6 +46,20 @@ def check_ordinary(path: Path, refuse: Callable[[str], PatchcacheError]) -> None
         raise refuse("a pipe, a socket or a device, wanted an ordinary file")
 
 
+def check_writable_in_place(path: Path, error: type[PatchcacheError]) -> None:
+    """Refuse a link, whose target would be written into, and a pipe, which would be waited for.
+
+    Args:
+        path: Of a file that exists or will be created, and is not replaced by rename.
+        error: Raised for anything but an ordinary file.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise error(
+            f"{path}: a link, or no ordinary file, so it is not written to. Delete it, and run the "
+            f"same program again."
+        )
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write; sync it and rename it to `path` at the end of the block.
@@ -115,13 +129,15 @@ def canonical_json(value: Any) -> bytes:
 def link_or_copy(source: Path, target: Path) -> None:
     """Hard-link `source` to `target`, or copy it where the file system has no hard links.
 
-    An existing `target` is replaced by rename, never written into.
+    An existing `target` is replaced by rename, never written into. `source` may be a symbolic link:
+    its file is linked.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.partial")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        # A link to a symbolic link would be another symbolic link.
+        os.link(source.resolve(), temporary)
     except OSError:
         # Another file system, or one without hard links.
         with replacing(target) as copy:

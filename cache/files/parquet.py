@@ -6,8 +6,10 @@ and a file that would unpack to more memory than a real table of its size is ref
 """
 
 import contextlib
+import io
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,13 +22,16 @@ from ..errors import PatchcacheError
 from ..texts import one_line
 from .atomic import check_ordinary
 from .foreign import reading_foreign_file
-from .thrift import read_struct
+from .thrift import I64, LIST, read_struct, read_value, struct_fields, struct_list_length
 
 MAX_FOOTER_BYTES = 1 << 24
 """The footer lists row groups, columns, and a store's shards: 100 bytes each."""
 
 MAX_ENTRIES = 10_000
 """Most row groups, columns, or metadata keys."""
+
+MAX_CHUNKS = 1 << 18
+"""Most column chunks in a footer: row groups times columns."""
 
 MAX_PAGES = 100_000
 """Most pages of all columns that are read; real ones have over a gigabyte."""
@@ -49,18 +54,33 @@ ENTRY_BYTES = 64
 
 WIDTHS = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "INT96": 12, "FLOAT": 4, "DOUBLE": 8}
 
-CODECS = {"SNAPPY", "GZIP", "BROTLI", "ZSTD"}
-"""Compressions with the same name in Arrow and parquet."""
+UNCOMPRESSED = 0
+CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd"}
+"""Arrow's names of parquet's compressions, of those that are the same in both."""
 
 DATA_PAGE, DICTIONARY_PAGE, DATA_PAGE_V2 = 0, 2, 3
 PAGE_TYPE, UNPACKED_BYTES, PACKED_BYTES, DATA_HEADER, DATA_HEADER_V2 = 1, 2, 3, 5, 8
 NUM_VALUES, ENCODING, ENCODING_V2 = 1, 2, 4
 """Field numbers of a page's header, from parquet.thrift of the Apache Parquet format."""
 
+
+ROW_GROUPS, GROUP_CHUNKS, GROUP_ROWS, CHUNK_METADATA, CHUNK_DICTIONARY = 4, 1, 3, 3, 11
+CHUNK_FIELDS = (4, 5, 9, 7)
+"""Field numbers of the footer, a row group, a column chunk and its metadata: there codec, number of
+values, offset of the first data page, and packed bytes."""
+
 DICTIONARY_ENCODINGS = {2, 8}
 
 ENCODINGS = DICTIONARY_ENCODINGS | {0, 3, 4, 5, 6, 9}
 """All but the delta encodings of texts, in which a text can grow with every row."""
+
+OPTIONS = {
+    "page_checksum_verification": True,
+    "pre_buffer": False,
+    "thrift_string_size_limit": MAX_FOOTER_BYTES,
+    "thrift_container_size_limit": MAX_ENTRIES,
+}
+"""Options of `pq.ParquetFile` for a file of another machine."""
 
 Refuse = Callable[[str], PatchcacheError]
 
@@ -90,19 +110,14 @@ def open_parquet(
     with reading_foreign_file(refuse, path):
         check_ordinary(path, refuse)
         with path.open("rb") as pages:
-            _check_footer_size(pages, refuse)
-            options = {
-                "page_checksum_verification": True,
-                "pre_buffer": False,
-                "thrift_string_size_limit": MAX_FOOTER_BYTES,
-                "thrift_container_size_limit": MAX_ENTRIES,
-            }
-            with pq.ParquetFile(path, **options) as file:
+            groups = read_footer(pages, refuse)
+            with pq.ParquetFile(path, **OPTIONS) as file:
                 metadata = file.metadata
                 _check_columns(file.schema_arrow, schema, optional, refuse)
-                _Budget(metadata, pages, refuse).check(set(schema.names))
+                budget = max(MIN_BUDGET, MAX_RATIO * os.fstat(pages.fileno()).st_size)
+                PageBudget(metadata, groups, pages, refuse, budget).check(set(schema.names))
         with pq.ParquetFile(
-            path, metadata=metadata, read_dictionary=list(read_dictionary), **options
+            path, metadata=metadata, read_dictionary=list(read_dictionary), **OPTIONS
         ) as file:
             yield file
 
@@ -145,12 +160,84 @@ def check_values(columns: Sequence[Any], refuse: Refuse) -> None:
             check_values(column.flatten(), refuse)
 
 
-def _check_footer_size(file: BinaryIO, refuse: Refuse) -> None:
+@dataclass(frozen=True, slots=True)
+class ColumnChunk:
+    """The pages of a column in a row group, as the footer describes them."""
+
+    codec: int
+    num_values: int
+    start: int
+    """Offset of the first page."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Rows that are stored together."""
+
+    num_rows: int
+    chunks: list[ColumnChunk]
+    """In the order of the schema's columns."""
+
+
+def read_footer(file: BinaryIO, refuse: Refuse) -> list[RowGroup]:
+    """Read the row groups in a table's footer; none if there is no footer, as Arrow will explain.
+
+    Arrow aborts the whole process if it is asked for a damaged column chunk, so it is not asked.
+
+    Raises:
+        PatchcacheError: From `refuse`.
+        ValueError: The footer is damaged.
+    """
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 8))
     length = int.from_bytes(file.read(4), "little")
-    if file.read(4) == b"PAR1" and length > MAX_FOOTER_BYTES:
+    if file.read(4) != b"PAR1":
+        return []
+    if length > MAX_FOOTER_BYTES:
         raise refuse(f"its footer has {length} bytes, wanted at most {MAX_FOOTER_BYTES}")
+    if length + 8 > size:
+        return []
+    file.seek(size - 8 - length)
+    footer, groups, num_chunks = io.BytesIO(file.read(length)), [], 0
+    for field, kind in struct_fields(footer):
+        if (field, kind) == (ROW_GROUPS, LIST):
+            for _ in range(struct_list_length(footer)):
+                groups.append(_row_group(footer, refuse))
+                num_chunks += len(groups[-1].chunks)
+                if num_chunks > MAX_CHUNKS:
+                    raise refuse(f"it has more than {MAX_CHUNKS} column chunks")
+        else:
+            read_value(footer, kind)
+    return groups
+
+
+def _row_group(footer: BinaryIO, refuse: Refuse) -> RowGroup:
+    num_rows, chunks = 0, []
+    for field, kind in struct_fields(footer):
+        if (field, kind) == (GROUP_CHUNKS, LIST):
+            chunks = [
+                _column_chunk(read_struct(footer), refuse)
+                for _ in range(struct_list_length(footer))
+            ]
+        elif (field, kind) == (GROUP_ROWS, I64):
+            num_rows = read_value(footer, kind)
+        else:
+            read_value(footer, kind)
+    return RowGroup(num_rows, chunks)
+
+
+def _column_chunk(chunk: dict[int, Any], refuse: Refuse) -> ColumnChunk:
+    about = chunk.get(CHUNK_METADATA)
+    if not isinstance(about, dict):
+        raise refuse("a column of it is encrypted, or lies in another file")
+    found: list[Any] = [about.get(field) for field in CHUNK_FIELDS]
+    # A writer without dictionaries may leave their offset out, or write 0.
+    offsets = [offset for offset in (about.get(CHUNK_DICTIONARY), found[2]) if offset]
+    if not all(type(value) is int for value in (*found, *offsets)):
+        raise refuse(f"a column of it has the sizes {found}")
+    codec, num_values, first_page, num_bytes = found
+    return ColumnChunk(codec, num_values, min(offsets, default=first_page), num_bytes)
 
 
 def _check_columns(
@@ -166,37 +253,68 @@ def _listed(schema: pa.Schema) -> str:
     return one_line(", ".join(f"{field.name!r} {field.type}" for field in schema))
 
 
-class _Budget:
+class PageBudget:
     """Adds up the memory to which the pages of a file can unpack, and refuses too much."""
 
-    def __init__(self, metadata: pq.FileMetaData, pages: BinaryIO, refuse: Refuse) -> None:
-        self._metadata, self._pages, self._refuse = metadata, pages, refuse
-        self._most_bytes = max(MIN_BUDGET, MAX_RATIO * os.fstat(pages.fileno()).st_size)
+    def __init__(
+        self,
+        metadata: pq.FileMetaData,
+        groups: Sequence[RowGroup],
+        pages: BinaryIO,
+        refuse: Refuse,
+        most_bytes: int,
+        most_page_bytes: int = MAX_PAGE_BYTES,
+    ) -> None:
+        """Spend nothing yet.
+
+        Args:
+            metadata: The file's footer as Arrow reads it, for the schema.
+            groups: The row groups in it.
+            pages: The file.
+            refuse: Makes the error from a line that says what is wrong.
+            most_bytes: Limit of all pages together, unpacked.
+            most_page_bytes: Limit of a page, packed or unpacked.
+        """
+        self._metadata, self._groups = metadata, groups
+        self._pages, self._refuse = pages, refuse
+        self._most_bytes, self._most_page_bytes = most_bytes, most_page_bytes
         self._num_bytes = self._num_pages = 0
 
-    def check(self, names: set[str]) -> None:
-        """Add up all pages of some columns."""
+    def check(self, names: set[str], groups: Iterable[int] | None = None) -> None:
+        """Add up all pages of some columns.
+
+        Args:
+            names: Of columns, or paths such as `image.bytes` of the parts of a struct.
+            groups: Numbers of the row groups; without it, all.
+
+        Raises:
+            PatchcacheError: From `refuse`.
+        """
         self._spend(max(0, self._metadata.num_rows) * VALUE_BYTES)
         self._num_bytes = 0
         columns = map(self._metadata.schema.column, range(self._metadata.num_columns))
-        wanted = [(n, c) for n, c in enumerate(columns) if c.path.partition(".")[0] in names]
-        for group in range(self._metadata.num_row_groups):
-            row_group = self._metadata.row_group(group)
+        wanted = [
+            (number, column)
+            for number, column in enumerate(columns)
+            if {column.path, column.path.partition(".")[0]} & names
+        ]
+        for group in range(len(self._groups)) if groups is None else groups:
+            chunks = self._groups[group].chunks
+            if len(chunks) != self._metadata.num_columns:
+                raise self._refuse(f"a row group has {len(chunks)} columns")
             for number, column in wanted:
-                self._check_chunk(row_group.column(number), column)
+                self._check_chunk(chunks[number], column)
 
-    def _check_chunk(self, chunk: Any, column: Any) -> None:
+    def _check_chunk(self, chunk: ColumnChunk, column: Any) -> None:
         if chunk.num_values <= 0:
             # Arrow reads no page of it, and there may be none.
             return
         longest = WIDTHS.get(column.physical_type, max(0, column.length or 0))
-        offsets = (chunk.data_page_offset, chunk.dictionary_page_offset)
-        start = min(offset for offset in offsets if offset is not None)
-        end = start + chunk.total_compressed_size
+        start, end = chunk.start, chunk.start + chunk.num_bytes
         while start < end:
             header, place = self._header_at(start)
             if header[PAGE_TYPE] == DICTIONARY_PAGE and column.physical_type == "BYTE_ARRAY":
-                longest = max(longest, self._longest_text(header, chunk.compression))
+                longest = max(longest, self._longest_text(header, chunk.codec))
             self._spend(self._unpacked_bytes(header, longest))
             start = place + header[PACKED_BYTES]
 
@@ -209,21 +327,21 @@ class _Budget:
         header = read_struct(self._pages)
         sizes = header.get(UNPACKED_BYTES), header.get(PACKED_BYTES)
         if header.get(PAGE_TYPE) is None or not all(
-            isinstance(size, int) and 0 <= size <= MAX_PAGE_BYTES for size in sizes
+            isinstance(size, int) and 0 <= size <= self._most_page_bytes for size in sizes
         ):
             raise self._refuse(
                 f"a page of it unpacks from {sizes[1]} to {sizes[0]} bytes, wanted at most "
-                f"{MAX_PAGE_BYTES}"
+                f"{self._most_page_bytes}"
             )
         return header, self._pages.tell()
 
-    def _longest_text(self, header: dict[int, Any], compression: str) -> int:
+    def _longest_text(self, header: dict[int, Any], codec: int) -> int:
         """Read the dictionary page behind a header; return the bytes of its longest text."""
         size = header[UNPACKED_BYTES]
         data = self._pages.read(header[PACKED_BYTES])
-        if compression in CODECS:
-            data = pa.decompress(data, decompressed_size=size, codec=compression.lower())
-        elif compression != "UNCOMPRESSED":
+        if codec in CODECS:
+            data = pa.decompress(data, decompressed_size=size, codec=CODECS[codec])
+        elif codec != UNCOMPRESSED:
             return int(size)
         view = memoryview(data)
         longest = entry = 0

@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..errors import CorruptShardError
-from .atomic import path_in_errors
+from ..errors import CorruptShardError, SettingsError
+from .atomic import check_writable_in_place, path_in_errors
 
 RECORD = np.dtype([("image_id", "<i8"), ("source_xxh3", "<u8"), ("row_xxh3", "<u8")])
 
@@ -35,8 +35,13 @@ class RowSpool:
             folder: Exists; the files in it are made if needed.
             patches: P of every row.
             width: D of every row.
+
+        Raises:
+            SettingsError: A file is a link, or no ordinary file.
         """
         self._paths = folder / ROWS, folder / RECORDS
+        for path in self._paths:
+            check_writable_in_place(path, SettingsError)
         self._shape = patches, width
         self._row_bytes = patches * width * 2
         self._records: dict[int, tuple[int, int, int]] = {}

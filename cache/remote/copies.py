@@ -55,22 +55,8 @@ class RemoteFolder:
         # One for each process: file systems with connections refuse to work in a forked child.
         process = os.getpid()
         if process not in self._opened:
-            try:
-                self._opened[process] = fsspec.core.url_to_fs(_decoded(self.url), **self._options())
-            except (ValueError, ImportError) as error:
-                raise SettingsError(f"{self.url}: cannot be read here: {error}") from None
+            self._opened[process] = filesystem_of(self.url)
         return self._opened[process]
-
-    def _options(self) -> dict[str, Any]:
-        if not self.url.startswith(WEB):
-            return {}
-        from aiohttp import ClientTimeout
-
-        # In place of aiohttp's five minutes for a whole file.
-        timeout = ClientTimeout(
-            total=None, sock_connect=network.READ_TIMEOUT, sock_read=network.READ_TIMEOUT
-        )
-        return {"client_kwargs": {"timeout": timeout}}
 
     @cached_property
     def _listed(self) -> dict[str, int | None]:
@@ -187,6 +173,33 @@ class BoundedFile(io.BufferedWriter):
             raise CorruptShardError(f"more than {self._most_bytes} bytes came")
         with path_in_errors(self._path):
             return super().write(data)
+
+
+def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it; nothing is requested yet.
+
+    Raises:
+        SettingsError: A URL of a kind that cannot be read here.
+    """
+    try:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(
+            _decoded(url), **_options(url)
+        )
+    except (ValueError, ImportError) as error:
+        raise SettingsError(f"{url}: cannot be read here: {error}") from None
+    return found
+
+
+def _options(url: str) -> dict[str, Any]:
+    if not url.startswith(WEB):
+        return {}
+    from aiohttp import ClientTimeout
+
+    # In place of aiohttp's five minutes for a whole file.
+    timeout = ClientTimeout(
+        total=None, sock_connect=network.READ_TIMEOUT, sock_read=network.READ_TIMEOUT
+    )
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _decoded(url: str) -> str:

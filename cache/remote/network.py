@@ -54,13 +54,16 @@ class Fault:
     """Whether another attempt can help."""
 
 
-def attempt(action: Callable[[], Result], url: str, folder: Path, *, retry: bool = True) -> Result:
+def attempt(
+    action: Callable[[], Result], url: str, folder: Path | None = None, *, retry: bool = True
+) -> Result:
     """Run an action over a network, and repeat it after a pause where that can help.
 
     Args:
         action: Requests the file.
         url: Of the file, for the error text.
-        folder: Local folder of the copies: an OSError that names a file in it passes unchanged.
+        folder: Local folder of the copies, if any: an OSError that names a file in it passes
+            unchanged.
         retry: Whether to try more than once.
 
     Raises:
@@ -152,8 +155,9 @@ def _as_status(value: object) -> int | None:
     return int(value) if is_status else None  # type: ignore[call-overload]
 
 
-def _is_local(error: Exception, folder: Path) -> bool:
-    return isinstance(error, OSError) and (
-        error.errno in LOCAL_ERRORS
-        or (isinstance(error.filename, str) and Path(error.filename).is_relative_to(folder))
-    )
+def _is_local(error: Exception, folder: Path | None) -> bool:
+    if not isinstance(error, OSError):
+        return False
+    if folder is not None and isinstance(error.filename, str):
+        return error.errno in LOCAL_ERRORS or Path(error.filename).is_relative_to(folder)
+    return error.errno in LOCAL_ERRORS

@@ -9,6 +9,7 @@ from cache.spec import Spec
 from eval.llava.llava_phi import PatchcacheImageProcessor, UprightImageProcessor
 from eval.llava.vision import VisionPart
 from train.data.prompts import PromptFormat
+from workspace.errors import StageError
 
 IMAGE_TOKEN = "<image>"
 
@@ -16,12 +17,23 @@ IMAGE_TOKEN = "<image>"
 def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Return a copy of a tokenizer that has the image token.
 
-    A new token takes the first id behind all others. Most checkpoints have rows of the embeddings
-    there that no token uses.
+    A new token takes the id that is the number of all others. Most checkpoints have rows of the
+    embeddings there that no token uses.
+
+    Raises:
+        StageError: Another token has this id, since lower ones are unused.
     """
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
-    return tokenizer
+    longer = copy.deepcopy(tokenizer)
+    longer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
+    token_id = longer.convert_tokens_to_ids(IMAGE_TOKEN)
+    others = {token for token, other in tokenizer.get_vocab().items() if other == token_id}
+    if others - {IMAGE_TOKEN}:
+        raise StageError(
+            f"llm.model: the tokenizer of {tokenizer.name_or_path} leaves out ids, so that a new "
+            f"token {IMAGE_TOKEN} would have the id {token_id} of {others.pop()!r}. Give its "
+            f"tokens the ids from 0 on without gaps, train again, and export that run."
+        )
+    return longer
 
 
 def make_processor(

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from cache.files.foreign import reading_foreign_file
 from eval.llava.llava_phi import LlavaPhiForConditionalGeneration
@@ -246,4 +247,7 @@ def plain_weights(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
             assert isinstance(layer, LoraLayer)
             if kind == "weight":
                 tensor = tensor.float() + layer.get_delta_weight(ADAPTER).float()
+        if isinstance(module, Linear4bit) and kind == "weight":
+            # GPT-2's linear layers hold their weights transposed, until they are quantised.
+            tensor = tensor.T if module.source_cls is Conv1D else tensor
         yield f"{module_name}.{kind}", tensor.to("cpu", dtype)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from eval.report.cards import headline, score_cards
 from eval.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, length_charts, loss_chart, stop_rates
 from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
-from eval.report.gaps import gaps
+from eval.report.gaps import gaps, untrained_stages
 from eval.report.scores import Section
 from eval.report.tables import (
     SECTION_TITLES,
@@ -101,7 +101,7 @@ def render_report(
         script=script,
         policy=_policy(style, script),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
-        sentence=_sentence(provenance.get("settings") or {}, scores.get("untrained") or {}),
+        sentence=_sentence(provenance.get("settings") or {}, untrained_stages(scores)),
         split=scores.get("split") or {},
         dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
         warning=warning,

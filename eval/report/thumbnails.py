@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,7 +14,7 @@ from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, decode_upright
 from pipeline.images.names import ImageNameError
 from pipeline.images.source import open_archives
-from workspace.data_settings import DataSettings
+from workspace.data_settings import DataSettings, Split
 from workspace.errors import StageError
 
 _JPEG_QUALITY = 80
@@ -36,7 +36,8 @@ def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, s
         StageError: The table of images is missing or damaged.
     """
     rows = _rows(image_ids)
-    archives = {split: _archive(split, data) for split in {row["split"] for row in rows.values()}}
+    used = {row["split"] for row in rows.values()}
+    archives = {split: _archive(split, data) for split in get_args(Split) if split in used}
     made = {image_id: _thumbnail(row, archives) for image_id, row in rows.items()}
     return {image_id: uri for image_id, uri in made.items() if uri is not None}
 
@@ -70,7 +71,7 @@ def _rows(image_ids: Collection[int]) -> dict[int, dict[str, Any]]:
     return {row["image_id"]: row for row in sorted(rows, key=lambda row: row["image_id"])}
 
 
-def _archive(split: str, data: DataSettings) -> ImageArchive | None:
+def _archive(split: Split, data: DataSettings) -> ImageArchive | None:
     try:
         return open_archives(data, [split])[split]
     except StageError:

@@ -18,6 +18,8 @@ from train.data.packing import PADDING, PackedBatch
 from train.data.prompts import tokenize
 from train.loop.step import build_step
 from train.model.captioner import CaptionModel
+from train.model.preflight import check_positions
+from train.model.supported import most_positions
 from workspace.errors import StageError
 
 PASS_TOKENS = 4096
@@ -55,11 +57,17 @@ def answer_losses(
         max_text_tokens: Longest conversation; the turns beyond it are left out.
 
     Raises:
+        SettingsError: Conversations may be longer than the language model permits.
         StageError: The store has no other image, `max_text_tokens` cuts off every answer, or a loss
             is not finite.
     """
     if not examples:
         return {}
+    language_model = model.model.language_model
+    image_tokens = model.model.projector.num_embeddings(model.store.spec.patches)
+    given = len(model.prompt_format.lead) + image_tokens
+    limit = most_positions(language_model)
+    check_positions(language_model.name_or_path, limit, given, max_text_tokens)
     fitting = [e for e in examples if _num_target_tokens(e, model, max_text_tokens)]
     if not fitting:
         raise StageError(

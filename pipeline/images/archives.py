@@ -3,58 +3,16 @@
 A name means the file of exactly that full name or, if none exists, the only file of that base name
 in any folder: COCO's zips hold `train2017/000000000009.jpg` where its annotations say
 `000000000009.jpg`, and other data sets do the opposite. A file's full name is the prefix of its
-place, then its path there.
+place, then its path there; see `pipeline.images.places` for shards and tables.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from dataclasses import replace
 
-from cache.files.atomic import check_ordinary
-from pipeline.images.folder import ImageFolder
 from pipeline.images.names import ImageNameError, check_file_name, plain_name
-from pipeline.images.zip_file import REMEDY, ImageZip
+from pipeline.images.places import ImageFiles, Place, open_places
 from workspace.data_settings import ImagePath
-from workspace.errors import StageError
-
-
-class ImageFiles(Protocol):
-    """The files in one place. A copy in another process opens the place anew."""
-
-    def has(self, name: str) -> bool:
-        """Whether a file has exactly this path."""
-
-    def names(self, base_name: str) -> Sequence[str]:
-        """Return the paths of all files with this base name, in all folders, sorted."""
-
-    def all_names(self) -> Sequence[str]:
-        """Return the paths of all files, sorted."""
-
-    def real_path(self, name: str) -> str:
-        """Return a file's place with all links resolved, the same for every name of the file.
-
-        Raises:
-            ImageNameError: The settings do not allow a link out of the folder.
-        """
-
-    def read(self, name: str) -> bytes:
-        """Return the bytes of a file.
-
-        Raises:
-            ImageNameError: The file cannot be read, or is too large.
-            StageError: The disk, the network or the machine failed.
-        """
-
-
-@dataclass(frozen=True)
-class _Place:
-    """The files of one place under their full names."""
-
-    path: str
-    prefix: str
-    """Empty, or folders that end in `/`."""
-    files: ImageFiles
 
 
 class ImageArchive:
@@ -72,10 +30,13 @@ class ImageArchive:
             StageError: A path does not exist, is empty, or cannot be read.
         """
         self._places = [
-            _Place(item.path, plain_name(item.prefix) + "/" if item.prefix else "", files)
+            _with_prefix(place, item.prefix)
             for item in paths
-            for files in open_files(item.path, key, follow_links)
+            for place in open_places(item.path, key, follow_links)
         ]
+        self._by_prefix: dict[str, list[Place]] = defaultdict(list)
+        for place in self._places:
+            self._by_prefix[place.prefix].append(place)
         self.path = ", ".join(item.path for item in paths)
         """All places, for error texts."""
 
@@ -99,7 +60,7 @@ class ImageArchive:
 
         Raises:
             ImageNameError: The settings do not allow a link out of the folder, or two places hold
-                different files of this name.
+                different files of this name, or it is a pipe or a link to nothing.
         """
         files, name = self._only_holder(full_name)
         return files.real_path(name)
@@ -134,16 +95,25 @@ class ImageArchive:
         files, name = self._only_holder(self.find(file_name))
         return files.read(name)
 
-    def _holders(self, full_name: str) -> Iterator[tuple[_Place, str]]:
+    def _holders(self, full_name: str) -> Iterator[tuple[Place, str]]:
         """Yield the places with a file of this full name, and its path there."""
-        for place in self._places:
-            name = full_name.removeprefix(place.prefix)
-            if name and full_name.startswith(place.prefix) and place.files.has(name):
-                yield place, name
+        # By the folders in the name: a thousand shards are not asked one by one.
+        end = 0
+        while True:
+            name = full_name[end:]
+            for place in self._by_prefix.get(full_name[:end], ()):
+                if name and place.files.has(name):
+                    yield place, name
+            end = full_name.find("/", end) + 1
+            if not end:
+                return
 
     def _only_holder(self, full_name: str) -> tuple[ImageFiles, str]:
         """Return the files of the place that holds a full name; of equal files, the first."""
-        (first, name), *others = self._holders(full_name)
+        holders = list(self._holders(full_name))
+        if not holders:
+            raise ImageNameError(f"{full_name!r} in {self.path} is no ordinary file")
+        (first, name), *others = holders
         for other, other_name in others:
             same_path = first.files.real_path(name) == other.files.real_path(other_name)
             if not same_path and first.files.read(name) != other.files.read(other_name):
@@ -162,19 +132,6 @@ class ImageArchive:
             return False
 
 
-def open_files(path: str, key: str, follow_links: bool) -> list[ImageFiles]:
-    """Open the files of a path; a pattern gives several places.
-
-    Raises:
-        StageError: The path does not exist, is empty, or cannot be read.
-    """
-    local = Path(path)
-    check_ordinary(local, lambda why: StageError(f"{key}: {path}: {why}. {REMEDY}"))
-    if local.is_dir():
-        return [ImageFolder(local, key=key, follow_links=follow_links)]
-    if local.exists():
-        return [ImageZip(local, key=key)]
-    raise StageError(
-        f"{key}: {path} does not exist. Name a folder or a zip of images there; the sources demo "
-        f"and coco make it in the fetch stage."
-    )
+def _with_prefix(place: Place, prefix: str) -> Place:
+    folders = plain_name(prefix)
+    return replace(place, prefix=f"{folders}/{place.prefix}") if folders else place

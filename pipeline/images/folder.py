@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.images.names import ImageNameError, check_size, reading_image
+from pipeline.images.names import ImageNameError, check_size, may_be_image, reading_image
 from workspace.errors import StageError
 
 
@@ -26,10 +26,13 @@ class ImageFolder:
             if not any(path.iterdir()):
                 raise StageError(f"{key}: {path} is an empty folder, wanted images in it.")
         self.path = path
+        self._key = key
         self._follow_links = follow_links
         self._root = Path(os.path.realpath(path))
         self._real_folders: dict[str, Path] = {}
         self._names: dict[str, list[str]] | None = None
+        self._unlisted: list[tuple[str, str]] = []
+        """Folders that cannot be listed, and why; filled together with `_names`."""
 
     def has(self, full_name: str) -> bool:
         """Whether a file of this name exists, even one that a link outside the folder leads to."""
@@ -40,12 +43,31 @@ class ImageFolder:
 
     def names(self, base_name: str) -> Sequence[str]:
         """Return the full names of all files with this base name, in all folders."""
+        return self._by_base_name().get(base_name, ())
+
+    def all_names(self) -> list[str]:
+        """Return the full names of all files that may be images, sorted.
+
+        Raises:
+            StageError: A folder cannot be listed, so that images could be missing.
+        """
+        names = [name for found in self._by_base_name().values() for name in found]
+        for folder, reason in self._unlisted:
+            if may_be_image(f"{folder}/x"):
+                raise StageError(
+                    f"{self._key}: the folder {folder!r} in {self.path} cannot be listed: "
+                    f"{reason}. Let it be read, or move it out of there."
+                )
+        return sorted(filter(may_be_image, names))
+
+    def _by_base_name(self) -> dict[str, list[str]]:
         if self._names is None:
             self._names = self._walk()
-        return self._names.get(base_name, ())
+        return self._names
 
     def _walk(self) -> dict[str, list[str]]:
         names: dict[str, list[str]] = defaultdict(list)
+        self._unlisted = []
         waiting, seen = [""], {self._root}
         while waiting:
             folder = waiting.pop()
@@ -62,8 +84,9 @@ class ImageFolder:
         try:
             with reading_image(ImageNameError, str(path)), os.scandir(path) as entries:
                 return [(entry.name, _is_folder(entry)) for entry in entries]
-        except ImageNameError:
+        except ImageNameError as error:
             # No permission to list the folder, as with a disk's lost+found.
+            self._unlisted.append((folder, str(error)))
             return []
 
     def _must_enter(self, folder: str, seen: set[Path]) -> bool:
@@ -75,10 +98,6 @@ class ImageFolder:
         is_new = real not in seen
         seen.add(real)
         return is_new
-
-    def all_names(self) -> list[str]:
-        """Return the paths of all files, sorted."""
-        raise NotImplementedError
 
     def real_path(self, full_name: str) -> str:
         """Return a file's path with all links resolved, the same for every name of the file.

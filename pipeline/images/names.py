@@ -1,6 +1,7 @@
 """Names of image files: which are allowed, and the errors of the files that they name.
 
-A file's full name is its path below the image folder or in the zip, with `/` between folders.
+A file's full name is its path below the image folder or in the zip, with `/` between folders. In a
+tar shard or a table, which numbers its files anew, the name of the shard stands before it.
 """
 
 import contextlib
@@ -13,6 +14,21 @@ from workspace.errors import StageError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """Limit of an image file, checked before it is read: a zip member can claim any size."""
+
+IMAGE_SUFFIXES = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm"}
+    | {"jp2", "j2k", "jpx"}
+)
+"""Suffixes of files that `pipeline.images.decode` reads, without the dot."""
+
+OTHER_SUFFIXES = frozenset(
+    {"txt", "json", "jsonl", "ndjson", "csv", "tsv", "md", "html", "htm", "xml", "yaml", "yml"}
+    | {"cls", "cls2", "npy", "npz", "pt", "pth", "pkl", "pickle", "pyd", "parquet", "db", "ini"}
+    | {"log", "py", "sha256", "md5"}
+)
+"""Suffixes of files that lie beside images and are none: texts, labels, arrays."""
+
+SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN"})
 
 _FILE_ERRNOS = {
     errno.ENOENT,
@@ -52,6 +68,23 @@ def check_file_name(file_name: str) -> None:
         raise ImageNameError(
             f"file name {file_name!r} holds a backslash or a zero byte, wanted / between folders"
         )
+
+
+def may_be_image(name: str) -> bool:
+    """Whether a file counts among the images of a place that nothing lists.
+
+    Hidden files, files that a system leaves, and files with the suffix of a text or an array do
+    not. A file of an unknown suffix does: its bytes decide, and say what it is.
+    """
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return not is_system_file(name) and not (dot and suffix.lower() in OTHER_SUFFIXES)
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a file or a folder above it is hidden, or is one that a system leaves."""
+    return (
+        name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
+    )
 
 
 def check_size(name: str, num_bytes: int) -> None:

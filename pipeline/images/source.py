@@ -42,7 +42,7 @@ class ImageSource:
         Raises:
             StageError: The ids do not ascend, or some are missing.
         """
-        if self.image_ids.dtype != np.int64 or np.any(np.diff(self.image_ids) <= 0):
+        if self.image_ids.dtype != np.int64 or np.any(self.image_ids[1:] <= self.image_ids[:-1]):
             raise StageError(
                 "images.parquet: image_id must be 64-bit numbers that ascend. Run the index stage "
                 "again."

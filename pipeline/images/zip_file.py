@@ -4,37 +4,41 @@
 of reading and raises BadZipFile instead.
 """
 
-import contextlib
-import io
 import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-from cache.errors import PatchcacheError
-from pipeline.images.names import ImageNameError, check_size, plain_name, reading_image
+from pipeline.images.byte_file import ByteFile, LocalFile
+from pipeline.images.names import (
+    ImageNameError,
+    check_size,
+    may_be_image,
+    plain_name,
+    reading_image,
+)
 from workspace.errors import StageError
 
 REMEDY = "Replace it, or name another there; the sources demo and coco make it in the fetch stage."
 
 
-def open_zip(path: Path) -> zipfile.ZipFile:
+def open_zip(file: Path | ByteFile) -> zipfile.ZipFile:
     """Open a zip for reading; a damaged one raises the errors of `zipfile`.
 
     Raises:
         OSError: The file cannot be opened.
-        PatchcacheError: The system cannot read the file, now or later.
+        PatchcacheError: The system or the network cannot read the file, now or later.
     """
-    return _Zip(io.BufferedReader(_Reader(path)))
+    return _Zip((LocalFile(file) if isinstance(file, Path) else file).open())
 
 
 class _Zip(zipfile.ZipFile):
     """A zip that closes its file, which `zipfile` does only for files that it opened."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         try:
             super().__init__(file)
@@ -48,52 +52,23 @@ class _Zip(zipfile.ZipFile):
         self._file.close()
 
 
-class _Reader(io.FileIO):
-    """A file whose read errors are PatchcacheErrors, whichever method reads it."""
-
-    def readinto(self, buffer: Any) -> int | None:
-        """Read into a buffer, as `io.FileIO` does."""
-        with self._converting_errors():
-            return super().readinto(buffer)
-
-    def readall(self) -> bytes:
-        """Read to the end, as `io.FileIO` does."""
-        with self._converting_errors():
-            return super().readall()
-
-    @contextlib.contextmanager
-    def _converting_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise PatchcacheError(
-                f"{self.name!s}: {error.strerror}. Look after the disk."
-            ) from None
-
-    def _dealloc_warn(self, source: object) -> None:
-        """Stay silent when the buffer around this file is collected first."""
-
-    def __del__(self) -> None:
-        """Close the file together with its last zip, as `zipfile` does with its own files."""
-        self.close()
-
-
 class ImageZip:
     """The image files in a zip, opened anew in each process because a file has one position."""
 
-    def __init__(self, path: Path, *, key: str) -> None:
+    def __init__(self, file: ByteFile, *, key: str) -> None:
         """Open the zip; errors name the settings key.
 
         Raises:
             StageError: The zip cannot be read, or is empty.
         """
-        self.path = path
-        self._zip_path = os.path.realpath(path)
+        self._file = file
+        self.path = file.address
+        self._zip_path = file.real_path
         self._key = key
         self._owner = 0
         self._open()
         if not self._members:
-            raise StageError(f"{key}: {path} is an empty zip, wanted images in it.")
+            raise StageError(f"{key}: {self.path} is an empty zip, wanted images in it.")
 
     def _open(self) -> None:
         if self._owner == os.getpid():
@@ -106,7 +81,7 @@ class ImageZip:
             )
 
         with reading_image(refuse, f"{self._key}: {self.path}"):
-            self._zip = open_zip(self.path)
+            self._zip = open_zip(self._file)
         self._owner = os.getpid()
         self._members: dict[str, list[zipfile.ZipInfo]] = defaultdict(list)
         self._names: dict[str, list[str]] = defaultdict(list)
@@ -128,8 +103,9 @@ class ImageZip:
         return sorted(self._names.get(base_name, ()))
 
     def all_names(self) -> list[str]:
-        """Return the paths of all files, sorted."""
-        raise NotImplementedError
+        """Return the full names of all files that may be images, sorted."""
+        self._open()
+        return sorted(filter(may_be_image, self._members))
 
     def real_path(self, full_name: str) -> str:
         """Return the zip's path with all links resolved, followed by the full name."""

@@ -66,7 +66,7 @@ def read_instruct(
 def _read_file(
     path: str | Path, listed: Sequence[CaptionsFile], questions: QuestionFiles, seed: int
 ) -> InstructFile:
-    if str(path) in questions.instances_paths:
+    if Path(path) in questions.instances_paths:
         return _made_of(questions.instances, listed, seed)
     file = AnnotationFile(path, "data.instruct")
     with open_entries(file, QUESTION_COLUMNS) as content:
@@ -136,9 +136,9 @@ def make_conversations(
     for caption in captions.captions:
         first_captions.setdefault(caption.image, caption.caption)
     for image, image_id in _with_ids(captions.images, instances):
-        caption = first_captions.get(image.file_name if image.image_id is None else image.image_id)
-        if caption is not None:
-            yield _conversation(image, "caption", CAPTION_REQUEST, caption)
+        text = first_captions.get(image.file_name if image.image_id is None else image.image_id)
+        if text is not None:
+            yield _conversation(image, "caption", CAPTION_REQUEST, text)
         if image_id is None or image_id in without:
             continue
         for noun, answer in _objects(image_id, instances, absent_objects, seed):

@@ -1,9 +1,9 @@
 """Collects `pope.parquet`: questions made from an instances file, and those that POPE published.
 
 Both kinds of files are optional and lie beside the captions that are scored. POPE's own files (Li
-et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each question
-is read with its label, and its position means nothing. It belongs to the image of the same name,
-since a number alone can be the id of any picture.
+et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each
+question is read with its label, and its position means nothing. It belongs to the image of the same
+name, since a number alone can be the id of any picture.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class QuestionFiles:
 
     instances: Instances
     """The objects of all instances files together."""
-    instances_paths: list[str]
+    instances_paths: list[Path]
     official: list[OfficialQuestion]
     rejected: list[Rejection]
     """Unusable entries of both kinds of files."""
@@ -116,7 +116,7 @@ def read_question_files(captions: Sequence[str | Path]) -> QuestionFiles:
     names = [path.name for path in instances_paths + official_paths]
     return QuestionFiles(
         instances=instances,
-        instances_paths=[str(path) for path in instances_paths],
+        instances_paths=instances_paths,
         official=official,
         rejected=rejected,
         num_official=len(official) + num_bad,

@@ -31,6 +31,9 @@ TOLERANCES = {"pil": 1e-3, "torchvision": 1.0}
 """Largest difference of a pixel in gray levels, of 255, by the processor's backend. DINOv3's, the
 one without Pillow, resizes in float32, without rounding to whole gray levels."""
 
+MAX_SIDE = 4096
+"""Largest side of a picture, in pixels: one of 20,000 takes minutes and 9 GiB."""
+
 BEYOND = "it does more than resize, crop and normalise"
 
 
@@ -72,6 +75,8 @@ def _numbers(processor: BaseImageProcessor) -> Preprocess:
     if not processor.do_resize or processor.size is None:
         raise ValueError("it does not resize pictures to one size")
     mode, side = _resizing(processor)
+    if side > MAX_SIDE:
+        raise ValueError(f"it resizes to {side} pixels, wanted at most {MAX_SIDE}")
     size = side
     if processor.do_center_crop:
         size = _side(processor.crop_size, "it crops to")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cache.errors import SettingsError
-from cache.texts import one_line
+from cache.files.foreign import reading_foreign_file
 from pipeline.images.decode import FILTERS, RESIZES
 from pipeline.settings import EncoderSettings
 
@@ -164,12 +164,13 @@ def try_image(tower: Tower, settings: EncoderSettings) -> tuple[int, int]:
         SettingsError: The tower cannot encode images of its preprocessing's size.
     """
     size = tower.preprocess.size
-    with torch.inference_mode():
-        try:
-            features = patch_tokens(tower.visual, torch.zeros(1, 3, size, size), settings.layer)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise SettingsError(
-                f"encoder.model: {settings.model} cannot encode an image of {size} x {size} "
-                f"pixels: {one_line(error)}"
-            ) from None
+
+    def refuse(detail: str) -> SettingsError:
+        return SettingsError(
+            f"encoder.model: {settings.model} cannot encode an image of {size} x {size} pixels: "
+            f"{detail}"
+        )
+
+    with torch.inference_mode(), reading_foreign_file(refuse):
+        features = patch_tokens(tower.visual, torch.zeros(1, 3, size, size), settings.layer)
     return features.shape[1], features.shape[2]

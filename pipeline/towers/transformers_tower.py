@@ -37,6 +37,7 @@ from workspace.checkpoint_files import (
     Refusal,
     at_most_modules,
     check_config,
+    check_dtypes,
     check_sizes,
     holding_back_stderr,
     read_headers,
@@ -170,7 +171,8 @@ def load_vision_model(settings: EncoderSettings) -> PreTrainedModel:
     refusal = functools.partial(_refusal, settings.model)
     folder = locate(settings)
     if settings.pretrained == RANDOM:
-        return _random_model(read_vision_config(folder, refusal))
+        with reading_foreign_file(refusal(CONFIG)):
+            return _random_model(read_vision_config(folder, refusal))
     return load_model(folder, refusal)
 
 
@@ -269,6 +271,7 @@ def load_model(folder: Path, refusal: Refusal) -> PreTrainedModel:
     """
     config = read_vision_config(folder, refusal)
     headers = read_headers(folder, refusal)
+    check_dtypes(headers, refusal)
     tensors = {name: shape for header in headers.values() for name, shape in header.shapes.items()}
     with reading_foreign_file(refusal(CONFIG)), holding_back_stderr(for_good=True):
         # Layers have more tensors than modules, except for dropouts and activations.

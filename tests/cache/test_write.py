@@ -28,6 +28,7 @@ from cache import (
     write_store,
 )
 from cache import write as module
+from cache.errors import PatchcacheError
 from cache.store_index import StoreIndex
 from cache.write import UNFINISHED
 
@@ -140,10 +141,14 @@ def test_tensors_are_taken(store, given, folder):
     assert bytes_of(folder) == bytes_of(store.root)
 
 
-@pytest.mark.parametrize("image_id", [-(2**63), -1, 0, 2**63 - 1])
-def test_the_whole_range_of_ids_is_taken(given, folder, image_id):
-    row = given.rows[0][2]
-    assert write(folder, given, [(image_id, 1, row)]).image_ids.tolist() == [image_id]
+@pytest.mark.parametrize(
+    "image_ids", [[-(2**63)], [-1], [0], [2**63 - 1], [-(2**63), 2**63 - 1], [-(2**62) - 1, 2**62]]
+)
+def test_the_whole_range_of_ids_is_taken(given, folder, image_ids):
+    rows = [(image_id, 1, given.rows[0][2]) for image_id in image_ids]
+    written = write_store(folder, given.spec, rows, shard_rows=100)
+    assert written.image_ids.tolist() == image_ids
+    assert written.verify().ok
 
 
 def test_rows_are_taken_one_by_one_and_memory_holds_a_shard(given, folder, monkeypatch):
@@ -177,6 +182,28 @@ def test_writing_again_replaces_the_store(store, given, folder):
     write(folder, given)
     assert bytes_of(folder) == bytes_of(store.root)
     assert len(write(folder, given, given.rows[:1])) == 1
+
+
+def test_other_features_of_a_stores_images_do_not_replace_it_under_its_index(given, folder):
+    """Shards are named by their images: readers would get features of both."""
+    write(folder, given)
+    before = bytes_of(folder)
+    others = [(i, s, np.roll(row, 1, axis=0)) for i, s, row in given.rows]
+    with pytest.raises(InvalidFeaturesError, match=r"holds other features of the same images.*"):
+        write(folder, given, others)
+    shutil.move(folder / UNFINISHED, folder.parent / "kept")
+    assert bytes_of(folder) == before
+    shutil.move(folder.parent / "kept", folder / UNFINISHED)
+    (folder / "index.parquet").unlink()
+    written = write(folder, given, [])
+    assert np.array_equal(written.gather(written.image_ids), [row for _, _, row in others])
+
+
+def test_a_store_with_an_unreadable_index_is_replaced(store, given, folder):
+    write(folder, given, given.rows[:20])
+    (folder / "index.parquet").write_bytes(b"damaged")
+    write(folder, given)
+    assert bytes_of(folder) == bytes_of(store.root)
 
 
 # Stopped and continued
@@ -395,6 +422,58 @@ def test_a_folder_with_other_files_is_left_alone(given, folder):
     assert bytes_of(folder) == {"mine.h5": b"mine"}
 
 
+def test_a_folder_with_an_index_of_another_program_is_left_alone(given, folder):
+    folder.mkdir()
+    (folder / "index.parquet").write_bytes(b"mine")
+    for unfinished in (False, True):
+        with pytest.raises(SettingsError, match=r"holds .*index\.parquet and is no store"):
+            write(folder, given)
+        assert (folder / "index.parquet").read_bytes() == b"mine"
+        if not unfinished:
+            (folder / UNFINISHED).mkdir()
+
+
+def test_a_spec_of_another_program_is_not_replaced(given, folder):
+    cut_write(folder, given, 3)
+    (folder / "spec.json").write_text("{}")
+    with pytest.raises(SpecMismatchError, match=r"spec\.json"):
+        write(folder, given)
+    assert (folder / "spec.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("name", ["labels.h5", ".notes.partial", "notes.txt", "0123.h5"])
+@pytest.mark.parametrize("count", [3, 60])
+def test_files_that_are_no_part_of_a_store_stay(store, given, folder, name, count):
+    if count < len(given.rows):
+        cut_write(folder, given, count)
+    else:
+        write(folder, given, given.rows[:20])
+    (folder / name).write_bytes(b"mine")
+    write(folder, given)
+    assert bytes_of(folder) == bytes_of(store.root) | {name: b"mine"}
+
+
+@pytest.mark.parametrize("name", [".lock", "rows", "records"])
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("../../target"), os.mkfifo])
+def test_nothing_is_written_through_a_link_or_a_pipe(given, folder, tmp_path, name, make):
+    path = folder / UNFINISHED / name
+    path.parent.mkdir(parents=True)
+    (tmp_path / "target").write_bytes(b"mine")
+    make(path)
+    with pytest.raises(PatchcacheError, match=rf"{path}: a link, or no ordinary file"):
+        write(folder, given)
+    assert (tmp_path / "target").read_bytes() == b"mine"
+
+
+def test_no_folder_behind_a_link_is_filled(given, folder, tmp_path):
+    (tmp_path / "target").mkdir()
+    folder.mkdir()
+    (folder / UNFINISHED).symlink_to(tmp_path / "target")
+    with pytest.raises(SettingsError, match=rf"{folder / UNFINISHED}: a link, or no folder"):
+        write(folder, given)
+    assert list((tmp_path / "target").iterdir()) == []
+
+
 def test_an_empty_folder_is_taken(store, given, folder):
     folder.mkdir()
     write(folder, given)
@@ -409,22 +488,38 @@ def test_a_url_is_refused(given, tmp_path, monkeypatch):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_two_writers_of_one_store_are_refused(store, given, folder):
+def refused_elsewhere(store, folder):
+    """Whether another process may not write the store."""
     program = (
         "import sys; from cache import FeatureStore, write_store\n"
         "store = FeatureStore(sys.argv[1]); write_store(sys.argv[2], store.spec, [])"
     )
+    other = subprocess.run(
+        [sys.executable, "-c", program, str(store.root), str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return re.search("CacheError: .*another process works in it", other.stderr)
 
+
+def test_two_writers_of_one_store_are_refused(store, given, folder):
     def rows():
         yield from given.rows[:10]
-        other = subprocess.run(
-            [sys.executable, "-c", program, str(store.root), str(folder)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert re.search("CacheError: .*another process works in it", other.stderr)
+        assert refused_elsewhere(store, folder)
+        yield from given.rows[10:]
+
+    write(folder, given, rows())
+    assert bytes_of(folder) == bytes_of(store.root)
+
+
+def test_a_second_call_of_the_process_is_refused_and_lets_no_other_process_in(store, given, folder):
+    def rows():
+        yield from given.rows[:10]
+        with pytest.raises(CacheError, match="this process works in it already"):
+            write(folder, given)
+        assert refused_elsewhere(store, folder)
         yield from given.rows[10:]
 
     write(folder, given, rows())

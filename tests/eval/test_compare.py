@@ -153,6 +153,8 @@ def test_scored_weights_and_contamination_are_no_scores(capsys, tmp_path):
             | {
                 "weights_sha256": {"pretrain": {"projector.safetensors": name}},
                 "contamination": {"captions": {"images": number}},
+                "split": {"name": "karpathy", "captions": ("val", "test")[number]},
+                "trained": {"pretrain": True, "finetune": not number},
             },
         )
         for number, name in enumerate(("one", "other"))
@@ -162,7 +164,9 @@ def test_scored_weights_and_contamination_are_no_scores(capsys, tmp_path):
     assert parts["evaluation"] == [
         "weights_sha256.pretrain.projector.safetensors one other",
         "contamination.captions.images 0 1",
-        "0 facts equal",
+        "split.captions val test",
+        "trained.finetune true false",
+        "2 facts equal",
     ]
 
 

@@ -133,9 +133,9 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
         for stage in names
     }
     sections = {"captions", "answers", "pope", "pretrain_only", "contamination"}
-    assert found.keys() == sections | {"weights_sha256", "split", "untrained"}
+    assert found.keys() == sections | {"weights_sha256", "split", "trained"}
     assert found["split"] == {"name": "val2017", "captions": "val"}
-    assert found["untrained"] == {}
+    assert found["trained"] == {"pretrain": True, "finetune": True}
     answers = found["answers"]
     assert found["pope"].keys() == {"popular", "random"}
     assert answers["by_type"].keys() == {"what", "how many"}
@@ -854,7 +854,7 @@ def test_with_captions_only_stage_1_is_scored_and_shown(world, capsys):
     capsys.readouterr()
     evaluate(params)
     found = scores()
-    assert found["untrained"] == {"finetune": "there are no conversations"}
+    assert found["trained"] == {"pretrain": True, "finetune": False}
     assert found["captions"] == NOTHING
     assert found["answers"] == NO_ANSWERS
     assert found["pope"] == {}
@@ -894,7 +894,7 @@ def test_with_conversations_only_stage_2_is_scored_and_stage_1_named_as_untraine
     capsys.readouterr()
     evaluate(params)
     found = scores()
-    assert found["untrained"] == {"pretrain": "there are no captions of split train"}
+    assert found["trained"] == {"pretrain": False, "finetune": True}
     assert found["captions"] == found["pretrain_only"]["captions"] == NOTHING
     assert found["answers"]["count"] == 4
     assert {row["model"] for row in rows()} == {"finetune"}

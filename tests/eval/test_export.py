@@ -172,8 +172,17 @@ def test_the_snippet_of_the_model_card_runs(exported, monkeypatch, capsys, tmp_p
     assert capsys.readouterr().out.strip() == wanted[0].text
 
 
-def test_a_run_of_stage_1_captions(made, monkeypatch, capsys):
-    made.write(stage="pretrain").export()
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_run_of_stage_1_captions_and_so_does_a_stage_2_without_conversations(
+    made, monkeypatch, capsys, stage
+):
+    made.write(stage="pretrain")
+    if stage == "finetune":
+        made.run = made.run.rename(made.run.with_name("finetune"))
+        path = made.run / "provenance.json"
+        untrained = {"untrained": "no conversations", "start_projector_sha256": "0" * 64}
+        path.write_text(json.dumps(json.loads(path.read_text()) | untrained))
+    made.export()
     capsys.readouterr()
     monkeypatch.chdir(made.out)
     (made.out / "picture.jpg").write_bytes(draw_jpeg(5))

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cache.errors import SpecMismatchError
+from cache.errors import SettingsError, SpecMismatchError
 from eval.ask import ask
+from eval.compare import compare
 from eval.evaluate import evaluate
 from eval.export import export
 from eval.runs import load_run, open_run
 from eval.serve import serve
+from train.finetune import finetune
 from train.model.projector import seeded_projector
+from train.pretrain import pretrain
 from workspace.errors import StageError
 
 RUN = Path("runs/finetune")
@@ -111,3 +114,75 @@ def test_a_projector_of_stage_1_from_which_stage_2_did_not_start_is_not_scored_b
     with pytest.raises(StageError, match="started from a projector of 111111111111") as error:
         evaluate(world.params())
     assert str(error.value).startswith(str(path))
+
+
+@pytest.fixture
+def captions_only(world):
+    """Runs of both stages without conversations."""
+    world.workspace.write_index([(100, "train", "a cat")], [])
+    pretrain(world.params())
+    finetune(world.params())
+    return world
+
+
+@pytest.fixture
+def conversations_only(world):
+    """Runs of both stages without captions."""
+    world.workspace.write_index([], [(100, "train", [("how many", "two")])])
+    pretrain(world.params())
+    finetune(world.params())
+    return world
+
+
+def answer_of(capsys, folder, question=""):
+    arguments = {"image": None, "image_id": 100, "temperature": None, "seed": 0}
+    ask(argparse.Namespace(run=Path(folder), question=question, **arguments))
+    return capsys.readouterr().out
+
+
+def test_a_stage_2_without_conversations_captions_as_stage_1_does(captions_only, capsys):
+    capsys.readouterr()
+    assert answer_of(capsys, RUN) == answer_of(capsys, "runs/pretrain") != ""
+
+
+def test_a_stage_2_without_conversations_takes_no_question_and_says_why(captions_only, capsys):
+    run = open_run(RUN)
+    assert (run.answers, run.is_trained) == (False, False)
+    words = "runs/finetune: has no adapter.* because there are no conversations"
+    with pytest.raises(SettingsError, match=words) as error:
+        answer_of(capsys, RUN, "how many")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["ask", "serve", "export"])
+def test_a_projector_of_random_weights_is_no_run_to_use(conversations_only, command, no_model):
+    path = Path("runs/pretrain")
+    commands = {
+        "ask": lambda: answer_of(None, path),
+        "serve": lambda: serve(argparse.Namespace(run=path, port=1, share=False)),
+        "export": lambda: export(path, Path("out")),
+    }
+    with pytest.raises(StageError, match="runs/pretrain: its projector has random") as error:
+        commands[command]()
+    assert "runs/finetune" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_a_stage_2_from_random_weights_answers(conversations_only, capsys):
+    capsys.readouterr()
+    assert answer_of(capsys, RUN, "how many")
+
+
+@pytest.mark.parametrize("untrained", ["captions_only", "conversations_only"])
+def test_untrained_runs_are_compared(request, untrained, capsys):
+    world = request.getfixturevalue(untrained)
+    shutil.copytree("runs", "before/runs")
+    evaluate(world.params())
+    shutil.copytree("reports", "before/reports")
+    capsys.readouterr()
+    compare("runs/pretrain", "runs/finetune")
+    compare("before", ".")
+    out = capsys.readouterr().out
+    assert "untrained" in out
+    assert "facts equal" in out

@@ -83,6 +83,21 @@ def test_the_shards_are_not_stored_twice(workspace):
         assert path.samefile(workspace.features / path.name)
 
 
+@pytest.mark.parametrize("place", ["mine", "data/features"])
+def test_of_a_folder_of_links_the_files_are_published(workspace, place):
+    """As the hub's cache has them, and of the stage's own output."""
+    workspace.run()
+    wanted = workspace.store_bytes()
+    links = workspace.root / "links"
+    links.mkdir()
+    for name in wanted:
+        (links / name).symlink_to(f"../{place}/{name}")
+    workspace.encoder["pretrained"] = "links"
+    workspace.run()
+    assert workspace.store_bytes() == wanted
+    assert not any(path.is_symlink() for path in workspace.features.iterdir())
+
+
 def test_neither_images_nor_torch_are_needed(workspace):
     for split in ("train", "val"):
         shutil.rmtree(workspace.root / split)

@@ -29,6 +29,7 @@ from pipeline.encoding.encoder import Encoder, load_encoder
 from pipeline.encoding.probe import encode_probe_images, read_probe
 from pipeline.images import decode as decode_module
 from pipeline.images.decode import decode_rgb
+from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings
 from workspace import code_hash
 from workspace.errors import StageError
@@ -781,6 +782,11 @@ def test_an_index_whose_ids_do_not_ascend_is_refused(workspace, change):
     said = r"images.parquet: (it has nulls|.*image_id must be .* that ascend)\. Run the index stage"
     with pytest.raises(StageError, match=said):
         workspace.run(write=False)
+
+
+def test_ids_may_be_as_far_apart_as_they_go():
+    ids = np.array([-(2**63), 2**63 - 1])
+    assert ImageSource(ids, ids.view(np.uint64), ["a", "b"], ["train"] * 2, {}).image_ids is ids
 
 
 def test_an_index_of_no_images_is_refused(workspace):

@@ -35,6 +35,16 @@ def linear_names(model: PreTrainedModel) -> set[str]:
     }
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return the positions for which a model has a table; None for positions that it computes."""
+    words = model.get_input_embeddings()
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not words]
+    if not tables:
+        return None
+    # A table may have a few rows that stand for no position.
+    return min(int(model.config.max_position_embeddings), *(t.num_embeddings for t in tables))
+
+
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """Return the width of a linear layer's input and of its output."""
     if isinstance(layer, Conv1D):

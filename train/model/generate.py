@@ -21,9 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, TextIteratorStreamer
 
+from cache.errors import SettingsError
 from train.data.prefetch import Features
 from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
+from train.model.decoder import position_limit
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def _continue(
 ) -> Tensor:
     """Return the generated tokens, padded with an end token: int64 [B, T]."""
     embeds_BTH, mask_BT = _prompt_embeds(model, patches_BPD, prompt_ids, lead)
+    config = _within_positions(model, embeds_BTH.shape[1], config)
     with torch.random.fork_rng(enabled=sampling is not None):
         if sampling is not None:
             torch.manual_seed(sampling.seed)
@@ -217,6 +220,21 @@ def _continue(
             inputs_embeds=embeds_BTH, attention_mask=mask_BT, generation_config=config, **watching
         )
     return token_ids
+
+
+def _within_positions(
+    model: CaptionModel, num_given: int, config: GenerationConfig
+) -> GenerationConfig:
+    """End texts where a table of positions ends, behind which transformers fails."""
+    limit = position_limit(model.language_model)
+    if limit is None or num_given + config.max_new_tokens <= limit:
+        return config
+    if num_given >= limit:
+        raise SettingsError(
+            f"the language model has {limit} positions, and picture and prompt take {num_given}. "
+            f"Ask something shorter, or use a model that reads more."
+        )
+    return GenerationConfig(**config.to_diff_dict() | {"max_new_tokens": limit - num_given})
 
 
 def _prompt_embeds(

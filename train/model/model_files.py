@@ -23,6 +23,7 @@ from workspace.checkpoint_files import (
     WEIGHTS_INDEX,
     at_most_modules,
     check_config,
+    check_dtypes,
     check_sizes,
     holding_back_stderr,
 )
@@ -159,15 +160,18 @@ def build_empty(model: str) -> PreTrainedModel:
     Raises:
         SettingsError: config.json describes another model than the weights files.
     """
-    config = read_config(model)
-    tensors = {n: shape for h in read_headers(model).values() for n, shape in h.shapes.items()}
+    config, headers = read_config(model), read_headers(model)
+    is_quantised = hasattr(config, "quantization_config")
+    if not is_quantised:
+        check_dtypes(headers, functools.partial(refusal, model))
+    tensors = {n: shape for header in headers.values() for n, shape in header.shapes.items()}
     with reading_foreign_file(refusal(model, CONFIG)), holding_back_stderr():
         # Layers have more tensors than modules, except for dropouts and activations.
         with torch.device("meta"), at_most_modules(2 * len(tensors) + 100):
             empty: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", trust_remote_code=False
             )
-        check_sizes(empty, tensors, packed=hasattr(config, "quantization_config"))
+        check_sizes(empty, tensors, packed=is_quantised)
         if config.model_type == "phi":
             # A forward pass: heads and frequencies may fit the weights but not each other.
             with torch.device("meta"), torch.no_grad():

@@ -37,13 +37,28 @@ class CheckedModel:
         Raises:
             SettingsError: Names the limit and what exceeds it.
         """
-        longest = len(self.prompt_format.lead) + image_tokens + max_text_tokens
-        if self.max_positions is not None and longest > self.max_positions:
-            raise SettingsError(
-                f"llm.model: {self.identity['name']} has {self.max_positions} positions, and a "
-                f"picture with a text of max_text_tokens takes up to {longest}. Lower "
-                f"max_text_tokens."
-            )
+        given = len(self.prompt_format.lead) + image_tokens
+        check_positions(self.identity["name"], self.max_positions, given, max_text_tokens)
+
+
+def check_positions(model: str, limit: int | None, given: int, max_text_tokens: int) -> None:
+    """Refuse texts that may be longer than a language model permits.
+
+    Args:
+        model: Its name.
+        limit: Most positions of a text, those of its picture included; None without a limit.
+        given: Positions before the text: the lead's and the picture's.
+        max_text_tokens: Longest text.
+
+    Raises:
+        SettingsError: Names the limit and what exceeds it.
+    """
+    longest = given + max_text_tokens
+    if limit is not None and longest > limit:
+        raise SettingsError(
+            f"llm.model: {model} has {limit} positions, and a picture with a text of "
+            f"max_text_tokens takes up to {longest}. Lower max_text_tokens."
+        )
 
 
 def check_language_model(llm: LlmSettings) -> CheckedModel:

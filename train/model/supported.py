@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
@@ -22,10 +27,11 @@ from train.data.packing import Pass, collate, image_length
 from train.data.prompts import TokenizedText
 from train.model.attention import NAME
 from train.model.captioner import CaptionModel
-from train.model.decoder import Linear, blocks_of
+from train.model.decoder import Linear, blocks_of, position_limit
+from train.model.language_model import add_lora
 from train.model.model_files import build_empty, read_config
 from train.model.projector import seeded_projector
-from train.settings import LlmSettings
+from train.settings import LlmSettings, LoraSettings
 from workspace.checkpoint_files import holding_back_stderr
 
 PATCHES, VISION_WIDTH, VOCABULARY, HEADS = 5, 8, 64, 2
@@ -65,26 +71,25 @@ def check_supported(settings: LlmSettings) -> int | None:
         lambda detail: refuse(f"a small copy of it with random weights fails: {detail}")
     ):
         check_packing(read_config(settings.model))
-    return _most_positions(empty)
+    with reading_foreign_file(refuse):
+        return most_positions(empty)
 
 
-def _most_positions(empty: PreTrainedModel) -> int | None:
+def most_positions(model: PreTrainedModel) -> int | None:
     """Return the positions for which a model has a table, or one way of counting; None: any number.
 
     Rotary positions of kind "longrope" or "dynamic" change for all texts of a row once one of them
     is longer than the original limit, so packed texts would not be computed as alone.
     """
-    config = empty.config
-    tables = [module for module in empty.modules() if isinstance(module, nn.Embedding)]
-    limits = [t.num_embeddings for t in tables if t is not empty.get_input_embeddings()]
+    config = model.config
+    limits = [position_limit(model)]
     rope = getattr(config, "rope_parameters", None) or {}
     # Models with layers of several types have parameters for each.
     for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         if part.get("rope_type") in ("longrope", "dynamic"):
-            limits.append(
-                part.get("original_max_position_embeddings", config.max_position_embeddings)
-            )
-    return min(limits, default=None)
+            original = part.get("original_max_position_embeddings")
+            limits.append(int(original or config.max_position_embeddings))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _check_coverage(empty: PreTrainedModel) -> None:
@@ -113,9 +118,12 @@ def check_packing(config: PreTrainedConfig) -> None:
         ValueError: Says what differs. Other exceptions come from transformers.
     """
     # Ids of special tokens outside of the vocabulary, which transformers warns of.
-    with holding_back_stderr(for_good=True), torch.random.fork_rng(devices=[]), Float64():
+    with holding_back_stderr(for_good=True), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        _compare(small_copy(config))
+        with Float64():
+            small = small_copy(config)
+            _compare(small)
+        _use(small)
 
 
 def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
@@ -127,6 +135,9 @@ def small_copy(config: PreTrainedConfig) -> PreTrainedModel:
     small = copy.deepcopy(config)
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % key_heads:
+        # The copy has other numbers of heads.
+        raise ValueError(f"{heads} heads of attention cannot share {key_heads} heads of keys")
     types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes: dict[str, Any] = {
@@ -207,6 +218,22 @@ def _compare(model: PreTrainedModel) -> None:
     )
     for found, wanted in pairs:
         _check_close("gradients", found, wanted)
+
+
+def _use(model: PreTrainedModel) -> None:
+    """Do to a model what stages do behind its losses: generate a text, and add LoRA.
+
+    Raises:
+        Exception: From transformers or PEFT.
+    """
+    embeds_1TH = torch.zeros(1, 1, model.config.hidden_size, dtype=torch.float64)
+    model.generation_config = GenerationConfig()
+    model.generate(
+        inputs_embeds=embeds_1TH,
+        attention_mask=torch.ones(1, 1, dtype=torch.long),
+        generation_config=GenerationConfig(max_new_tokens=2, pad_token_id=0),
+    )
+    add_lora(model, LoraSettings(r=1, alpha=1, dropout=0.0), seed=0)
 
 
 def _text(length: int) -> TokenizedText:

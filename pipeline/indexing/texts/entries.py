@@ -41,6 +41,9 @@ OTHER_FORMATS = {
 NUM_EXAMINED = 100
 """Records by which the layout of a file is told."""
 
+LONGEST_LINE = 1 << 24
+"""Bytes of a first line that can be a record; a compact object as a whole is one line too."""
+
 BATCH_ROWS = 4096
 
 
@@ -89,8 +92,8 @@ def _content(
 def _first_line_is_object(path: Path) -> bool:
     """Whether the first of several lines is a JSON object of its own."""
     with path.open("rb") as data:
-        line = data.readline()
-        if not data.read(4096).strip():
+        line = data.readline(LONGEST_LINE)
+        if not line.endswith(b"\n") or not data.read(4096).strip():
             return False
     try:
         return isinstance(parse_record_json(line.decode("utf-8-sig")), dict)

@@ -15,6 +15,8 @@ from pipeline.indexing.records import AnnotationFile, Entry, positions
 CHUNK = 1 << 20
 """Characters that are read at once; more for an entry that is longer."""
 
+_AFTER_VALUE = frozenset(" \t\n\r,]")
+
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -87,8 +89,8 @@ class _Scanner:
                 if not self._read_more():
                     raise
                 continue
-            # A number can go on in the part that is not read yet; a list ends with a bracket.
-            if end < len(self._part):
+            # A number such as 1.5 can be cut behind any of its signs; a list ends with a bracket.
+            if self._part[end : end + 1] in _AFTER_VALUE:
                 self._position = end
                 return value
             if not self._read_more():

@@ -132,6 +132,22 @@ def test_a_link_is_the_same_file_and_replaces_without_writing(tmp_path):
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_of_a_symbolic_link_it_links_the_file(tmp_path):
+    source, link, target = (tmp_path / name for name in ("source", "folder/link", "deep/target"))
+    source.write_text("text")
+    link.parent.mkdir()
+    link.symlink_to("../source")
+    link_or_copy(link, target)
+    assert not target.is_symlink()
+    assert target.samefile(source)
+    # A link to the target itself leaves it as it is.
+    itself = tmp_path / "itself"
+    itself.symlink_to(target)
+    link_or_copy(itself, target)
+    assert target.read_text() == "text"
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_without_hard_links_it_copies(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("another file system")

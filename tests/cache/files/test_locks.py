@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import threading
 import time
 
 import pytest
@@ -66,3 +67,51 @@ def test_another_failure_of_a_lock_is_not_taken_for_a_lack_of_locks(tmp_path, mo
         exclusive_lock(tmp_path / "held", CacheError),
     ):
         pytest.fail("went on")
+
+
+def lock_in_a_thread(folder):
+    """Return the error of a thread that asks for the lock, if any."""
+    errors = []
+
+    def ask():
+        try:
+            with exclusive_lock(folder, CacheError):
+                pass
+        except CacheError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return errors
+
+
+def test_a_folder_is_for_one_thread_by_whatever_path(tmp_path):
+    folder = tmp_path / "held"
+    (tmp_path / "alias").symlink_to(folder)
+    with exclusive_lock(folder, CacheError):
+        for path in (folder, tmp_path / "alias", folder / ".." / "held"):
+            (error,) = lock_in_a_thread(path)
+            assert error.startswith(f"{path}: this process works in it already")
+    assert lock_in_a_thread(folder) == []
+
+
+def test_a_lock_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), exclusive_lock(tmp_path, CacheError):
+        raise ZeroDivisionError
+    assert lock_in_a_thread(tmp_path) == []
+
+
+@pytest.mark.parametrize("make", [os.symlink, os.link])
+def test_the_lock_file_keeps_whatever_somebody_wrote(tmp_path, make):
+    (tmp_path / "mine").write_text("mine")
+    make(tmp_path / "mine", tmp_path / ".lock")
+    if make is os.symlink:
+        with (
+            pytest.raises(CacheError, match=r"\.lock: a link"),
+            exclusive_lock(tmp_path, CacheError),
+        ):
+            pytest.fail("went on")
+    else:
+        assert lock_in_a_thread(tmp_path) == []
+    assert (tmp_path / "mine").read_text() == "mine"

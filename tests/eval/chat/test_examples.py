@@ -36,6 +36,12 @@ def test_without_picture_files_there_are_no_examples(picture_world, tmp_path, im
     assert validation_pictures(params, tmp_path, 3) == []
 
 
+def test_examples_of_a_split_by_hash_come_from_the_images_of_train(picture_world, tmp_path):
+    data = {"train": {"images": "data/raw/val.zip"}, "val": None}
+    found = validation_pictures(picture_world.params(data=data), tmp_path, 99)
+    assert [path.name for path in found] == [f"{image_id}.jpg" for image_id in VAL]
+
+
 def test_without_an_index_there_are_no_examples(picture_world, tmp_path, monkeypatch):
     params = picture_world.params(data={"val": {"images": str(Path("data/raw/val.zip").resolve()),
                                          "captions": "unused"}})  # fmt: skip

@@ -121,6 +121,14 @@ def test_a_model_without_lora_is_exported_too(tmp_path, phi_dir, dtype):
         assert torch.equal(found, wanted), name
 
 
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX"])
+def test_a_quantised_model_is_exported_dequantised(tmp_path, phi_dir, family):
+    """GPT-2's linear layers hold their weights transposed."""
+    made = export(tmp_path, FAMILIES[family], phi_dir, llm={"quantize": "nf4"})
+    model, processor = load(made.out)
+    assert_same_logits(made, model, processor)
+
+
 def test_a_bf16_export_is_loaded_in_bf16_and_exactly_in_float32(tmp_path, phi_dir):
     made = export(tmp_path, FAMILIES["Llama"], phi_dir, llm={"quantize": "nf4", "dtype": "bf16"})
     config = json.loads((made.out / "config.json").read_text())

@@ -1,11 +1,14 @@
 """The exported processor gives the pixels and token ids of extraction and training."""
 
+import copy
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from tokenizers import Tokenizer
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
@@ -25,6 +28,7 @@ from pipeline.images.decode import decode_for
 from tests.conftest import EOS
 from train.data.jinja_template import jinja_template
 from train.data.prompt_formats import phi_format, plain_format
+from workspace.errors import StageError
 
 SPEC = {
     "format": "patchcache/1", "model": "tiny", "weights_sha256": "0" * 64,
@@ -226,6 +230,20 @@ def test_the_image_token_takes_the_first_id_behind_all_tokens(tokenizer):
     assert len(tokenizer) == before
     twice = with_image_token(with_image_token(tokenizer))
     assert twice.convert_tokens_to_ids(IMAGE_TOKEN) == found
+
+
+def test_a_tokenizer_whose_next_id_is_taken_is_refused(tokenizer):
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    # As many unused ids as make a word's id that of the next token.
+    state["model"]["vocab"] = {t: i if i < 280 else i + 20 for t, i in vocabulary.items()}
+    gaps = copy.deepcopy(tokenizer)
+    gaps._tokenizer = Tokenizer.from_str(json.dumps(state))
+    word = gaps.convert_ids_to_tokens(len(gaps))
+    assert word is not None
+    with pytest.raises(StageError, match="leaves out ids") as caught:
+        with_image_token(gaps)
+    assert f"the id {len(gaps)} of {word!r}" in str(caught.value)
 
 
 def test_prompts_that_differ_from_those_of_training_are_found(processor, tokenizer):

@@ -65,6 +65,32 @@ def test_without_the_images_of_a_split_the_others_are_shown(shown, place):
     assert list(found) == [101]
 
 
+@pytest.mark.parametrize("split", ["karpathy", "hash"])
+def test_pictures_of_all_splits_come_from_one_set_of_images(world, shown, split):
+    table = pq.read_table(INDEX)
+    rows = [
+        row | {"split": ("train", "val", "test")[row["image_id"] % 3]} for row in table.to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), INDEX)
+    found = shown([101, 102, 103], split=split, val=None)
+    assert {i: red_of(t) for i, t in found.items()} == pytest.approx(
+        {i: i for i in (101, 102, 103)}, abs=2
+    )
+
+
+def test_pictures_of_several_places_are_found(world, shown):
+    places = ["data/raw/val.zip", {"path": "data/raw/train", "prefix": "mine"}]
+    table = pq.read_table(INDEX)
+    rows = [
+        row | {"split": "train", "file_name": f"mine/{row['file_name']}"}
+        if row["split"] == "train"
+        else row | {"split": "train"}
+        for row in table.to_pylist()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), INDEX)
+    assert list(shown([101, 113], train={"images": places}, val=None)) == [101, 113]
+
+
 def broken_png():
     """A PNG whose second chunk of pixels has no name: Pillow calls that a SyntaxError."""
     data = io.BytesIO()

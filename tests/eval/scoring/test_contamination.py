@@ -49,6 +49,12 @@ def test_the_same_file_under_another_id_is_found_in_the_index(world):
     ]
 
 
+def test_captions_of_val_and_test_are_not_trained_on(world):
+    captions = [(100, "train", "x"), (101, "val", "x"), (102, "test", "x")]
+    world.workspace.write_index(captions, [])
+    assert read_images().trained == {100}
+
+
 def test_a_missing_or_damaged_table_is_named(world):
     path = Path("data/index/images.parquet")
     path.write_bytes(path.read_bytes()[:-9])

@@ -6,6 +6,7 @@ import torch
 
 import eval.scoring.conditions
 import eval.scoring.losses
+from cache.errors import SettingsError
 from eval.scoring.conditions import other_images
 from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.losses import answer_losses
@@ -87,6 +88,14 @@ def test_an_image_whose_answers_are_all_cut_off_is_left_out(evaluated):
     assert with_it == answer_losses(evaluated, EXAMPLES, 64)[SEEN]
     with pytest.raises(StageError, match="max_text_tokens: 1 cuts off every answer of 3 images"):
         answer_losses(evaluated, EXAMPLES, 1)
+
+
+def test_conversations_beyond_the_models_positions_are_refused(evaluated, monkeypatch):
+    given = len(evaluated.prompt_format.lead) + evaluated.store.spec.patches
+    monkeypatch.setattr(eval.scoring.losses, "most_positions", lambda model: given + 64)
+    answer_losses(evaluated, EXAMPLES, 64)
+    with pytest.raises(SettingsError, match=rf"takes up to {given + 65}\. Lower max_text_tokens"):
+        answer_losses(evaluated, EXAMPLES, 65)
 
 
 def test_dropout_is_off_for_scores(evaluated):

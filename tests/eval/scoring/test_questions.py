@@ -51,3 +51,16 @@ def test_a_question_that_is_too_long_is_left_out_and_counted(world, limits, prom
     work = choose_evaluation_set(limits(), world.store, prompt_format, 0)
     assert [question.question for question in work.questions] == ["how many"]
     assert work.num_too_long == 1
+
+
+@pytest.mark.parametrize(("split", "image_ids"), [("test", [113, 114]), ("val", [112])])
+def test_captions_are_those_of_split_test_where_it_has_any(
+    world, limits, prompt_format, split, image_ids
+):
+    captions = [(112, "val", "a cat"), (113, "test", "a dog"), (114, "test", "a cat")]
+    captions = [row for row in captions if split == "test" or row[1] == "val"]
+    world.workspace.write_index([(100, "train", "a cat"), *captions], [])
+    found = choose_evaluation_set(limits(), world.store, prompt_format, 0)
+    assert found.caption_split == split
+    assert sorted(found.references) == image_ids
+    assert found.num_images["captions"] == len(image_ids)

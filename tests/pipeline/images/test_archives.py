@@ -15,6 +15,7 @@ from pipeline.images import names as module
 from pipeline.images.archives import ImageArchive
 from pipeline.images.folder import ImageFolder
 from pipeline.images.names import ImageNameError, check_file_name
+from workspace.data_settings import ImagePath
 from workspace.errors import StageError
 
 FILES = {f"{number:012d}.jpg": bytes([number]) * 100 for number in range(5)}
@@ -37,17 +38,26 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def opened(*paths, key="k", **options):
+    return ImageArchive([ImagePath(path=str(path)) for path in paths], key=key, **options)
+
+
+def only_files(archive):
+    """The files of the only place of an archive."""
+    return archive._places[0].files
+
+
 def read_all(archive):
     return {name: archive.read(name) for name in FILES}
 
 
 def test_a_folder_and_a_zip_read_alike(folder, zipped):
     for path in (folder, zipped):
-        assert read_all(ImageArchive(path, key="k")) == FILES
+        assert read_all(opened(path)) == FILES
 
 
 def test_a_zip_is_found_by_full_and_by_plain_name(zipped):
-    archive = ImageArchive(zipped, key="k")
+    archive = opened(zipped)
     name = next(iter(FILES))
     assert archive.read(f"train2017/{name}") == archive.read(name) == FILES[name]
 
@@ -55,15 +65,15 @@ def test_a_zip_is_found_by_full_and_by_plain_name(zipped):
 def stored(path, files):
     """Write some (name, bytes) as a folder, or as a zip where the path says so."""
     if path.suffix == ".zip":
-        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as opened:
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
             warnings.simplefilter("ignore")
             for name, data in files:
-                opened.writestr(name, data)
+                archive.writestr(name, data)
     else:
         for name, data in files:
             (path / name).parent.mkdir(parents=True, exist_ok=True)
             (path / name).write_bytes(data)
-    return ImageArchive(path, key="k")
+    return opened(path)
 
 
 @pytest.fixture(params=["images", "images.zip"])
@@ -124,10 +134,10 @@ def test_a_zip_is_read_as_unpacking_it_would_place_its_files(tmp_path):
 def test_a_link_in_a_zip_is_no_image(tmp_path):
     link = zipfile.ZipInfo("x.jpg")
     link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "i.zip", "w") as opened:
-        opened.writestr(link, "/etc/passwd")
+    with zipfile.ZipFile(tmp_path / "i.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
     with pytest.raises(ImageNameError, match="links in a zip are not followed"):
-        ImageArchive(tmp_path / "i.zip", key="k").read("x.jpg")
+        opened(tmp_path / "i.zip").read("x.jpg")
 
 
 @pytest.fixture
@@ -166,7 +176,7 @@ INSIDE = ("own/i.jpg", "in/i.jpg", "in.jpg", "circle/circle/own/i.jpg", "i.jpg")
 
 @pytest.mark.parametrize("follow_links", [False, True])
 def test_links_may_stay_inside_and_lead_out_only_if_the_settings_say_so(linked, follow_links):
-    archive = ImageArchive(linked, key="k", follow_links=follow_links)
+    archive = opened(linked, follow_links=follow_links)
     for name in INSIDE:
         assert archive.read(name) == b"i.jpg"
     for name, wanted in OUTSIDE.items():
@@ -181,9 +191,9 @@ def test_links_may_stay_inside_and_lead_out_only_if_the_settings_say_so(linked, 
 
 
 def test_base_names_are_looked_for_behind_links_only_if_these_are_followed(linked):
-    assert ImageArchive(linked, key="k", follow_links=True).read("p.jpg") == b"p.jpg"
+    assert opened(linked, follow_links=True).read("p.jpg") == b"p.jpg"
     with pytest.raises(ImageNameError, match=r"no file 'p\.jpg'"):
-        ImageArchive(linked, key="k").read("p.jpg")
+        opened(linked).read("p.jpg")
 
 
 def test_a_pipe_is_refused_and_not_waited_for(folder):
@@ -191,14 +201,14 @@ def test_a_pipe_is_refused_and_not_waited_for(folder):
     os.mkfifo(folder / "a" / "pipe.jpg")
     for name in ("a/pipe.jpg", "pipe.jpg"):
         with pytest.raises(ImageNameError):
-            ImageArchive(folder, key="k").read(name)
+            opened(folder).read(name)
 
 
 def test_a_failing_disk_is_an_error_of_the_stage_and_no_bad_name(folder, zipped, monkeypatch):
     def fail(*arguments):
         raise OSError(errno.EIO, "Input/output error")
 
-    archives = [ImageArchive(path, key="k") for path in (folder, zipped)]
+    archives = [opened(path) for path in (folder, zipped)]
     monkeypatch.setattr(Path, "read_bytes", fail)
     monkeypatch.setattr(zipfile.ZipFile, "read", fail)
     for archive in archives:
@@ -208,7 +218,7 @@ def test_a_failing_disk_is_an_error_of_the_stage_and_no_bad_name(folder, zipped,
 
 def test_folders_are_not_walked_while_all_names_are_exact(folder, monkeypatch):
     monkeypatch.delattr(ImageFolder, "_walk")
-    assert read_all(ImageArchive(folder, key="k")) == FILES
+    assert read_all(opened(folder)) == FILES
 
 
 @pytest.mark.parametrize(
@@ -224,21 +234,21 @@ def test_names_that_are_no_place_below_the_root_are_refused(folder, zipped, name
         check_file_name(name)
     for path in (folder, zipped):
         with pytest.raises(ImageNameError):
-            ImageArchive(path, key="k").read(name)
+            opened(path).read(name)
 
 
 @pytest.mark.parametrize("name", ["none.jpg", ".", "train2017", "x" * 5000, "a/" * 3000 + "a"])
 def test_names_of_nothing_are_refused(folder, zipped, name):
     for path in (folder, zipped):
         with pytest.raises(ImageNameError):
-            ImageArchive(path, key="k").read(name)
+            opened(path).read(name)
 
 
 def test_a_huge_file_is_refused_unread(folder, zipped, monkeypatch):
     monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 99)
     for path in (folder, zipped):
         with pytest.raises(ImageNameError, match="has more than 99 bytes"):
-            ImageArchive(path, key="k").read(next(iter(FILES)))
+            opened(path).read(next(iter(FILES)))
 
 
 def test_an_error_about_an_archive_names_key_and_path(tmp_path):
@@ -246,14 +256,14 @@ def test_an_error_about_an_archive_names_key_and_path(tmp_path):
     (tmp_path / "none").mkdir()
     zipfile.ZipFile(tmp_path / "none.zip", "w").close()
     wanted = {
-        "missing.zip": "does not exist. Name a folder or a zip of images there",
+        "missing.zip": "does not exist. Name a folder, a zip, a tar or a parquet",
         "page.zip": "neither a folder nor a readable zip",
         "none": "is an empty folder",
         "none.zip": "is an empty zip",
     }
     for name, text in wanted.items():
         with pytest.raises(StageError) as error:
-            ImageArchive(tmp_path / name, key="data.val.images")
+            opened(tmp_path / name, key="data.val.images")
         assert str(error.value).startswith(f"data.val.images: {tmp_path / name} ")
         assert text in str(error.value)
 
@@ -271,21 +281,21 @@ def test_damaged_zips_raise_only_named_errors(tmp_path, method):
             data[dice.randrange(len(data))] = dice.randrange(256)
         (tmp_path / "a.zip").write_bytes(data)
         try:
-            ImageArchive(tmp_path / "a.zip", key="k").read("a.jpg")
+            opened(tmp_path / "a.zip").read("a.jpg")
         except (ImageNameError, StageError):
             failures += 1
     assert failures > 200
 
 
 def _send_all(archive, connection):
-    connection.send((read_all(archive), archive._files._owner == os.getpid()))
+    connection.send((read_all(archive), only_files(archive)._owner == os.getpid()))
     connection.close()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_other_processes_read_with_a_file_position_of_their_own(zipped, method):
-    archive = ImageArchive(zipped, key="k")
+    archive = opened(zipped)
     read_all(archive)
     context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
@@ -298,7 +308,7 @@ def test_other_processes_read_with_a_file_position_of_their_own(zipped, method):
 
 
 def test_a_pickled_archive_holds_no_open_file(zipped):
-    archive = pickle.loads(pickle.dumps(ImageArchive(zipped, key="k")))
-    assert not hasattr(archive._files, "_zip")
+    archive = pickle.loads(pickle.dumps(opened(zipped)))
+    assert not hasattr(only_files(archive), "_zip")
     assert read_all(archive) == FILES
-    assert archive._files._owner == os.getpid()
+    assert only_files(archive)._owner == os.getpid()

@@ -5,7 +5,7 @@ import zipfile
 import pytest
 
 from cache.errors import PatchcacheError
-from pipeline.images import zip_file
+from pipeline.images import byte_file
 from pipeline.images.zip_file import open_zip
 
 
@@ -37,11 +37,11 @@ def fail_from(monkeypatch, n):
     class Reader(READER, Failing):
         pass
 
-    monkeypatch.setattr(zip_file, "_Reader", Reader)
+    monkeypatch.setattr(byte_file, "LocalReader", Reader)
     return sizes
 
 
-READER = zip_file._Reader
+READER = byte_file.LocalReader
 
 
 def read_all(path):

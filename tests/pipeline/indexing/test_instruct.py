@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.indexing.annotations import read_captions
+from pipeline.indexing.captions import read_captions
 from pipeline.indexing.instruct import CAPTION_REQUEST, read_instruct
 from pipeline.indexing.pope import read_question_files
 from workspace.errors import StageError
@@ -44,7 +44,7 @@ class Files:
         captions.write_text(json.dumps(self.captions))
         (self.root / name).write_text(json.dumps(self.instances))
         listed = [read_captions(captions, key="k")]
-        return read_instruct(self.root / name, listed, read_question_files(captions), seed)
+        return read_instruct([self.root / name], listed, read_question_files([captions]), seed)
 
 
 def asked(file):
@@ -127,3 +127,46 @@ def test_half_an_instances_file_is_refused(files):
     files.instances.pop("annotations")
     with pytest.raises(StageError, match=r"data\.instruct: .*'categories' and 'annotations'"):
         files.read(name="mine.json")
+
+
+def test_images_that_a_table_names_are_asked_about_by_their_names(files):
+    names = {1: "COCO_val2014_000000000001.jpg", 2: "a/000000000002.png", 3: "3.jpg", 4: "4.jpg"}
+    files.instances["images"] = [{"id": i, "file_name": f"{i:012}.jpg"} for i in names]
+    table = files.root / "mine.csv"
+    rows = [f"{name},a picture of {i}" for i, name in names.items()]
+    table.write_text("\n".join(["image,caption", *rows]))
+    path = files.root / "objects.json"
+    path.write_text(json.dumps(files.instances))
+    made = read_instruct([path], [read_captions(table, key="k")], read_question_files([]), 0)
+    captions = {
+        r.image_name: r.turns[1]["text"]
+        for r in made.conversations
+        if "caption" in r.conversation_id
+    }
+    assert captions == {name: f"a picture of {i}" for i, name in names.items()}
+    assert {name for name, _, _ in asked(made)} == {names[1], names[2]}
+
+
+def test_two_pictures_of_a_name_in_the_instances_are_not_asked_about(files):
+    files.instances["images"].append({"id": 9, "file_name": "x/1.jpg"})
+    table = files.root / "mine.csv"
+    table.write_text("image,caption\n1.jpg,a\n2.jpg,b\n")
+    path = files.root / "objects.json"
+    path.write_text(json.dumps(files.instances))
+    made = read_instruct([path], [read_captions(table, key="k")], read_question_files([]), 0)
+    assert {name for name, _, _ in asked(made)} == {"2.jpg"}
+
+
+def test_instances_and_conversations_may_be_named_together(files):
+    beside = files.read()
+    llava = files.root / "llava.json"
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+    llava.write_text(json.dumps([{"image": "1.jpg", "conversations": turns}]))
+    captions = files.root / "captions_val.json"
+    paths = ["./instances_val.json", llava]
+    both = read_instruct(
+        paths, [read_captions(captions, key="k")], read_question_files(["captions_val.json"]), 0
+    )
+    assert [r.turns for r in both.conversations[:-1]] == [r.turns for r in beside.conversations]
+    assert both.conversations[-1].turns[1]["text"] == "Me."
+    assert (both.num_conversations, both.num_objects) == (len(both.conversations), 0)

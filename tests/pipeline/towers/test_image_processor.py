@@ -126,6 +126,8 @@ def test_the_numbers_of_a_processor_that_scales_by_255_are_kept_to_the_last_bit(
             "wanted a square",
         ),
         ("SiglipImageProcessorPil", {"resample": 0}, "resample"),
+        ("CLIPImageProcessorPil", {"size": {"shortest_edge": 5000}} | CROP, "5000 pixels, wanted"),
+        ("SiglipImageProcessorPil", {"size": {"height": 5000, "width": 5000}}, "at most 4096"),
         ("ConvNextImageProcessorPil", {"size": {"shortest_edge": 224}}, ""),
         ("Siglip2ImageProcessorPil", {}, "does not resize"),
         ("ViTImageProcessorPil", {"size": of_side(32), "image_mean": [0.5, 0.5]}, "3 elements"),

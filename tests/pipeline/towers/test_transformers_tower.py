@@ -19,6 +19,7 @@ from cache.errors import SettingsError
 from pipeline import extract as extract_module
 from pipeline.encoding.encoder import load_encoder
 from pipeline.images.decode import decode_for
+from pipeline.towers import transformers_tower
 from pipeline.towers.transformers_tower import PREFIX_TOKENS, blocks_of
 from tests.pipeline.towers.conftest import BLOCKS, KINDS, WIDTH
 from tests.pipeline.towers.laws import (
@@ -275,6 +276,8 @@ def test_an_unknown_family_is_refused_by_name_before_any_image_is_read(
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"transformers_weights": "x.safetensors"}, "transformers_weights"),
         ({"patch_size": 0}, "cannot load"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf, wanted a finite number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan, wanted a finite number"),
     ],
     ids=str,
 )
@@ -284,6 +287,35 @@ def test_a_config_that_cannot_be_is_refused(tower, copied, entries, why):
     text = refusal(tower, folder)
     assert "config.json" in text
     assert why in text
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"num_attention_heads": 0}, {"hidden_act": "x"}, {"hidden_size": -1}, {"patch_size": "x"}],
+    ids=str,
+)
+def test_a_config_that_cannot_be_is_refused_of_a_random_tower_too(tower, copied, entries):
+    folder = copied("dinov2")
+    edit(folder / "config.json", **entries)
+    assert "config.json" in refusal(tower, folder, pretrained="random")
+
+
+def test_weights_without_their_scales_are_refused(tower, copied):
+    folder = copied("dinov2")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(".weight"))
+    weights[name] = (100 * weights[name]).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert f"model.safetensors: {name} is of type I8" in refusal(tower, folder)
+
+
+def test_a_network_that_fails_in_any_way_is_refused(tower, checkpoints, monkeypatch):
+    def fail(*arguments):
+        raise KeyError("x")
+
+    monkeypatch.setattr(transformers_tower.BlockEncoder, "forward", fail)
+    text = refusal(tower, checkpoints("clip"))
+    assert "cannot encode an image of 32 x 32 pixels: KeyError" in text
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])

@@ -7,11 +7,15 @@ import threading
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from cache.errors import SettingsError
 from tests.train.data.chat_tokenizers import chat_tokenizer, fast
+from tests.train.model.families import FAMILIES
 from train.data.chat_format import chat_format
+from train.model.captioner import CaptionModel
 from train.model.generate import Generation, Sampling, generate, stream
+from train.model.projector import seeded_projector
 
 IDS = [100, 139, 117, 100, 121]
 QUESTIONS = [None, "What is in the box", "a", "where", None]
@@ -464,3 +468,33 @@ def test_streaming_leaves_training_mode_before(make, streamed, model):
     wanted = make([100], [""])[0].text
     model.train()
     assert "".join(streamed(100, "")) == wanted
+
+
+# A table of positions
+
+
+def with_table(positions):
+    """GPT-2 with a table of so many positions, all of whose rows are those of a longer table."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = dataclasses.replace(FAMILIES["GPT2"], sizes={"tie_word_embeddings": False})
+        model = AutoModelForCausalLM.from_config(config.config())
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        table = model.transformer.wpe.weight.data[:positions].clone()
+    model.transformer.wpe = torch.nn.Embedding.from_pretrained(table)
+    return CaptionModel(seeded_projector("mlp", 8, 64, 0), model.requires_grad_(False).eval())
+
+
+def test_a_text_ends_where_the_models_positions_end(make, prompt_format):
+    given = 4 + max(len(ids) for ids in prompt_format.prompts(QUESTIONS))
+    wanted = make(model=with_table(256), max_tokens=8, batch_size=1)
+    assert make(model=with_table(given + 8), max_tokens=8, batch_size=1) == wanted
+    assert any(g.num_tokens > 2 for g in wanted)
+    found = make(model=with_table(given + 2), max_tokens=8)
+    for short, long in zip(found, wanted, strict=True):
+        assert long.text.startswith(short.text)
+        assert short.num_tokens == min(2, long.num_tokens)
+        assert short.stopped == (long.stopped and long.num_tokens <= 2)
+    with pytest.raises(SettingsError, match=rf"has {given} positions, .* take {given}\. Ask"):
+        make(model=with_table(given), max_tokens=8)

@@ -1,15 +1,19 @@
 """Which language models training takes, and what it says of those that it refuses."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import train.model.attention
 import train.model.captioner
+import train.model.supported
 from cache.errors import SettingsError
 from train.finetune import finetune
 from train.model.supported import (
@@ -77,7 +81,49 @@ def test_the_random_state_is_left_alone(phi_dir):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+LLAMA = SIZES | {"intermediate_size": 64}
+
+
+def test_weights_without_their_scales_are_refused(tmp_path, phi_dir):
+    folder = folder_of(transformers.LlamaConfig(**LLAMA), tmp_path / "model", phi_dir)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(".weight"))
+    weights[name] = (100 * weights[name]).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SettingsError, match=rf"model\.safetensors: {name} is of type I8"):
+        check_supported(LlmSettings(model=str(folder), quantize="none", dtype="fp32"))
+
+
 # Faults that the small copy finds
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            transformers.LlamaConfig(**LLAMA | {"num_attention_heads": 4}, num_key_value_heads=3),
+            "4 heads of attention cannot share 3 heads of keys",
+        ),
+        (transformers.LlamaConfig(**LLAMA, is_encoder_decoder=True), "decoder_start_token_id"),
+        (transformers.CTRLConfig(**SIZES, dff=64), "inputs_embeds"),
+    ],
+    ids=["heads", "encoder-decoder", "no inputs_embeds"],
+)
+def test_a_model_that_would_fail_later_is_refused(config, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_packing(config)
+
+
+def test_layers_that_lora_cannot_tell_from_blocks_are_refused(monkeypatch):
+    def numbered(config):
+        model = small_copy(config)
+        for block in model.model.layers:
+            block.mlp = nn.Sequential(nn.Linear(64, 64, dtype=torch.float64), nn.SiLU())
+        return model
+
+    monkeypatch.setattr(train.model.supported, "small_copy", numbered)
+    with pytest.raises(ValueError, match="LlamaDecoderLayer"):
+        check_packing(transformers.LlamaConfig(**LLAMA))
 
 
 def without_window(dense_mask):
@@ -138,6 +184,7 @@ def test_the_copy_is_small_and_keeps_the_layer_types_and_the_width_of_a_head(kin
     assert all(p.dtype == torch.float64 and not p.requires_grad for p in copy.parameters())
 
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16,
     "long_factor": [4.0] * 16,
@@ -158,8 +205,15 @@ LONGROPE = {
             40,
         ),
         (transformers.LlamaConfig(**SIZES, intermediate_size=64, max_position_embeddings=60), None),
+        (
+            transformers.LlamaConfig(
+                **LLAMA, max_position_embeddings=60,
+                rope_parameters=DYNAMIC | {"original_max_position_embeddings": None},
+            ),
+            60,
+        ),
     ],
-    ids=["learned", "longrope", "rotary"],
+    ids=["learned", "longrope", "rotary", "dynamic"],
 )  # fmt: skip
 def test_the_positions_of_a_model_are_those_of_its_table_or_of_one_way_of_counting(
     config, limit, tmp_path, phi_dir
@@ -167,3 +221,13 @@ def test_the_positions_of_a_model_are_those_of_its_table_or_of_one_way_of_counti
     folder = folder_of(config, tmp_path / "model", phi_dir)
     llm = LlmSettings(model=str(folder), quantize="none", dtype="fp32")
     assert check_supported(llm) == limit
+
+
+def test_an_original_limit_that_is_no_number_is_refused(tmp_path, phi_dir):
+    rope = DYNAMIC | {"original_max_position_embeddings": "abc"}
+    config = transformers.LlamaConfig(**LLAMA)
+    folder = folder_of(config, tmp_path / "model", phi_dir)
+    values = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(SettingsError, match="'abc'"):
+        check_supported(LlmSettings(model=str(folder), quantize="none", dtype="fp32"))

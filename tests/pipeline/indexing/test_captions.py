@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from pipeline.indexing.annotations import read_captions
+from pipeline.indexing.captions import read_captions
 from pipeline.indexing.instruct import read_instruct
 from pipeline.indexing.pope import read_question_files
 from workspace.errors import StageError
@@ -14,8 +14,11 @@ def written(tmp_path, value, name="file.json"):
     return path
 
 
+GOOD = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
+
+
 def read_conversations(path):
-    return read_instruct(path, [], read_question_files(path.with_name("captions.json")), 0)
+    return read_instruct([path], [], read_question_files([]), 0)
 
 
 def reasons(file):
@@ -25,19 +28,6 @@ def reasons(file):
 def captions_of(tmp_path, *annotations):
     value = {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": list(annotations)}
     return read_captions(written(tmp_path, value), key="k")
-
-
-def messages(*turns):
-    return [{"from": role, "value": text} for role, text in turns]
-
-
-def conversation_of(tmp_path, turns, **changes):
-    entry = {"id": "a", "image": "1.jpg", "conversations": turns} | changes
-    entry = {name: value for name, value in entry.items() if value is not ...}
-    return read_conversations(written(tmp_path, [entry]))
-
-
-GOOD = messages(("human", "Who?"), ("gpt", "Me."))
 
 
 def test_white_space_of_captions_is_normalised(tmp_path):
@@ -87,105 +77,17 @@ def test_a_bad_file_name_is_rejected_with_its_reason(tmp_path, name, reason):
     value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
     file = read_captions(written(tmp_path, value), key="k")
     assert reasons(file)[0].startswith(reason)
-    assert reasons(conversation_of(tmp_path, GOOD, image=name)) == reasons(file)
-    assert reasons(conversation_of(tmp_path, GOOD, image=[name])) == reasons(file)
+    for image in (name, [name]):
+        entry = {"image": image, "conversations": GOOD}
+        assert reasons(read_conversations(written(tmp_path, [entry]))) == reasons(file)
 
 
 def test_a_colon_is_a_character_of_a_name_like_any_other(tmp_path):
     name = "2024-01-02 10:11:12.jpg"
     value = {"images": [{"id": 1, "file_name": name}], "annotations": []}
     assert read_captions(written(tmp_path, value), key="k").images[0].file_name == name
-    assert conversation_of(tmp_path, GOOD, image=name).conversations[0].image_name == name
-
-
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        ("<image>\nWho?", "Who?"),
-        ("Who?\n<image>", "Who?"),
-        (" <image>\r\nWho?", "Who?"),
-        ("<image> Who?", "Who?"),
-        ("Who? <image>", "Who?"),
-        ("<image>\nWhat is an <image>", "What is an <image>"),
-        ("<image> is what?\n<image>", "<image> is what?"),
-        ("<image>\n<image>", "<image>"),
-        ("Who <image> is it?", "Who <image> is it?"),
-        ("<im<image>age>Who?", "<im<image>age>Who?"),
-        ("  Who? ", "Who?"),
-    ],
-)
-def test_the_one_marker_at_an_end_of_the_first_question_is_taken_out(tmp_path, text, kept):
-    rest = messages(
-        ("gpt", "<image>\nMe.\n\n1. An <img>"),
-        ("human", "<image>\nIs it an <image>?\n<image>"),
-        ("gpt", "<image>"),
-    )
-    file = conversation_of(tmp_path, messages(("human", text)) + rest)
-    assert [turn["text"] for turn in file.conversations[0].turns] == [
-        kept,
-        *(message["value"] for message in rest),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("turns", "reason"),
-    [
-        ([], "not question and answer in turn: 0 messages"),
-        (messages(("human", "a")), "not question and answer in turn: 1 messages"),
-        (messages(("gpt", "a"), ("human", "b")), "not question and answer in turn: 'gpt' instead"),
-        (messages(("human", "a"), ("human", "b")), "not question and answer in turn: 'human'"),
-        (messages(("system", "a"), ("gpt", "b")), "not question and answer in turn: 'system'"),
-        (messages(("human", " <image>\n"), ("gpt", "b")), "empty message"),
-        (messages(("human", "a"), ("gpt", "")), "empty message"),
-        ([1, 2], "a message is not an object: int"),
-        ([{"from": "human"}, {}], "no key 'value'"),
-        ([{"from": 1, "value": "a"}, {}], "key 'from' is not str: int"),
-        ("ab", "key 'conversations' is not list: str"),
-        (..., "no key 'conversations'"),
-    ],
-)
-def test_a_bad_conversation_is_rejected_with_its_reason(tmp_path, turns, reason):
-    file = conversation_of(tmp_path, turns)
-    assert not file.conversations
-    assert file.num_conversations == 1
-    assert reasons(file)[0].startswith(reason)
-    assert file.rejected[0].record == "file.json: [0]"
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"id": True}, "key 'id' is not str: bool"),
-        ({"id": ["a"]}, "key 'id' is not str: list"),
-        ({"id": "\ud800"}, "key 'id' holds half a character (a lone surrogate)"),
-        ({"image": ...}, "no key 'image'"),
-        ({"image": None}, "key 'image' is not str: NoneType"),
-        ({"image": []}, "not about one image: key 'image' is a list of 0"),
-        ({"image": ["1.jpg", "2.jpg"]}, "not about one image: key 'image' is a list of 2"),
-        ({"image": [["1.jpg"]]}, "key 'image' is not str: list"),
-    ],
-)
-def test_a_conversation_with_a_strange_id_or_not_about_one_image_is_rejected(
-    tmp_path, changes, reason
-):
-    assert reasons(conversation_of(tmp_path, GOOD, **changes)) == [reason]
-
-
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
-        ({"id": 42}, "42"),
-        ({"id": -(2**70)}, str(-(2**70))),
-        ({"id": 4.5}, "4.5"),
-        ({"id": ...}, "0901"),
-        ({"id": None}, "0901"),
-        ({"id": ..., "image": ["a/0901.jpg"]}, "0901"),
-        ({"id": ""}, ""),
-    ],
-)
-def test_an_id_may_be_a_number_and_defaults_to_the_name_of_the_image(tmp_path, changes, name):
-    (found,) = conversation_of(tmp_path, GOOD, **({"image": "a/0901.jpg"} | changes)).conversations
-    assert (found.conversation_id, found.image_name) == (name, "a/0901.jpg")
+    found = read_conversations(written(tmp_path, [{"image": name, "conversations": GOOD}]))
+    assert found.conversations[0].image_name == name
 
 
 @pytest.mark.parametrize(
@@ -216,7 +118,7 @@ def test_a_file_that_is_not_json_gives_one_clear_line(tmp_path, content, reason)
 
 @pytest.mark.parametrize(
     "value",
-    [[], 3, None, {}, {"images": []}, {"images": {}, "annotations": []}, {"annotations": []}],
+    [{}, {"images": []}, {"images": {}, "annotations": []}, {"annotations": []}],
 )
 def test_captions_of_another_layout_are_refused(tmp_path, value):
     with pytest.raises(StageError, match="not an object with the lists 'images' and 'annotations'"):
@@ -228,17 +130,11 @@ def test_captions_without_images_are_refused(tmp_path):
         read_captions(written(tmp_path, {"images": [], "annotations": []}), key="k")
 
 
-@pytest.mark.parametrize("value", [{"a": []}, {"annotations": []}, 3, None, "categories"])
-def test_conversations_of_another_layout_are_refused(tmp_path, value):
-    with pytest.raises(StageError, match="neither a list of conversations nor COCO's instances"):
-        read_conversations(written(tmp_path, value))
-
-
 def test_a_missing_file_is_named_with_its_key(tmp_path):
     path = tmp_path / "none.json"
     with pytest.raises(StageError, match=r"data\.instruct: .*none\.json does not exist"):
         read_conversations(path)
-    with pytest.raises(StageError, match=r"data\.instruct: .* a folder, wanted a JSON file"):
+    with pytest.raises(StageError, match=r"data\.instruct: .* a folder, wanted a file"):
         read_conversations(tmp_path)
 
 
@@ -254,3 +150,23 @@ def test_no_error_advises_to_fetch_again(tmp_path):
             read_conversations(path)
         assert "again" not in str(error.value)
         assert "the sources demo and coco make it in the fetch stage" in str(error.value)
+
+
+def test_a_table_lists_each_image_once_and_numbers_captions_by_rows(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "image,caption\na/1.jpg, A  dog. \n./a/1.jpg,B\n\n2.jpg,\n../3.jpg,C\n2.jpg,D\n"
+    )
+    file = read_captions(path, key="k")
+    assert [(i.image_id, i.file_name, i.record) for i in file.images] == [
+        (None, "a/1.jpg", "t.csv: line 2"),
+        (None, "2.jpg", "t.csv: line 5"),
+    ]
+    assert [(c.caption_id, c.image, c.caption) for c in file.captions] == [
+        (0, "a/1.jpg", "A dog."),
+        (1, "a/1.jpg", "B"),
+        (4, "2.jpg", "D"),
+    ]
+    assert [bad.record for bad in file.rejected] == ["t.csv: line 5", "t.csv: line 6"]
+    assert {bad.kind for bad in file.rejected} == {"captions"}
+    assert (file.num_images, file.num_captions) == (2, 5)
