@@ -3,9 +3,9 @@
 `make mine PICTURES=folder` runs it, then the stages index and extract with these settings.
 """
 
-import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache.cli.command import command_parser, run_guarded
@@ -14,7 +14,12 @@ from cache.files.atomic import write_text
 from cache.files.foreign import reading_foreign_file
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
-from pipeline.indexing.image_collection import IMAGE_SUFFIXES
+from pipeline.images.names import IMAGE_SUFFIXES, is_named_as_image
+from pipeline.indexing.annotations import CaptionsFile
+from pipeline.indexing.captions import read_captions
+from pipeline.indexing.collect import split_by_hash
+from pipeline.indexing.image_collection import ImageCollection
+from pipeline.inputs import is_url
 from pipeline.settings import RANDOM
 from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
 from workspace.code_hash import ROOT
@@ -30,10 +35,21 @@ MODEL, OPENAI = "ViT-B-32-quickgelu", "openai"
 WRITTEN = "# Written by `make mine`, which overwrites it: edit a copy.\n"
 
 NAMES = ("captions", "metadata")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-"""Names of a file among the pictures that is taken for their captions."""
+"""Names, without suffix, of files of captions as most people and the Hub call them."""
+
+SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
+"""Suffixes of files among the pictures that may be their captions."""
+
+MAX_CANDIDATES = 20
+"""Most files of such suffixes that are tried; more are texts of another kind."""
 
 MAX_WORKERS = 8
+
+VAL_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of split val: the usual one, and others for a handful of pictures."""
+
+HANDFUL = 100
+"""Most pictures with captions of which a share could put all into one split."""
 
 
 def propose(pictures: str, captions: str | None, out: Path) -> None:
@@ -46,40 +62,96 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
 
     Raises:
         SettingsError: There is no picture, or the settings file is not one of this command.
-        StageError: The pictures cannot be read.
+        StageError: The pictures or captions cannot be read.
     """
-    if out.exists() and not out.read_text().startswith(WRITTEN):
+    if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
         raise SettingsError(f"{out}: was not written by this command. Move it away.")
-    pictures = _absolute(pictures)
-    names = ImageArchive([ImagePath(path=pictures)], key="PICTURES").all_names()
-    num_pictures = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    if not num_pictures:
-        raise SettingsError(
-            f"PICTURES: {pictures} has {len(names)} files, none of them with the name of a "
-            f"picture ({', '.join(IMAGE_SUFFIXES)}). Name the folder or archive that holds them."
-        )
-    _say(f"{num_pictures} pictures in {pictures}, {len(names) - num_pictures} other files")
-    captions = _absolute(captions) if captions else captions_among(pictures)
+    pictures = _absolute(pictures, "PICTURES")
+    archive = ImageArchive([ImagePath(path=pictures)], key="PICTURES")
+    _say(f"{count_pictures(archive)} pictures in {pictures}")
+    file: CaptionsFile | None
     if captions:
-        _say(f"captions of {captions}")
-        _say("no second set of pictures: a hash of their ids keeps 20 % for the scores")
+        captions = _absolute(captions, "CAPTIONS")
+        file = read_captions(captions, key="CAPTIONS", split="hash")
+    else:
+        captions, file = captions_among(pictures)
+    val_share: float | None = VAL_SHARES[0]
+    if file:
+        _say(f"{len(file.captions)} captions of {len(file.images)} pictures in {captions}")
+        val_share = choose_val_share(archive, file)
+        if val_share is None:
+            _say("the captions are left out: training needs a picture to learn from, and another")
+            captions = None
+        else:
+            _say(f"a hash of their ids keeps about {val_share:.0%} of these pictures for scores")
     else:
         _say("no captions, so features of all pictures; CAPTIONS=file.csv names some")
-    pretrained = choose_weights()
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     _say(f"as many decoding processes as CPU cores: {workers}")
     _say("one in ten pictures and captions may be unusable; each is listed with its reason")
-    write_text(out, settings_text(pictures, captions, pretrained, workers))
+    _say("vision tower: CLIP ViT-B/32, 49 patches a picture; OpenAI's weights of 0.35 GB")
+    pretrained = choose_weights()
+    text = settings_text(pictures, captions, pretrained, workers, val_share or VAL_SHARES[0])
+    write_text(out, text)
     _say(f"{out} written")
 
 
-def captions_among(pictures: str) -> str | None:
-    """Return the file of captions in a folder of pictures; None if there is none, or several."""
-    paths = [Path(pictures) / f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES]
-    found = [str(path) for path in paths if path.is_file()]
-    if len(found) > 1:
-        _say(f"several files could be the captions, so none is taken: {', '.join(found)}")
-    return found[0] if len(found) == 1 else None
+def count_pictures(archive: ImageArchive) -> int:
+    """Return the number of files with the name of a picture.
+
+    Raises:
+        SettingsError: There is none.
+    """
+    names = archive.all_names()
+    num_pictures = sum(map(is_named_as_image, names))
+    if not num_pictures:
+        raise SettingsError(
+            f"PICTURES: {archive.path} has {len(names)} files, none of them with the name of a "
+            f"picture ({', '.join(sorted(IMAGE_SUFFIXES))}). Name the folder or archive that holds them."
+        )
+    return num_pictures
+
+
+def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
+    """Return the one file in a folder of pictures that can be their captions, and its records."""
+    found: dict[str, CaptionsFile] = {}
+    for path in _candidates(Path(pictures)):
+        try:
+            found[str(path)] = read_captions(path, key="captions", split="hash")
+        except StageError as error:
+            _say(f"not taken for captions: {error}")
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if found:
+        _say(f"several files may be the captions, so none is taken: {', '.join(found)}")
+    return None, None
+
+
+def _candidates(folder: Path) -> Sequence[Path]:
+    """Return the files directly in a folder that may be captions: those of the usual names, or
+    else all of the suffixes, unless they are many.
+    """
+    if not folder.is_dir():
+        return ()
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    usual = [path for path in paths if path.stem.lower() in NAMES]
+    return usual or (paths if len(paths) <= MAX_CANDIDATES else ())
+
+
+def choose_val_share(archive: ImageArchive, file: CaptionsFile) -> float | None:
+    """Return the first share with which both splits get a picture; None if none does."""
+    if len(file.images) > HANDFUL:
+        return VAL_SHARES[0]
+    images = ImageCollection({"train": archive})
+    images.add_listed({"train": file.images})
+    # Without a usable picture, the index stage says why.
+    if not images.rows:
+        return VAL_SHARES[0]
+    for share in VAL_SHARES:
+        if len({split_by_hash(image_id, share) for image_id in images.rows}) > 1:
+            return share
+    return None
 
 
 def choose_weights() -> str:
@@ -97,16 +169,17 @@ def choose_weights() -> str:
     except (StageError, OSError) as error:
         reason = f"the model hub cannot be reached ({failure})" if failure else one_line(error)
         _say(
-            f"vision tower: CLIP ViT-B/32 with RANDOM weights, because {reason}. Such features are "
-            f"for trying the stages alone: with a network, run the same command again, or name a "
-            f"checkpoint in encoder.pretrained"
+            f"RANDOM weights instead, because {reason}. Such features only serve to try the "
+            f"stages: run the same command again where there is a network, or name a checkpoint "
+            f"in encoder.pretrained"
         )
         return RANDOM
-    _say("vision tower: OpenAI's CLIP ViT-B/32, 49 patches a picture")
     return OPENAI
 
 
-def settings_text(pictures: str, captions: str | None, pretrained: str, workers: int) -> str:
+def settings_text(
+    pictures: str, captions: str | None, pretrained: str, workers: int, val_share: float
+) -> str:
     """Return the settings file: its own section `data`, and all other sections of the template."""
     rest = TEMPLATE.read_text()
     rest = rest[rest.index("\nencoder:") :]
@@ -121,20 +194,38 @@ seed: 0
 
 data:
   source: local
-  train: {{images: {json.dumps(pictures)}, captions: {json.dumps(captions)}}}
+  train:
+    images: {_quoted(pictures)}
+    captions: {_quoted(captions) if captions else "null"}
   val: null                     # a hash of their ids keeps val_share of the images for the scores
   instruct: null                # conversations for stage 2
   instruct_holdout: 0.1         # share of the images
   max_reject_rate: 0.1
-  val_share: 0.2
+  val_share: {val_share}
 
 fetch:
   files: []                     # only the source coco downloads
 {rest}"""
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+def _quoted(text: str) -> str:
+    """Return a text as YAML in double quotes, with an escape for all that is not printable."""
+    return '"' + "".join(map(_quoted_sign, text)) + '"'
+
+
+def _quoted_sign(sign: str) -> str:
+    if sign in '"\\':
+        return "\\" + sign
+    return sign if sign.isprintable() else f"\\U{ord(sign):08x}"
+
+
+def _absolute(path: str, key: str) -> str:
+    """Return a URL as it is, and of a path the absolute one without `..`, for people to read."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{key}: {path!r} is not UTF-8, as settings are. Rename it.") from None
+    return path if is_url(path) else os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,7 @@ time, after a look at the headers of its pages: a few bytes can claim to unpack 
 
 import contextlib
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
@@ -21,6 +21,7 @@ from cache.files.parquet import (
     OPTIONS,
     PageBudget,
     Refuse,
+    RowGroup,
     read_footer,
 )
 from cache.texts import one_line
@@ -59,12 +60,8 @@ class PackedTable:
         """
         self.file, self._key = file, key
         with reading_image(self._refuse, f"{key}: {file.address}"):
-            with contextlib.closing(file.open()) as stream:
-                self._groups = read_footer(stream, self._refuse)
-                self._num_bytes = file.size()
-                with pq.ParquetFile(stream, **OPTIONS) as opened:
-                    self._metadata = opened.metadata
-                    self.schema: pa.Schema = opened.schema_arrow
+            self._num_bytes = file.size()
+            self._metadata, self.schema, self._groups = _read_schema(file, self._refuse)
             self.column = self._image_column()
             sizes = [group.num_rows for group in self._groups]
             if min(sizes, default=0) < 0 or sum(sizes) > max(MIN_ROWS, self._num_bytes):
@@ -174,6 +171,31 @@ class PackedTable:
                 f"with row_group_size=100"
             )
         return start, end - start
+
+
+def _read_schema(
+    file: ByteFile, refuse: Refuse
+) -> tuple[pq.FileMetaData, pa.Schema, list[RowGroup]]:
+    """Read the footer as Arrow reads it, and the row groups, of which Arrow is not asked."""
+    with contextlib.closing(file.open()) as stream:
+        groups = read_footer(stream, refuse)
+        with pq.ParquetFile(stream, **OPTIONS) as opened:
+            return opened.metadata, opened.schema_arrow, groups
+
+
+def holds_images(file: ByteFile, *, key: str, names: Collection[str]) -> bool:
+    """Whether a table has a column of image bytes under one of some names.
+
+    Raises:
+        StageError: The table cannot be read.
+    """
+
+    def refuse(reason: str) -> StageError:
+        return StageError(f"{key}: {file.address} is no readable parquet file ({reason}). {REMEDY}")
+
+    with reading_image(refuse, f"{key}: {file.address}"):
+        _, schema, _ = _read_schema(file, refuse)
+    return any(field.name in names and _holds_images(field.type) for field in schema)
 
 
 def _holds_images(kind: pa.DataType) -> bool:

@@ -24,6 +24,7 @@ from pipeline.indexing.texts.columns import CAPTION, CAPTION_COLUMNS, IMAGE, nam
 from pipeline.indexing.texts.entries import layout_of, open_entries
 from pipeline.indexing.texts.karpathy import is_karpathy, parse_karpathy
 from pipeline.indexing.texts.llava import answer_as_caption, image_name
+from pipeline.indexing.texts.packed import is_packed, read_packed_captions
 
 
 def read_captions(
@@ -39,13 +40,15 @@ def read_captions(
     its images would be of one split, those of its val and test too, so it is refused.
 
     Args:
-        path: A path, or an fsspec URL.
+        path: A path, or an fsspec URL; of tar shards and of tables with image bytes, a pattern too.
         key: The settings key, for the error text.
         split: The setting `data.split`.
 
     Raises:
         StageError: The file does not exist, has another layout, or lists no image.
     """
+    if split != "karpathy" and is_packed(path, key):
+        return read_packed_captions(path, key)
     file = AnnotationFile(path, key)
     with open_entries(file, CAPTION_COLUMNS) as content:
         karpathy = isinstance(content, dict) and is_karpathy(content)
