@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from cache.files.atomic import check_ordinary
 from cache.remote.copies import WEB, filesystem_of
+from cache.remote.location import is_url
 from pipeline.images.byte_file import ByteFile, LocalFile, RemoteFile, over_network
 from pipeline.images.folder import ImageFolder
 from pipeline.images.names import reading_image
@@ -20,7 +21,7 @@ from pipeline.images.parquet_file import GroupCache, ImageParquet
 from pipeline.images.remote_folder import RemoteImageFolder
 from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
-from pipeline.inputs import is_url, matches
+from pipeline.inputs import matches
 from workspace.errors import StageError
 
 Kind = Literal["zip", "tar", "parquet"]
