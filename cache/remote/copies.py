@@ -29,6 +29,8 @@ MAX_COPIES = 3
 
 WEB = ("http://", "https://")
 
+HUB = "hf://"
+
 Check = Callable[[Path, int, str], None]
 """Refuses a damaged copy; called with its path, number of bytes, and sha256."""
 
@@ -62,6 +64,9 @@ class RemoteFolder:
         return self._opened[process]
 
     def _options(self) -> dict[str, Any]:
+        if self.url.startswith(HUB):
+            # A cached file system would repeat its old listing, and a refusal after the login.
+            return {"skip_instance_cache": True}
         if not self.url.startswith(WEB):
             return {}
         from aiohttp import ClientTimeout
