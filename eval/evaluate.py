@@ -1,8 +1,9 @@
 """Stage evaluate: captions and answers of the trained models, their scores, and the report page.
 
-Stage 1 alone captions validation images straight after the patches. The fine-tuned model captions
-the same images when asked to, and answers questions about held-out images and yes-no questions
-about objects. Every text is generated under four conditions (`eval.scoring.conditions`).
+Stage 1 alone captions images of split val or test straight after the patches. The fine-tuned model
+captions the same images when asked to, and answers questions about held-out images and yes-no
+questions about objects. Every text is generated under four conditions (`eval.scoring.conditions`).
+A stage without texts is not scored, and the page says why.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +12,20 @@ from typing import Any
 from cache import FeatureStore
 from cache.files.atomic import write_json, write_text
 from eval.report.gallery import gallery_image_ids, gallery_texts
+from eval.report.gaps import gaps
 from eval.report.page import render_report
 from eval.report.thumbnails import thumbnails_of
 from eval.runs import STAGES, FinishedRun, finish_times, open_stages, read_history
 from eval.score_warnings import changed_inputs_warning, random_tower_warning
 from eval.scoring import generation_cache
 from eval.scoring.evaluated_models import EvaluatedModels, load_models
-from eval.scoring.generation import answer_questions, answer_yes_no, caption_images
+from eval.scoring.generation import (
+    EMPTY_SCORES,
+    Scores,
+    answer_questions,
+    answer_yes_no,
+    caption_images,
+)
 from eval.scoring.losses import answer_losses
 from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
@@ -25,6 +33,7 @@ from eval.scoring.score_names import BLIND
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
+from train.untrained import REASONS
 from workspace.clock import utc_now
 from workspace.data_settings import DataSettings
 from workspace.paths import FEATURES, REPORTS, RUNS
@@ -33,7 +42,7 @@ from workspace.stage import run_stage
 
 
 def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
-    """Score both runs, and write scores, predictions and the report page.
+    """Score the runs that were trained, and write scores, predictions and the report page.
 
     Args:
         params: Settings.
@@ -51,19 +60,23 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
 
     models = load_models(runs, store, params.seed())
     scores, predictions = score_models(models, evaluation_set, settings)
+    scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
+    scores["untrained"] = {s: REASONS[s] for s, run in runs.items() if not run.is_trained}
 
     contamination = evaluation_set.contamination_list()
+    # Without conversations, the captions of stage 1 alone are all there is.
+    shown_model = "finetune" if runs["finetune"].is_trained else "pretrain"
     write_json(REPORTS / "eval.json", scores)
     write_json(REPORTS / "contamination.json", contamination)
     write_predictions(REPORTS / "predictions.parquet", predictions)
-    write_coco_results(REPORTS / "captions_results.json", predictions)
-    texts = gallery_texts(predictions)
+    write_coco_results(REPORTS / "captions_results.json", predictions, shown_model)
+    texts = gallery_texts(predictions, shown_model)
     page = render_report(
         scores=scores,
         examples=texts,
         thumbnails=thumbnails_of(gallery_image_ids(texts), data),
         file_names=evaluation_set.file_names,
-        histories=histories,
+        histories={stage: histories[stage] for stage, run in runs.items() if run.is_trained},
         provenance=runs["finetune"].provenance | {"settings": params.values},
         contamination=contamination,
         dates={"evaluate": now()} | finish_times(runs),
@@ -91,23 +104,30 @@ def score_models(
     """Let stage 1 alone and the fine-tuned model generate, and score both.
 
     Returns:
-        The content of eval.json, and all generated texts.
+        The content of eval.json, and all generated texts. The sections of a stage that was not
+        trained are empty.
     """
-    model = models.both_stages
-    references, questions = evaluation_set.references, evaluation_set.questions
+    stage_1, model = models.stage_1, models.both_stages
+    references, split = evaluation_set.references, evaluation_set.caption_split
     # Losses first: they take minutes and show most faults before hours of generation.
-    losses = answer_losses(model, evaluation_set.examples, settings.max_text_tokens)
-    with models.adapter.disable_adapter():
-        stage_1_scores, stage_1_captions = caption_images(
-            models.stage_1, references, None, settings
+    limit = settings.max_text_tokens
+    losses = answer_losses(model, evaluation_set.examples, limit) if model else {}
+    stage_1_scores = caption_scores = answer_scores = EMPTY_SCORES
+    pope_scores: dict[str, Scores] = {}
+    predictions: list[Prediction] = []
+    if stage_1:
+        with models.without_adapter():
+            stage_1_scores, captions = caption_images(stage_1, references, split, None, settings)
+        predictions += captions
+    if model:
+        caption_scores, captions = caption_images(
+            model, references, split, settings.caption_question, settings
         )
-    caption_scores, captions = caption_images(
-        model, references, settings.caption_question, settings
-    )
-    answer_scores, answers = answer_questions(model, questions, losses, settings)
-    pope_scores, yes_no_answers = answer_yes_no(
-        model, evaluation_set.pope, evaluation_set.splits, settings
-    )
+        answer_scores, answers = answer_questions(model, evaluation_set.questions, losses, settings)
+        pope_scores, yes_no_answers = answer_yes_no(
+            model, evaluation_set.pope, evaluation_set.splits, settings
+        )
+        predictions += [*captions, *answers, *yes_no_answers]
     counts = evaluation_set.without_features.items()
     without_features = {kind: {"without_features": count} for kind, count in counts}
     scores = {
@@ -120,14 +140,18 @@ def score_models(
         "contamination": evaluation_set.contamination_counts(),
         "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
     }
-    return scores, [*stage_1_captions, *captions, *answers, *yes_no_answers]
+    return scores, predictions
 
 
 def print_summary(scores: Mapping[str, Any], warning: str) -> None:
     """Print the main scores beside those with another image's features, and the page's address."""
     if warning:
         print(f"warning:  {warning}")
+    for sentence in gaps(scores):
+        print(f"note:     {sentence}")
     captions, answers = scores["captions"], scores["answers"]
+    if "finetune" in scores["untrained"]:
+        captions = scores["pretrain_only"]["captions"]
     if captions["count"]:
         print(f"captions: {_beside_wrong_image(captions, 'CIDEr', 'CIDEr')}")
     if answers["count"]:

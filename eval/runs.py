@@ -32,8 +32,9 @@ from train.provenance import (
     read_provenance,
     trained_prompt,
 )
-from train.run import FINISHED, pick_device
+from train.run import FINISHED, UNTRAINED, pick_device
 from train.settings import LlmSettings
+from train.untrained import REASONS
 from workspace.errors import StageError
 from workspace.paths import RUNS
 from workspace.settings import Params
@@ -57,6 +58,8 @@ class FinishedRun:
     projector: Projector
     answers: bool
     """Whether the run was fine-tuned to answer; a run of stage 1 only captions."""
+    is_trained: bool
+    """Whether the run made any step; a stage without texts makes none."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -100,9 +103,12 @@ class LoadedRun(FinishedRun):
 def open_run(folder: Path) -> FinishedRun:
     """Open a run directory of either stage and check it against its own language model.
 
+    A run of stage 2 that had no conversations is like the run of stage 1 that it started from.
+
     Raises:
         SettingsError: The folder is no run, or its language model cannot be loaded.
-        StageError: A file is missing or damaged, or the run belongs to another language model.
+        StageError: A file is missing or damaged, the projector is untrained, or the run belongs to
+            another language model.
     """
     if not (folder / "params.yaml").is_file():
         raise SettingsError(
@@ -114,7 +120,13 @@ def open_run(folder: Path) -> FinishedRun:
         trained_in = trained_prompt(read_provenance(folder / PROVENANCE)).split()[0]
         llm = replace(llm, prompt="phi" if trained_in == "phi" else "auto")
     prompts = _load_prompts(llm)
-    return _open(folder, llm, prompts, _identity(llm, prompts))
+    run = _open(folder, llm, prompts, _identity(llm, prompts))
+    if not run.is_trained and START_PROJECTOR not in run.provenance:
+        raise StageError(
+            f"{folder}: its projector has random weights, because "
+            f"{REASONS['pretrain']}. Name a run that was trained, like {RUNS / 'finetune'}."
+        )
+    return run
 
 
 def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]:
@@ -216,8 +228,16 @@ def _open(
             f"{folder}: its projector maps to width {projector.text_width}, {llm.model} has "
             f"{width}: the model is not the one that the run was made with."
         )
-    answers = (folder / ADAPTER).is_dir()
-    return FinishedRun(folder, params, llm, provenance, prompts, projector, answers)
+    return FinishedRun(
+        folder=folder,
+        params=params,
+        llm=llm,
+        provenance=provenance,
+        prompt_format=prompts,
+        projector=projector,
+        answers=(folder / ADAPTER).is_dir(),
+        is_trained=not provenance.get(UNTRAINED),
+    )
 
 
 def _check_same_start(pretrain: FinishedRun, finetune: FinishedRun) -> None:

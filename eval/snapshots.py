@@ -43,7 +43,7 @@ COLUMNS = pa.schema(
 )
 """The columns of predictions that are read. Tables of earlier versions have no subset."""
 
-NO_SCORES = ("contamination", "weights_sha256")
+NO_SCORES = ("contamination", "split", "untrained", "weights_sha256")
 """Sections of `eval.json` that say what was scored."""
 
 PredictionRow = dict[str, Any]
@@ -85,7 +85,7 @@ class Snapshot:
     intervals: dict[str, tuple[float, float]]
     """Score to its 95 % interval, if it has one."""
     scored: dict[str, Any]
-    """Hashes of the scored weights, and counts of contaminated images."""
+    """Hashes of the scored weights, the scored split, and counts of contaminated images."""
 
 
 def is_run_directory(name: str) -> bool:

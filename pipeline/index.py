@@ -15,7 +15,8 @@ from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
 from pipeline.images.source import open_archives
-from pipeline.indexing.annotations import CaptionsFile, read_captions
+from pipeline.indexing.annotations import CaptionsFile
+from pipeline.indexing.captions import read_captions
 from pipeline.indexing.collect import collect_captions, collect_conversations, split_by_hash
 from pipeline.indexing.image_collection import ImageCollection, ImageRow
 from pipeline.indexing.instruct import read_instruct
@@ -67,7 +68,8 @@ class Index:
         for kind in KINDS:
             splits = Counter(row.split for row in self.tables[kind])
             counts[kind]["splits"] = dict(sorted(splits.items()))
-        counts["images"]["other_files"] = self.num_other_files
+        if self.num_other_files:
+            counts["images"]["other_files"] = self.num_other_files
         counts["pope"] |= self.question_report
         return counts
 

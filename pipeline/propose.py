@@ -115,7 +115,7 @@ def settings_text(pictures: str, captions: str | None, pretrained: str, workers:
         "workers": str(workers),
         "max_failure_rate": "0.1",
     }.items():
-        rest = re.sub(rf"(?m)^(  {key}: )\S+", lambda match, v=value: match[1] + v, rest)
+        rest = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", rest)
     return f"""{WRITTEN}
 seed: 0
 

@@ -20,7 +20,7 @@ import pytest
 from cache.dvc_objects import drop_damaged_objects
 from cache.errors import PatchcacheError
 from eval.compare import compare
-from eval.llava.card import read_score_rows
+from eval.llava.card import read_score_report
 from eval.runs import read_history
 from eval.score import read_captions, read_results
 from eval.snapshots import COLUMNS
@@ -144,7 +144,7 @@ def of_model_card():
     path = Path("reports/eval.json").resolve()
     path.parent.mkdir()
     path.write_text(json.dumps(SCORES))
-    return path, lambda: read_score_rows(SimpleNamespace(folder=folder, answers=True))
+    return path, lambda: read_score_report(SimpleNamespace(folder=folder, answers=True))
 
 
 def of_captions():

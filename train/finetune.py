@@ -1,6 +1,8 @@
 """Stage finetune: projector and LoRA learn to answer; the base language model is frozen."""
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -18,18 +20,24 @@ from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import add_lora, load_language_model
 from train.model.preflight import check_language_model
 from train.model.projector import Projector, check_pool, load_projector
-from train.provenance import changed_settings, changed_tables, provenance_of
-from train.run import RunDirectory, pick_device, provenance, run_identity, stage_lock
+from train.provenance import START_PROJECTOR, changed_settings, changed_tables, provenance_of
+from train.run import UNTRAINED, RunDirectory, pick_device, provenance, run_identity, stage_lock
 from train.settings import CheckpointSettings, FinetuneSettings, LlmSettings, TrackingSettings
+from train.untrained import check_any_texts, publish_untrained
 from workspace.paths import FEATURES, REPORTS, RUNS
 from workspace.settings import Params
 from workspace.stage import run_stage
 
 REPORT = REPORTS / "finetune.json"
+START = RUNS / "pretrain" / "projector.safetensors"
+"""The projector from which stage 2 starts."""
 
 
 def finetune(params: Params) -> None:
-    """Train projector and LoRA on the conversations of the training images, publish the run."""
+    """Train projector and LoRA on the conversations of the training images, publish the run.
+
+    Without conversations, the run is stage 1's projector, without an adapter.
+    """
     settings = params.section("finetune", FinetuneSettings)
     llm = params.section("llm", LlmSettings)
     saving = params.section("checkpoints", CheckpointSettings)
@@ -39,27 +47,23 @@ def finetune(params: Params) -> None:
     device = pick_device()
     checked = check_language_model(llm)
     prompts = checked.prompt_format
-    start_path = RUNS / "pretrain" / "projector.safetensors"
-    projector = load_projector(start_path, store.spec.width, checked.width).to(device)
-    check_pool(projector.pool, store.spec.patches, str(start_path))
+    projector = load_projector(START, store.spec.width, checked.width).to(device)
+    check_pool(projector.pool, store.spec.patches, str(START))
     image_tokens = projector.num_embeddings(store.spec.patches)
     checked.check_positions(image_tokens, settings.max_text_tokens)
     stage_1 = provenance_of("pretrain", store, checked.identity)
-    if changed := changed_tables(stage_1):
-        print(
-            f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
-            f"may have been trained on images that are held out now",
-            file=sys.stderr,
-        )
-    if differing := changed_settings("pretrain", params, ("seed", "projector", "pretrain")):
-        print(
-            f"finetune: {start_path.parent} was trained with other settings: "
-            f"{first_few(differing)}. Run the pretrain stage to train it with those of now.",
-            file=sys.stderr,
-        )
+    _warn_of_changes(stage_1, params)
+    examples = read_conversation_examples("train")
+    held_out = read_conversation_examples("holdout")
+    start_sha256 = sha256_of(START)
+    origin = {"language_model": checked.identity, START_PROJECTOR: start_sha256}
+    if not len(examples) and not len(held_out):
+        if UNTRAINED in stage_1:
+            check_any_texts("finetune", examples, held_out)
+        publish_untrained("finetune", params, store, projector, REPORT, **origin)
+        return
     language_model = load_language_model(llm, device)
     set_up_blocks(language_model, projector, settings)
-    start_sha256 = sha256_of(start_path)
     identity = run_identity(
         params,
         ("llm", "finetune"),
@@ -69,8 +73,6 @@ def finetune(params: Params) -> None:
         **prompts.identity(),
     )
     adapter = add_lora(language_model, settings.lora, seed)
-    examples = read_conversation_examples("train")
-    held_out = read_conversation_examples("holdout")
     setup = TrainingSetup(
         model=CaptionModel(projector, language_model),
         prompt_format=prompts,
@@ -83,10 +85,7 @@ def finetune(params: Params) -> None:
         settings=settings,
     )
     with stage_lock("finetune"):
-        origin = provenance(
-            store, device, language_model=checked.identity, start_projector_sha256=start_sha256
-        )
-        run = RunDirectory("finetune", params, identity, origin)
+        run = RunDirectory("finetune", params, identity, provenance(store, device, **origin))
         with Tracker(tracking, run, params.values) as tracker:
             metrics = train(setup, saving, run, tracker)
         if run.is_main:
@@ -95,6 +94,27 @@ def finetune(params: Params) -> None:
                 # By default, PEFT asks the hub whether embeddings were added.
                 adapter.save_pretrained(run.files / "adapter", save_embedding_layers=False)
             run.publish(metrics, REPORT)
+
+
+def _warn_of_changes(stage_1: Mapping[str, Any], params: Params) -> None:
+    """Print the texts and settings that changed since stage 1 was trained.
+
+    Args:
+        stage_1: Its provenance.
+        params: The current settings.
+    """
+    if changed := changed_tables(stage_1):
+        print(
+            f"finetune: {' and '.join(changed)} changed after the pretrain stage: its projector "
+            f"may have been trained on images that are held out now",
+            file=sys.stderr,
+        )
+    if differing := changed_settings("pretrain", params, ("seed", "projector", "pretrain")):
+        print(
+            f"finetune: {START.parent} was trained with other settings: "
+            f"{first_few(differing)}. Run the pretrain stage to train it with those of now.",
+            file=sys.stderr,
+        )
 
 
 def make_optimizer(

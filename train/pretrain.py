@@ -3,7 +3,12 @@
 import torch
 
 from cache import FeatureStore
-from train.data.examples import held_out_images, read_caption_examples, with_features
+from train.data.examples import (
+    held_out_images,
+    read_caption_examples,
+    read_conversation_examples,
+    with_features,
+)
 from train.loop.loop import train
 from train.loop.setup import TrainingSetup
 from train.loop.tracking import Tracker
@@ -21,6 +26,7 @@ from train.settings import (
     ProjectorSettings,
     TrackingSettings,
 )
+from train.untrained import check_any_texts, publish_untrained
 from workspace.paths import FEATURES, REPORTS
 from workspace.settings import Params
 from workspace.stage import run_stage
@@ -29,7 +35,11 @@ REPORT = REPORTS / "pretrain.json"
 
 
 def pretrain(params: Params) -> None:
-    """Train a projector on the captions of the training images, and publish the run."""
+    """Train a projector on the captions of the training images, and publish the run.
+
+    Without captions of split train, the run is a fresh projector for stage 2, and without
+    conversations too it is refused.
+    """
     settings = params.section("pretrain", PretrainSettings)
     llm = params.section("llm", LlmSettings)
     projector_settings = params.section("projector", ProjectorSettings)
@@ -39,14 +49,21 @@ def pretrain(params: Params) -> None:
     seed = params.seed()
     store = FeatureStore(FEATURES)
     check_pool(pool, store.spec.patches, "projector.pool")
-    # Held-out images must stay new to the model, in their captions too.
-    examples = read_caption_examples("train").without(held_out_images())
+    captions = read_caption_examples("train")
+    if not len(captions):
+        check_any_texts("pretrain", *map(read_conversation_examples, ("train", "holdout")))
     device = pick_device()
     checked = check_language_model(llm)
     projector = seeded_projector(kind, store.spec.width, checked.width, seed, pool).to(device)
     image_tokens = projector.num_embeddings(store.spec.patches)
     checked.check_positions(image_tokens, settings.max_text_tokens)
     prompts = checked.prompt_format
+    origin = {"language_model": checked.identity}
+    if not len(captions):
+        publish_untrained("pretrain", params, store, projector, REPORT, **origin)
+        return
+    # Held-out images must stay new to the model, in their captions too.
+    examples = captions.without(held_out_images())
     language_model = load_language_model(llm, device)
     set_up_blocks(language_model, projector, settings)
     setup = TrainingSetup(
@@ -73,8 +90,8 @@ def pretrain(params: Params) -> None:
         **prompts.identity(),
     )
     with stage_lock("pretrain"):
-        origin = provenance(store, device, language_model=checked.identity)
-        run = RunDirectory("pretrain", params, identity, origin)
+        made_from = provenance(store, device, **origin)
+        run = RunDirectory("pretrain", params, identity, made_from)
         with Tracker(tracking, run, params.values) as tracker:
             metrics = train(setup, saving, run, tracker)
         if run.is_main:

@@ -50,6 +50,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
 
+UNTRAINED = "untrained"
+"""Provenance key of a run without a step: the reason."""
+
 NO_IDENTITY = (".gradient_checkpointing", "llm.prompt")
 """Ends of settings that are no part of a run's identity. Gradient checkpointing changes no bit, so
 that a run that is out of memory may go on with it; the prompt format that a setting stands for is

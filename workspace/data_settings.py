@@ -6,6 +6,9 @@ from typing import Literal
 Split = Literal["train", "val", "test"]
 """Splits of the images: `test` exists with Karpathy's split alone."""
 
+SplitName = Literal["val2017", "karpathy", "hash"]
+"""Ways to split the images."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePath:
@@ -65,7 +68,7 @@ class DataSettings:
     """Share of rejected records of a kind above which the index stage fails, 0 to 1."""
     follow_links: bool = False
     """Whether symbolic links in a folder of images may lead out of it."""
-    split: Literal["val2017", "karpathy", "hash"] = "val2017"
+    split: SplitName = "val2017"
     """`val2017`: an image is of the split whose captions list it. `karpathy`: the captions are
     Karpathy's `dataset_coco.json`, whose splits count (train and restval, val, test). `hash`: a
     hash of an image's id decides its split, whatever other images there are. With the last two
@@ -86,7 +89,7 @@ class DataSettings:
             )
 
     @property
-    def split_name(self) -> str:
+    def split_name(self) -> SplitName:
         """How images are split, for reports: val2017, karpathy or hash."""
         return "hash" if self.val is None and self.split == "val2017" else self.split
 

@@ -23,6 +23,7 @@ from pipeline.encoding.encoder import load_encoder
 from pipeline.images.archives import ImageArchive
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings
+from workspace.data_settings import ImagePath
 
 SHARD_ROWS = 1024
 """As in configs/coco.yaml."""
@@ -109,5 +110,5 @@ def make_images(path: Path, num_images: int) -> ImageSource:
         source_xxh3=np.resize(np.array(hashes, np.uint64), num_images),
         file_names=names,
         splits=["train"] * num_images,
-        archives={"train": ImageArchive(path, key="data.train.images")},
+        archives={"train": ImageArchive([ImagePath(path=str(path))], key="data.train.images")},
     )

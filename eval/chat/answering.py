@@ -13,6 +13,7 @@ from cache.errors import MissingImageError, SettingsError
 from eval.runs import FinishedRun, LoadedRun
 from eval.settings import EvaluateSettings
 from train.model.generate import Sampling, stream
+from train.untrained import REASONS
 from workspace.paths import FEATURES
 
 TOP_P = 0.9
@@ -77,9 +78,12 @@ def _prompt_ids(
     if trained.answers:
         return trained.prompt_format.dialogue_prompt(turns, question or caption_question)
     if question:
+        advice = ", or name a run of the finetune stage"
+        if not trained.is_trained:
+            advice = f": the finetune stage trained none, because {REASONS['finetune']}"
         raise SettingsError(
             f"{trained.folder}: has no adapter, so it writes only captions. Leave the question "
-            f"out, or name a run of the finetune stage."
+            f"out{advice}."
         )
     return trained.prompt_format.prompts([None])[0]
 

@@ -8,6 +8,7 @@ from eval.image_table import read_image_columns
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, image_size
 from pipeline.images.names import ImageNameError
+from pipeline.images.source import open_archives
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
@@ -27,9 +28,7 @@ def validation_pictures(params: Params, folder: Path, count: int) -> list[Path]:
     """
     data = params.section("data", DataSettings)
     try:
-        archive = ImageArchive(
-            data.val.images, key="data.val.images", follow_links=data.follow_links
-        )
+        archive = open_archives(data, ["val"])["val"]
         table = read_image_columns("split", "file_name")
     except (StageError, OSError):
         return []

@@ -1,13 +1,15 @@
 """Writes the model card of an exported run: description, usage, scores, limits, provenance."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ruamel.yaml import YAML
 
+from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
 from eval.llava.text import TextPart
@@ -17,9 +19,11 @@ from eval.scoring.score_names import BLIND, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
 from pipeline.settings import TRANSFORMERS
 from train.run import weights_of
+from workspace.data_settings import DataSettings, Split
 from workspace.errors import StageError
 from workspace.json_files import read_json
 from workspace.paths import REPORTS
+from workspace.settings import Params
 
 DATASETS = {"coco": ("COCO 2017", "LLaVA-Instruct-150K")}
 """Setting `data.source` to the public names of its data sets."""
@@ -69,7 +73,8 @@ def model_card(
         dtype=str(text.config.dtype).removeprefix("torch."),
         prompts=trained.prompt_format,
         question=settings.caption_question,
-        rows=read_score_rows(trained),
+        scores=read_score_report(trained),
+        split_name=_split_name(trained.params),
         provenance=trained.provenance,
         warning=random_tower_warning(values),
         settings=_yaml(shown).rstrip(),
@@ -84,12 +89,21 @@ def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
-    """Return the scores of a run from the workspace's `reports/eval.json`.
+@dataclass(frozen=True)
+class ScoreReport:
+    """The scores of a run, as texts."""
+
+    rows: Sequence[tuple[str, str, str, str]] = ()
+    """Section, name of the score, the score, and the score with the wrong image."""
+    caption_split: str = ""
+    """The split whose images were captioned; empty if it is not known."""
+
+
+def read_score_report(trained: LoadedRun) -> ScoreReport:
+    """Read the scores of a run from the workspace's `reports/eval.json`.
 
     Returns:
-        Section, name of the score, the score, and the score with the wrong image, as texts. Empty
-        if there is no report, or if it is of other weights.
+        An empty report if there is none, or if it is of other weights.
 
     Raises:
         StageError: The report is damaged.
@@ -97,7 +111,7 @@ def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
     """
     report = trained.folder.resolve().parent.parent / REPORTS / "eval.json"
     if not report.is_file():
-        return []
+        return ScoreReport()
 
     def refuse(why: str) -> StageError:
         return StageError(f"{report}: no scores ({why}). Run the evaluate stage.")
@@ -107,12 +121,22 @@ def read_score_rows(trained: LoadedRun) -> list[tuple[str, str, str, str]]:
     weights = weights_of(trained.folder)
     with reading_foreign_file(refuse, report):
         if scores.get("weights_sha256", {}).get(stage) != weights:
-            return []
-        return list(_score_rows(scores if trained.answers else scores.get("pretrain_only", {})))
+            return ScoreReport()
+        rows = _score_rows(scores if trained.answers else scores.get("pretrain_only", {}))
+        split = scores.get("split", {}).get("captions")
+        return ScoreReport(list(rows), split if split in get_args(Split) else "")
+
+
+def _split_name(params: Params) -> str:
+    """Return how the run's images were split; empty if its settings do not say it."""
+    try:
+        return params.section("data", DataSettings).split_name
+    except SettingsError:
+        return ""
 
 
 def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows that `read_score_rows` returns."""
+    """Yield the rows that `ScoreReport` holds."""
     sections = {name: scores.get(name) for name in ("captions", "answers")}
     sections |= {f"POPE {name}": part for name, part in (scores.get("pope") or {}).items()}
     for title, section in sections.items():

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eval.scoring.predictions import FINETUNE, Kind, Prediction
+from eval.scoring.predictions import Kind, Prediction
 from eval.scoring.score_names import BLIND
 
 GROUP_SIZE = 24
@@ -40,8 +40,8 @@ Gallery = dict[str, list[GalleryText]]
 """Name of a group to its texts."""
 
 
-def gallery_texts(predictions: Sequence[Prediction]) -> list[GalleryText]:
-    """Return the texts of the fine-tuned model as the page shows them."""
+def gallery_texts(predictions: Sequence[Prediction], model: str) -> list[GalleryText]:
+    """Return the texts of a model as the page shows them."""
     return [
         GalleryText(
             image_id=prediction.image_id,
@@ -57,7 +57,7 @@ def gallery_texts(predictions: Sequence[Prediction]) -> list[GalleryText]:
             stopped=prediction.seen.stopped,
         )
         for prediction in predictions
-        if prediction.model == FINETUNE
+        if prediction.model == model
     ]
 
 

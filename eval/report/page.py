@@ -6,7 +6,7 @@ by their hashes, and nothing else.
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from markupsafe import Markup
 from eval.report.cards import headline, score_cards
 from eval.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, length_charts, loss_chart, stop_rates
 from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
-from eval.report.scores import Section, pope_sections, section_of
+from eval.report.gaps import gaps
+from eval.report.scores import Section
 from eval.report.tables import (
     SECTION_TITLES,
     contamination_table,
@@ -63,7 +64,7 @@ def render_report(
         examples: All texts of the model; `choose_examples` picks those that are shown.
         thumbnails: Image id to a data URI of its picture; an image may be absent.
         file_names: Image id to the name of its file; an image may be absent.
-        histories: Training stage to the rows of its `history.csv`.
+        histories: Training stage to the rows of its `history.csv`; an untrained one is absent.
         provenance: Origin of the scores, nested at will. The opening sentence names
             `settings.llm.model`, `settings.encoder.model` and `settings.data.source`.
         contamination: Content of `reports/contamination.json`.
@@ -87,8 +88,6 @@ def render_report(
         for name in ("style.css", "script.js")
     )
     cards = score_cards(scores)
-    sections = {name: section_of(scores, name) for name in ("captions", "answers")}
-    sections["yes/no questions"] = pope_sections(scores)
     galleries = choose_examples(examples)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
@@ -102,12 +101,13 @@ def render_report(
         script=script,
         policy=_policy(style, script),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
-        sentence=_sentence(provenance.get("settings") or {}),
+        sentence=_sentence(provenance.get("settings") or {}, scores.get("untrained") or {}),
+        split=scores.get("split") or {},
         dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
         warning=warning,
         headline=headline(cards),
         cards=cards,
-        unscored=[name for name, section in sections.items() if not section],
+        gaps=gaps(scores),
         kinds=KIND_TITLES,
         galleries=galleries,
         options=filter_options(galleries),
@@ -140,7 +140,7 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _sentence(settings: Mapping[str, Any]) -> str:
+def _sentence(settings: Mapping[str, Any], untrained: Collection[str]) -> str:
     llm, encoder, source = (
         shown_setting(settings, section, key)
         for section, key in (("llm", "model"), ("encoder", "model"), ("data", "source"))
@@ -148,9 +148,14 @@ def _sentence(settings: Mapping[str, Any]) -> str:
     data = f"the {source} data" if source else "image and text pairs"
     if encoder == EXTERNAL:
         encoder = f"the store {shown_setting(settings, 'encoder', 'pretrained')}"
+    task = "to caption pictures and to answer questions about them"
+    if "finetune" in untrained:
+        task = "to caption pictures"
+    elif "pretrain" in untrained:
+        task = "to answer questions about pictures"
     return (
-        f"{llm or 'A language model'} was trained on {data} to caption pictures and to answer "
-        f"questions about them, from cached patch features of {encoder or 'a vision encoder'}."
+        f"{llm or 'A language model'} was trained on {data} {task}, from cached patch features of "
+        f"{encoder or 'a vision encoder'}."
     )
 
 

@@ -13,6 +13,7 @@ from eval.image_table import read_image_columns
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import DecodeError, decode_upright
 from pipeline.images.names import ImageNameError
+from pipeline.images.source import open_archives
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 
@@ -34,8 +35,9 @@ def thumbnails_of(image_ids: Collection[int], data: DataSettings) -> dict[int, s
     Raises:
         StageError: The table of images is missing or damaged.
     """
-    archives = {split: _archive(split, data) for split in ("train", "val")}
-    made = {image_id: _thumbnail(row, archives) for image_id, row in _rows(image_ids).items()}
+    rows = _rows(image_ids)
+    archives = {split: _archive(split, data) for split in {row["split"] for row in rows.values()}}
+    made = {image_id: _thumbnail(row, archives) for image_id, row in rows.items()}
     return {image_id: uri for image_id, uri in made.items() if uri is not None}
 
 
@@ -69,9 +71,8 @@ def _rows(image_ids: Collection[int]) -> dict[int, dict[str, Any]]:
 
 
 def _archive(split: str, data: DataSettings) -> ImageArchive | None:
-    path = data.train.images if split == "train" else data.val.images
     try:
-        return ImageArchive(path, key=f"data.{split}.images", follow_links=data.follow_links)
+        return open_archives(data, [split])[split]
     except StageError:
         return None
 

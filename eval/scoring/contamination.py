@@ -25,7 +25,7 @@ class IndexedImages:
     """All images of the index, by image id."""
 
     splits: dict[int, str]
-    """Train or val."""
+    """Train, val or test."""
     file_names: dict[int, str]
     hashes: dict[int, int]
     """xxh3_64 of the file."""

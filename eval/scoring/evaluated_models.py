@@ -1,7 +1,9 @@
 """Loads the models that an evaluation scores: stage 1 alone and the fine-tuned model."""
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -37,12 +39,16 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluatedModels:
-    """Two models that share one language model."""
+    """The models of both stages, which share one language model; None of a stage without texts."""
 
-    stage_1: EvaluatedModel
+    stage_1: EvaluatedModel | None
     """Valid while the adapter is disabled."""
-    both_stages: EvaluatedModel
-    adapter: PeftModel
+    both_stages: EvaluatedModel | None
+    adapter: PeftModel | None
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Disable the adapter, if there is one, within a `with` block."""
+        return self.adapter.disable_adapter() if self.adapter else contextlib.nullcontext()
 
 
 def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int) -> EvaluatedModels:
@@ -67,7 +73,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
         "end_ids": finetune.prompt_format.end_ids,
         **finetune.prompt_format.identity(),
     }
-    adapter = load_lora(language_model, finetune.folder / ADAPTER)
+    adapter = load_lora(language_model, finetune.folder / ADAPTER) if finetune.is_trained else None
 
     def evaluated(run: FinishedRun) -> EvaluatedModel:
         projector = run.projector
@@ -89,4 +95,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
             identity=hashlib.sha256(canonical_json(shared | own)).hexdigest(),
         )
 
-    return EvaluatedModels(evaluated(pretrain), evaluated(finetune), adapter)
+    stage_1, both_stages = (
+        evaluated(run) if run.is_trained else None for run in (pretrain, finetune)
+    )
+    return EvaluatedModels(stage_1, both_stages, adapter)

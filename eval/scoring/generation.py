@@ -34,14 +34,16 @@ Scores = dict[str, Any]
 def caption_images(
     model: EvaluatedModel,
     references: dict[int, list[str]],
+    split: str,
     question: str | None,
     settings: EvaluateSettings,
 ) -> tuple[Scores, list[Prediction]]:
-    """Let a model caption validation images.
+    """Let a model caption images.
 
     Args:
         model: The model.
         references: Image id to the captions by people.
+        split: Of the images.
         question: The request for a caption; None for a model that captions without any.
         settings: Limits.
 
@@ -63,7 +65,7 @@ def caption_images(
             model=model.name,
             kind="caption",
             image_id=image_id,
-            split="val",
+            split=split,
             question=question or "",
             targets=tuple(references[image_id]),
             generations=texts,

@@ -15,9 +15,6 @@ from train.model.generate import Generation
 
 Kind = Literal["caption", "answer", "pope"]
 
-FINETUNE = "finetune"
-"""The model whose captions are the COCO results."""
-
 SCHEMA = pa.schema(
     [
         ("model", pa.string()),
@@ -49,7 +46,7 @@ class Prediction:
     """Subset of a yes-no question."""
     image_id: int
     split: str
-    """val of a caption, holdout of an answer, else the image's split in the index."""
+    """val or test of a caption, holdout of an answer, else the image's split in the index."""
     question: str
     """Empty where the model continued straight after the patches."""
     targets: tuple[str, ...]
@@ -96,11 +93,11 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     write_bytes(path, memoryview(buffer.getvalue()))
 
 
-def write_coco_results(path: Path, predictions: Sequence[Prediction]) -> None:
-    """Write the captions of the fine-tuned model in COCO's results format."""
+def write_coco_results(path: Path, predictions: Sequence[Prediction], model: str) -> None:
+    """Write the captions of a model in COCO's results format."""
     results = [
         {"image_id": prediction.image_id, "caption": prediction.seen.text}
         for prediction in predictions
-        if (prediction.model, prediction.kind) == (FINETUNE, "caption")
+        if (prediction.model, prediction.kind) == (model, "caption")
     ]
     write_json(path, results)

@@ -1,4 +1,4 @@
-"""Chooses the evaluation set: validation images, held-out questions, yes-no questions.
+"""Chooses the evaluation set: captioned images, held-out questions, yes-no questions.
 
 Images that were trained on are found here, and left out unless the settings keep them.
 """
@@ -35,8 +35,10 @@ class EvaluationSet:
     The dictionaries by kind have the keys captions, answers and pope.
     """
 
+    caption_split: str
+    """The split whose images are captioned: test if it has captions, else val."""
     references: dict[int, list[str]]
-    """Validation image to its captions by people."""
+    """Image of that split to its captions by people."""
     questions: list[Question]
     """Questions about held-out images."""
     examples: list[Example]
@@ -54,7 +56,7 @@ class EvaluationSet:
     excludes_contaminated: bool
     """Whether the images that were trained on are left out."""
     splits: dict[int, str]
-    """Image id to train or val, of all images."""
+    """Image id to train, val or test, of all images."""
     file_names: dict[int, str]
     """Image id to file name in the index, of all images."""
 
@@ -86,7 +88,7 @@ def choose_evaluation_set(
         StageError: A table is missing or damaged, most images have no features, or every question
             is too long.
     """
-    captioned = read_caption_examples("val")
+    caption_split, captioned = _captioned_images()
     held_out = read_conversation_examples("holdout")
     pope = read_pope()
     ids = {
@@ -100,7 +102,7 @@ def choose_evaluation_set(
         kind: {image.image_id for image in found} if settings.exclude_contaminated else set()
         for kind, found in contaminated.items()
     }
-    captioned_stored = with_features(captioned, store, "captions of split val")
+    captioned_stored = with_features(captioned, store, f"captions of split {caption_split}")
     held_out_stored = with_features(held_out, store, "conversations of split holdout")
     is_stored = store.contains(np.array(ids["pope"], dtype=np.int64)).tolist()
     pope_stored = {i for i, stored in zip(ids["pope"], is_stored, strict=True) if stored}
@@ -108,6 +110,7 @@ def choose_evaluation_set(
     fitting = _not_too_long(all_questions, prompt_format, settings.max_text_tokens)
     questions = choose(fitting, settings.questions, seed)
     return EvaluationSet(
+        caption_split=caption_split,
         references=_references(captioned_stored.without(excluded["captions"]), settings, seed),
         questions=questions,
         examples=held_out_stored.only({question.image_id for question in questions})[:],
@@ -130,6 +133,15 @@ def choose(items: Sequence[Item], most: int, seed: int) -> list[Item]:
     """Return at most so many items, chosen by the seed alone, in their order."""
     order = np.random.default_rng(seed).permutation(len(items))[:most]
     return [items[number] for number in sorted(order)]
+
+
+def _captioned_images() -> tuple[str, Examples]:
+    """Return the split that is captioned, and its images with their captions.
+
+    Training validates on val, so split test is the one for scores where there is one.
+    """
+    test = read_caption_examples("test")
+    return ("test", test) if len(test) else ("val", read_caption_examples("val"))
 
 
 def _references(examples: Examples, settings: EvaluateSettings, seed: int) -> dict[int, list[str]]:

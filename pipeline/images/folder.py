@@ -76,6 +76,10 @@ class ImageFolder:
         seen.add(real)
         return is_new
 
+    def all_names(self) -> list[str]:
+        """Return the paths of all files, sorted."""
+        raise NotImplementedError
+
     def real_path(self, full_name: str) -> str:
         """Return a file's path with all links resolved, the same for every name of the file.
 

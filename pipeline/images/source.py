@@ -1,9 +1,9 @@
 """The indexed images: their ids, and their bytes, checked against the index."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ class ImageSource:
     source_xxh3: NDArray[np.uint64]
     file_names: list[str]
     splits: list[str]
-    archives: dict[str, ImageArchive]
+    archives: Mapping[str, ImageArchive]
     """Image files by split."""
 
     def __post_init__(self) -> None:
@@ -96,25 +96,28 @@ def open_images(source: ImageSource, data: DataSettings) -> ImageSource:
     Raises:
         StageError: A split is unknown, or its images are missing.
     """
-    splits = sorted(set(source.splits))
-    if unknown := set(splits) - set(get_args(Split)):
+    known: list[Split] = [split for split in get_args(Split) if split in source.splits]
+    if unknown := set(source.splits).difference(known):
         raise StageError(f"{IMAGES}: unknown splits {sorted(unknown)}. Run the index stage again.")
-    return dataclasses.replace(source, archives=open_archives(data, splits))
+    archives: Mapping[Any, ImageArchive] = open_archives(data, known)
+    return dataclasses.replace(source, archives=archives)
 
 
-def open_archives(data: DataSettings, splits: Iterable[str]) -> dict[str, ImageArchive]:
+def open_archives(data: DataSettings, splits: Iterable[Split]) -> dict[Split, ImageArchive]:
     """Open the places of the images of some splits, each set of places once.
 
     Raises:
         StageError: A place is missing or cannot be read, or the settings name none for a split.
     """
-    named_for = {split: split if split in data.splits else "train" for split in splits}
+    named_for: dict[Split, Split] = {
+        split: split if split in data.splits else "train" for split in splits
+    }
     if data.split_name == "val2017" and "test" in named_for:
         raise StageError(
             f"data.split: {data.split}: has no split test, of which {IMAGES} has images. Run the "
             f"index stage again."
         )
-    opened = {
+    opened: dict[Split, ImageArchive] = {
         split: ImageArchive(
             data.splits[split].image_paths,
             key=f"data.{split}.images",

@@ -127,6 +127,10 @@ class ImageZip:
         self._open()
         return sorted(self._names.get(base_name, ()))
 
+    def all_names(self) -> list[str]:
+        """Return the paths of all files, sorted."""
+        raise NotImplementedError
+
     def real_path(self, full_name: str) -> str:
         """Return the zip's path with all links resolved, followed by the full name."""
         return f"{self._zip_path}/{full_name}"

@@ -1,17 +1,16 @@
 """Collects `pope.parquet`: questions made from an instances file, and those that POPE published.
 
-Both kinds of files are optional and lie beside the captions of split val. POPE's own files (Li et
-al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each question
+Both kinds of files are optional and lie beside the captions that are scored. POPE's own files (Li
+et al. 2023, arXiv 2305.10355) exist in versions of 2,910 and 3,000 random questions, so each question
 is read with its label, and its position means nothing. It belongs to the image of the same name,
 since a number alone can be the id of any picture.
 """
 
 import dataclasses
-import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -28,20 +27,23 @@ from pipeline.indexing.records import (
     str_field,
 )
 from pipeline.indexing.rejections import NOT_INDEXED
+from pipeline.indexing.texts.url import is_url
 from pipeline.indexing.yes_no_questions import (
     KEY,
     REMEDY,
     Instances,
     QuestionRow,
+    coco_name,
     make_questions,
+    merge_instances,
     read_instances,
 )
 
 OFFICIAL = "coco_pope_"
 """Start of the names of POPE's own files; the subset follows."""
 
-_COCO_2014 = re.compile("^COCO_(train|val|test)2014_")
-"""Prefix of the picture names of COCO 2014, which COCO 2017 dropped."""
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Suffixes of captions files in layouts in which there are no instances."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,11 @@ class OfficialQuestion:
 
 @dataclass(frozen=True)
 class QuestionFiles:
-    """The files beside the captions of split val."""
+    """The files beside the captions."""
 
     instances: Instances
-    instances_path: Path | None
-    """None if there is no such file."""
+    """The objects of all instances files together."""
+    instances_paths: list[str]
     official: list[OfficialQuestion]
     rejected: list[Rejection]
     """Unusable entries of both kinds of files."""
@@ -89,38 +91,65 @@ class Questions:
         return fields if self.rows else fields | {"why_empty": files.why_empty}
 
 
-def read_question_files(captions: Path) -> QuestionFiles:
-    """Read the files of both kinds beside the captions of split val.
+def read_question_files(captions: Sequence[str | Path]) -> QuestionFiles:
+    """Read the files of both kinds beside captions files, each once.
+
+    Args:
+        captions: The captions files of split val, or of the one set of images that is cut into
+            splits. Nothing is looked for beside a URL; without captions there are no questions.
 
     Raises:
         StageError: A file cannot be used.
     """
-    instances_path = captions.with_name(captions.name.replace("captions", "instances"))
-    has_instances = instances_path != captions and instances_path.exists()
-    instances = read_instances(instances_path) if has_instances else Instances()
-    official_paths = sorted(captions.parent.glob(f"{OFFICIAL}*.json"))
+    local = [Path(path) for path in captions if not is_url(path)]
+    candidates = dict.fromkeys(map(_instances_beside, local))
+    instances_paths = [path for path in candidates if path and path.exists()]
+    folders = dict.fromkeys(path.parent for path in local)
+    official_paths = [
+        path for folder in folders for path in sorted(folder.glob(f"{OFFICIAL}*.json"))
+    ]
+    instances = merge_instances({path: read_instances(path) for path in instances_paths})
     official, rejected = [], list(instances.rejected)
     for path in official_paths:
         official += read_official(path, rejected)
     num_bad = sum(rejection.kind == "pope" for rejection in rejected)
-    names = [path.name for path in [instances_path] * has_instances + official_paths]
-    if names:
-        why_empty = "no question of these files is about an image of the index"
-    elif instances_path == captions:
-        why_empty = (
-            f"{captions.name} has no 'captions' in its name, so no instances file belongs to it"
-        )
-    else:
-        why_empty = f"neither {instances_path.name} nor {OFFICIAL}*.json is in {captions.parent}"
+    names = [path.name for path in instances_paths + official_paths]
     return QuestionFiles(
         instances=instances,
-        instances_path=instances_path if has_instances else None,
+        instances_paths=[str(path) for path in instances_paths],
         official=official,
         rejected=rejected,
         num_official=len(official) + num_bad,
         names=names,
-        why_empty=why_empty,
+        why_empty=(
+            "no question of these files is about an image of the index"
+            if names
+            else _why_no_files(local, is_remote=len(local) < len(captions))
+        ),
     )
+
+
+def _instances_beside(captions: Path) -> Path | None:
+    """Return where the instances of a captions file would be; COCO's have JSON's suffix."""
+    path = captions.with_name(captions.name.replace("captions", "instances"))
+    if path == captions:
+        return None
+    return path.with_suffix(".json") if path.suffix in TABLE_SUFFIXES else path
+
+
+def _why_no_files(captions: list[Path], *, is_remote: bool) -> str:
+    if not captions:
+        return (
+            "the captions are at a URL, and questions are looked for beside files on this machine"
+            if is_remote
+            else "there are no captions, beside which questions are looked for"
+        )
+    unnamed = next((path for path in captions if _instances_beside(path) is None), None)
+    if unnamed:
+        return f"{unnamed.name} has no 'captions' in its name, so no instances file belongs to it"
+    wanted = " nor ".join(str(path.name) for path in filter(None, map(_instances_beside, captions)))
+    folders = " or ".join(dict.fromkeys(str(path.parent) for path in captions))
+    return f"neither {wanted} nor {OFFICIAL}*.json is in {folders}"
 
 
 def images_asked_about(files: QuestionFiles, images: Mapping[int, ImageRow]) -> set[int]:
@@ -172,11 +201,6 @@ def _name_mismatches(files: QuestionFiles, images: Mapping[int, ImageRow]) -> di
             where = f"{files.names[0]}: image {image_id}"
             mismatches[image_id] = Rejection("objects", where, reason)
     return mismatches
-
-
-def coco_name(file_name: str) -> str:
-    """Return a picture's name in all releases of COCO, without folder and suffix."""
-    return _COCO_2014.sub("", PurePosixPath(file_name).stem)
 
 
 def _with_image_id(

@@ -1,11 +1,12 @@
-"""Reads fields of JSON records, and keeps the reason for each record that is rejected.
+"""Reads fields of records, and keeps the reason for each record that is rejected.
 
 Shared by all annotation files. A file that cannot be used is an error; a record that cannot be used
 is a `Rejection`.
 """
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn, TypeVar
@@ -14,9 +15,13 @@ from cache.files.atomic import check_ordinary, path_in_errors
 from cache.files.foreign import parse_json
 from pipeline.images.names import ImageNameError, check_file_name
 from pipeline.images.zip_file import REMEDY
+from pipeline.indexing.texts.url import copy_of_url, is_url
 from workspace.errors import StageError
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
+
+COCO_2014 = re.compile("^COCO_(train|val|test)2014_")
+"""Prefix of the picture names of COCO 2014, which COCO 2017 dropped."""
 
 _MAX_DIGITS = 18
 """Longest image id in a file name that is sure to fit 64 bits."""
@@ -49,11 +54,17 @@ Record = TypeVar("Record")
 class AnnotationFile:
     """An input file, and how its errors name it."""
 
-    path: Path
+    path: str | Path
+    """A path, or an fsspec URL."""
     key: str
     """The settings key that names the file."""
     remedy: str = REMEDY
     """What to do about a file that cannot be used."""
+
+    @property
+    def name(self) -> str:
+        """The file's name without folders, and without the query of a URL."""
+        return str(self.path).partition("?")[0].rpartition("/")[2]
 
     def refuse(self, reason: str) -> NoReturn:
         """Refuse the whole file.
@@ -63,25 +74,46 @@ class AnnotationFile:
         """
         raise StageError(f"{self.key}: {self.path}: {reason}. {self.remedy}")
 
+    @contextlib.contextmanager
+    def local(self) -> Iterator[Path]:
+        """Yield the path of an ordinary file on this machine; a copy of a URL's is deleted after.
+
+        Raises:
+            StageError: The file does not exist, is a folder, or its server does not deliver it.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if is_url(self.path):
+                    path = stack.enter_context(copy_of_url(str(self.path), self.key))
+                else:
+                    path = Path(self.path)
+                    path.stat()
+            except (FileNotFoundError, NotADirectoryError):
+                raise StageError(
+                    f"{self.key}: {self.path} does not exist. Name an annotation file there; the "
+                    f"sources demo and coco make it in the fetch stage."
+                ) from None
+            check_ordinary(
+                path, lambda why: StageError(f"{self.key}: {path}: {why}. {self.remedy}")
+            )
+            if path.is_dir():
+                self.refuse("a folder, wanted a file")
+            stack.enter_context(path_in_errors(path))
+            yield path
+
     def read_text(self) -> str:
         """Return the text of a UTF-8 file, without a byte order mark.
 
         Raises:
             StageError: The file does not exist or is not UTF-8.
         """
-        check_ordinary(
-            self.path, lambda why: StageError(f"{self.key}: {self.path}: {why}. {self.remedy}")
-        )
+        with self.local() as path:
+            return self.text_of(path)
+
+    def text_of(self, path: Path) -> str:
+        """Return the text of this file at the path from `local`; raises as `read_text` does."""
         try:
-            with path_in_errors(self.path):
-                return self.path.read_bytes().decode("utf-8-sig")
-        except FileNotFoundError:
-            raise StageError(
-                f"{self.key}: {self.path} does not exist. Name an annotation file there; the "
-                f"sources demo and coco make it in the fetch stage."
-            ) from None
-        except IsADirectoryError:
-            self.refuse("a folder, wanted a JSON file")
+            return path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             self.refuse(f"not usable JSON in UTF-8: {error}")
 
@@ -91,8 +123,13 @@ class AnnotationFile:
         Raises:
             StageError: The file does not exist or is not JSON.
         """
+        with self.local() as path:
+            return self.json_of(path)
+
+    def json_of(self, path: Path) -> Any:
+        """Return the value of this file at the path from `local`; raises as `read_json` does."""
         try:
-            return parse_record_json(self.read_text())
+            return parse_record_json(self.text_of(path))
         except RecordError as error:
             self.refuse(str(error))
 
@@ -117,25 +154,32 @@ def list_fields(value: Any, *names: str) -> list[list[Any] | None]:
     return [fields[name] if isinstance(fields.get(name), list) else None for name in names]
 
 
+Entry = tuple[str, object]
+"""The position of a record, such as "captions.csv: line 7", and its value: a `RecordError` if not
+even that could be read."""
+
+
+def positions(entries: Iterable[object], where: str) -> Iterator[Entry]:
+    """Yield the entries of a list with their positions in the list at `where`."""
+    return ((f"{where}[{position}]", entry) for position, entry in enumerate(entries))
+
+
 def parse_all(
-    entries: list[Any],
+    entries: Iterable[Entry],
     parse: Callable[[str, dict[str, Any]], Record],
     kind: Kind,
-    where: str,
     rejected: list[Rejection],
 ) -> list[Record]:
-    """Parse the entries of a list; unusable ones are added to `rejected`.
+    """Parse entries; unusable ones are added to `rejected`.
 
     Args:
-        entries: The list in the file.
+        entries: The entries and their positions.
         parse: Makes a record of its position and its entry, or raises a `RecordError`.
         kind: Kind of the rejections.
-        where: Position of the list, to which a record adds its own.
         rejected: Grows.
     """
     records = []
-    for position, entry in enumerate(entries):
-        record = f"{where}[{position}]"
+    for record, entry in entries:
         try:
             records.append(parse(record, require_object(entry)))
         except RecordError as error:
@@ -143,12 +187,14 @@ def parse_all(
     return records
 
 
-def require_object(entry: Any) -> dict[str, Any]:
+def require_object(entry: object) -> dict[str, Any]:
     """Return an entry that is a JSON object.
 
     Raises:
         RecordError: The entry is something else.
     """
+    if isinstance(entry, RecordError):
+        raise entry
     if not isinstance(entry, dict):
         raise RecordError(f"not an object: {type(entry).__name__}")
     return entry
@@ -180,11 +226,25 @@ def int64_field(entry: dict[str, Any], name: str) -> int:
 def str_field(entry: dict[str, Any], name: str) -> str:
     """Return a field that is a text which UTF-8 can encode; raises as `field_of_type` does."""
     text: str = field_of_type(entry, name, str)
+    if text.isascii():
+        return text
     try:
         text.encode()
     except UnicodeEncodeError:
         raise RecordError(f"key {name!r} holds half a character (a lone surrogate)") from None
     return text
+
+
+def caption_text(text: str) -> str:
+    """Return a caption with white space reduced to single spaces.
+
+    Raises:
+        RecordError: Nothing is left.
+    """
+    caption = " ".join(text.split())
+    if not caption:
+        raise RecordError("empty caption")
+    return caption
 
 
 def file_name_field(entry: dict[str, Any], name: str) -> str:

@@ -11,6 +11,12 @@ from workspace.errors import StageError
 NOT_INDEXED = "image not in the index"
 """Reason of POPE's questions about other images: most of them, unless all of COCO is indexed."""
 
+TEXT_ONLY = "text only"
+"""Reason of conversations about no image, of which LLaVA-1.5's mixture has 40,688."""
+
+FAULTLESS = (NOT_INDEXED, TEXT_ONLY)
+"""Reasons of records that are left out, although nothing is wrong with them."""
+
 
 def check_reject_rates(
     rejected: Sequence[Rejection], num_read: Mapping[Kind, int], limit: float, table: Path
@@ -18,7 +24,7 @@ def check_reject_rates(
     """Refuse an index in which too many records of a kind are rejected.
 
     Args:
-        rejected: All rejections; those of images outside the index do not count.
+        rejected: All rejections; those of records without a fault of their own do not count.
         num_read: Number of records read, by kind.
         limit: Greatest share of rejected records of a kind.
         table: File of all rejections, which the error names.
@@ -38,7 +44,7 @@ def check_reject_rates(
 
 def faulty_records(rejected: Sequence[Rejection]) -> list[Rejection]:
     """Return the rejections of records with a fault of their own."""
-    return [rejection for rejection in rejected if rejection.reason_class != NOT_INDEXED]
+    return [rejection for rejection in rejected if rejection.reason_class not in FAULTLESS]
 
 
 def describe_commonest(rejected: Sequence[Rejection]) -> str:

@@ -8,21 +8,23 @@ the image. An answer is right if the annotators agree, who left out a few object
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from pipeline.indexing.records import (
+    COCO_2014,
     AnnotationFile,
     RecordError,
     Rejection,
     int64_field,
     list_fields,
     parse_all,
+    positions,
     require_object,
     str_field,
 )
@@ -121,10 +123,51 @@ def parse_instances(file: AnnotationFile, value: Any) -> Instances:
     instances = Instances(num_entries=len(categories) + len(annotations))
     for entry in images or ():
         instances.add_image(entry)
-    rejected, where = instances.rejected, f"{file.path.name}: "
-    parse_all(categories, instances.add_category, "objects", f"{where}categories", rejected)
-    parse_all(annotations, instances.add_object, "objects", f"{where}annotations", rejected)
+    rejected = instances.rejected
+    named = positions(categories, f"{file.name}: categories")
+    parse_all(named, instances.add_category, "objects", rejected)
+    outlined = positions(annotations, f"{file.name}: annotations")
+    parse_all(outlined, instances.add_object, "objects", rejected)
     return instances
+
+
+def merge_instances(files: Mapping[Path, Instances]) -> Instances:
+    """Return the objects of several files together.
+
+    Of an id that is another picture in each of two files, nothing is asked: the later file's entry
+    is rejected.
+
+    Raises:
+        StageError: Two files have other categories, so that an object that one does not outline
+            is not known to be absent.
+    """
+    if len(files) == 1:
+        return next(iter(files.values()))
+    merged = Instances()
+    for path, instances in files.items():
+        merged.nouns = merged.nouns or instances.nouns
+        if instances.nouns != merged.nouns:
+            others = ", ".join(str(other) for other in files if other != path)
+            AnnotationFile(path, KEY, REMEDY).refuse(f"other categories than in {others}")
+        merged.rejected += instances.rejected
+        merged.num_entries += instances.num_entries
+        merged.unclear |= instances.unclear
+        for image_id, nouns in instances.shown.items():
+            merged.shown[image_id] = merged.shown.get(image_id, set()) | nouns
+        for image_id, name in instances.image_names.items():
+            known = merged.image_names.setdefault(image_id, name)
+            if coco_name(known) != coco_name(name):
+                reason = f"image of another name: {image_id} is {known!r} and {name!r}"
+                record = f"{path.name}: image {image_id}"
+                merged.rejected.append(Rejection("objects", record, reason))
+                merged.num_entries += 1
+                merged.unclear.add(image_id)
+    return merged
+
+
+def coco_name(file_name: str) -> str:
+    """Return a picture's name in all releases of COCO, without folder and suffix."""
+    return COCO_2014.sub("", PurePosixPath(file_name).stem)
 
 
 def make_questions(

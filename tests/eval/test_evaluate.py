@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,10 +25,12 @@ from tests.conftest import sign_weights
 from tests.eval.report.report_page import Page
 from train.data.examples import read_questions
 from train.data.prompt_formats import phi_format
+from train.finetune import finetune
 from train.model.captioner import CaptionModel
 from train.model.generate import generate
 from train.model.language_model import load_language_model, load_lora, load_tokenizer
 from train.model.projector import load_projector, seeded_projector
+from train.pretrain import pretrain
 from train.run import index_hashes
 from train.settings import LlmSettings
 from workspace.errors import StageError
@@ -85,6 +88,11 @@ def write_index(world, captions=None, conversations=None):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"index_sha256": index_hashes()}))
 
 
+def printed(capsys):
+    """The first word of each line."""
+    return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+
 def rewrite_provenance(stage, change):
     path = Path("runs", stage, "provenance.json")
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
@@ -125,7 +133,9 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
         for stage in names
     }
     sections = {"captions", "answers", "pope", "pretrain_only", "contamination"}
-    assert found.keys() == sections | {"weights_sha256"}
+    assert found.keys() == sections | {"weights_sha256", "split", "untrained"}
+    assert found["split"] == {"name": "val2017", "captions": "val"}
+    assert found["untrained"] == {}
     answers = found["answers"]
     assert found["pope"].keys() == {"popular", "random"}
     assert answers["by_type"].keys() == {"what", "how many"}
@@ -348,10 +358,7 @@ def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, caps
     assert scores()["captions"]["count"] == 4
     assert rows(kind="answer") == []
     assert "No answers were scored" in PAGE.read_text()
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "captions",
-        "report",
-    ]
+    assert printed(capsys) == ["note", "note", "captions", "report"]
 
 
 def test_without_captions_there_are_only_answers_and_the_page_says_so(world, capsys):
@@ -360,11 +367,8 @@ def test_without_captions_there_are_only_answers_and_the_page_says_so(world, cap
     assert scores()["captions"] == scores()["pretrain_only"]["captions"] == NOTHING
     assert scores()["answers"]["count"] == 4
     assert {row["kind"] for row in rows()} == {"answer"}
-    assert "No captions were scored" in PAGE.read_text()
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "answers",
-        "report",
-    ]
+    assert "No captions were scored: split val has none." in PAGE.read_text()
+    assert printed(capsys) == ["note", "note", "answers", "report"]
 
 
 def test_with_nothing_to_ask_the_page_is_made_all_the_same(world):
@@ -681,12 +685,17 @@ def test_the_coco_results_are_the_captions_of_the_fine_tuned_model(world):
 
 def contaminate():
     """Give a validation and a held-out image the files of training images."""
+    give_file_of(105, 113)
+    give_file_of(106, 117)
+
+
+def give_file_of(image_id, other):
+    """Let an image have the file of another one."""
     path = "data/index/images.parquet"
     table = pq.read_table(path)
-    found = table.to_pylist()
-    for number, twin in ((13, 5), (17, 6)):
-        found[number]["source_xxh3"] = found[twin]["source_xxh3"]
-    pq.write_table(pa.Table.from_pylist(found, table.schema), path)
+    found = {row["image_id"]: row for row in table.to_pylist()}
+    found[other]["source_xxh3"] = found[image_id]["source_xxh3"]
+    pq.write_table(pa.Table.from_pylist(list(found.values()), table.schema), path)
 
 
 def test_images_that_were_trained_on_are_counted_listed_and_left_out(world):
@@ -815,3 +824,142 @@ def test_an_index_that_was_made_after_the_training_is_said_before_any_score(worl
     said = "conversations.parquet changed after pretrain was trained"
     assert capsys.readouterr().out.startswith(f"warning:  {said}")
     assert said in PAGE.read_text()
+
+
+TURNS = [("how many", "two")]
+
+
+def train_again(world, captions, conversations, **sections):
+    """Run both training stages on other texts; return the settings."""
+    world.workspace.write_index(captions, conversations)
+    params = world.params(**sections)
+    pretrain(params)
+    finetune(params)
+    return params
+
+
+def captions_only(world, **sections):
+    captions = [(i, "train", "a red cat") for i in range(100, 112)]
+    return train_again(world, [*captions, *((i, "val", "a dog") for i in VAL)], [], **sections)
+
+
+def conversations_only(world, *captions):
+    conversations = [(i, "train", TURNS) for i in range(100, 112)]
+    return train_again(world, captions, [*conversations, *((i, "holdout", TURNS) for i in HOLDOUT)])
+
+
+def test_with_captions_only_stage_1_is_scored_and_shown(world, capsys):
+    params = captions_only(world)
+    write_pope(ASKED)
+    capsys.readouterr()
+    evaluate(params)
+    found = scores()
+    assert found["untrained"] == {"finetune": "there are no conversations"}
+    assert found["captions"] == NOTHING
+    assert found["answers"] == NO_ANSWERS
+    assert found["pope"] == {}
+    assert found["pretrain_only"]["captions"]["count"] == 4
+    assert found["pretrain_only"]["captions"].keys() >= CAPTION
+    assert {(row["model"], row["kind"]) for row in rows()} == {("pretrain", "caption")}
+    captions = [(row["image_id"], row["prediction"]) for row in rows()]
+    assert [tuple(r.values()) for r in json.loads(RESULTS.read_text())] == captions
+    page = Page(PAGE.read_text())
+    said = [text for text in page.texts if "Stage 2 was not trained" in text]
+    assert said == [
+        "Stage 2 was not trained, because there are no conversations: all scores are of stage 1 "
+        "alone."
+    ]
+    assert "to caption pictures, from cached" in PAGE.read_text()
+    assert "Stage 1: projector" in page.texts
+    assert "Stage 2: projector and language model" not in page.texts
+    assert "No loss was logged." not in page.texts
+    assert not any("were scored:" in text for text in page.texts)
+    assert {f"Picture {i}" for i in VAL} <= set(page.texts)
+    assert printed(capsys) == ["note", "captions", "report"]
+
+
+def test_captions_of_stage_1_do_not_depend_on_whether_stage_2_was_trained(world):
+    captions_only(world)
+    evaluate(world.params())
+    alone = scores()["pretrain_only"]["captions"]
+    shutil.rmtree("runs/finetune")
+    world.write_run("finetune", 2)
+    evaluate(world.params())
+    assert scores()["pretrain_only"]["captions"] == alone
+    assert scores()["captions"]["count"] == 4
+
+
+def test_with_conversations_only_stage_2_is_scored_and_stage_1_named_as_untrained(world, capsys):
+    params = conversations_only(world)
+    capsys.readouterr()
+    evaluate(params)
+    found = scores()
+    assert found["untrained"] == {"pretrain": "there are no captions of split train"}
+    assert found["captions"] == found["pretrain_only"]["captions"] == NOTHING
+    assert found["answers"]["count"] == 4
+    assert {row["model"] for row in rows()} == {"finetune"}
+    page = Page(PAGE.read_text())
+    assert (
+        "Stage 1 was not trained, because there are no captions of split train: stage 2 started "
+        "from random weights of the projector."
+    ) in page.texts
+    assert "No captions were scored: split val has none." in page.texts
+    assert "to answer questions about pictures, from cached" in PAGE.read_text()
+    assert "Stage 1: projector" not in page.texts
+    assert "Stage 2: projector and language model" in page.texts
+    assert printed(capsys) == ["note", "note", "note", "answers", "report"]
+
+
+def test_captions_of_val_are_scored_of_stage_2_alone_if_stage_1_had_none(world):
+    evaluate(conversations_only(world, (112, "val", "a cat"), (113, "val", "a dog")))
+    assert scores()["pretrain_only"]["captions"] == NOTHING
+    assert scores()["captions"]["count"] == 2
+
+
+def test_without_split_val_captions_are_not_scored_and_the_page_says_so(world, capsys):
+    params = train_again(world, [(i, "train", "a red cat") for i in range(100, 112)], [])
+    capsys.readouterr()
+    evaluate(params)
+    assert scores()["captions"] == scores()["pretrain_only"]["captions"] == NOTHING
+    assert rows() == json.loads(RESULTS.read_text()) == []
+    page = Page(PAGE.read_text())
+    assert "No captions were scored: split val has none." in page.texts
+    assert "Nothing was scored." in page.texts
+    assert "Stage 1: projector" in page.texts
+    assert printed(capsys) == ["note", "note", "report"]
+
+
+def test_captions_that_are_all_trained_on_are_left_out_and_the_page_says_so(world):
+    give_file_of(105, 112)
+    world.workspace.write_index([(112, "val", "a cat"), (105, "train", "a cat")], [])
+    evaluate(world.params())
+    said = "No captions were scored: all of their pictures are in the training data."
+    assert said in Page(PAGE.read_text()).texts
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_dvc_shows_metrics_and_plots_of_an_untrained_stage(world, stage):
+    params = captions_only(world) if stage == "finetune" else conversations_only(world)
+    evaluate(params)
+    shutil.copy(Path(__file__).parents[2] / "dvc.yaml", "dvc.yaml")
+    for command in (["init", "--no-scm", "-q"], ["metrics", "show"], ["plots", "show", "-q"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", *command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert Path("dvc_plots/index.html").exists()
+
+
+def test_captions_are_scored_on_split_test_where_there_is_one(world):
+    captions = [(112, "val", "a cat"), (113, "val", "a dog"), (114, "test", "a red cat")]
+    world.workspace.write_index([(100, "train", "a cat"), *captions, (115, "test", "x")], [])
+    give_file_of(100, 115)
+    data = {"split": "karpathy", "val": None}
+    evaluate(world.params(data=data))
+    found = scores()
+    assert found["split"] == {"name": "karpathy", "captions": "test"}
+    assert found["contamination"]["captions"] == {"images": 2, "contaminated": 1, "left_out": 1}
+    assert {(row["image_id"], row["split"]) for row in rows(kind="caption")} == {(114, "test")}
+    texts = Page(PAGE.read_text()).texts
+    said = "Images are split by karpathy; the captions to score are those of split test."
+    assert said in texts

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 import train.finetune
 import train.loop.loop
 from cache.errors import SettingsError
+from cache.files.atomic import sha256_of
 from train.finetune import finetune
 from train.model.language_model import load_language_model, load_lora
 from train.model.projector import load_projector, seeded_projector
@@ -130,3 +131,47 @@ def test_a_projector_for_another_language_model_is_refused(workspace):
     seeded_projector("mlp", 8, 128, 0).save(START)
     with pytest.raises(StageError, match=r"maps width 8 to 128, wanted 8 .features. to 64"):
         finetune(workspace.params())
+
+
+def test_without_conversations_the_run_is_stage_1s_projector(pretrained, record, capsys):
+    pretrained.write_index([(100, "train", "x")], [])
+    finetune(pretrained.params())
+    run = Path("runs/finetune")
+    assert {path.name for path in run.iterdir()} == FILES - {"adapter"}
+    metrics = pretrained.json("runs/finetune/metrics.json")
+    assert metrics == {"steps": 0, "images": 0, "texts": 0, "image_tokens": 4}
+    assert pretrained.json("reports/finetune.json") == metrics
+    assert pretrained.history("finetune") == []
+    assert END.read_bytes() == START.read_bytes()
+    made = pretrained.json("runs/finetune/provenance.json")
+    assert "no conversations" in made["untrained"]
+    assert made["start_projector_sha256"] == sha256_of(START)
+    assert "model" not in record, "the language model takes gigabytes"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("finetune: 0 steps, because there are no conversations")
+
+
+def test_stage_2_trains_the_fresh_projector_of_an_untrained_stage_1(workspace):
+    workspace.write_index([], [(i, "train", [("where", "in the box")]) for i in sorted(TRAIN)])
+    pretrain(workspace.params())
+    finetune(workspace.params())
+    start, end = (load_projector(path, 8, 64).state_dict() for path in (START, END))
+    assert not any(torch.equal(start[name], end[name]) for name in start)
+    assert workspace.json("runs/finetune/metrics.json")["steps"] == 3
+
+
+def test_held_out_conversations_alone_are_an_error(pretrained):
+    turns = [("where", "in the box")]
+    pretrained.write_index([(100, "train", "x")], [(116, "holdout", turns)])
+    with pytest.raises(StageError, match="finetune: no text to learn from"):
+        finetune(pretrained.params())
+    assert not END.exists()
+
+
+def test_an_untrained_projector_without_conversations_is_no_run(workspace):
+    workspace.write_index([], [(100, "train", [("where", "in the box")])])
+    pretrain(workspace.params())
+    workspace.write_index([], [])
+    with pytest.raises(StageError, match="finetune: nothing to train on"):
+        finetune(workspace.params())
+    assert not END.exists()

@@ -152,3 +152,62 @@ def test_missing_features_are_one_line_and_exit_code_1(workspace):
     assert "extract" in lines[-1]
     assert "Traceback" not in done.stderr
     assert not Path("runs").exists()
+
+
+def test_without_captions_of_split_train_stage_2_gets_a_fresh_projector(workspace, models, capsys):
+    turns = [("where", "in the box")]
+    workspace.write_index([(112, "val", "a cat")], [(100, "train", turns)])
+    pretrain(workspace.params(seed=5))
+    run = Path("runs/pretrain")
+    assert {path.name for path in run.iterdir()} == FILES
+    metrics = workspace.json("runs/pretrain/metrics.json")
+    assert metrics == {"steps": 0, "images": 0, "texts": 0, "image_tokens": 4}
+    assert workspace.json("reports/pretrain.json") == metrics
+    assert (run / "history.csv").read_text() == ",".join(HISTORY_COLUMNS) + "\n"
+    fresh = seeded_projector("mlp", 8, 64, 5).state_dict()
+    found = load_projector(run / "projector.safetensors", 8, 64).state_dict()
+    assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+    assert "no captions" in workspace.json("runs/pretrain/provenance.json")["untrained"]
+    assert not models, "the language model takes gigabytes"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("pretrain: 0 steps, because there are no captions of split train")
+
+
+def test_without_any_text_there_is_nothing_to_train_on(workspace, models):
+    workspace.write_index([(112, "val", "a cat")], [])
+    with pytest.raises(
+        StageError, match=r"pretrain: nothing to train on: .*features are"
+    ) as caught:
+        pretrain(workspace.params())
+    assert "\n" not in str(caught.value)
+    assert not models
+    assert not Path("runs").exists()
+
+
+def test_captions_of_held_out_images_alone_are_an_error(workspace):
+    turns = [("where", "in the box")]
+    workspace.write_index([(100, "train", "a cat")], [(100, "holdout", turns)])
+    with pytest.raises(StageError, match="pretrain: no text to learn from"):
+        pretrain(workspace.params())
+    assert not Path("runs").exists()
+
+
+def test_a_trained_run_replaces_an_untrained_one_and_the_other_way_round(workspace):
+    turns = [("where", "in the box")]
+    for captions in ([], [(100, "train", "a cat")], []):
+        workspace.write_index(captions, [(101, "train", turns)])
+        pretrain(workspace.params())
+        made = workspace.json("runs/pretrain/provenance.json")
+        assert ("untrained" in made) == (not captions)
+        assert len(workspace.history("pretrain")) == len(captions)
+
+
+def test_stage_1_validates_on_split_val_whatever_is_in_split_test(workspace, monkeypatch):
+    captions = [(100, "train", "a cat"), (112, "val", "a dog"), (113, "test", "a red cat")]
+    workspace.write_index(captions, [])
+    setups = []
+    monkeypatch.setattr(train.pretrain, "train", lambda setup, *_: setups.append(setup) or {})
+    pretrain(workspace.params())
+    (setup,) = setups
+    assert setup.train.image_ids.tolist() == [100]
+    assert setup.validation.image_ids.tolist() == [112]

@@ -1,5 +1,6 @@
 """The model card shows the scores of its own run, beside those with the wrong image."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,11 +11,12 @@ import pytest
 from ruamel.yaml import YAML
 from transformers import LlamaConfig, PhiConfig
 
-from eval.llava.card import model_card, read_score_rows
+from eval.llava.card import model_card, read_score_report
 from eval.llava.text import TextPart
 from eval.score_warnings import RANDOM_TOWER
 from tests.eval.llava.test_processor import spec
 from workspace.errors import StageError
+from workspace.settings import Params
 
 SCORES = {
     "captions": {
@@ -64,7 +66,7 @@ def run(tmp_path):
             report.write_text(scores)
         values = VALUES | changes
         return SimpleNamespace(
-            folder=folder, params=SimpleNamespace(values=values), answers=answers,
+            folder=folder, params=Params(Path("params.yaml"), "", values), answers=answers,
             provenance=PROVENANCE, prompt_format=PROMPTS,
         )  # fmt: skip
 
@@ -111,7 +113,7 @@ def test_a_kind_with_nothing_to_score_has_no_row(run):
 
 def test_a_damaged_report_is_an_error_of_one_line(run):
     with pytest.raises(StageError, match=r"eval\.json: no scores"):
-        read_score_rows(run(scores="{"))
+        read_score_report(run(scores="{"))
 
 
 def test_the_header_has_the_keys_of_the_hub(run):
@@ -150,7 +152,7 @@ def test_the_report_is_found_however_the_run_is_named(run, tmp_path, monkeypatch
         {"runs/finetune": tmp_path, "finetune": tmp_path / "runs"}.get(name, trained.folder)
     )
     trained.folder = Path(name)
-    assert "0.900 (0.800 to 1.000)" in [row[2] for row in read_score_rows(trained)]
+    assert "0.900 (0.800 to 1.000)" in [row[2] for row in read_score_report(trained).rows]
 
 
 def test_exact_match_over_no_short_target_has_no_row(run):
@@ -245,3 +247,40 @@ def test_other_tokens_than_in_training_are_told(run):
     trained = run()
     assert "the start of a word" in card(trained, prompts_differ=True)
     assert "the start of a word" not in card(trained)
+
+
+def data(**changes):
+    train = {"images": "train", "captions": "x.json"}
+    return {
+        "source": "local", "train": train, "instruct_holdout": 0.5, "max_reject_rate": 0.0,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"val": {"images": "val"}}, "val2017"),
+        ({"split": "karpathy"}, "karpathy"),
+        ({"val": None}, "hash"),
+    ],
+)
+def test_the_card_names_the_split_of_the_run_and_of_its_scores(run, changes, name):
+    scores = SCORES | {"split": {"name": name, "captions": "test"}}
+    text = card(run(scores=scores, data=data(**changes)))
+    assert f"- split of the pictures: {name}\n" in text
+    assert "Captions are of the pictures of split test.\n\n| task" in text
+
+
+@pytest.mark.parametrize("split", [None, {}, {"captions": None}, {"captions": "| x |"}])
+def test_a_split_that_is_not_known_is_not_named(run, split):
+    scores = SCORES if split is None else SCORES | {"split": split}
+    text = card(run(scores=scores))
+    assert "split" not in text
+    assert "can reach.\n\n| task" in text
+
+
+@pytest.mark.parametrize("split", [5, [], {"captions": {}}, "x"])
+def test_a_damaged_split_is_no_traceback(run, split):
+    trained = run(scores=SCORES | {"split": split})
+    with contextlib.suppress(StageError):
+        assert read_score_report(trained).caption_split == ""

@@ -73,7 +73,7 @@ def shown(ids, store):
 def test_captions_are_scored_with_their_own_image_and_with_another(say, nobody, store, limits):
     texts = {i: said(references[-1]) for i, references in REFERENCES.items()}
     calls = say(texts)
-    scores, captions = caption_images(nobody, REFERENCES, None, limits(caption_tokens=9))
+    scores, captions = caption_images(nobody, REFERENCES, "val", None, limits(caption_tokens=9))
     ids, others = sorted(REFERENCES), other_images(list(REFERENCES), store)
     assert [call[0] for call in calls] == shown(ids, store)
     for _, questions, settings in calls:
@@ -98,7 +98,7 @@ def test_captions_are_scored_with_their_own_image_and_with_another(say, nobody, 
 
 def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, limits):
     say({i: said(references[-1]) for i, references in REFERENCES.items()})
-    captions, _ = caption_images(nobody, REFERENCES, None, limits())
+    captions, _ = caption_images(nobody, REFERENCES, "val", None, limits())
     answers, _ = ask_all(nobody, limits())
     pope, _ = answer_yes_no(nobody, POPE, {}, limits())
     for scores, extra in (
@@ -118,7 +118,7 @@ def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, 
 
 def test_a_caption_that_is_asked_for_is_asked_as_in_training(say, nobody, limits):
     calls = say({i: said("a cat") for i in REFERENCES})
-    _, captions = caption_images(nobody, REFERENCES, "What is it", limits())
+    _, captions = caption_images(nobody, REFERENCES, "val", "What is it", limits())
     assert [questions for _, questions, _ in calls] == [["What is it"] * 4] * 4
     assert {caption.question for caption in captions} == {"What is it"}
 
@@ -208,7 +208,7 @@ def test_what_needs_no_target_is_counted_by_hand(say, nobody, limits, kind):
         {139: said("a b c d a b c d", 8, False), 100: said("", 0), 117: said("a", 1), 121: said("")}
     )
     if kind == "caption":
-        scores, _ = caption_images(nobody, REFERENCES, None, limits())
+        scores, _ = caption_images(nobody, REFERENCES, "val", None, limits())
         assert (scores["stop_rate"], scores["mean_tokens"], scores["count"]) == (3 / 4, 3, 4)
         assert scores["blind"]["mean_tokens"] == 3, "the others are the same images"
     else:
@@ -236,7 +236,7 @@ def numbers_in(value):
 def test_whatever_is_said_or_wanted_has_finite_scores(say, nobody, limits, text):
     say({i: said(text) for i in range(100, 140)})
     for references in ({139: [text]}, {139: [text, ""], 100: [""]}, {139: ["a cat"], 100: ["x"]}):
-        scores, captions = caption_images(nobody, references, "", limits())
+        scores, captions = caption_images(nobody, references, "val", "", limits())
         numbers = [*numbers_in(scores), *(c.score for c in captions)]
         assert len(numbers) > 40
         assert all(map(math.isfinite, numbers))

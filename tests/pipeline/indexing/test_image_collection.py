@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 from ruamel.yaml import YAML
 
 from pipeline.extract import open_images, read_source
 from pipeline.images.archives import ImageArchive
 from pipeline.index import DataSettings, index
+from pipeline.indexing import image_collection
 from workspace.errors import StageError
 from workspace.settings import Params
 
@@ -223,19 +225,55 @@ def test_one_file_never_has_two_ids(val):
     assert {row["image_id"] for row in run.conversations} == {5}
 
 
-def test_a_picture_that_no_list_has_gets_the_number_in_its_name_unless_that_is_taken(val):
-    files = ("1.png", "vg/1.png", "vg/2.png", "city/0901.png", "farm/0901.png", "vg/3.png")
+def test_a_picture_without_a_number_of_its_own_has_a_hash_of_its_name(val):
+    files = ("1.png", "vg/1.png", "vg/2.png", "city/0901.png", "farm/0901.png", "vg/3.png", "c.png")
     write_files("train", dict.fromkeys(files))
     run = Run("train", val, {"train": [(1, "1.png"), (3, "gone.png")], **VAL}, files)
-    assert run.files == {1: "1.png", 2: "vg/2.png", 1000: "v.png"}
-    assert run.conversed == {"1.png": "1.png", "vg/2.png": "vg/2.png"}
-    assert [reason.partition("'")[2] for reason in run.reasons("conversations")]
-    taken = "image id taken: {}, in the name of 'train/vg/{}.png', is that of '{}'"
-    twice = "image id of two files: 901 is 'train/city/0901.png' and 'train/farm/0901.png'"
-    assert sorted(run.reasons("images")) == sorted([
-        "image missing or unreadable: no file 'gone.png' in train",
-        taken.format(1, 1, "train/1.png"), taken.format(3, 3, "gone.png"), twice, twice,
-    ])  # fmt: skip
+    hashed = ("vg/1.png", "city/0901.png", "farm/0901.png", "vg/3.png", "c.png")
+    assert run.files == {
+        1: "1.png",
+        2: "vg/2.png",
+        1000: "v.png",
+        **{xxhash.xxh3_64_intdigest(name.encode()) >> 1: name for name in hashed},
+    }
+    assert run.conversed == {name: name for name in files}
+    assert run.reasons("images") == ["image missing or unreadable: no file 'gone.png' in train"]
+
+
+def test_other_pictures_and_the_order_of_texts_do_not_change_a_hash(val):
+    names = [f"{place}/{n}.png" for place in "abc" for n in range(5)] + ["x.png", "y.png"]
+    write_files("train", dict.fromkeys(names))
+    listed = {"train": [(77, "x.png")], **VAL}
+    run = Run("train", val, listed, names)
+    again = Run("train", val, listed, random.Random(3).sample(names, len(names)))
+    assert run.files == again.files
+    assert set(run.files.values()) == {*names, "v.png"}
+    fewer = Run("train", val, listed, [name for name in names if "/4" not in name])
+    assert fewer.files.items() <= run.files.items()
+
+
+def test_two_names_of_one_hash_are_refused_by_name(val, monkeypatch):
+    monkeypatch.setattr(image_collection, "hashed_id", len)
+    write_files("train", dict.fromkeys(["cat.png", "dog.png", "horse.png"]))
+    run = Run("train", val, {"train": [(5, "horse.png")], **VAL}, ["cat.png", "dog.png"])
+    reason = "image id of two files: 7 is 'train/cat.png' and 'train/dog.png'"
+    assert run.reasons("images") == [reason, reason]
+    assert [r.partition(": ")[0] for r in run.reasons("conversations")] == ["image rejected"] * 2
+    # A picture with a number keeps it.
+    write_files("train", {"bird.png": None})
+    run = Run("train", val, {"train": [(8, "horse.png")], **VAL}, ["bird.png"])
+    assert run.files[8] == "horse.png"
+    assert run.reasons("images") == ["image id of two files: 8 is that of 'train/horse.png'"]
+
+
+def test_copies_of_one_number_are_one_picture_and_others_are_not(val):
+    same = picture("1")
+    write_files("train", {"a/1.png": same, "b/1.png": same, "a/2.png": same, "b/2.png": None})
+    names = ["a/1.png", "b/1.png", "a/2.png", "b/2.png", "1.png"]
+    run = Run("train", val, {"train": [], **VAL} | {"train": [(9, "a/1.png")]}, names)
+    assert run.files[9] == "1"
+    assert {"a/1.png", "b/1.png", "1.png"} <= set(run.conversed)
+    assert run.conversed["b/2.png"] == "b/2.png"
 
 
 def test_a_picture_of_val_that_no_list_has_is_not_trained_on(val):

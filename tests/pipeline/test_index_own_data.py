@@ -1,0 +1,264 @@
+"""The index of data that lacks parts, or lies in several places, or is split in other ways."""
+
+import csv
+import io
+import json
+import random
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from PIL import Image
+from ruamel.yaml import YAML
+
+from cache.errors import SettingsError
+from pipeline.images.source import open_images, read_source
+from pipeline.index import index
+from pipeline.indexing.collect import split_by_hash
+from workspace.data_settings import DataSettings
+from workspace.errors import StageError
+from workspace.settings import Params
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_pictures(folder, names):
+    for name in names:
+        data = io.BytesIO()
+        Image.new("RGB", (8, 6), tuple(random.Random(name).randbytes(3))).save(data, "PNG")
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.getvalue() + f"{folder}/{name}".encode())
+
+
+def write_csv(path, *rows):
+    with Path(path).open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_instruct(*names, path="instruct.json"):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    records = [{"id": name, "image": name, "conversations": turns} for name in names]
+    Path(path).write_text(json.dumps(records))
+
+
+def run(**data):
+    """Run the stage; return the rows of its tables, and the report."""
+    usual = {"source": "local", "instruct_holdout": 0, "max_reject_rate": 0}
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({"seed": 0, "data": usual | data}, file)
+    params = Params.read(Path("params.yaml"))
+    index(params)
+    names = ("images", "captions", "conversations", "rejected")
+    tables = {name: pq.read_table(f"data/index/{name}.parquet").to_pylist() for name in names}
+    source = open_images(read_source(), params.section("data", DataSettings))
+    for row in tables["images"]:
+        assert xxhash.xxh3_64_intdigest(source.read(row["image_id"])) == row["source_xxh3"]
+    return tables, json.loads(Path("reports/index.json").read_text())
+
+
+def names_of(tables):
+    return sorted(row["file_name"] for row in tables["images"])
+
+
+def captions_by_name(tables):
+    names = {row["image_id"]: row["file_name"] for row in tables["images"]}
+    return sorted((names[row["image_id"]], row["caption"]) for row in tables["captions"])
+
+
+ANIMALS = [f"{n}/{name}.png" for n in "abcde" for name in ("cat", "dog")]
+
+
+def test_features_only_index_every_picture_and_count_other_files():
+    write_pictures("pictures", [*ANIMALS, "loud.PNG"])
+    Path("pictures/notes.txt").write_text("no picture")
+    Path("pictures/.hidden.png").write_bytes(b"")
+    tables, report = run(train={"images": "pictures"})
+    assert names_of(tables) == sorted([*ANIMALS, "loud.PNG"])
+    assert {row["split"] for row in tables["images"]} == {"train"}
+    assert report["images"] | {"other_files": 1} == report["images"]
+    assert (tables["captions"], tables["conversations"]) == ([], [])
+
+
+def test_a_file_that_only_looks_like_a_picture_is_rejected_and_one_of_another_format_is_not():
+    write_pictures("pictures", ["cat.png"])
+    Path("pictures/cat.png").rename("pictures/cat.jpg")
+    Path("pictures/fake.png").write_bytes(b"no picture")
+    tables, _ = run(train={"images": "pictures"}, max_reject_rate=0.5)
+    assert names_of(tables) == ["cat.jpg"]
+    (rejected,) = tables["rejected"]
+    assert rejected["record"] == "train images: fake.png"
+    assert rejected["reason"].startswith("not an image: ")
+    with pytest.raises(StageError, match=r"images: 1 of 2 rejected.*fake.png"):
+        run(train={"images": "pictures"})
+
+
+def test_a_folder_with_a_csv_is_cut_by_hash_without_a_split_val():
+    write_pictures("pictures", ANIMALS)
+    rows = [(name, f"a {name}") for name in ANIMALS]
+    write_csv("captions.csv", ("image", "caption"), *rows, *[(name, "again") for name in ANIMALS])
+    tables, report = run(train={"images": "pictures", "captions": "captions.csv"}, val_share=0.4)
+    assert captions_by_name(tables) == sorted([*rows, *[(name, "again") for name in ANIMALS]])
+    for row in tables["images"] + tables["captions"]:
+        assert row["split"] == split_by_hash(row["image_id"], 0.4)
+    assert report["captions"]["splits"].keys() == {"train", "val"}
+    write_csv("captions.csv", ("image", "caption"), rows[0])
+    with pytest.raises(StageError, match=r"hash puts \d of 1 images into split val"):
+        run(train={"images": "pictures", "captions": "captions.csv"})
+
+
+def test_a_csv_for_each_split_may_share_a_folder():
+    write_pictures("pictures", ANIMALS)
+    write_csv("train.csv", ("image", "caption"), *[(name, "x") for name in ANIMALS[:6]])
+    write_csv("val.csv", ("image", "caption"), *[(name, "x") for name in ANIMALS[6:]])
+    write_instruct(*ANIMALS)
+    tables, _ = run(
+        train={"images": "pictures", "captions": "train.csv"},
+        val={"images": "pictures", "captions": "val.csv"},
+        instruct="instruct.json",
+    )
+    splits = {row["file_name"]: row["split"] for row in tables["images"]}
+    assert splits == {name: "train" if name in ANIMALS[:6] else "val" for name in ANIMALS}
+    held_out = {row["conversation_id"]: row["split"] for row in tables["conversations"]}
+    assert held_out == {n: "train" if n in ANIMALS[:6] else "holdout" for n in ANIMALS}
+
+
+def test_an_image_with_captions_in_both_splits_is_of_train_alone():
+    write_pictures("pictures", ["cat.png", "dog.png"])
+    write_csv("train.csv", ("image", "caption"), ("cat.png", "x"))
+    write_csv("val.csv", ("image", "caption"), ("cat.png", "y"), ("dog.png", "y"))
+    tables, _ = run(
+        train={"images": "pictures", "captions": "train.csv"},
+        val={"images": "pictures", "captions": "val.csv"},
+        max_reject_rate=1.0,
+    )
+    assert captions_by_name(tables) == [("cat.png", "x"), ("dog.png", "y")]
+    (rejected,) = tables["rejected"]
+    assert rejected["record"].startswith("val.csv: ")
+
+
+def test_conversations_alone_index_the_pictures_that_they_name():
+    write_pictures("pictures", ANIMALS)
+    write_instruct(*ANIMALS[:4])
+    tables, report = run(train={"images": "pictures"}, instruct="instruct.json")
+    assert names_of(tables) == ANIMALS[:4]
+    assert report["conversations"]["splits"] == {"train": 4}
+
+
+def test_pictures_of_a_split_val_without_captions_are_held_out():
+    write_pictures("train", ANIMALS[:4])
+    write_pictures("val", ANIMALS[4:])
+    write_instruct(*ANIMALS)
+    tables, _ = run(train={"images": "train"}, val={"images": "val"}, instruct="instruct.json")
+    held_out = {
+        row["conversation_id"] for row in tables["conversations"] if row["split"] != "train"
+    }
+    assert held_out == set(ANIMALS[4:])
+
+
+def test_each_place_has_its_prefix_and_several_files_of_texts_are_one():
+    for place in ("coco", "vg"):
+        write_pictures(f"{place}_pictures", ["1.png", "2.png", "3.png"])
+    write_csv("a.csv", ("image", "caption"), ("coco/train/1.png", "coco 1"), ("vg/1.png", "vg 1"))
+    write_csv("b.tsv", ("image\tcaption",), ("vg/2.png\tvg 2",))
+    write_instruct("coco/train/2.png", path="one.json")
+    write_instruct("vg/2.png", path="two.json")
+    tables, _ = run(
+        train={
+            "images": [
+                {"path": "coco_pictures", "prefix": "coco/train"},
+                {"path": "vg_pictures", "prefix": "vg/"},
+            ],
+            "captions": ["a.csv", "b.tsv"],
+        },
+        val_share=0.5,
+        instruct=["one.json", "two.json"],
+    )
+    assert names_of(tables) == ["coco/train/1.png", "coco/train/2.png", "vg/1.png", "vg/2.png"]
+    assert captions_by_name(tables) == [
+        ("coco/train/1.png", "coco 1"),
+        ("vg/1.png", "vg 1"),
+        ("vg/2.png", "vg 2"),
+    ]
+    assert [row["conversation_id"] for row in tables["conversations"]]
+
+
+def test_one_name_in_two_places_is_refused_unless_a_prefix_tells_them_apart():
+    for place in ("a", "b"):
+        write_pictures(place, ["1.png", f"only_{place}.png"])
+    write_instruct("1.png", "only_a.png", "only_b.png")
+    tables, _ = run(train={"images": ["a", "b"]}, instruct="instruct.json", max_reject_rate=1.0)
+    assert names_of(tables) == ["only_a.png", "only_b.png"]
+    (reason,) = [row["reason"] for row in tables["rejected"] if row["kind"] == "conversations"]
+    assert "'1.png' is one file in a and another in b" in reason
+
+
+def karpathy(names):
+    """Karpathy's file about COCO images of these ids, by split."""
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"COCO_val2014_{number:012d}.jpg",
+            "cocoid": number,
+            "imgid": number,
+            "split": split,
+            "sentids": [number],
+            "sentences": [{"raw": f"caption {number}", "sentid": number, "tokens": [], "imgid": 0}],
+        }
+        for split, numbers in names.items()
+        for number in numbers
+    ]
+    return {"images": images, "dataset": "coco"}
+
+
+KARPATHY = {"train": [1, 2], "restval": [3, 4], "val": [5, 6], "test": [7, 8]}
+
+
+@pytest.mark.parametrize("release", ["COCO_val2014_{:012d}.jpg", "{:012d}.jpg"])
+def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(release):
+    # The pictures' bytes are PNG; only their content says what they are.
+    write_pictures("one", [release.format(number) for number in range(1, 6)])
+    write_pictures("two", [release.format(number) for number in range(6, 9)])
+    Path("dataset_coco.json").write_text(json.dumps(karpathy(KARPATHY)))
+    question = {"question_id": 1, "image": "COCO_val2014_000000000003.jpg", "label": "yes"}
+    Path("coco_pope_random.json").write_text(json.dumps(question | {"text": "Is it?"}))
+    write_instruct(*[f"{number:012d}.jpg" for number in range(1, 9)])
+    if "COCO" in release:
+        write_instruct(*[release.format(number) for number in range(1, 9)])
+    tables, report = run(
+        train={"images": ["one", "two"], "captions": "dataset_coco.json"},
+        split="karpathy",
+        instruct="instruct.json",
+    )
+    wanted = {
+        1: "train",
+        2: "train",
+        3: "val",
+        4: "train",
+        5: "val",
+        6: "val",
+        7: "test",
+        8: "test",
+    }
+    assert {row["image_id"]: row["split"] for row in tables["images"]} == wanted
+    assert {row["image_id"]: row["split"] for row in tables["captions"]} == wanted
+    trained = {row["image_id"] for row in tables["conversations"] if row["split"] == "train"}
+    assert trained == {1, 2, 4}
+    assert report["pope"]["subsets"] == {"official random": 1}
+
+
+def test_other_captions_are_no_file_of_karpathys():
+    write_pictures("pictures", ["1.png"])
+    write_csv("captions.csv", ("image", "caption"), ("1.png", "x"))
+    with pytest.raises(StageError, match=r"dataset_coco\.json"):
+        run(train={"images": "pictures", "captions": "captions.csv"}, split="karpathy")
+
+
+@pytest.mark.parametrize("prefix", ["/coco", "a/../b", "a//b", "."])
+def test_a_prefix_is_a_plain_folder(prefix):
+    with pytest.raises(SettingsError, match="wanted folders like coco/train2017"):
+        run(train={"images": {"path": "pictures", "prefix": prefix}})
