@@ -148,7 +148,8 @@ class PlayedHub:
     def environment(self, home: Path, token: str | None = None) -> dict[str, str]:
         """What sends a process to this Hub, with a home of its own and no other login."""
         login = {"HF_TOKEN": token} if token else {}
-        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | login
+        here = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+        return here | {"HF_HUB_DISABLE_UPDATE_CHECK": "1"} | login
 
     def stop(self):
         self._server.shutdown()
