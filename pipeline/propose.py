@@ -12,13 +12,14 @@ from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from cache.files.atomic import write_text
 from cache.files.foreign import reading_foreign_file
+from cache.remote.location import is_url
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
+from pipeline.images.names import IMAGE_SUFFIXES, is_named_as_image
 from pipeline.indexing.annotations import CaptionsFile
 from pipeline.indexing.captions import read_captions
 from pipeline.indexing.collect import split_by_hash
-from pipeline.indexing.image_collection import IMAGE_SUFFIXES, ImageCollection
-from pipeline.inputs import is_url
+from pipeline.indexing.image_collection import ImageCollection
 from pipeline.settings import RANDOM
 from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
 from workspace.code_hash import ROOT
@@ -102,11 +103,12 @@ def count_pictures(archive: ImageArchive) -> int:
         SettingsError: There is none.
     """
     names = archive.all_names()
-    num_pictures = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
+    num_pictures = sum(map(is_named_as_image, names))
     if not num_pictures:
         raise SettingsError(
             f"PICTURES: {archive.path} has {len(names)} files, none of them with the name of a "
-            f"picture ({', '.join(IMAGE_SUFFIXES)}). Name the folder or archive that holds them."
+            f"picture ({', '.join(sorted(IMAGE_SUFFIXES))}). Name the folder or archive that has "
+            f"them."
         )
     return num_pictures
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from cache.remote.location import is_url
 from pipeline.indexing.image_collection import ImageRow
 from pipeline.indexing.records import (
     AnnotationFile,
@@ -27,7 +28,6 @@ from pipeline.indexing.records import (
     str_field,
 )
 from pipeline.indexing.rejections import NOT_INDEXED
-from pipeline.indexing.texts.url import is_url
 from pipeline.indexing.yes_no_questions import (
     KEY,
     REMEDY,
