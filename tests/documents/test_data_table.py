@@ -230,7 +230,7 @@ def pictures() -> Check:
 
     def check(found: Indexed) -> None:
         assert found.names == NAMES
-        assert found.report["images"]["other_files"] == 1
+        assert found.report["images"]["other_files"] == {"pdf": 1}
 
     return check
 
