@@ -3,6 +3,7 @@
 `make mine PICTURES=folder` runs it, then the stages index and extract with these settings.
 """
 
+import glob
 import os
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pipeline.indexing.annotations import CaptionsFile
 from pipeline.indexing.captions import read_captions
 from pipeline.indexing.collect import split_by_hash
 from pipeline.indexing.image_collection import ImageCollection
+from pipeline.indexing.texts.packed import is_packed
 from pipeline.settings import RANDOM
 from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
 from workspace.code_hash import ROOT
@@ -37,8 +39,11 @@ WRITTEN = "# Written by `make mine`, which overwrites it: edit a copy.\n"
 NAMES = ("captions", "metadata")
 """Names, without suffix, of files of captions as most people and the Hub call them."""
 
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
 """Suffixes of files among the pictures that may be their captions."""
+
+ARCHIVE_SUFFIXES = (".tar", ".parquet", ".zip")
+"""Suffixes of files in which pictures are looked for where a folder has none itself."""
 
 MAX_CANDIDATES = 20
 """Most files of such suffixes that are tried; more are texts of another kind."""
@@ -66,9 +71,7 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
     """
     if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
         raise SettingsError(f"{out}: was not written by this command. Move it away.")
-    pictures = _absolute(pictures, "PICTURES")
-    archive = ImageArchive([ImagePath(path=pictures)], key="PICTURES")
-    _say(f"{count_pictures(archive)} pictures in {pictures}")
+    pictures, archive = find_pictures(_absolute(pictures, "PICTURES"))
     file: CaptionsFile | None
     if captions:
         captions = _absolute(captions, "CAPTIONS")
@@ -77,7 +80,8 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
         captions, file = captions_among(pictures)
     val_share: float | None = VAL_SHARES[0]
     if file:
-        _say(f"{len(file.captions)} captions of {len(file.images)} pictures in {captions}")
+        num_images = len({caption.image for caption in file.captions})
+        _say(f"{len(file.captions)} captions of {num_images} pictures in {captions}")
         val_share = choose_val_share(archive, file)
         if val_share is None:
             _say("the captions are left out: training needs a picture to learn from, and another")
@@ -96,31 +100,43 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
     _say(f"{out} written")
 
 
-def count_pictures(archive: ImageArchive) -> int:
-    """Return the number of files with the name of a picture.
+def find_pictures(path: str) -> tuple[str, ImageArchive]:
+    """Return where the pictures are: at a path or, if a folder has none, in its archives.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: There is no picture.
+        StageError: The path cannot be read.
     """
+    archive = ImageArchive([ImagePath(path=path)], key="PICTURES")
     names = archive.all_names()
     num_pictures = sum(map(is_named_as_image, names))
-    if not num_pictures:
-        raise SettingsError(
-            f"PICTURES: {archive.path} has {len(names)} files, none of them with the name of a "
-            f"picture ({', '.join(sorted(IMAGE_SUFFIXES))}). Name the folder or archive that has "
-            f"them."
-        )
-    return num_pictures
+    if num_pictures:
+        _say(f"{num_pictures} pictures in {path}")
+        return path, archive
+    for suffix in ARCHIVE_SUFFIXES:
+        if any(Path(path).glob(f"*{suffix}")):
+            _say(f"no picture in {path} itself, so those in its archives")
+            return find_pictures(f"{glob.escape(path)}/*{suffix}")
+    raise SettingsError(
+        f"PICTURES: {path} has {len(names)} files, none of them with the name of a picture "
+        f"({', '.join(sorted(IMAGE_SUFFIXES))}). Name the folder or archive that has them."
+    )
 
 
 def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
-    """Return the one file in a folder of pictures that can be their captions, and its records."""
+    """Return the one file among the pictures that holds captions, and its records.
+
+    Of shards and tables, this is the path of the pictures itself.
+    """
     found: dict[str, CaptionsFile] = {}
-    for path in _candidates(Path(pictures)):
+    for path in _candidates(pictures):
         try:
-            found[str(path)] = read_captions(path, key="captions", split="hash")
+            file = read_captions(path, key="captions", split="hash")
         except StageError as error:
             _say(f"not taken for captions: {error}")
+            continue
+        if file.captions:
+            found[path] = file
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
@@ -128,16 +144,19 @@ def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
     return None, None
 
 
-def _candidates(folder: Path) -> Sequence[Path]:
-    """Return the files directly in a folder that may be captions: those of the usual names, or
-    else all of the suffixes, unless they are many.
+def _candidates(pictures: str) -> Sequence[str]:
+    """Return the paths that may hold captions: those of the usual names in a folder, or else all of
+    the suffixes, unless they are many.
     """
+    if is_packed(pictures, "PICTURES"):
+        return (pictures,)
+    folder = Path(pictures)
     if not folder.is_dir():
         return ()
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
     paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     usual = [path for path in paths if path.stem.lower() in NAMES]
-    return usual or (paths if len(paths) <= MAX_CANDIDATES else ())
+    return [str(path) for path in usual or (paths if len(paths) <= MAX_CANDIDATES else ())]
 
 
 def choose_val_share(archive: ImageArchive, file: CaptionsFile) -> float | None:

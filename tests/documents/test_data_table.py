@@ -1,4 +1,4 @@
-"""The table of docs/data.md that says what to write for which data: each row is written and indexed.
+"""The table of docs/data.md that says what to write for which data: each row is indexed as written.
 
 A row's small data is made at the paths of its snippet, in the layout that its first cell names.
 """
@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline.images.source import open_images, read_source
 from pipeline.index import index
 from tests.documents.pages import ROOT
+from tests.pipeline.images.range_server import RangeServer
 from workspace.data_settings import DataSettings
 from workspace.settings import Params
 
@@ -229,7 +230,7 @@ def pictures() -> Check:
 
     def check(found: Indexed) -> None:
         assert found.names == NAMES
-        assert found.report["images"]["other_files"] == 1
+        assert found.report["images"]["other_files"] == {"pdf": 1}
 
     return check
 
@@ -279,7 +280,7 @@ def llava() -> Check:
 
     def check(found: Indexed) -> None:
         assert len(found.tables["conversations"]) == 30
-        splits = dict(zip(*(found.column("images", key) for key in ("image_id", "split"))))
+        splits = {row["image_id"]: row["split"] for row in found.tables["images"]}
         for row in found.tables["conversations"]:
             assert (row["split"] == "holdout") == (splits[row["image_id"]] == "val")
 
@@ -437,6 +438,14 @@ def karpathy() -> Check:
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """The address of a web server that serves the folder of the test."""
+    served = RangeServer(tmp_path)
+    yield served.url
+    served.stop()
 
 
 def test_every_row_is_indexed_here_and_no_other():

@@ -19,6 +19,7 @@ from cache.errors import SettingsError
 from pipeline import propose as module
 from pipeline.index import index
 from pipeline.propose import TEMPLATE, choose_weights, propose
+from tests.pipeline.images.packing import write_parquet, write_tar
 from tests.test_pipeline_definition import SECTIONS
 from workspace.data_settings import DataSettings, SplitSettings
 from workspace.errors import StageError
@@ -238,6 +239,36 @@ def test_a_zip_of_pictures_is_read_in_place():
     write_table("captions.csv")
     propose("all.zip", "captions.csv", MINE)
     assert run_index()["captions"]["kept"] == len(NAMES)
+
+
+def pack_tar(folder, captions):
+    for shard, names in enumerate((NAMES[:6], NAMES[6:])):
+        files = {name: png(Path(name).stem) for name in names}
+        if captions:
+            files |= {f"{Path(name).stem}.txt": name.encode() for name in names}
+        write_tar(folder / f"{shard:05d}.tar", files)
+
+
+def pack_parquet(folder, captions):
+    images = [(None, png(color)) for color in COLORS]
+    write_parquet(folder / "train-0.parquet", images, {"text": NAMES} if captions else None)
+
+
+@pytest.mark.parametrize("captions", [True, False])
+@pytest.mark.parametrize(("pack", "suffix"), [(pack_tar, "tar"), (pack_parquet, "parquet")])
+@pytest.mark.parametrize("is_pattern", [True, False])
+def test_shards_and_tables_bring_their_captions(pack, suffix, captions, is_pattern, capsys):
+    folder = Path("packed [1]" if not is_pattern else "packed")
+    folder.mkdir()
+    pack(folder, captions)
+    propose(f"{folder}/*.{suffix}" if is_pattern else str(folder), None, MINE)
+    train = data_of().train
+    assert train.images.endswith(f"/*.{suffix}")
+    assert train.captions == (train.images if captions else None)
+    report = run_index()
+    assert report["images"]["kept"] == len(NAMES)
+    assert report["captions"]["kept"] == (len(NAMES) if captions else 0)
+    assert ("10 captions of 10 pictures" in capsys.readouterr().out) == captions
 
 
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (3, 3), (64, 8)])
