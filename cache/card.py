@@ -194,7 +194,7 @@ def card_of(layout: StoreLayout, index: StoreIndex, settings: CardSettings) -> s
 
 
 def _metadata(spec: Spec, num_images: int, settings: CardSettings, name: str) -> dict[str, Any]:
-    """Return the entries of the head; without `configs`, the index would be taken for the data."""
+    """Return the entries of the head; `configs` keeps the index out of the data."""
     tower = re.sub(r"[^a-z0-9.]+", "-", spec.model.lower())[:MAX_TAG].strip("-.")
     named = {"license_name": settings.license_name, "license_link": settings.license_link}
     return {
