@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from cache import FeatureStore, Spec, write_store
-from cache.card import CardSettings, write_card
+from cache.card import write_card
+from cache.card_text import CardSettings
 from tests.cache.remote.played_hub import PlayedHub, Repository
 
 pytestmark = [
