@@ -21,9 +21,10 @@ ifeq ($(MAKECMDGOALS)$(PICTURES),mine)
 $(error wanted make mine PICTURES=folder [CAPTIONS=file.csv])
 endif
 
-# PICTURES: a folder, an archive or a URL; CAPTIONS: a file with columns image and caption.
+# PICTURES: a folder, an archive or a URL; CAPTIONS: a file with columns image and caption. The shell
+# gets both from the environment, so that quotes in a path are no quotes of the shell.
 mine: $(INSTALLED)
-	python -m pipeline.propose "$(PICTURES)" $(if $(CAPTIONS),--captions "$(CAPTIONS)")
+	python -m pipeline.propose "$$PICTURES" $${CAPTIONS:+--captions "$$CAPTIONS"}
 	python -m pipeline.index --params mine.yaml
 	python -m pipeline.extract --params mine.yaml
 	@echo "features: $(CURDIR)/data/features. Next, after source .venv/bin/activate:"

@@ -17,9 +17,10 @@ from pathlib import Path, PurePosixPath
 from cache.cli.interrupts import without_interrupts
 from cache.errors import SettingsError
 from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing
+from cache.remote.location import is_url
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
-from pipeline.inputs import is_url, link_inputs, matches, named_paths
+from pipeline.inputs import link_inputs, matches, named_paths
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError

@@ -51,8 +51,9 @@ class Index:
     tables: dict[str, list[Any]]
     """Rows by table, sorted as they are written."""
     num_read: dict[Kind, int]
-    num_other_files: int
-    """Files that are no images by their names, where all images of the data are indexed."""
+    other_files: Counter[str]
+    """Numbers of files that are no images by their names, by suffix, where all images of the data
+    are indexed."""
     question_report: dict[str, Any]
 
     def report(self) -> dict[str, Any]:
@@ -68,8 +69,8 @@ class Index:
         for kind in KINDS:
             splits = Counter(row.split for row in self.tables[kind])
             counts[kind]["splits"] = dict(sorted(splits.items()))
-        if self.num_other_files:
-            counts["images"]["other_files"] = self.num_other_files
+        if self.other_files:
+            counts["images"]["other_files"] = dict(self.other_files.most_common())
         counts["pope"] |= self.question_report
         return counts
 
@@ -95,8 +96,9 @@ def index(params: Params) -> None:
     kept = ", ".join(f"{len(tables[kind])} {kind}" for kind in KINDS)
     questions, num_rejected = len(tables["pope"]), len(faulty_records(rejected))
     print(f"index: {kept}, {questions} yes-no questions kept, {num_rejected} records rejected")
-    if built.num_other_files:
-        print(f"index: {built.num_other_files} other files left out: their names are no images'")
+    if built.other_files:
+        suffixes = ", ".join(f"{n} .{suffix}" for suffix, n in built.other_files.most_common(5))
+        print(f"index: other files are left out: {suffixes}")
 
 
 def build_index(data: DataSettings, seed: int) -> Index:
@@ -122,9 +124,10 @@ def build_index(data: DataSettings, seed: int) -> Index:
     )
     if data.split == "karpathy":
         images.move_to_val(images_asked_about(question_files, images.rows))
-    num_other_files = 0
+    other_files: Counter[str] = Counter()
     if not files and not data.instruct_paths:
-        num_other_files = sum(map(images.add_files, data.splits))
+        for split in data.splits:
+            other_files += images.add_files(split)
     captions, bad_captions = collect_captions(listed, images)
     conversations, bad_conversations = collect_conversations(
         instruct.conversations, images, holdout=data.instruct_holdout, seed=seed
@@ -157,7 +160,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "objects": questions.num_objects + instruct.num_objects,
             "pope": question_files.num_official,
         },
-        num_other_files=num_other_files,
+        other_files=other_files,
         question_report=questions.report(question_files),
     )
 

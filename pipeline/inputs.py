@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from cache.remote.location import URL
+from cache.remote.location import is_url
 from workspace.data_settings import DataSettings
 from workspace.paths import INPUTS, RAW
 
@@ -29,11 +29,6 @@ def named_paths(data: DataSettings) -> Iterator[tuple[str, str]]:
             yield f"data.{split}.captions", path
     for path in data.instruct_paths:
         yield "data.instruct", path
-
-
-def is_url(path: str) -> bool:
-    """Whether a path of the settings is an fsspec URL."""
-    return "://" in path and bool(URL.match(path))
 
 
 def matches(path: str) -> list[Path]:

@@ -3,18 +3,25 @@
 `make mine PICTURES=folder` runs it, then the stages index and extract with these settings.
 """
 
-import json
+import glob
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from cache.files.atomic import write_text
 from cache.files.foreign import reading_foreign_file
+from cache.remote.location import is_url
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
-from pipeline.indexing.image_collection import IMAGE_SUFFIXES
+from pipeline.images.names import IMAGE_SUFFIXES, is_named_as_image
+from pipeline.indexing.annotations import CaptionsFile
+from pipeline.indexing.captions import read_captions
+from pipeline.indexing.collect import split_by_hash
+from pipeline.indexing.image_collection import ImageCollection
+from pipeline.indexing.texts.packed import is_packed
 from pipeline.settings import RANDOM
 from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
 from workspace.code_hash import ROOT
@@ -30,10 +37,24 @@ MODEL, OPENAI = "ViT-B-32-quickgelu", "openai"
 WRITTEN = "# Written by `make mine`, which overwrites it: edit a copy.\n"
 
 NAMES = ("captions", "metadata")
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-"""Names of a file among the pictures that is taken for their captions."""
+"""Names, without suffix, of files of captions as most people and the Hub call them."""
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet")
+"""Suffixes of files among the pictures that may be their captions."""
+
+ARCHIVE_SUFFIXES = (".tar", ".parquet", ".zip")
+"""Suffixes of files in which pictures are looked for where a folder has none itself."""
+
+MAX_CANDIDATES = 20
+"""Most files of such suffixes that are tried; more are texts of another kind."""
 
 MAX_WORKERS = 8
+
+VAL_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of split val: the usual one, and others for a handful of pictures."""
+
+HANDFUL = 100
+"""Most pictures with captions of which a share could put all into one split."""
 
 
 def propose(pictures: str, captions: str | None, out: Path) -> None:
@@ -46,40 +67,111 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
 
     Raises:
         SettingsError: There is no picture, or the settings file is not one of this command.
-        StageError: The pictures cannot be read.
+        StageError: The pictures or captions cannot be read.
     """
-    if out.exists() and not out.read_text().startswith(WRITTEN):
+    if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
         raise SettingsError(f"{out}: was not written by this command. Move it away.")
-    pictures = _absolute(pictures)
-    names = ImageArchive([ImagePath(path=pictures)], key="PICTURES").all_names()
-    num_pictures = sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
-    if not num_pictures:
-        raise SettingsError(
-            f"PICTURES: {pictures} has {len(names)} files, none of them with the name of a "
-            f"picture ({', '.join(IMAGE_SUFFIXES)}). Name the folder or archive that holds them."
-        )
-    _say(f"{num_pictures} pictures in {pictures}, {len(names) - num_pictures} other files")
-    captions = _absolute(captions) if captions else captions_among(pictures)
+    pictures, archive = find_pictures(_absolute(pictures, "PICTURES"))
+    file: CaptionsFile | None
     if captions:
-        _say(f"captions of {captions}")
-        _say("no second set of pictures: a hash of their ids keeps 20 % for the scores")
+        captions = _absolute(captions, "CAPTIONS")
+        file = read_captions(captions, key="CAPTIONS", split="hash")
+    else:
+        captions, file = captions_among(pictures)
+    val_share: float | None = VAL_SHARES[0]
+    if file:
+        num_images = len({caption.image for caption in file.captions})
+        _say(f"{len(file.captions)} captions of {num_images} pictures in {captions}")
+        val_share = choose_val_share(archive, file)
+        if val_share is None:
+            _say("the captions are left out: training needs a picture to learn from, and another")
+            captions = None
+        else:
+            _say(f"a hash of their ids keeps about {val_share:.0%} of these pictures for scores")
     else:
         _say("no captions, so features of all pictures; CAPTIONS=file.csv names some")
-    pretrained = choose_weights()
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     _say(f"as many decoding processes as CPU cores: {workers}")
     _say("one in ten pictures and captions may be unusable; each is listed with its reason")
-    write_text(out, settings_text(pictures, captions, pretrained, workers))
+    _say("vision tower: CLIP ViT-B/32, 49 patches a picture; OpenAI's weights of 0.35 GB")
+    pretrained = choose_weights()
+    text = settings_text(pictures, captions, pretrained, workers, val_share or VAL_SHARES[0])
+    write_text(out, text)
     _say(f"{out} written")
 
 
-def captions_among(pictures: str) -> str | None:
-    """Return the file of captions in a folder of pictures; None if there is none, or several."""
-    paths = [Path(pictures) / f"{name}{suffix}" for name in NAMES for suffix in SUFFIXES]
-    found = [str(path) for path in paths if path.is_file()]
-    if len(found) > 1:
-        _say(f"several files could be the captions, so none is taken: {', '.join(found)}")
-    return found[0] if len(found) == 1 else None
+def find_pictures(path: str) -> tuple[str, ImageArchive]:
+    """Return where the pictures are: at a path or, if a folder has none, in its archives.
+
+    Raises:
+        SettingsError: There is no picture.
+        StageError: The path cannot be read.
+    """
+    archive = ImageArchive([ImagePath(path=path)], key="PICTURES")
+    names = archive.all_names()
+    num_pictures = sum(map(is_named_as_image, names))
+    if num_pictures:
+        _say(f"{num_pictures} pictures in {path}")
+        return path, archive
+    for suffix in ARCHIVE_SUFFIXES:
+        if any(Path(path).glob(f"*{suffix}")):
+            _say(f"no picture in {path} itself, so those in its archives")
+            return find_pictures(f"{glob.escape(path)}/*{suffix}")
+    raise SettingsError(
+        f"PICTURES: {path} has {len(names)} files, none of them with the name of a picture "
+        f"({', '.join(sorted(IMAGE_SUFFIXES))}). Name the folder or archive that has them."
+    )
+
+
+def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
+    """Return the one file among the pictures that holds captions, and its records.
+
+    Of shards and tables, this is the path of the pictures itself.
+    """
+    found: dict[str, CaptionsFile] = {}
+    for path in _candidates(pictures):
+        try:
+            file = read_captions(path, key="captions", split="hash")
+        except StageError as error:
+            _say(f"not taken for captions: {error}")
+            continue
+        if file.captions:
+            found[path] = file
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if found:
+        _say(f"several files may be the captions, so none is taken: {', '.join(found)}")
+    return None, None
+
+
+def _candidates(pictures: str) -> Sequence[str]:
+    """Return the paths that may hold captions: those of the usual names in a folder, or else all of
+    the suffixes, unless they are many.
+    """
+    if is_packed(pictures, "PICTURES"):
+        return (pictures,)
+    folder = Path(pictures)
+    if not folder.is_dir():
+        return ()
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    usual = [path for path in paths if path.stem.lower() in NAMES]
+    return [str(path) for path in usual or (paths if len(paths) <= MAX_CANDIDATES else ())]
+
+
+def choose_val_share(archive: ImageArchive, file: CaptionsFile) -> float | None:
+    """Return the first share with which both splits get a picture; None if none does."""
+    if len(file.images) > HANDFUL:
+        return VAL_SHARES[0]
+    images = ImageCollection({"train": archive})
+    images.add_listed({"train": file.images})
+    # Without a usable picture, the index stage says why.
+    if not images.rows:
+        return VAL_SHARES[0]
+    for share in VAL_SHARES:
+        if len({split_by_hash(image_id, share) for image_id in images.rows}) > 1:
+            return share
+    return None
 
 
 def choose_weights() -> str:
@@ -97,16 +189,17 @@ def choose_weights() -> str:
     except (StageError, OSError) as error:
         reason = f"the model hub cannot be reached ({failure})" if failure else one_line(error)
         _say(
-            f"vision tower: CLIP ViT-B/32 with RANDOM weights, because {reason}. Such features are "
-            f"for trying the stages alone: with a network, run the same command again, or name a "
-            f"checkpoint in encoder.pretrained"
+            f"RANDOM weights instead, because {reason}. Such features only serve to try the "
+            f"stages: run the same command again where there is a network, or name a checkpoint "
+            f"in encoder.pretrained"
         )
         return RANDOM
-    _say("vision tower: OpenAI's CLIP ViT-B/32, 49 patches a picture")
     return OPENAI
 
 
-def settings_text(pictures: str, captions: str | None, pretrained: str, workers: int) -> str:
+def settings_text(
+    pictures: str, captions: str | None, pretrained: str, workers: int, val_share: float
+) -> str:
     """Return the settings file: its own section `data`, and all other sections of the template."""
     rest = TEMPLATE.read_text()
     rest = rest[rest.index("\nencoder:") :]
@@ -121,20 +214,38 @@ seed: 0
 
 data:
   source: local
-  train: {{images: {json.dumps(pictures)}, captions: {json.dumps(captions)}}}
+  train:
+    images: {_quoted(pictures)}
+    captions: {_quoted(captions) if captions else "null"}
   val: null                     # a hash of their ids keeps val_share of the images for the scores
   instruct: null                # conversations for stage 2
   instruct_holdout: 0.1         # share of the images
   max_reject_rate: 0.1
-  val_share: 0.2
+  val_share: {val_share}
 
 fetch:
   files: []                     # only the source coco downloads
 {rest}"""
 
 
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+def _quoted(text: str) -> str:
+    """Return a text as YAML in double quotes, with an escape for all that is not printable."""
+    return '"' + "".join(map(_quoted_sign, text)) + '"'
+
+
+def _quoted_sign(sign: str) -> str:
+    if sign in '"\\':
+        return "\\" + sign
+    return sign if sign.isprintable() else f"\\U{ord(sign):08x}"
+
+
+def _absolute(path: str, key: str) -> str:
+    """Return a URL as it is, and of a path the absolute one without `..`, for people to read."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"{key}: {path!r} is not UTF-8, as settings are. Rename it.") from None
+    return path if is_url(path) else os.path.abspath(Path(path).expanduser())  # noqa: PTH100
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,11 @@ from .copies import RemoteFolder
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
 
+def is_url(path: str | Path) -> bool:
+    """Whether a path is an fsspec URL."""
+    return isinstance(path, str) and "://" in path and bool(URL.match(path))
+
+
 class Location:
     """The files of one store. Copies of a URL's files are deleted with this object."""
 
@@ -25,7 +30,7 @@ class Location:
             SettingsError: A URL of a kind that cannot be read here.
         """
         self.root = str(root)
-        self.is_remote = "://" in self.root and bool(URL.match(self.root))
+        self.is_remote = is_url(self.root)
         self.address = self.root if self.is_remote else str(Path(root).absolute())
         """The URL, or the absolute path, which holds when the working directory changes."""
         self._remote = RemoteFolder(self.root) if self.is_remote else None

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.images.names import ImageNameError, check_size, may_be_image, reading_image
+from pipeline.images.names import ImageNameError, check_size, is_visible, reading_image
 from workspace.errors import StageError
 
 
@@ -46,19 +46,19 @@ class ImageFolder:
         return self._by_base_name().get(base_name, ())
 
     def all_names(self) -> list[str]:
-        """Return the full names of all files that may be images, sorted.
+        """Return the full names of all files, but for hidden ones, sorted.
 
         Raises:
             StageError: A folder cannot be listed, so that images could be missing.
         """
         names = [name for found in self._by_base_name().values() for name in found]
         for folder, reason in self._unlisted:
-            if may_be_image(f"{folder}/x"):
+            if is_visible(f"{folder}/x"):
                 raise StageError(
                     f"{self._key}: the folder {folder!r} in {self.path} cannot be listed: "
                     f"{reason}. Let it be read, or move it out of there."
                 )
-        return sorted(filter(may_be_image, names))
+        return sorted(filter(is_visible, names))
 
     def _by_base_name(self) -> dict[str, list[str]]:
         if self._names is None:

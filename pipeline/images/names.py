@@ -23,12 +23,15 @@ IMAGE_SUFFIXES = frozenset(
 
 OTHER_SUFFIXES = frozenset(
     {"txt", "json", "jsonl", "ndjson", "csv", "tsv", "md", "html", "htm", "xml", "yaml", "yml"}
-    | {"cls", "cls2", "npy", "npz", "pt", "pth", "pkl", "pickle", "pyd", "parquet", "db", "ini"}
-    | {"log", "py", "sha256", "md5"}
+    | {"cls", "cls2", "npy", "npz", "pt", "pth", "pkl", "pickle", "pyd", "parquet"}
 )
-"""Suffixes of files that lie beside images and are none: texts, labels, arrays."""
+"""Suffixes of files in a shard that are no images: texts, labels, arrays."""
 
-SYSTEM_FOLDERS = frozenset({"__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN"})
+SYSTEM_NAMES = frozenset(
+    {"__MACOSX", "lost+found", "System Volume Information", "$RECYCLE.BIN"}
+    | {"Thumbs.db", "desktop.ini"}
+)
+"""Files and folders that systems leave among images."""
 
 _FILE_ERRNOS = {
     errno.ENOENT,
@@ -70,21 +73,20 @@ def check_file_name(file_name: str) -> None:
         )
 
 
-def may_be_image(name: str) -> bool:
-    """Whether a file counts among the images of a place that nothing lists.
-
-    Hidden files, files that a system leaves, and files with the suffix of a text or an array do
-    not. A file of an unknown suffix does: its bytes decide, and say what it is.
-    """
-    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return not is_system_file(name) and not (dot and suffix.lower() in OTHER_SUFFIXES)
+def is_visible(name: str) -> bool:
+    """Whether no part of a path is hidden, or left by a system."""
+    return not (name.startswith(".") or "/." in name) and SYSTEM_NAMES.isdisjoint(name.split("/"))
 
 
-def is_system_file(name: str) -> bool:
-    """Whether a file or a folder above it is hidden, or is one that a system leaves."""
-    return (
-        name.startswith(".") or "/." in name or not SYSTEM_FOLDERS.isdisjoint(name.split("/")[:-1])
-    )
+def suffix_of(name: str) -> str:
+    """Return the suffix of a file's name, in lower case and without the dot, or an empty text."""
+    base_name = name.rpartition("/")[2]
+    return base_name.rpartition(".")[2].lower() if "." in base_name else ""
+
+
+def is_named_as_image(name: str) -> bool:
+    """Whether a file's name has the suffix of an image, or none, as in a table."""
+    return suffix_of(name) in IMAGE_SUFFIXES | {""}
 
 
 def check_size(name: str, num_bytes: int) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from cache.files.atomic import check_ordinary
 from cache.remote.copies import WEB, filesystem_of
+from cache.remote.location import is_url
 from pipeline.images.byte_file import ByteFile, LocalFile, RemoteFile, over_network
 from pipeline.images.folder import ImageFolder
 from pipeline.images.names import reading_image
@@ -20,7 +21,7 @@ from pipeline.images.parquet_file import GroupCache, ImageParquet
 from pipeline.images.remote_folder import RemoteImageFolder
 from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
-from pipeline.inputs import is_url, matches
+from pipeline.inputs import matches
 from workspace.errors import StageError
 
 Kind = Literal["zip", "tar", "parquet"]
@@ -50,7 +51,7 @@ class ImageFiles(Protocol):
         """Return the paths of all files with this base name, in all folders, sorted."""
 
     def all_names(self) -> Sequence[str]:
-        """Return the paths of all files that may be images, in the order of the place.
+        """Return the paths of all files in a fixed order, but for hidden ones.
 
         Raises:
             StageError: A part of the place cannot be listed.

@@ -9,7 +9,7 @@ from pipeline.images.names import (
     MAX_IMAGE_BYTES,
     ImageNameError,
     check_size,
-    may_be_image,
+    is_visible,
     reading_image,
 )
 from workspace.errors import StageError
@@ -49,8 +49,8 @@ class RemoteImageFolder:
         return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:
-        """Return the full names of all files that may be images, sorted."""
-        return sorted(filter(may_be_image, self._sizes))
+        """Return the full names of all files, but for hidden ones, sorted."""
+        return sorted(filter(is_visible, self._sizes))
 
     def real_path(self, full_name: str) -> str:
         """Return a file's URL."""

@@ -15,9 +15,10 @@ from pipeline.images.names import (
     OTHER_SUFFIXES,
     ImageNameError,
     check_size,
-    may_be_image,
+    is_visible,
     plain_name,
     reading_image,
+    suffix_of,
 )
 from pipeline.images.zip_file import REMEDY
 from workspace.errors import StageError
@@ -211,8 +212,7 @@ class ImageTar:
         self._members: dict[str, tuple[TarMember, ...]] = {}
         with reading_tar(file, key) as (_, members):
             for member in members:
-                suffix = member.name.rpartition(".")[2].lower()
-                if suffix not in OTHER_SUFFIXES:
+                if suffix_of(member.name) not in OTHER_SUFFIXES:
                     same_name = self._members.get(member.name, ())
                     self._members[member.name] = (*same_name, member)
         if not self._members:
@@ -232,8 +232,8 @@ class ImageTar:
         return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:
-        """Return the paths of all members that may be images, sorted."""
-        return sorted(filter(may_be_image, self._members))
+        """Return the paths of all members, but for hidden ones, sorted."""
+        return sorted(filter(is_visible, self._members))
 
     def real_path(self, name: str) -> str:
         """Return the tar's path with all links resolved, followed by the member's."""

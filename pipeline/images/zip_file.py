@@ -16,7 +16,7 @@ from pipeline.images.byte_file import ByteFile, LocalFile
 from pipeline.images.names import (
     ImageNameError,
     check_size,
-    may_be_image,
+    is_visible,
     plain_name,
     reading_image,
 )
@@ -103,9 +103,9 @@ class ImageZip:
         return sorted(self._names.get(base_name, ()))
 
     def all_names(self) -> list[str]:
-        """Return the full names of all files that may be images, sorted."""
+        """Return the full names of all files, but for hidden ones, sorted."""
         self._open()
-        return sorted(filter(may_be_image, self._members))
+        return sorted(filter(is_visible, self._members))
 
     def real_path(self, full_name: str) -> str:
         """Return the zip's path with all links resolved, followed by the full name."""

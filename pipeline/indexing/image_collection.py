@@ -9,7 +9,7 @@ another image has it.
 """
 
 import contextlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,13 +17,11 @@ import xxhash
 from tqdm import tqdm
 
 from pipeline.images.archives import ImageArchive
+from pipeline.images.names import is_named_as_image, suffix_of
 from pipeline.indexing.annotations import ConversationRecord, ImageRecord
 from pipeline.indexing.image_lookup import Content, ImageFile, ImageInfo, ImageLookup
 from pipeline.indexing.records import RecordError, Rejection, image_id_in
 from workspace.data_settings import Split
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".jp2")
-"""Ends of the names of image files, in lower case; their content alone says what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +122,18 @@ class ImageCollection:
         self._accept(claims)
         self._add_unnumbered(unnumbered)
 
-    def add_files(self, split: Split) -> int:
-        """Add all image files of a split, and return the number of its other files.
+    def add_files(self, split: Split) -> Counter[str]:
+        """Add all files of a split that are named as images; return the numbers of others.
 
-        An image file is told by the suffix of its name.
+        Returns:
+            Suffix to the number of files.
         """
-        names = self._archives[split].all_names()
-        images = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        others: Counter[str] = Counter()
         found = []
-        for name in images:
+        for name in self._archives[split].all_names():
+            if not is_named_as_image(name):
+                others[suffix_of(name)] += 1
+                continue
             record = ImageRecord(f"{split} images: {name}", None, name)
             try:
                 found.append((record, self._lookup.find_listed(name, split), split))
@@ -140,7 +141,7 @@ class ImageCollection:
                 self.num_without_number += 1
                 self.rejected.append(Rejection("images", record.record, str(error)))
         self._add_unnumbered(found)
-        return len(names) - len(images)
+        return others
 
     def move_to_val(self, image_ids: Iterable[int]) -> None:
         """Keep images out of training that are of split train."""

@@ -20,6 +20,7 @@ ELSEWHERE = {
     "Experiments": "test_everyday_use",
     "Features": "test_everyday_use",
     "Sharing features": "test_sharing",
+    "The Hugging Face Hub": "test_hub_page",
 }
 """Heading of a section to the module that runs its shell blocks, in order."""
 

@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from cache.remote.location import is_url
 from pipeline.images.byte_file import ByteFile
-from pipeline.images.names import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_system_file
+from pipeline.images.names import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_visible
 from pipeline.images.parquet_file import PackedTable, holds_images
 from pipeline.images.places import addresses, file_at, kind_of, stem_of
 from pipeline.images.tar_file import TarMember, reading_tar
@@ -29,7 +30,6 @@ from pipeline.indexing.records import (
     str_field,
 )
 from pipeline.indexing.texts.columns import CAPTION, IMAGE
-from pipeline.indexing.texts.url import is_url
 from workspace.errors import StageError
 
 MAX_TEXT_BYTES = 1 << 20
@@ -170,7 +170,7 @@ def _add_member(
 ) -> None:
     folders, slash, base_name = member.name.rpartition("/")
     stem, _, suffixes = base_name.partition(".")
-    if is_system_file(member.name):
+    if not is_visible(member.name):
         return
     suffix = suffixes.rpartition(".")[2].lower()
     sample = samples.setdefault(f"{folders}{slash}{stem}", _Sample())

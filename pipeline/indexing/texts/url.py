@@ -6,16 +6,10 @@ from pathlib import Path
 
 from cache.errors import PatchcacheError
 from cache.remote.copies import RemoteFolder
-from cache.remote.location import URL
 from workspace.errors import StageError
 
 MOST_BYTES = 2**40
 """Limit of a file whose server does not tell its size."""
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether a setting names a URL rather than a path."""
-    return isinstance(path, str) and "://" in path and URL.match(path) is not None
 
 
 @contextlib.contextmanager
