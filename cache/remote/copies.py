@@ -29,6 +29,8 @@ MAX_COPIES = 3
 
 WEB = ("http://", "https://")
 
+HUB = "hf://"
+
 Check = Callable[[Path, int, str], None]
 """Refuses a damaged copy; called with its path, number of bytes, and sha256."""
 
@@ -191,6 +193,9 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _options(url: str) -> dict[str, Any]:
+    if url.startswith(HUB):
+        # A cached file system would repeat its old listing, and a refusal after the login.
+        return {"skip_instance_cache": True}
     if not url.startswith(WEB):
         return {}
     from aiohttp import ClientTimeout

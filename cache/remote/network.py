@@ -2,6 +2,7 @@
 
 The file systems of fsspec raise the exceptions of their libraries. Those of aiohttp, botocore,
 requests and paramiko are not OSErrors, and several hide the true cause behind FileNotFoundError.
+No library is imported for its exceptions: they are known by their names.
 """
 
 import errno
@@ -54,6 +55,46 @@ class Fault:
     """Whether another attempt can help."""
 
 
+NAMED_FAULTS = {
+    "RepositoryNotFoundError": Fault(
+        "the Hub shows no such repository to this login",
+        "Check its name (hf://datasets/<owner>/<name>); if it is private, run `hf auth login`.",
+        is_temporary=False,
+    ),
+    "BucketNotFoundError": Fault(
+        "the Hub shows no such bucket to this login",
+        "Check its name (hf://buckets/<owner>/<name>); if it is private, run `hf auth login`.",
+        is_temporary=False,
+    ),
+    "GatedRepoError": Fault(
+        "the repository is gated: the Hub gives its files to accepted accounts alone",
+        "Ask for access on its page, then run `hf auth login` with that account.",
+        is_temporary=False,
+    ),
+    "RevisionNotFoundError": Fault(
+        "the repository has no such revision",
+        "Check what follows the @, or leave it out.",
+        is_temporary=False,
+    ),
+    "DisabledRepoError": Fault(
+        "the Hub has disabled the repository", "Ask its owner.", is_temporary=False
+    ),
+    "OfflineModeIsEnabled": Fault(
+        "HF_HUB_OFFLINE forbids requests to the Hub", "Unset it.", is_temporary=False
+    ),
+    **dict.fromkeys(
+        ("HFValidationError", "HfUriError"),
+        Fault(
+            "no address on the Hub",
+            "Wanted hf://datasets/<owner>/<name> or hf://buckets/<owner>/<name>.",
+            is_temporary=False,
+        ),
+    ),
+}
+"""Exceptions of huggingface_hub whose status alone would mislead: the Hub answers 401 and 404 for a
+private repository and for none."""
+
+
 def attempt(
     action: Callable[[], Result], url: str, folder: Path | None = None, *, retry: bool = True
 ) -> Result:
@@ -97,6 +138,9 @@ def fault_of(error: BaseException) -> Fault:
     chain = [error]
     while chain[-1].__cause__ is not None and len(chain) < MAX_CAUSES:
         chain.append(chain[-1].__cause__)
+    named = [NAMED_FAULTS[name] for e in chain if (name := type(e).__name__) in NAMED_FAULTS]
+    if named:
+        return named[0]
     statuses = [status for status in map(_status_of, chain) if status is not None]
     return _fault_of_status(statuses[0]) if statuses else _fault_of_cause(chain)
 

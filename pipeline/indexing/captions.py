@@ -121,7 +121,10 @@ def _named_captions(
         try:
             entry = require_object(value)
             name = name_of(entry)
-            image = images.setdefault(plain_name(name), ImageRecord(record, None, name))
+            key = plain_name(name)
+            if key not in images:
+                images[key] = ImageRecord(record, None, name)
+            image = images[key]
             captions.append(CaptionRecord(record, number, image.file_name, caption_of(entry)))
         except RecordError as error:
             rejected.append(Rejection("captions", record, str(error)))

@@ -98,6 +98,8 @@ class ImageCollection:
         self._claims: dict[int, list[Claim]] = defaultdict(list)
         self._ids: dict[str, int | str] = {}
         """The id of a file, or why it has none, by the file's real path."""
+        self._other_names: dict[str, ImageFile] = {}
+        """Files by the names, in full and without folders, that their images have elsewhere."""
 
     def add_listed(self, records: Mapping[Split, list[ImageRecord]]) -> None:
         """Add the images of all captions files; unusable ones go to `rejected`.
@@ -177,11 +179,14 @@ class ImageCollection:
 
     def _find_listed(self, record: ImageRecord, split: Split) -> tuple[str, ImageFile]:
         """Return the first name of an image that is a file's, and the file."""
-        for name in record.other_names:
+        names = (record.file_name, *record.other_names)
+        for name in names:
             with contextlib.suppress(RecordError):
-                return record.file_name, self._lookup.find_listed(record.file_name, split)
-            with contextlib.suppress(RecordError):
-                return name, self._lookup.find_listed(name, split)
+                file = self._lookup.find_listed(name, split)
+                if record.other_names:
+                    bases = [other.rpartition("/")[2] for other in names]
+                    self._other_names.update(dict.fromkeys((*names, *bases), file))
+                return name, file
         return record.file_name, self._lookup.find_listed(record.file_name, split)
 
     def _claim(self, record: ImageRecord, image_id: int, file: ImageFile, split: Split) -> Claim:
@@ -298,7 +303,14 @@ class ImageCollection:
 
     def _file_of(self, name: str) -> ImageFile:
         """Return the file that a text names; of several equal files, one with an id."""
-        files = self._lookup.find_named(name)
+        try:
+            files = self._lookup.find_named(name)
+        except RecordError:
+            base_name = name.rpartition("/")[2]
+            other = self._other_names.get(name) or self._other_names.get(base_name)
+            if other is None:
+                raise
+            return other
         return next((f for f in files if isinstance(self._ids.get(f.real_path), int)), files[0])
 
 

@@ -164,7 +164,9 @@ def collect_questions(
     seed: int,
     problems: Mapping[int, str] = MappingProxyType({}),
 ) -> Questions:
-    """Make questions about the images of split val, and accept POPE's own about any image.
+    """Make questions about the images that are scored, and accept POPE's own about any image.
+
+    The images of split test are scored if there are any, else those of val.
 
     Args:
         files: The instances and POPE's own questions.
@@ -173,12 +175,12 @@ def collect_questions(
         problems: Why texts cannot rely on an image id, by id.
     """
     rejected = list(files.rejected)
-    mismatches = _name_mismatches(files, images)
-    rejected += mismatches.values()
     has_test = any(image.split == "test" for image in images.values())
-    scored = "test" if has_test else "val"
-    val = [i for i, image in images.items() if image.split == scored and i not in mismatches]
-    rows = make_questions(files.instances, val, seed)
+    split = "test" if has_test else "val"
+    scored = {i: image for i, image in images.items() if image.split == split}
+    mismatches = _name_mismatches(files, scored)
+    rejected += mismatches.values()
+    rows = make_questions(files.instances, scored.keys() - mismatches.keys(), seed)
     ids: dict[str, list[int]] = defaultdict(list)
     for image in images.values():
         ids[coco_name(image.file_name)].append(image.image_id)
@@ -192,13 +194,14 @@ def collect_questions(
 
 
 def _name_mismatches(files: QuestionFiles, images: Mapping[int, ImageRow]) -> dict[int, Rejection]:
-    """Return the ids that are another picture in the instances file than in split val."""
+    """Return the ids that are another picture in the instances files than among the images."""
     mismatches = {}
+    names = ", ".join(path.name for path in files.instances_paths)
     for image_id, name in files.instances.image_names.items():
         image = images.get(image_id)
-        if image and image.split == "val" and coco_name(name) != coco_name(image.file_name):
+        if image and coco_name(name) != coco_name(image.file_name):
             reason = f"image of another name: {image_id} is {name!r}, not {image.file_name!r}"
-            where = f"{files.names[0]}: image {image_id}"
+            where = f"{names}: image {image_id}"
             mismatches[image_id] = Rejection("objects", where, reason)
     return mismatches
 

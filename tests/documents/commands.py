@@ -7,9 +7,11 @@ import re
 import shlex
 import sys
 
+import click
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from dvc.cli.parser import get_main_parser
+from huggingface_hub.cli.hf import app as hub_command_line
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import ROOT
@@ -47,9 +49,22 @@ def check_command(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str
         assert all(re.match(r"PYTHON=", argument) for argument in arguments[1:])
     elif program == "jupyter":
         assert (ROOT / arguments[-1]).is_file()
+    elif program == "hf":
+        check_hub_command(*arguments)
     elif program not in SYSTEM:
         assert (program, arguments[0]) == ("python", "-m"), f"{program}: no way to check it"
         check_module(monkeypatch, *arguments[1:])
+
+
+def check_hub_command(*arguments: str) -> None:
+    """Fail if the Hub's command line would refuse the arguments."""
+    # An unknown command would be looked for among extensions.
+    assert arguments[0] in hub_command_line.list_commands(click.Context(hub_command_line))
+    context = hub_command_line.make_context("hf", list(arguments))
+    while isinstance(context.command, click.Group):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = context.command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
 
 
 def check_module(monkeypatch: pytest.MonkeyPatch, module: str, *arguments: str) -> None:

@@ -25,6 +25,11 @@ NOT_RUN = {
     "git clone <repository> patchcache && cd patchcache": "another machine",
     "make .venv/installed && source .venv/bin/activate": "installs 6 GB",
     "jupyter nbconvert --to html --execute docs/patchcache.ipynb": "runs the demo",
+    "hf auth login": "an account on the Hub",
+    'hf upload me/photo-features data/features --repo-type dataset --delete "*.h5"': "the Hub",
+    "hf upload me/photo-features data/features.card.md README.md --repo-type dataset": "the Hub",
+    "hf buckets create me/photo-features --private": "the Hub",
+    "hf sync data/features hf://buckets/me/photo-features --delete": "the Hub",
     "python -m eval.serve --run runs/finetune": "serves until it is stopped",
 }
 """Commands that cannot run in a test, and why; they are parsed."""

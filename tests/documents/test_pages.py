@@ -21,6 +21,7 @@ ELSEWHERE = {
     "Features": "test_everyday_use",
     "Sharing features": "test_sharing",
     "Your own images and texts": "test_own_data",
+    "The Hugging Face Hub": "test_hub_page",
 }
 """Heading of a section to the module that runs its shell blocks, in order."""
 

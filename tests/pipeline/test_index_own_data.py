@@ -218,6 +218,11 @@ def karpathy(names):
 KARPATHY = {"train": [1, 2], "restval": [3, 4], "val": [5, 6], "test": [7, 8]}
 
 
+def named(numbers):
+    """The names of pictures in both releases in turn."""
+    return [f"COCO_val2014_{n:012d}.jpg" if n % 2 else f"{n:012d}.jpg" for n in numbers]
+
+
 @pytest.mark.parametrize("release", ["COCO_val2014_{:012d}.jpg", "{:012d}.jpg"])
 def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(release):
     # The pictures' bytes are PNG; only their content says what they are.
@@ -226,9 +231,8 @@ def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(releas
     Path("dataset_coco.json").write_text(json.dumps(karpathy(KARPATHY)))
     question = {"question_id": 1, "image": "COCO_val2014_000000000003.jpg", "label": "yes"}
     Path("coco_pope_random.json").write_text(json.dumps(question | {"text": "Is it?"}))
-    write_instruct(*[f"{number:012d}.jpg" for number in range(1, 9)])
-    if "COCO" in release:
-        write_instruct(*[release.format(number) for number in range(1, 9)])
+    # Conversations may call a picture by its name in the other release.
+    write_instruct(*[f"coco/{form}" for form in named(range(1, 9))])
     tables, report = run(
         train={"images": ["one", "two"], "captions": "dataset_coco.json"},
         split="karpathy",
@@ -248,6 +252,7 @@ def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(releas
     assert {row["image_id"]: row["split"] for row in tables["captions"]} == wanted
     trained = {row["image_id"] for row in tables["conversations"] if row["split"] == "train"}
     assert trained == {1, 2, 4}
+    assert len(tables["conversations"]) == 8
     assert report["pope"]["subsets"] == {"official random": 1}
 
 

@@ -18,6 +18,7 @@ from pipeline.encoding.stats import ExtractionStats
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import decode_rgb
 from pipeline.images.source import ImageSource
+from workspace.data_settings import ImagePath
 from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -44,7 +45,7 @@ def source(tmp_path, images):
         source_xxh3=np.array([xxhash.xxh3_64_intdigest(images[i]) for i in sorted(images)], "u8"),
         file_names=[f"{image_id}.jpg" for image_id in sorted(images)],
         splits=["train"] * len(images),
-        archives={"train": ImageArchive(folder, key="data.train.images")},
+        archives={"train": ImageArchive([ImagePath(path=str(folder))], key="data.train.images")},
     )
 
 

@@ -149,6 +149,7 @@ def test_images_that_a_table_names_are_asked_about_by_their_names(files):
 
 def test_two_pictures_of_a_name_in_the_instances_are_not_asked_about(files):
     files.instances["images"].append({"id": 9, "file_name": "x/1.jpg"})
+    files.instances["annotations"].append({"image_id": 9, "category_id": 2})
     table = files.root / "mine.csv"
     table.write_text("image,caption\n1.jpg,a\n2.jpg,b\n")
     path = files.root / "objects.json"

@@ -230,10 +230,27 @@ def test_a_captions_file_of_another_name_has_no_instances_file(tmp_path):
     assert files.why_empty.startswith("val.json has no 'captions' in its name")
 
 
+def test_another_picture_of_the_same_id_is_told_in_the_split_that_is_scored(captions):
+    named = INSTANCES | {"images": [{"id": 9, "file_name": "other.jpg"}]}
+    write(captions.with_name("instances_val2017.json"), named)
+    files = read_question_files([captions])
+    scored = images(9, split="test") | images(310196, split="val")
+    found = collect_questions(files, scored, seed=0)
+    assert [bad.reason for bad in found.rejected] == [
+        "image of another name: 9 is 'other.jpg', not '000000000009.jpg'"
+    ]
+    assert not [row for row in found.rows if not row.subset.startswith("official")]
+
+
 def test_files_beside_several_captions_files_are_read_once_each(captions, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
-    more = INSTANCES | {"annotations": [{"image_id": 9, "category_id": 1}]}
+    more = INSTANCES | {
+        "annotations": [
+            {"image_id": 9, "category_id": 1},
+            {"image_id": 5, "category_id": 7},
+        ]
+    }
     write(other / "instances_more.json", more)
     write(other / "coco_pope_random.json", LINE | {"question_id": 3})
     tables = [captions.with_name("captions_x.csv"), other / "captions_more.csv"]
@@ -243,6 +260,9 @@ def test_files_beside_several_captions_files_are_read_once_each(captions, tmp_pa
         captions.with_name("instances_val2017.json"),
         other / "instances_more.json",
     ]
+    assert files.instances.unclear == {5}
+    assert [bad.record for bad in files.rejected] == ["instances_more.json: annotations[1]"]
+    assert files.instances.num_entries == 4 + 4
     assert files.num_official == 4
     assert len(files.names) == 5
 
