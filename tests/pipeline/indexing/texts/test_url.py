@@ -1,7 +1,6 @@
 import fsspec
 import pytest
 
-from cache.remote.location import is_url
 from pipeline.indexing.captions import read_captions
 from pipeline.indexing.instruct import read_instruct
 from pipeline.indexing.pope import read_question_files
@@ -49,11 +48,6 @@ def test_a_file_that_comes_in_part_is_refused(memory, monkeypatch):
     monkeypatch.setattr(url.RemoteFolder, "size", lambda *_: 20)
     with pytest.raises(StageError, match=r"c\.csv: 14 bytes came, the server says 20"):
         read_captions("memory://texts/c.csv", key="k")
-
-
-@pytest.mark.parametrize("path", ["a:/b.csv", "./x", "c.csv"])
-def test_a_path_is_no_url(path):
-    assert not is_url(path)
 
 
 def test_the_query_of_a_url_is_not_in_the_name(memory):
