@@ -15,6 +15,7 @@ from cache.card_text import CardSettings, _size_category, card_of
 from cache.errors import SettingsError
 from cache.layout import StoreLayout
 from cache.spec import Spec
+from cache.store_index import ARRAY_TYPES
 from cache.texts import printable
 
 MIT = CardSettings(license="mit")
@@ -115,6 +116,15 @@ def test_the_table_of_the_spec_gives_each_field_its_value(store):
 def test_what_the_images_are_is_said_where_it_is_known(store, images, told):
     card = card_of(*open_store(store.root), CardSettings(license="mit", images=images))
     assert f"Patch embeddings of {told} by the vision tower tiny." in card
+
+
+def test_a_store_without_images_has_a_card(store):
+    layout, index = open_store(store.root)
+    empty = {name: getattr(index, name)[:0] for name in ARRAY_TYPES}
+    nothing = dataclasses.replace(index, shards=(), **empty)
+    cells = cells_of(card_of(dataclasses.replace(layout, shards=()), nothing, MIT))
+    told = {"images": "0", "image ids": "none", "shards": "0", "bytes of the shards": "0 (0 bytes)"}
+    assert told.items() <= dict(pairwise(cells)).items()
 
 
 def test_a_probe_is_listed_where_there_is_one(store):
