@@ -89,7 +89,7 @@ def test_parquet_holds_conversations_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(HEADER.encode()), "compressed with gzip; unpack it"),
+        (gzip.compress(HEADER.encode(), mtime=0), "compressed with gzip; unpack it"),
         (b"PK\x03\x04abc", "an Excel workbook"),
         (HEADER.encode("utf-16"), "UTF-16 text; save it in UTF-8"),
         (b"PAR1abc", "not usable parquet"),
