@@ -34,7 +34,7 @@ from train.provenance import (
 )
 from train.run import FINISHED, UNTRAINED, pick_device
 from train.settings import LlmSettings
-from train.untrained import REASONS
+from train.stages.untrained import REASONS
 from workspace.errors import StageError
 from workspace.paths import RUNS
 from workspace.settings import Params

@@ -18,6 +18,7 @@ STAGES = {
     "extract": ("pipeline.extract",),
     "pretrain": ("train.pretrain",),
     "finetune": ("train.finetune",),
+    "control": ("train.control",),
     "evaluate": ("eval.evaluate",),
 }
 """The modules that a stage starts; the demo's world is rendered in a process of its own."""

@@ -14,6 +14,7 @@ from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.model.projector import check_pool
 from train.settings import (
     CheckpointSettings,
+    ControlsSettings,
     FinetuneSettings,
     LlmSettings,
     PretrainSettings,
@@ -37,6 +38,7 @@ SECTIONS = {
     "projector": ProjectorSettings,
     "pretrain": PretrainSettings,
     "finetune": FinetuneSettings,
+    "controls": ControlsSettings,
     "evaluate": EvaluateSettings,
     "checkpoints": CheckpointSettings,
     "tracking": TrackingSettings,
@@ -56,7 +58,7 @@ def test_the_stage_code_depends_on_every_package():
     assert STAGES["code"]["deps"] == list(PACKAGES)
 
 
-def test_there_are_the_six_stages_and_their_code():
+def test_there_are_the_seven_stages_and_their_code():
     assert list(STAGES) == ["code", *CODE_STAGES]
 
 
@@ -132,7 +134,7 @@ def test_all_stages_but_one_have_settings():
 def test_a_training_setting_never_touches_the_features():
     for stage in ("fetch", "index", "extract"):
         tops = {key.split(".")[0] for key in STAGES[stage]["params"]}
-        assert tops.isdisjoint({"pretrain", "finetune", "llm", "projector", "evaluate"})
+        assert tops.isdisjoint({"pretrain", "finetune", "llm", "projector", "controls", "evaluate"})
 
 
 def test_what_changes_no_number_makes_no_stage_run_again():

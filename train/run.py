@@ -31,15 +31,14 @@ from cache.files.atomic import (
     write_text,
 )
 from cache.store_index import INDEX_FILE
+from train.settings import CONTROL
 from workspace.clock import utc_now
 from workspace.errors import StageError
 from workspace.json_files import flatten, read_json
 from workspace.locks import folder_lock
-from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, WORK
+from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, UNFINISHED_RUNS
 from workspace.settings import Params
 
-UNFINISHED = WORK / "runs"
-"""Holds a folder for each stage, and in it a folder for each unpublished run."""
 IDENTITY = "identity.json"
 WEIGHTS = "weights_sha256"
 """Provenance key: the sha256 of each weights file, by its path in the run's folder."""
@@ -49,6 +48,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
+
+CONTROL_OF = "control_of"
+"""Entry of the identity and of the provenance of a control: the stage whose texts it learned."""
 
 UNTRAINED = "untrained"
 """Provenance key of a run without a step: the reason."""
@@ -94,7 +96,7 @@ class RunDirectory:
         self.stage = stage
         self.is_main = PartialState().is_main_process
         key = hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
-        self._folder = UNFINISHED / stage / key
+        self._folder = UNFINISHED_RUNS / stage / key
         self.files = self._folder / "files"
         """The files to be published."""
         self.checkpoints = self._folder / "checkpoints"
@@ -169,7 +171,7 @@ def stage_lock(stage: str) -> Iterator[None]:
     Raises:
         StageError: Another command holds it.
     """
-    guard = folder_lock(UNFINISHED / stage) if PartialState().is_main_process else None
+    guard = folder_lock(UNFINISHED_RUNS / stage) if PartialState().is_main_process else None
     with guard or contextlib.nullcontext():
         yield
 
@@ -247,6 +249,16 @@ def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict
         "device": device_name(device),
         "processes": PartialState().num_processes,
     }
+
+
+def control_of(name: str, stage: str) -> dict[str, str]:
+    """Return what tells a control from the run of its stage: nothing if it is that run.
+
+    Args:
+        name: Of the run.
+        stage: The stage whose texts it learns.
+    """
+    return {CONTROL_OF: stage} if name == CONTROL else {}
 
 
 def git_commit() -> str:

@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
+
+CONTROL = "control"
+"""Name of the run that learns from features of other images."""
 
 MAX_EPOCHS = 10_000
 """All steps of a run are planned, in memory, before the first one."""
@@ -69,6 +72,9 @@ class CheckpointSettings:
 class LoopSettings:
     """The settings of the training loop, in both stages."""
 
+    section: ClassVar[str]
+    """Name of the section, for error texts."""
+
     epochs: float
     """Passes over the texts; 0.5 is half of them."""
     learning_rate: float
@@ -128,6 +134,7 @@ class LoopSettings:
 class PretrainSettings(LoopSettings):
     """Section `pretrain`: stage 1, image to caption; the projector learns."""
 
+    section = "pretrain"
     batch_captions: int
     """Captions of an optimizer step; the last image's captions may exceed it."""
 
@@ -157,6 +164,7 @@ class LoraSettings:
 class FinetuneSettings(LoopSettings):
     """Section `finetune`: stage 2, image and question to answer; projector and LoRA learn."""
 
+    section = "finetune"
     projector_learning_rate: float
     """Peak, after the warm-up, of the projector."""
     batch_examples: int
@@ -166,6 +174,17 @@ class FinetuneSettings(LoopSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive(self, "projector_learning_rate", "batch_examples")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlsSettings:
+    """Section `controls`: controls that cost a training run. The section may be left out."""
+
+    trained_blind: bool = False
+    """Train the last stage that has texts a second time, on the same texts in the same order, with
+    the features of other images: what such a model answers right needs no look at the picture. Off
+    by default, because it takes as long as the stage; the page then has the three controls that
+    need no training."""
 
 
 def _check_positive(settings: object, *names: str) -> None:

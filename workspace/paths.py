@@ -30,5 +30,8 @@ REPORTS = Path("reports")
 WORK = Path(".work")
 """Unfinished work that must survive a kill, outside of DVC's outputs."""
 
+UNFINISHED_RUNS = WORK / "runs"
+"""Holds a folder for each training stage, and in it a folder for each unpublished run."""
+
 SHARDS = WORK / "shards"
 """Every shard ever encoded in this workspace, of any encoder and any set of images."""

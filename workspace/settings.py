@@ -31,6 +31,7 @@ SECTIONS = (
     "projector",
     "pretrain",
     "finetune",
+    "controls",
     "evaluate",
     "checkpoints",
     "tracking",
@@ -86,10 +87,14 @@ class Params:
     def section(self, name: str, cls: type[Section]) -> Section:
         """Check one section against its dataclass and build it.
 
+        A section whose keys all have defaults may be absent.
+
         Raises:
             SettingsError: Section or key missing, unknown key, wrong type, or a value that the
                 dataclass refuses. Names the key, the file and what is allowed.
         """
+        if name not in self.values and not _required(cls):
+            return cls()
         self._require(name)
         return typing.cast(Section, _build(self.values[name], cls, name, self.path))
 
@@ -251,12 +256,16 @@ def _is_text(value: str) -> bool:
     return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
+def _required(cls: type) -> tuple[str, ...]:
+    """Return the keys of a section that have no default."""
+    return tuple(f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING)
+
+
 def _build_dataclass(value: Any, cls: type, key: str, path: Path) -> Any:
     if not isinstance(value, dict):
         raise _wrong(path, key, "a section of keys", value)
     fields = dataclasses.fields(cls)
-    required = tuple(f.name for f in fields if f.default is dataclasses.MISSING)
-    _check_keys(value, tuple(f.name for f in fields), required, f"{path}: {key}")
+    _check_keys(value, tuple(f.name for f in fields), _required(cls), f"{path}: {key}")
     hints = typing.get_type_hints(cls)
     built = {name: _build(value[name], hints[name], f"{key}.{name}", path) for name in value}
     try:

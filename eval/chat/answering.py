@@ -13,7 +13,7 @@ from cache.errors import MissingImageError, SettingsError
 from eval.runs import FinishedRun, LoadedRun
 from eval.settings import EvaluateSettings
 from train.model.generate import Sampling, stream
-from train.untrained import REASONS
+from train.stages.untrained import REASONS
 from workspace.paths import FEATURES
 
 TOP_P = 0.9

@@ -1,7 +1,7 @@
 """Says what an evaluation lacks, and why: a stage without texts, a kind of text without any."""
 
 from eval.report.scores import Section, pope_sections, section_of
-from train.untrained import REASONS
+from train.stages.untrained import REASONS
 
 _UNTRAINED = {
     "pretrain": "Stage 1 was not trained, because {}: stage 2 started from random weights of the "

@@ -10,6 +10,11 @@ SEEN, BLIND, NOISE, UNTRAINED = "seen", "blind", "noise", "untrained"
 CONTROLS = (BLIND, NOISE, UNTRAINED)
 """Keys under which a section of scores holds its controls."""
 
+TRAINED_BLIND = "trained_blind"
+"""The control that learned the texts without the pictures; only where one was trained."""
+
+POSSIBLE_CONTROLS = (*CONTROLS, TRAINED_BLIND)
+
 CONDITIONS = (SEEN, *CONTROLS)
 
 

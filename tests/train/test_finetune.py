@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train.finetune
 import train.loop.loop
+import train.stages.conversations
 from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from train.finetune import finetune
@@ -34,7 +34,7 @@ def pretrained(workspace):
 def record(monkeypatch):
     """Record the base weights before, the model after, and the images that are learned from."""
     seen = {"images": []}
-    load, step = train.finetune.load_language_model, train.loop.loop.optimizer_step
+    load, step = train.stages.conversations.load_language_model, train.loop.loop.optimizer_step
 
     def loading(*arguments):
         seen["model"] = load(*arguments)
@@ -45,7 +45,7 @@ def record(monkeypatch):
         seen["images"].extend(data.image_ids)
         return step(model, optimizer, data, **named)
 
-    monkeypatch.setattr(train.finetune, "load_language_model", loading)
+    monkeypatch.setattr(train.stages.conversations, "load_language_model", loading)
     monkeypatch.setattr(train.loop.loop, "optimizer_step", stepping)
     return seen
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train.loop.loop
-import train.pretrain
+import train.stages.captions
 from cache.errors import SettingsError
 from cache.files.atomic import sha256_of
 from train.model.projector import load_projector, seeded_projector
@@ -24,14 +24,14 @@ TRAIN, HOLDOUT = set(range(100, 112)), set(range(116, 120))
 def models(monkeypatch):
     """Record every language model that a stage loads, as it was loaded."""
     made = []
-    load = train.pretrain.load_language_model
+    load = train.stages.captions.load_language_model
 
     def recording(*arguments):
         model = load(*arguments)
         made.append((model, {n: t.clone() for n, t in model.state_dict().items()}))
         return model
 
-    monkeypatch.setattr(train.pretrain, "load_language_model", recording)
+    monkeypatch.setattr(train.stages.captions, "load_language_model", recording)
     return made
 
 
@@ -206,7 +206,9 @@ def test_stage_1_validates_on_split_val_whatever_is_in_split_test(workspace, mon
     captions = [(100, "train", "a cat"), (112, "val", "a dog"), (113, "test", "a red cat")]
     workspace.write_index(captions, [])
     setups = []
-    monkeypatch.setattr(train.pretrain, "train", lambda setup, *_: setups.append(setup) or {})
+    monkeypatch.setattr(
+        train.stages.captions, "train", lambda setup, *_: setups.append(setup) or {}
+    )
     pretrain(workspace.params())
     (setup,) = setups
     assert setup.train.image_ids.tolist() == [100]

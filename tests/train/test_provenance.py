@@ -133,7 +133,7 @@ def no_model(monkeypatch):
     def loaded(*_):
         raise AssertionError("the language model was loaded")
 
-    monkeypatch.setattr("train.finetune.load_language_model", loaded)
+    monkeypatch.setattr("train.stages.conversations.load_language_model", loaded)
 
 
 @pytest.mark.parametrize("change", OTHERS)

@@ -11,7 +11,6 @@ from cache import FeatureStore
 from cache.files.atomic import sha256_of
 from train.run import (
     LIBRARIES,
-    UNFINISHED,
     RunDirectory,
     git_commit,
     provenance,
@@ -19,7 +18,7 @@ from train.run import (
     stage_lock,
 )
 from workspace.errors import StageError
-from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS
+from workspace.paths import CAPTIONS, CONVERSATIONS, FEATURES, RUNS, UNFINISHED_RUNS
 
 REPORT = Path("reports/pretrain.json")
 PUBLISHED = {"params.yaml", "provenance.json", "metrics.json", "history.csv"}
@@ -51,7 +50,7 @@ def test_nothing_is_seen_before_it_is_published_whole(workspace):
         "weights_sha256": {},
     }
     assert workspace.json("reports/pretrain.json") == {"loss": 2.0}
-    assert not any(UNFINISHED.joinpath("pretrain").iterdir())
+    assert not any(UNFINISHED_RUNS.joinpath("pretrain").iterdir())
 
 
 def test_settings_are_those_that_the_run_began_with(workspace):

@@ -41,6 +41,24 @@ class Features(Protocol):
         """Return the features of some images, in the order asked: float16 [B, P, D]."""
 
 
+class StoredFeatures(Features, Protocol):
+    """Features in shards, for training: a `FeatureStore`, or a view of one."""
+
+    @property
+    def root(self) -> str:
+        """Folder or URL, for error texts."""
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+
+    def shards_of(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of each image's shard: int64 [B]."""
+
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Ask the system to bring whole shards into memory."""
+
+
 class Prefetcher(Generic[Item, Result]):
     """Iterates over a function's results for some items, computed ahead in a thread."""
 
@@ -140,7 +158,7 @@ class ShardReadahead:
     """Asks the system to read whole shards some time before their rows are gathered."""
 
     def __init__(
-        self, store: FeatureStore, batches: Sequence[NDArray[np.int64]], distance: int
+        self, store: StoredFeatures, batches: Sequence[NDArray[np.int64]], distance: int
     ) -> None:
         """Store the arguments; `distance` is the `read_ahead` of `FeatureBatches`."""
         self._store, self._batches, self._distance = store, batches, distance

@@ -152,11 +152,12 @@ class _Training:
                 f"`python -m cache.verify {setup.store.root}`."
             ) from None
         except torch.OutOfMemoryError as error:
-            stage = self._run.stage
+            section = setup.settings.section
             raise StageError(
                 f"step {step}: the GPU's memory is full: {one_line(error)} "
-                f"{self._last_checkpoint()} Set {stage}.gradient_checkpointing: true to go on from "
-                f"it, or start again with {stage}.micro_batch_tokens below {setup.pass_tokens}."
+                f"{self._last_checkpoint()} Set {section}.gradient_checkpointing: true to go on "
+                f"from it, or start again with {section}.micro_batch_tokens below "
+                f"{setup.pass_tokens}."
             ) from None
 
     def _log_and_validate(self, stop: StopRequest) -> None:

@@ -88,7 +88,7 @@ def with_pass_size(
 
     Args:
         setup: Of the run.
-        stage: Its name, for the message and errors.
+        stage: Its name, for the message.
         stored: The number with which an interrupted run began.
         memory: The GPU's, unless the model is on a CPU.
 
@@ -107,13 +107,13 @@ def with_pass_size(
     elif memory is None:
         tokens, reason = setup.pass_tokens, "fixed on a CPU, so that a run can be repeated"
     else:
-        tokens, reason = _search(setup, stage, memory)
+        tokens, reason = _search(setup, memory)
     if PartialState().is_main_process:
         print(f"{stage}: micro_batch_tokens is {tokens}: {reason}", file=sys.stderr)
     return _with_tokens(setup, tokens)
 
 
-def _search(setup: TrainingSetup, stage: str, memory: Memory) -> tuple[int, str]:
+def _search(setup: TrainingSetup, memory: Memory) -> tuple[int, str]:
     held = _positions_of_a_step(setup)
     enough = next((n for n, size in enumerate(SIZES) if size >= held * STEP_MARGIN), len(SIZES) - 1)
     sizes = SIZES[: enough + 1]
@@ -122,9 +122,10 @@ def _search(setup: TrainingSetup, stage: str, memory: Memory) -> tuple[int, str]
     tokens = int(all_tokens.min())
     room = f"{memory.available() / 2**30:.1f} GiB"
     if not tokens:
+        section = setup.settings.section
         raise StageError(
-            f"{stage}.micro_batch_tokens: a pass of {sizes[0]} positions does not leave "
-            f"{FREE_SHARE:.0%} of {room} free. Set {stage}.gradient_checkpointing: true or "
+            f"{section}.micro_batch_tokens: a pass of {sizes[0]} positions does not leave "
+            f"{FREE_SHARE:.0%} of {room} free. Set {section}.gradient_checkpointing: true or "
             f"llm.quantize: nf4, or give the number of positions to try it all the same."
         )
     if tokens < own:

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cache import FeatureStore
 from train.data.examples import Example, Examples
 from train.data.order import global_order, windowed_order
-from train.data.prefetch import Prefetcher, ShardReadahead
+from train.data.prefetch import Prefetcher, ShardReadahead, StoredFeatures
 from train.data.prompts import PromptFormat
 from train.data.schedule import PlannedStep, num_rounds, plan_steps
 from train.loop.step import StepData, build_step
@@ -25,7 +24,7 @@ class TrainingSetup:
 
     model: CaptionModel
     prompt_format: PromptFormat
-    store: FeatureStore
+    store: StoredFeatures
     train: Examples
     validation: Examples
     batch_size: int

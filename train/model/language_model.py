@@ -9,9 +9,10 @@ import functools
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -205,8 +206,15 @@ def _lora_config(settings: LoraSettings, model: PreTrainedModel) -> LoraConfig:
     )
 
 
-def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
+def load_lora(
+    model: PreTrainedModel, folder: Path, others: Mapping[str, Path] = MappingProxyType({})
+) -> PeftModel:
     """Add trained LoRA matrices from a folder in PEFT's format to `model`, in place.
+
+    Args:
+        model: The language model.
+        folder: Of the matrices.
+        others: Name to the folder of further matrices, which `using_lora` switches to.
 
     Returns:
         PEFT's wrapper, which can disable or merge the matrices.
@@ -214,20 +222,43 @@ def load_lora(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         StageError: No adapter, or an adapter of another model.
     """
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        # PEFT would try a pickled file next, or the network.
-        raise StageError(f"{folder}: holds no {ADAPTER_WEIGHTS}. Run the finetune stage.")
-    config = _lora_config(read_lora_settings(folder), model)
-    check_adapter(folder, config, model)
+    # All before the first is loaded, which renames the layers.
+    config, *_ = [_checked_config(path, model) for path in (folder, *others.values())]
     refuse = functools.partial(adapter_refusal, folder)
     with reading_foreign_file(refuse, folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         peft_model: PeftModel = PeftModel.from_pretrained(
             model, folder, config=config, is_trainable=False
         )
+    for name, path in others.items():
+        refuse = functools.partial(adapter_refusal, path)
+        with reading_foreign_file(refuse, path), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            peft_model.load_adapter(str(path), name, is_trainable=False)
     if model.device.type == "cuda":
         compute_lora_in_input_dtype(peft_model)
     return peft_model
+
+
+def _checked_config(folder: Path, model: PreTrainedModel) -> LoraConfig:
+    """Return the config of trained matrices that fit a model without any."""
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        # PEFT would try a pickled file next, or the network.
+        raise StageError(f"{folder}: holds no {ADAPTER_WEIGHTS}. Run the finetune stage.")
+    config = _lora_config(read_lora_settings(folder), model)
+    check_adapter(folder, config, model)
+    return config
+
+
+@contextmanager
+def using_lora(peft_model: PeftModel, name: str) -> Iterator[None]:
+    """Compute with the matrices of that name, and with the former ones afterwards."""
+    active = peft_model.active_adapter
+    peft_model.set_adapter(name, inference_mode=True)
+    try:
+        yield
+    finally:
+        peft_model.set_adapter(active, inference_mode=True)
 
 
 class LoraMatrix(nn.Linear):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import train.loop.history
 import train.loop.interrupt
 import train.loop.loop
-import train.pretrain
+import train.stages.captions
 from tests.conftest import write_store
 from tests.train.stage_server import outcome
 from train.finetune import finetune
@@ -430,13 +430,13 @@ def test_the_settings_in_the_run_are_the_file_that_was_read(world, monkeypatch):
     before = b"# a comment\r\n" + params.path.read_bytes() + "# \u00e9".encode()
     params.path.write_bytes(before)
     read = type(params).read(params.path)
-    load = train.pretrain.load_language_model
+    load = train.stages.captions.load_language_model
 
     def replace_and_load(*arguments):
         world.resumable(epochs=2)
         return load(*arguments)
 
-    monkeypatch.setattr(train.pretrain, "load_language_model", replace_and_load)
+    monkeypatch.setattr(train.stages.captions, "load_language_model", replace_and_load)
     pretrain(read)
     assert outcome("pretrain")["params"] == before
     assert outcome("pretrain")["metrics"]["steps"] == 3

@@ -1,0 +1,1 @@
+"""What a training stage does: on captions, on conversations, and without any text."""
