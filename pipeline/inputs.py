@@ -2,7 +2,7 @@
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
 alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
-links to folders, or empty files.
+links to folders, or files without meaning.
 """
 
 import glob
@@ -57,7 +57,8 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            link.touch()
+            # Of an empty file, DVC would warn.
+            link.write_text("unused\n")
     if unwatched:
         print(
             f"fetch: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "
