@@ -42,6 +42,8 @@ def link_inputs(data: DataSettings) -> None:
     """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch."""
     shutil.rmtree(INPUTS, ignore_errors=True)
     (INPUTS / "files").mkdir(parents=True)
+    # DVC warns of an empty folder or file.
+    (INPUTS / "files" / "about.txt").write_text("Links to inputs, by which DVC sees changes.\n")
     unwatched = [path for _, path in named_paths(data) if is_url(path)]
     folders: list[Path] = []
     for path in watched_paths(data):
@@ -57,7 +59,6 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            # Of an empty file, DVC would warn.
             link.write_text("unused\n")
     if unwatched:
         print(

@@ -34,7 +34,7 @@ def write(name, text="x"):
 
 def links():
     """The targets of the links to files and to folders."""
-    files = {str(path.readlink()) for path in Path("data/inputs/files").iterdir()}
+    files = {str(path.readlink()) for path in Path("data/inputs/files").glob("[0-9]*")}
     slots = [Path(f"data/inputs/folder_{number + 1}") for number in range(MAX_FOLDERS)]
     return files, [str(path.readlink()) for path in slots if path.is_symlink()]
 
