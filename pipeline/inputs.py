@@ -47,6 +47,9 @@ def link_inputs(data: DataSettings) -> None:
     unwatched = [path for _, path in named_paths(data) if is_url(path)]
     folders: list[Path] = []
     for path in watched_paths(data):
+        if not (path.is_file() or path.is_dir()):
+            # DVC would read a device without an end; the index stage refuses it.
+            continue
         if path.is_file():
             number = len(list((INPUTS / "files").iterdir()))
             (INPUTS / "files" / f"{number:03d}_{path.name}").symlink_to(path)

@@ -83,6 +83,11 @@ def test_each_file_and_folder_outside_of_raw_is_linked(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_device_is_not_linked():
+    link_inputs(settings(train={"images": "/dev/zero"}))
+    assert links() == (set(), [])
+
+
 def test_a_pattern_stands_for_its_folder(tmp_path):
     write("../own/a/0.tar")
     link_inputs(settings(train={"images": f"{tmp_path}/own/*/[0-9].tar"}))
