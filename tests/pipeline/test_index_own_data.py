@@ -84,6 +84,16 @@ def test_features_only_index_every_picture_and_count_other_files():
     assert (tables["captions"], tables["conversations"]) == ([], [])
 
 
+def test_features_only_are_of_every_file_even_of_copies():
+    write_pictures("pictures", ["a/1.png", "c.png"])
+    for copy in ("b/1.png", "d.png"):
+        Path(f"pictures/{copy}").parent.mkdir(exist_ok=True)
+        Path(f"pictures/{copy}").write_bytes(Path("pictures/a/1.png").read_bytes())
+    tables, report = run(train={"images": "pictures"})
+    assert names_of(tables) == ["a/1.png", "b/1.png", "c.png", "d.png"]
+    assert report["images"]["read"] == report["images"]["kept"] == 4
+
+
 def test_a_file_that_only_looks_like_a_picture_is_rejected_and_one_of_another_format_is_not():
     write_pictures("pictures", ["cat.png"])
     Path("pictures/cat.png").rename("pictures/cat.jpg")
