@@ -21,7 +21,7 @@ from cache.errors import SettingsError
 from eval.bootstrap import Gain
 from eval.scoring.gains import judgement
 from eval.scoring.paired_scores import paired_gains
-from eval.scoring.score_names import CONTROLS, as_number
+from eval.scoring.score_names import POSSIBLE_CONTROLS, as_number
 from eval.snapshots import (
     REPORTS_FILES,
     PredictionRow,
@@ -148,7 +148,7 @@ def part_rows(
 
 
 def _is_control(name: str) -> bool:
-    return bool(set(CONTROLS) & set(name.split(".")))
+    return bool(set(POSSIBLE_CONTROLS) & set(name.split(".")))
 
 
 def _is_same(before: Any, after: Any) -> bool:

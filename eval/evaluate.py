@@ -2,8 +2,8 @@
 
 Stage 1 alone captions images of split val or test straight after the patches. The fine-tuned model
 captions the same images when asked to, and answers questions about held-out images and yes-no
-questions about objects. Every text is generated under four conditions (`eval.scoring.conditions`).
-A stage without texts is not scored, and the page says why.
+questions about objects. Every text is generated under several conditions
+(`eval.scoring.conditions`). A stage without texts is not scored, and the page says why.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from eval.report.gallery import gallery_image_ids, gallery_texts
 from eval.report.gaps import gaps
 from eval.report.page import render_report
 from eval.report.thumbnails import thumbnails_of
-from eval.runs import STAGES, FinishedRun, finish_times, open_stages, read_history
+from eval.runs import STAGES, FinishedRun, finish_times, open_control, open_stages, read_history
 from eval.score_warnings import changed_inputs_warning, random_tower_warning
 from eval.scoring import generation_cache
 from eval.scoring.evaluated_models import EvaluatedModels, load_models
@@ -30,7 +30,7 @@ from eval.scoring.generation import (
 from eval.scoring.losses import answer_losses
 from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
-from eval.scoring.score_names import BLIND
+from eval.scoring.score_names import BLIND, TRAINED_BLIND
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
@@ -54,12 +54,15 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     histories = {stage: read_history(RUNS / stage) for stage in STAGES}
     store = FeatureStore(FEATURES)
     runs = open_stages(params.section("llm", LlmSettings), store)
+    control = open_control(runs)
     prompt_format = runs["finetune"].prompt_format
     evaluation_set = choose_evaluation_set(settings, store, prompt_format, params.seed())
     warning = score_warning(params, runs)
 
-    models = load_models(runs, store, params.seed())
+    models = load_models(runs, store, params.seed(), control)
     scores, predictions = score_models(models, evaluation_set, settings)
+    if control:
+        scores["controls"] = {TRAINED_BLIND: {"weights_sha256": weights_of(control.folder)}}
     scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
     scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
 

@@ -19,6 +19,7 @@ from cache.errors import SettingsError, SpecMismatchError
 from cache.files.atomic import check_ordinary, sha256_of
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
+from cache.texts import first_few
 from train.data.prompt_formats import prompt_format
 from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
@@ -27,19 +28,24 @@ from train.model.language_model import load_language_model, load_lora, load_toke
 from train.model.model_files import read_config
 from train.model.projector import Projector, check_pool, read_projector
 from train.provenance import (
+    LANGUAGE_MODEL,
     START_PROJECTOR,
+    changed_settings,
     check_language_model,
     read_provenance,
     trained_prompt,
 )
-from train.run import FINISHED, UNTRAINED, pick_device
-from train.settings import LlmSettings
+from train.run import CONTROL_OF, FINISHED, UNTRAINED, pick_device
+from train.settings import CONTROL, LlmSettings
 from train.stages.untrained import REASONS
 from workspace.errors import StageError
 from workspace.paths import RUNS
 from workspace.settings import Params
 
 STAGES = ("pretrain", "finetune")
+SAME_IN_CONTROL = ("features_fingerprint", LANGUAGE_MODEL, START_PROJECTOR, "index_sha256")
+"""Entries of the provenance that a stage and its control share."""
+
 PROJECTOR, ADAPTER, PROVENANCE = "projector.safetensors", "adapter", "provenance.json"
 """Files of a run directory."""
 
@@ -152,6 +158,43 @@ def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]
         run.check_features(store.spec, str(store.root))
     _check_same_start(runs["pretrain"], runs["finetune"])
     return runs
+
+
+def open_control(runs: Mapping[str, FinishedRun]) -> FinishedRun | None:
+    """Open the control of the last trained stage, and check that it differs in nothing but sight.
+
+    Args:
+        runs: Stage to run, as `open_stages` returns them.
+
+    Returns:
+        None if no control was trained.
+
+    Raises:
+        SettingsError: The control's settings are damaged.
+        StageError: A file is missing or damaged, or the control learned other texts, with other
+            settings, or from another start than the stage.
+    """
+    folder = RUNS / CONTROL
+    if not (folder / "params.yaml").is_file():
+        return None
+    stage = next(stage for stage in reversed(STAGES) if runs[stage].is_trained)
+    twin = runs[stage]
+    found = read_provenance(folder / PROVENANCE)
+    differing = [
+        name
+        for name, wanted in {
+            CONTROL_OF: stage,
+            **{name: twin.provenance.get(name) for name in SAME_IN_CONTROL},
+        }.items()
+        if found.get(name) != wanted
+    ]
+    differing += changed_settings(CONTROL, twin.params, ("seed", "llm", "projector", stage))
+    if differing:
+        raise StageError(
+            f"{folder}: is no control of {twin.folder}: they differ in {first_few(differing)}. Run "
+            f"the control stage again."
+        )
+    return _open(folder, twin.llm, twin.prompt_format, found[LANGUAGE_MODEL])
 
 
 def load_run(run: FinishedRun) -> LoadedRun:

@@ -23,7 +23,13 @@ from eval.report.scores import (
     titled_sections,
 )
 from eval.scoring.gains import DOES_NOT_USE, USES, judgement
-from eval.scoring.score_names import BLIND, CONTROLS, MAIN_SCORES, has_no_short_targets
+from eval.scoring.score_names import (
+    BLIND,
+    CONTROLS,
+    MAIN_SCORES,
+    TRAINED_BLIND,
+    has_no_short_targets,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,8 @@ class Card:
     bars: Sequence[Bar]
     gain: Gain | None
     """Over the wrong image; None if it was not measured."""
+    trained_gain: Gain | None
+    """Over the model trained without sight; None if there is none."""
     verdict: Verdict
 
     @property
@@ -74,6 +82,7 @@ def _card(title: str, section: Section, key: str) -> Card:
         texts="" if count is None else f"{metric_of('count').written(count)} texts",
         bars=bars_of(section, key),
         gain=gain_over(section, key, BLIND),
+        trained_gain=gain_over(section, key, TRAINED_BLIND),
         verdict=judge(section, key),
     )
 
@@ -88,7 +97,14 @@ def headline(cards: Sequence[Card]) -> Verdict | None:
         return Verdict(state="open", text=text)
     gains = {f"{card.title}: {card.metric.label}": card.gain for card in cards if card.gain}
     is_good = all(gain.is_shown for gain in gains.values())
-    return Verdict(state="good" if is_good else "bad", text=f"The model {judgement(gains)}.")
+    text = f"The model {judgement(gains)}."
+    trained = [card.trained_gain.is_shown for card in cards if card.trained_gain]
+    if trained:
+        text += (
+            f" {sum(trained)} of {len(trained)} main scores gain over the "
+            f"{LABELS[TRAINED_BLIND].sentence}."
+        )
+    return Verdict(state="good" if is_good and all(trained) else "bad", text=text)
 
 
 def judge(section: Section, key: str) -> Verdict:
@@ -100,6 +116,13 @@ def judge(section: Section, key: str) -> Verdict:
         return Verdict(state="open", text=f"The {missing} was not measured.")
     if not gain.is_shown:
         text = f"{DOES_NOT_USE.capitalize()}, as far as {gain.images:,} images can show."
+        return Verdict(state="bad", text=text)
+    trained = gain_over(section, key, TRAINED_BLIND)
+    if trained and not trained.is_shown:
+        text = (
+            f"Has learned language, not sight, as far as {trained.images:,} images can show: no "
+            f"gain over the {LABELS[TRAINED_BLIND].sentence}."
+        )
         return Verdict(state="bad", text=text)
     others = {c: gain_over(section, key, c) for c in CONTROLS if c != BLIND}
     lost = [

@@ -34,6 +34,8 @@ class GalleryText:
     """Length of the prediction."""
     stopped: bool
     """Whether the prediction ended by itself; else it was cut at the limit."""
+    right_without_sight: bool | None = None
+    """See `Prediction`."""
 
 
 Gallery = dict[str, list[GalleryText]]
@@ -55,6 +57,7 @@ def gallery_texts(predictions: Sequence[Prediction], model: str) -> list[Gallery
             score=prediction.score,
             num_tokens=prediction.seen.num_tokens,
             stopped=prediction.seen.stopped,
+            right_without_sight=prediction.right_without_sight,
         )
         for prediction in predictions
         if prediction.model == model

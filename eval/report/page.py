@@ -26,11 +26,15 @@ from eval.report.tables import (
     still_scored,
     type_table,
 )
+from eval.report.without_sight import without_sight
 from eval.settings import shown_setting
 from pipeline.settings import EXTERNAL
 
 MAX_CONTAMINATED = 50
 """Contaminated images that are listed for each kind of text; the rest are counted."""
+
+MAX_LISTED = 100
+"""Questions of a kind that are listed as answered without looking; the rest are counted."""
 
 _TEMPLATES = Path(__file__).with_name("templates")
 _EVENTS = {
@@ -108,6 +112,8 @@ def render_report(
         headline=headline(cards),
         cards=cards,
         gaps=gaps(scores),
+        without_sight=without_sight(examples),
+        max_listed=MAX_LISTED,
         kinds=KIND_TITLES,
         galleries=galleries,
         options=filter_options(galleries),

@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from eval.bootstrap import Gain
 from eval.scoring.gains import read_gain
-from eval.scoring.score_names import BLIND, CONTROLS, SEEN, as_number, has_no_short_targets
+from eval.scoring.score_names import (
+    BLIND,
+    POSSIBLE_CONTROLS,
+    SEEN,
+    TRAINED_BLIND,
+    as_number,
+    has_no_short_targets,
+)
 
 Section = Mapping[str, Any]
 Style = Literal["number", "share", "length", "count"]
@@ -94,6 +101,7 @@ LABELS = {
     BLIND: Label("Wrong image", "Wrong image", "wrong-image control"),
     "noise": Label("Noise", "Noise", "noise control"),
     "untrained": Label("Untrained", "Untrained projector", "untrained projector"),
+    TRAINED_BLIND: Label("No sight", "Trained without sight", "model trained without sight"),
 }
 
 
@@ -170,7 +178,9 @@ def titled_sections(scores: Section) -> dict[str, Section]:
 
 def by_condition(section: Section) -> dict[str, Section]:
     """Return the scores by condition: the section itself under `seen`, then its controls."""
-    return {SEEN: section} | {name: section[name] for name in CONTROLS if section.get(name)}
+    return {SEEN: section} | {
+        name: section[name] for name in POSSIBLE_CONTROLS if section.get(name)
+    }
 
 
 def measured_by_condition(section: Section, key: str) -> dict[str, Measured]:

@@ -1,14 +1,21 @@
-"""The conditions under which a model generates: an image's own features, and three controls.
+"""The conditions under which a model generates: an image's own features, and controls.
 
 seen       the image's own features
 blind      the features of a wrong image: a score reached this way owes nothing to the picture
 noise      no image: normal noise with the mean and the deviation of each channel of the store
 untrained  the image's own features through a projector of random weights
 
+If a control was trained (`train.control`), there is another one:
+
+trained_blind  the image's own features, asked of the model that learned the same texts with the
+               features of other images
+
 Letters: B images, P patches, D width of the vision tower.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache import FeatureStore, Spec
 from eval.scoring.evaluated_models import EvaluatedModel
-from eval.scoring.score_names import BLIND, NOISE, SEEN, UNTRAINED
+from eval.scoring.score_names import BLIND, NOISE, SEEN, TRAINED_BLIND, UNTRAINED
 from train.data.prefetch import Features
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
@@ -34,6 +41,10 @@ class Condition:
     features: Features
     image_ids: list[int]
     """For each question, the image whose features the model gets."""
+    weights: dict[str, str] | None = None
+    """Hashes of the weights of another run than the model's own."""
+    active: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """Makes the block in which the model computes."""
 
 
 def make_conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:
@@ -43,12 +54,16 @@ def make_conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Con
         StageError: The store holds a single image, so the blind control has no other.
     """
     own, others = list(image_ids), other_images(image_ids, model.store)
-    return [
+    conditions = [
         Condition(SEEN, model.model, model.store, own),
         Condition(BLIND, model.model, model.store, [others[i] for i in own]),
         Condition(NOISE, model.model, Noise(model.store, model.seed), own),
         Condition(UNTRAINED, model.untrained, model.store, own),
     ]
+    if control := model.trained_blind:
+        parts = control.model, model.store, own, control.weights, control.active
+        conditions.append(Condition(TRAINED_BLIND, *parts))
+    return conditions
 
 
 def other_images(image_ids: Sequence[int], store: FeatureStore) -> dict[int, int]:

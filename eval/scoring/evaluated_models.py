@@ -15,10 +15,26 @@ from eval.runs import ADAPTER, PROJECTOR, FinishedRun
 from train.data.prompts import PromptFormat
 from train.model.captioner import CaptionModel
 from train.model.fingerprint import language_model_fingerprint
-from train.model.language_model import load_language_model, load_lora
+from train.model.language_model import load_language_model, load_lora, using_lora
 from train.model.projector import seeded_projector
-from train.run import pick_device
+from train.run import pick_device, weights_of
+from train.settings import CONTROL
 from workspace.paths import FEATURES
+
+
+@dataclass(frozen=True)
+class BlindModel:
+    """The control that learned a stage's texts with the features of other images."""
+
+    model: CaptionModel
+    adapter: PeftModel | None
+    """Of both models; None for the control of stage 1."""
+    weights: dict[str, str]
+    """Hashes of its weights files."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Compute with the control's matrices within a `with` block."""
+        return using_lora(self.adapter, CONTROL) if self.adapter else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,8 @@ class EvaluatedModel:
     model: CaptionModel
     untrained: CaptionModel
     """The same language model with a projector of random weights."""
+    trained_blind: "BlindModel | None"
+    """The control that learned the same texts without sight, if it was trained."""
     prompt_format: PromptFormat
     store: FeatureStore
     seed: int
@@ -51,13 +69,19 @@ class EvaluatedModels:
         return self.adapter.disable_adapter() if self.adapter else contextlib.nullcontext()
 
 
-def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int) -> EvaluatedModels:
+def load_models(
+    runs: Mapping[str, FinishedRun],
+    store: FeatureStore,
+    seed: int,
+    control: FinishedRun | None = None,
+) -> EvaluatedModels:
     """Load the models of both stages, so that damage in either is found before texts are generated.
 
     Args:
         runs: Stage to run, as `eval.runs.open_stages` returns them.
         store: Features, with which the runs have been checked.
         seed: Seed of the untrained projectors and of the noise.
+        control: The control of the last trained stage, as `eval.runs.open_control` returns it.
 
     Raises:
         SettingsError: The language model cannot be loaded.
@@ -73,7 +97,17 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
         "end_ids": finetune.prompt_format.end_ids,
         **finetune.prompt_format.identity(),
     }
-    adapter = load_lora(language_model, finetune.folder / ADAPTER) if finetune.is_trained else None
+    adapter = None
+    if finetune.is_trained:
+        others = {CONTROL: control.folder / ADAPTER} if control else {}
+        adapter = load_lora(language_model, finetune.folder / ADAPTER, others)
+    blind_model = None
+    if control:
+        projector = control.projector.to(language_model.device)
+        blind_model = BlindModel(
+            CaptionModel(projector, language_model), adapter, weights_of(control.folder)
+        )
+    last = finetune if finetune.is_trained else pretrain
 
     def evaluated(run: FinishedRun) -> EvaluatedModel:
         projector = run.projector
@@ -89,6 +123,7 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
             name=run.folder.name,
             model=CaptionModel(projector.to(language_model.device), language_model),
             untrained=CaptionModel(untrained.to(language_model.device), language_model),
+            trained_blind=blind_model if run is last else None,
             prompt_format=run.prompt_format,
             store=store,
             seed=seed,

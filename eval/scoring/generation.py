@@ -17,7 +17,7 @@ from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
 from eval.scoring.predictions import Prediction
-from eval.scoring.score_names import CONDITIONS, CONTROLS, GAINS, NO_BETTER_SIDE, SEEN
+from eval.scoring.score_names import CONTROLS, GAINS, NO_BETTER_SIDE, SEEN
 from eval.scoring.yes_no import YesNo
 from eval.settings import EvaluateSettings
 from train.data.examples import Question
@@ -194,6 +194,7 @@ def _generate(
         cache_key = {
             "model": model.identity,
             "condition": condition.name,
+            "weights": condition.weights,
             "image_ids": condition.image_ids,
             "questions": questions,
             "max_tokens": max_tokens,
@@ -210,7 +211,8 @@ def _generate(
             batch_size=batch_size,
             description=f"{model.name}, {condition.name}",
         )
-        by_condition[condition.name] = cached(cache_key, make)
+        with condition.active():
+            by_condition[condition.name] = cached(cache_key, make)
     rows = zip(*by_condition.values(), strict=True)
     return [dict(zip(by_condition, row, strict=True)) for row in rows]
 
@@ -257,7 +259,7 @@ def _section(
             if name not in NO_BETTER_SIDE
         }
 
-    measures = {condition: measured(condition) for condition in CONDITIONS}
+    measures = {condition: measured(condition) for condition in predictions[0].generations}
     sections = {condition: scored(of_condition) for condition, of_condition in measures.items()}
-    gains = {control: gains_over(control) for control in CONTROLS}
+    gains = {control: gains_over(control) for control in sections if control != SEEN}
     return sections.pop(SEEN) | sections | {GAINS: gains}

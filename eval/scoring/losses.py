@@ -76,7 +76,8 @@ def answer_losses(
         )
     losses = {}
     for condition in make_conditions(model, [example.image_id for example in fitting]):
-        of_condition = _losses(model, condition, fitting, max_text_tokens)
+        with condition.active():
+            of_condition = _losses(model, condition, fitting, max_text_tokens)
         if not math.isfinite(of_condition.measure.value):
             raise StageError(
                 f"{model.name}: the loss of the answers ({condition.name}) is not finite. Weights "

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.files.atomic import write_bytes, write_json
+from eval.metrics import yes_or_no
+from eval.scoring.answers import exact_match, is_short
 from eval.scoring.question_types import question_type
-from eval.scoring.score_names import CONTROLS, SEEN
+from eval.scoring.score_names import CONTROLS, SEEN, TRAINED_BLIND
 from train.model.generate import Generation
 
 Kind = Literal["caption", "answer", "pope"]
@@ -33,6 +35,11 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns of `reports/predictions.parquet`."""
+
+WITHOUT_SIGHT = pa.schema(
+    [(f"{TRAINED_BLIND}_prediction", pa.string()), ("right_without_sight", pa.bool_())]
+)
+"""Further columns, where a control was trained; null where it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +73,22 @@ class Prediction:
         """The type of the question of an answer; empty for other kinds."""
         return question_type(self.question) if self.kind == "answer" else ""
 
+    @property
+    def right_without_sight(self) -> bool | None:
+        """Whether the control that was trained without sight answers right.
+
+        None if it was not asked, or for a text that can be better or worse, but not right.
+        """
+        found = self.generations.get(TRAINED_BLIND)
+        if found is None or self.kind == "caption":
+            return None
+        (target,) = self.targets
+        if self.kind == "pope":
+            return yes_or_no(found.text) == target
+        return bool(exact_match(target, found.text)) if is_short(target) else None
+
     def row(self) -> dict[str, Any]:
-        """Return the row of the table, keyed as `SCHEMA`."""
+        """Return the row of the table, keyed as `SCHEMA` and `WITHOUT_SIGHT`."""
         return {
             "model": self.model,
             "kind": self.kind,
@@ -81,13 +102,21 @@ class Prediction:
             "num_tokens": self.seen.num_tokens,
             "stopped": self.seen.stopped,
             "score": self.score,
-            **{f"{control}_prediction": self.generations[control].text for control in CONTROLS},
+            **{
+                f"{control}_prediction": generation.text
+                for control, generation in self.generations.items()
+                if control != SEEN
+            },
+            "right_without_sight": self.right_without_sight,
         }
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
     """Write the table of all predictions."""
-    table = pa.Table.from_pylist([prediction.row() for prediction in predictions], schema=SCHEMA)
+    schema = SCHEMA
+    if any(TRAINED_BLIND in prediction.generations for prediction in predictions):
+        schema = pa.schema([*SCHEMA, *WITHOUT_SIGHT])
+    table = pa.Table.from_pylist([prediction.row() for prediction in predictions], schema=schema)
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
     write_bytes(path, memoryview(buffer.getvalue()))

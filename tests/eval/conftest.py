@@ -122,19 +122,21 @@ class World:
                 else:
                     Path(f"data/raw/train/{i}.jpg").write_bytes(jpeg(i))
 
-    def write_run(self, stage, seed, pool=1, **llm):
+    def write_run(self, stage, seed, pool=1, origin=(), **llm):
         """Publish a run of random weights as the stage would; of stage 2, LoRA that matters."""
         params = self.params(llm=llm)
         beside = params.section("llm", LlmSettings)
         tokenizer = load_tokenizer(beside)
         prompts = prompt_format(beside, tokenizer, read_config(beside.model))
         identity = language_model_identity(beside, tokenizer) | prompts.identity()
-        made_from = provenance(self.store, torch.device("cpu"), language_model=identity)
+        made_from = provenance(
+            self.store, torch.device("cpu"), language_model=identity, **dict(origin)
+        )
         run = RunDirectory(stage, params, {"seed": seed}, made_from)
         run.write_history(HISTORY)
         projector = seeded_projector("mlp", 8, 64, seed, pool)
         projector.save(run.files / "projector.safetensors")
-        if stage == "finetune":
+        if stage != "pretrain":
             settings = params.section("llm", LlmSettings)
             model = load_language_model(settings, torch.device("cpu"))
             adapter = add_lora(model, LoraSettings(r=4, alpha=8, dropout=0.5), seed)
