@@ -33,6 +33,7 @@ MODULES = (
     "pipeline.extract",
     "train.pretrain",
     "train.finetune",
+    "train.control",
     "eval.evaluate",
 )
 REPORTS = ("index", "extract", "pretrain", "finetune", "eval")

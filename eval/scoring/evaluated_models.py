@@ -46,13 +46,13 @@ class EvaluatedModel:
     model: CaptionModel
     untrained: CaptionModel
     """The same language model with a projector of random weights."""
-    trained_blind: "BlindModel | None"
-    """The control that learned the same texts without sight, if it was trained."""
     prompt_format: PromptFormat
     store: FeatureStore
     seed: int
     identity: str
     """Hash of weights, features and prompt format, for the cache of generated texts."""
+    trained_blind: BlindModel | None = None
+    """The control that learned the same texts without sight, if it was trained."""
 
 
 @dataclass(frozen=True)

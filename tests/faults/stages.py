@@ -119,7 +119,7 @@ def _verify() -> None:
 
 MODULES = (
     "demo.world", "pipeline.fetch", "pipeline.index", "pipeline.extract",
-    "pipeline.encoding.devices", "train.pretrain", "train.finetune",
+    "pipeline.encoding.devices", "train.pretrain", "train.finetune", "train.control",
     "eval.evaluate", "eval.export", "cache.verify",
 )  # fmt: skip
 
@@ -145,6 +145,7 @@ STAGES = (
         _of_params("train.finetune"),
         ("reports/finetune.json", *(f"runs/finetune/{name}" for name in RUN)),
     ),
+    Stage("control", _of_params("train.control"), ("reports/control.json", "runs/control")),
     Stage("evaluate", _of_params("eval.evaluate"), ("reports",)),
     Stage("export", _export, ("exported",)),
 )

@@ -50,6 +50,22 @@ def test_another_control_that_is_not_beaten_is_named(control):
     assert judge(found, "CIDEr").text.endswith("the noise control or the untrained projector.")
 
 
+def test_a_model_that_gains_nothing_over_one_trained_without_sight_has_learned_language():
+    found = section("CIDEr", SEEN, trained_blind=(0.85, 0.7, 1.0), **LOW)
+    verdict = judge(found, "CIDEr")
+    assert (verdict.state, verdict.text) == (
+        "bad",
+        "Has learned language, not sight, as far as 100 images can show: no gain over the model "
+        "trained without sight.",
+    )
+    won = section("CIDEr", SEEN, trained_blind=(0.4, 0.3, 0.5), **LOW)
+    assert judge(won, "CIDEr").text == "Uses the picture."
+    summary = headline(score_cards({"captions": won, "answers": found}))
+    assert summary.state == "bad"
+    assert summary.text.endswith("1 of 2 main scores gain over the model trained without sight.")
+    assert headline(score_cards({"captions": won})).state == "good"
+
+
 @pytest.mark.parametrize(
     "missing",
     [{}, {"gains": None}, {"gains": {"noise": {}}}, {"gains": {"blind": {"CIDEr": {"gain": 1.0}}}},

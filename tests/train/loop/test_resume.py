@@ -17,6 +17,7 @@ import train.loop.loop
 import train.stages.captions
 from tests.conftest import write_store
 from tests.train.stage_server import outcome
+from train.control import control
 from train.finetune import finetune
 from train.loop.checkpoint import Checkpoints
 from train.model.projector import seeded_projector
@@ -41,9 +42,12 @@ def world(workspace):
     """A workspace in which both stages can run, and their settings."""
     workspace.write_stage_1()
 
-    def params(quantize="none", every_steps=2, llm=workspace.phi_dir, seed=0, **changes):
+    def params(
+        quantize="none", every_steps=2, llm=workspace.phi_dir, seed=0, controls=(), **changes
+    ):
         return workspace.params(
             seed=seed,
+            controls=dict(controls),
             llm={"model": str(llm), "quantize": quantize, "dtype": "fp32"},
             pretrain=LOOP | changes,
             finetune=LOOP | {"lora": LORA} | changes,
@@ -290,6 +294,27 @@ def test_a_second_signal_stops_at_once_and_the_run_still_ends_the_same(
     assert 5 not in checkpoints("finetune")
     finetune(params)
     assert outcome("finetune") == wanted
+
+
+def test_a_control_that_is_stopped_ends_as_one_that_never_was(world, monkeypatch, capsys):
+    def params():
+        return world.resumable(every_steps=1000, controls={"trained_blind": True})
+
+    control(params())
+    wanted = outcome("control")
+    shutil.rmtree("runs/control")
+    with monkeypatch.context() as patch:
+        signal_at(patch, "optimizer_step", 5)
+        with pytest.raises(KeyboardInterrupt):
+            control(params())
+    assert list(checkpoints("control")) == [5]
+    # The stage itself has checkpoints of its own.
+    finetune(params())
+    assert list(checkpoints("control")) == [5]
+    capsys.readouterr()
+    control(params())
+    assert f"control: going on after step 5 of {STEPS}\n" in capsys.readouterr().err
+    assert outcome("control") == wanted
 
 
 def change_learning_rate(world):
