@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from cache.cli.interrupts import without_interrupts
 from cache.errors import SettingsError
-from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing
+from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing, write_text
 from cache.remote.location import is_url
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
@@ -44,6 +44,9 @@ def fetch(params: Params) -> None:
         render_demo(FETCH_WORK / "demo")
     elif data.source == "coco":
         fetch_files(params.section("fetch", FetchSettings).files)
+    else:
+        # DVC warns of an empty folder.
+        write_text(RAW / "about.txt", "Nothing is fetched with data.source: local.\n")
     check_paths(data)
     link_inputs(data)
 

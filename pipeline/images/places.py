@@ -23,6 +23,7 @@ from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
 from pipeline.inputs import matches
 from workspace.errors import StageError
+from workspace.paths import RAW
 
 Kind = Literal["zip", "tar", "parquet"]
 
@@ -137,8 +138,8 @@ def addresses(path: str, key: str) -> list[str | Path]:
     if glob.has_magic(path):
         raise _no_match(path, key)
     raise StageError(
-        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images "
-        f"there; the sources demo and coco make it in the fetch stage."
+        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images; "
+        f"the stage fetch makes what is below {RAW}."
     )
 
 

@@ -55,7 +55,9 @@ def table_rows(file: AnnotationFile, path: Path, columns: Columns) -> Iterator[E
             yield record, cells
         elif len(cells) != len(names):
             counts = f"{len(cells)} instead of {len(names)}"
-            yield record, RecordError(f"not as many cells as the header: {counts}")
+            remedy = f"; quotes keep a text with {delimiter!r} in one cell"
+            remedy = remedy if len(cells) > len(names) else ""
+            yield record, RecordError(f"not as many cells as the header: {counts}{remedy}")
         else:
             yield record, dict(zip(names, cells, strict=True))
 

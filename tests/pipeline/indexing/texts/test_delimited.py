@@ -57,7 +57,7 @@ def test_a_record_is_the_line_on_which_it_begins(tmp_path):
 def test_a_row_with_another_number_of_cells_is_rejected(tmp_path):
     found = read(tmp_path, "image,caption\na.jpg,x,y\nb.jpg\nc.jpg,z\n")
     assert [str(row) for _, row in found[:2]] == [
-        "not as many cells as the header: 3 instead of 2",
+        "not as many cells as the header: 3 instead of 2; quotes keep a text with ',' in one cell",
         "not as many cells as the header: 1 instead of 2",
     ]
     assert found[2] == ("f.csv: line 4", {"image": "c.jpg", "caption": "z"})
