@@ -24,7 +24,7 @@ from pipeline.inputs import link_inputs, matches, named_paths
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.paths import RAW, WORK
+from workspace.paths import INPUTS, RAW, WORK
 from workspace.settings import Params
 from workspace.stage import run_stage
 
@@ -135,6 +135,10 @@ def check_paths(data: DataSettings) -> None:
     """
     local = [(key, path) for key, path in named_paths(data) if not is_url(path)]
     for key, path in local:
+        if Path(path).resolve().is_relative_to(INPUTS.resolve()):
+            raise StageError(
+                f"{key}: {path} lies in {INPUTS}, which this stage makes anew. Move it."
+            )
         if not matches(path):
             raise StageError(
                 f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"
