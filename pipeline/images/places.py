@@ -83,6 +83,8 @@ class Place:
     prefix: str
     """What stands before a file's path in its full name: empty, or folders that end in `/`."""
     files: ImageFiles
+    is_named: bool = False
+    """Whether the settings give a prefix."""
 
 
 def open_places(path: str, key: str, follow_links: bool) -> list[Place]:
