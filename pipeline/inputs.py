@@ -16,6 +16,9 @@ from cache.remote.location import is_url
 from workspace.data_settings import DataSettings
 from workspace.paths import INPUTS, RAW
 
+MAX_NAME_BYTES = 200
+"""Bytes of a file's name that its link keeps."""
+
 MAX_FOLDERS = 8
 """Folders that `dvc.yaml` watches."""
 
@@ -47,8 +50,13 @@ def link_inputs(data: DataSettings) -> None:
     for path in watched_paths(data):
         if path.is_file():
             number = len(list((INPUTS / "files").iterdir()))
-            (INPUTS / "files" / f"{number:03d}_{path.name}").symlink_to(path)
-        elif Path.cwd().is_relative_to(path.resolve()) or len(folders) == MAX_FOLDERS:
+            # A name may be as long as the system allows, which the number would make longer.
+            name = os.fsdecode(os.fsencode(path.name)[-MAX_NAME_BYTES:])
+            (INPUTS / "files" / f"{number:03d}_{name}").symlink_to(path)
+        elif not path.is_dir():
+            # DVC would wait for a pipe for ever; the index stage refuses it.
+            continue
+        elif INPUTS.resolve().is_relative_to(path.resolve()) or len(folders) == MAX_FOLDERS:
             unwatched.append(str(path))
         else:
             folders.append(path)

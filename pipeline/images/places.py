@@ -23,6 +23,7 @@ from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
 from pipeline.inputs import matches
 from workspace.errors import StageError
+from workspace.paths import RAW
 
 Kind = Literal["zip", "tar", "parquet"]
 
@@ -137,8 +138,8 @@ def addresses(path: str, key: str) -> list[str | Path]:
     if glob.has_magic(path):
         raise _no_match(path, key)
     raise StageError(
-        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images "
-        f"there; the sources demo and coco make it in the fetch stage."
+        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images; "
+        f"the stage fetch makes what is below {RAW}."
     )
 
 
@@ -219,7 +220,7 @@ def kind_of(file: ByteFile, key: str) -> Kind:
             )
     if start[TAR_SIGNATURE_START:].startswith(TAR_SIGNATURE):
         return "tar"
-    if isinstance(file, RemoteFile) and start.lstrip()[:1] == b"<":
+    if file.address.startswith(WEB) and start.lstrip().startswith(b"<"):
         raise _web_folder(file.address, key)
     suffix = PurePosixPath(file.name).suffix.lower()
     return {".tar": "tar", ".parquet": "parquet"}.get(suffix, "zip")  # type: ignore[return-value]

@@ -1014,7 +1014,7 @@ def test_captions_are_scored_on_split_test_where_there_is_one(world):
     assert found["contamination"]["captions"] == {"images": 2, "contaminated": 1, "left_out": 1}
     assert {(row["image_id"], row["split"]) for row in rows(kind="caption")} == {(114, "test")}
     texts = Page(PAGE.read_text()).texts
-    said = "Images are split by karpathy; the captions to score are those of split test."
+    said = "Images are split by karpathy; scored captions are those of split test."
     assert said in texts
 
 

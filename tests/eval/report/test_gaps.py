@@ -103,6 +103,6 @@ def test_the_page_begins_with_what_was_trained(untrained, task):
 
 
 def test_the_page_names_the_split():
-    said = "Images are split by karpathy; the captions to score are those of split test."
+    said = "Images are split by karpathy; scored captions are those of split test."
     assert said in render(scores=FULL).texts
     assert not any("split by" in text for text in render(scores={}).texts)

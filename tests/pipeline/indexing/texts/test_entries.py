@@ -77,6 +77,13 @@ def test_names_in_a_dictionary_are_names(tmp_path):
     assert len(captions_of(tmp_path / "t.parquet")) == 5
 
 
+def test_a_table_that_unpacks_to_too_much_is_refused_unread(tmp_path):
+    table = pa.table({"image": ["a.jpg"] * 4000, "caption": ["x" * (1 << 17)] * 4000})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    assert "it unpacks to more than 256 MiB" in refused(tmp_path / "t.parquet")
+
+
 def test_parquet_holds_conversations_too(tmp_path):
     said = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
     path = write_table(tmp_path / "t.parquet", [{"id": 3, "image": "1.jpg", "conversations": said}])
@@ -89,7 +96,7 @@ def test_parquet_holds_conversations_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(HEADER.encode()), "compressed with gzip; unpack it"),
+        (gzip.compress(HEADER.encode(), mtime=0), "compressed with gzip; unpack it"),
         (b"PK\x03\x04abc", "an Excel workbook"),
         (HEADER.encode("utf-16"), "UTF-16 text; save it in UTF-8"),
         (b"PAR1abc", "not usable parquet"),
@@ -112,8 +119,8 @@ def test_a_json_value_that_holds_no_records_is_refused(tmp_path):
 def test_columns_that_parquet_lacks_are_named(tmp_path):
     path = write_table(tmp_path / "t.parquet", [{"file": "a.jpg", "label": 3}])
     assert "no column 'image' or 'file_name' and 'caption' or 'text'" in refused(path)
-    path = write_table(tmp_path / "i.parquet", [{"image": {"bytes": b"x"}, "caption": "a"}])
-    assert "column 'image' holds struct<bytes: binary>, wanted file names" in refused(path)
+    path = write_table(tmp_path / "i.parquet", [{"image": {"url": "x"}, "caption": "a"}])
+    assert "column 'image' holds struct<url: string>, wanted file names" in refused(path)
 
 
 def test_the_layout_is_told_by_any_of_the_first_records(tmp_path):
