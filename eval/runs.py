@@ -6,7 +6,7 @@ does not fit is found before hours or gigabytes are spent on it.
 
 import contextlib
 import csv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -135,12 +135,15 @@ def open_run(folder: Path) -> FinishedRun:
     return run
 
 
-def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]:
-    """Open the runs of both stages and check them against features, language model and each other.
+def open_stages(
+    llm: LlmSettings, store: FeatureStore, stages: Collection[str] = STAGES
+) -> dict[str, FinishedRun]:
+    """Open the runs of stages and check them against features, language model and each other.
 
     Args:
-        llm: The language model that both are evaluated with.
-        store: The features that both are evaluated with.
+        llm: The language model that they are evaluated with.
+        store: The features that they are evaluated with.
+        stages: The stages.
 
     Returns:
         Stage to run, in the order of `STAGES`.
@@ -153,10 +156,13 @@ def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]
     """
     prompts = _load_prompts(llm)
     identity = _identity(llm, prompts)
-    runs = {stage: _open(RUNS / stage, llm, prompts, identity) for stage in STAGES}
+    runs = {
+        stage: _open(RUNS / stage, llm, prompts, identity) for stage in STAGES if stage in stages
+    }
     for run in runs.values():
         run.check_features(store.spec, str(store.root))
-    _check_same_start(runs["pretrain"], runs["finetune"])
+    if len(runs) == len(STAGES):
+        _check_same_start(runs["pretrain"], runs["finetune"])
     return runs
 
 
@@ -167,7 +173,7 @@ def open_control(runs: Mapping[str, FinishedRun]) -> FinishedRun | None:
         runs: Stage to run, as `open_stages` returns them.
 
     Returns:
-        None if no control was trained.
+        None if no control was trained, or that of a stage which is not evaluated.
 
     Raises:
         SettingsError: The control's settings are damaged.
@@ -177,17 +183,16 @@ def open_control(runs: Mapping[str, FinishedRun]) -> FinishedRun | None:
     folder = RUNS / CONTROL
     if not (folder / "params.yaml").is_file():
         return None
-    stage = next(stage for stage in reversed(STAGES) if runs[stage].is_trained)
-    twin = runs[stage]
     found = read_provenance(folder / PROVENANCE)
-    differing = [
-        name
-        for name, wanted in {
-            CONTROL_OF: stage,
-            **{name: twin.provenance.get(name) for name in SAME_IN_CONTROL},
-        }.items()
-        if found.get(name) != wanted
-    ]
+    trained = [stage for stage, run in runs.items() if run.is_trained]
+    if not trained or found.get(CONTROL_OF) in set(STAGES) - runs.keys():
+        # The stage is not evaluated.
+        return None
+    stage, twin = trained[-1], runs[trained[-1]]
+    wanted = {CONTROL_OF: stage} | {name: twin.provenance.get(name) for name in SAME_IN_CONTROL}
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if found.get(LANGUAGE_MODEL) is None:
+        differing.append(LANGUAGE_MODEL)
     differing += changed_settings(CONTROL, twin.params, ("seed", "llm", "projector", stage))
     if differing:
         raise StageError(

@@ -16,7 +16,7 @@ Letters: B images, P patches, D width of the vision tower.
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,10 @@ class Condition:
     """Hashes of the weights of another run than the model's own."""
     active: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     """Makes the block in which the model computes."""
+
+    def only(self, numbers: Sequence[int]) -> "Condition":
+        """Return the condition for some of the questions."""
+        return replace(self, image_ids=[self.image_ids[number] for number in numbers])
 
 
 def make_conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:

@@ -57,7 +57,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluatedModels:
-    """The models of both stages, which share one language model; None of a stage without texts."""
+    """The models of both stages, which share one language model; None of a stage without scores."""
 
     stage_1: EvaluatedModel | None
     """Valid while the adapter is disabled."""
@@ -75,7 +75,7 @@ def load_models(
     seed: int,
     control: FinishedRun | None = None,
 ) -> EvaluatedModels:
-    """Load the models of both stages, so that damage in either is found before texts are generated.
+    """Load the models of all runs, so that damage in any is found before texts are generated.
 
     Args:
         runs: Stage to run, as `eval.runs.open_stages` returns them.
@@ -87,27 +87,30 @@ def load_models(
         SettingsError: The language model cannot be loaded.
         StageError: The adapter is missing, damaged, or does not fit the language model.
     """
-    pretrain, finetune = runs["pretrain"], runs["finetune"]
-    language_model = load_language_model(finetune.llm, pick_device())
+    pretrain, finetune = runs.get("pretrain"), runs.get("finetune")
+    # All share language model and prompt format.
+    any_run = next(iter(runs.values()))
+    language_model = load_language_model(any_run.llm, pick_device())
     shared = {
         # Before LoRA is added, which renames the layers.
-        "language_model": language_model_fingerprint(language_model, finetune.tokenizer),
+        "language_model": language_model_fingerprint(language_model, any_run.tokenizer),
         "features": sha256_of(FEATURES / INDEX_FILE),
         "seed": seed,
-        "end_ids": finetune.prompt_format.end_ids,
-        **finetune.prompt_format.identity(),
+        "end_ids": any_run.prompt_format.end_ids,
+        **any_run.prompt_format.identity(),
     }
     adapter = None
-    if finetune.is_trained:
-        others = {CONTROL: control.folder / ADAPTER} if control else {}
+    if finetune and finetune.is_trained:
+        others = {CONTROL: control.folder / ADAPTER} if control and control.answers else {}
         adapter = load_lora(language_model, finetune.folder / ADAPTER, others)
     blind_model = None
     if control:
-        projector = control.projector.to(language_model.device)
         blind_model = BlindModel(
-            CaptionModel(projector, language_model), adapter, weights_of(control.folder)
+            model=CaptionModel(control.projector.to(language_model.device), language_model),
+            adapter=adapter if control.answers else None,
+            weights=weights_of(control.folder),
         )
-    last = finetune if finetune.is_trained else pretrain
+    last_trained = [run for run in runs.values() if run.is_trained][-1:]
 
     def evaluated(run: FinishedRun) -> EvaluatedModel:
         projector = run.projector
@@ -123,7 +126,7 @@ def load_models(
             name=run.folder.name,
             model=CaptionModel(projector.to(language_model.device), language_model),
             untrained=CaptionModel(untrained.to(language_model.device), language_model),
-            trained_blind=blind_model if run is last else None,
+            trained_blind=blind_model if run in last_trained else None,
             prompt_format=run.prompt_format,
             store=store,
             seed=seed,
@@ -131,6 +134,6 @@ def load_models(
         )
 
     stage_1, both_stages = (
-        evaluated(run) if run.is_trained else None for run in (pretrain, finetune)
+        evaluated(run) if run and run.is_trained else None for run in (pretrain, finetune)
     )
     return EvaluatedModels(stage_1, both_stages, adapter)
