@@ -181,7 +181,7 @@ def test_features_lie_on_the_disk_once(clone, killed_then_finished):
 def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
     change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
     stdout = dvc(clone, "repro")
-    assert stages_run(stdout) == ["pretrain", "finetune", "evaluate"]
+    assert stages_run(stdout) == ["pretrain", "finetune", "control", "evaluate"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.documents.pages import run_commands, section
 
 pytestmark = pytest.mark.slow("runs experiments and a sweep under DVC")
 
-TRAINING = ["pretrain", "finetune", "evaluate"]
+TRAINING = ["pretrain", "finetune", "control", "evaluate"]
 SCORE = "captions.CIDEr"
 
 Files = dict[str, tuple[int, bytes]]
@@ -160,7 +160,7 @@ def test_features_of_another_workspace_are_the_same_bytes(checkout, experiment, 
 
 
 def test_an_experiment_of_a_sweep_trains_what_its_setting_changes_only(swept):
-    assert stages_run(swept.stdout) == ["finetune", "evaluate"] * 2
+    assert stages_run(swept.stdout) == ["finetune", "control", "evaluate"] * 2
 
 
 def test_a_queued_experiment_runs_the_code_that_it_was_queued_with(swept):

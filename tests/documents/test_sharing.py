@@ -27,7 +27,7 @@ from tests.documents.pages import Block, run_commands, section
 
 pytestmark = pytest.mark.slow("shares a store between repositories under DVC")
 
-TRAINING = ["pretrain", "finetune", "evaluate"]
+TRAINING = ["pretrain", "finetune", "control", "evaluate"]
 
 PUSH, CLONE, PULL_RUNS, TRAIN, PULL_AGAIN, ONE_SHARD = section("Sharing features")
 
