@@ -73,6 +73,7 @@ def test_every_stage_leaves_its_outputs(clone, killed_then_finished):
         "runs/pretrain/history.csv",
         "runs/finetune/adapter/adapter_model.safetensors",
         "runs/finetune/provenance.json",
+        "runs/control/metrics.json",
         "reports/eval.json",
         "reports/predictions.parquet",
         "reports/captions_results.json",
