@@ -11,6 +11,8 @@ from eval.report.scores import (
     METRICS,
     Section,
     by_condition,
+    gain_over,
+    gain_text,
     measured,
     measured_by_condition,
     metric_of,
@@ -18,6 +20,7 @@ from eval.report.scores import (
     section_of,
     titled_sections,
 )
+from eval.scoring.budget import of_images
 from eval.scoring.score_names import BLIND, SEEN
 
 SECTION_TITLES = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
@@ -56,7 +59,7 @@ def type_table(scores: Section) -> Table | None:
     frequent = sorted(parts, key=lambda name: (-parts[name].get("count", 0), name))
     return _parts_table(
         "Answers by type of question",
-        "Type",
+        f"Type{of_images(section_of(scores, 'answers'))}",
         {name: parts[name] for name in frequent if parts[name]},
         ("count", "short_count"),
         ("exact_match", "token_f1", "ROUGE-L"),
@@ -66,7 +69,8 @@ def type_table(scores: Section) -> Table | None:
 def pope_table(scores: Section) -> Table | None:
     """Return the scores of yes/no questions, a row for each subset."""
     keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
-    return _parts_table("Yes/no questions", "Subset", pope_sections(scores), ("count",), keys)
+    parts = {name + of_images(part): part for name, part in pope_sections(scores).items()}
+    return _parts_table("Yes/no questions", "Subset", parts, ("count",), keys)
 
 
 def contamination_table(scores: Section) -> Table | None:
@@ -98,11 +102,22 @@ def _score_table(title: str, section: Section) -> Table:
         if any(key in values for values in conditions.values()):
             metric = metric_of(key)
             found = measured_by_condition(section, key).values()
-            cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
+            model, *controls = (
+                (m.written, m.interval) if m.interval else (m.written,) for m in found
+            )
+            cells = [model, _gain(section, key), *controls]
             rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
-    return Table(
-        title=title, first="Metric", columns=[LABELS[name].column for name in conditions], rows=rows
-    )
+    columns = [LABELS[name].column for name in conditions]
+    columns.insert(1, "Gain over wrong image")
+    return Table(title=title, first="Metric", columns=columns, rows=rows)
+
+
+def _gain(section: Section, key: str) -> Cell:
+    gain = gain_over(section, key, BLIND)
+    if gain is None:
+        return ("",)
+    text = gain_text(metric_of(key), gain)
+    return text.value, text.interval, f"p {text.p}"
 
 
 def _parts_table(
