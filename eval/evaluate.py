@@ -27,7 +27,13 @@ from eval.scoring.generation import (
     caption_images,
 )
 from eval.scoring.losses import answer_losses
-from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
+from eval.scoring.predictions import (
+    Prediction,
+    write_coco_results,
+    write_pope_answers,
+    write_pope_questions,
+    write_predictions,
+)
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
 from eval.scoring.score_names import BLIND
 from eval.settings import EvaluateSettings
@@ -69,6 +75,9 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     write_json(REPORTS / "contamination.json", contamination)
     write_predictions(REPORTS / "predictions.parquet", predictions)
     write_coco_results(REPORTS / "captions_results.json", predictions, shown_model)
+    pope = evaluation_set.pope
+    write_pope_questions(REPORTS / "pope_questions.jsonl", pope, evaluation_set.file_names)
+    write_pope_answers(REPORTS / "pope_answers.jsonl", pope, predictions)
     texts = gallery_texts(predictions, shown_model)
     page = render_report(
         scores=scores,
