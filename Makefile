@@ -45,6 +45,7 @@ lint: $(INSTALLED)
 # The other loaders, beside what is locked: never instead of it, whatever they declare.
 bench: $(INSTALLED)
 	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-bench.txt
+	pytest tests/bench/test_datasets.py
 	python -m bench.read
 	python -m bench.order
 	python -m bench.scale

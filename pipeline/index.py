@@ -109,11 +109,12 @@ def build_index(data: DataSettings, seed: int) -> Index:
     """
     listed = read_all_captions(data)
     files = [file for of_split in listed.values() for file in of_split]
-    question_files = read_question_files(list(data.splits.items())[-1][1].caption_paths)
+    scored = data.splits.get("val", data.train)
+    question_files = read_question_files(scored.caption_paths)
     instruct = read_instruct(data.instruct_paths, files, question_files, seed)
 
-    # Without captions, nothing is scored on split val.
-    is_cut = data.split == "hash" or (data.split_name == "hash" and bool(files))
+    # Without captions nothing is scored on split val, so only `split: hash` asks for a cut.
+    is_cut = data.split_name == "hash" and (bool(files) or data.split == "hash")
     images = ImageCollection(
         open_archives(data, data.splits),
         split_of=partial(split_by_hash, val_share=data.val_share) if is_cut else None,

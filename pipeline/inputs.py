@@ -2,7 +2,7 @@
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
 alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
-links to folders, or empty files.
+links to folders, or files without meaning.
 """
 
 import glob
@@ -42,9 +42,14 @@ def link_inputs(data: DataSettings) -> None:
     """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch."""
     shutil.rmtree(INPUTS, ignore_errors=True)
     (INPUTS / "files").mkdir(parents=True)
+    # DVC warns of an empty folder or file.
+    (INPUTS / "files" / "about.txt").write_text("Links to inputs, by which DVC sees changes.\n")
     unwatched = [path for _, path in named_paths(data) if is_url(path)]
     folders: list[Path] = []
     for path in watched_paths(data):
+        if not (path.is_file() or path.is_dir()):
+            # DVC would read a device without an end; the index stage refuses it.
+            continue
         if path.is_file():
             number = len(list((INPUTS / "files").iterdir()))
             (INPUTS / "files" / f"{number:03d}_{path.name}").symlink_to(path)
@@ -57,7 +62,7 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            link.touch()
+            link.write_text("unused\n")
     if unwatched:
         print(
             f"fetch: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "

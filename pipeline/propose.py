@@ -17,6 +17,7 @@ from cache.remote.location import is_url
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
 from pipeline.images.names import IMAGE_SUFFIXES, is_named_as_image
+from pipeline.images.zip_file import REMEDY
 from pipeline.indexing.annotations import CaptionsFile
 from pipeline.indexing.captions import read_captions
 from pipeline.indexing.collect import split_by_hash
@@ -133,14 +134,15 @@ def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
         try:
             file = read_captions(path, key="captions", split="hash")
         except StageError as error:
-            _say(f"not taken for captions: {error}")
+            reason = str(error).removeprefix("captions: ").removesuffix(f" {REMEDY}")
+            _say(f"not taken for captions: {reason}")
             continue
         if file.captions:
             found[path] = file
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
-        _say(f"several files may be the captions, so none is taken: {', '.join(found)}")
+        _say(f"several files may be the captions; name one with CAPTIONS: {', '.join(found)}")
     return None, None
 
 
@@ -187,7 +189,9 @@ def choose_weights() -> str:
         ):
             open_clip.download_pretrained(weights)
     except (StageError, OSError) as error:
-        reason = f"the model hub cannot be reached ({failure})" if failure else one_line(error)
+        reason = one_line(error)
+        if failure:
+            reason = f"the model hub cannot be reached ({failure.rstrip('.')})"
         _say(
             f"RANDOM weights instead, because {reason}. Such features only serve to try the "
             f"stages: run the same command again where there is a network, or name a checkpoint "

@@ -37,6 +37,8 @@ class ImageArchive:
         self._by_prefix: dict[str, list[Place]] = defaultdict(list)
         for place in self._places:
             self._by_prefix[place.prefix].append(place)
+        self._num_folders = max((p.count("/") for p in self._by_prefix), default=0)
+        """Most folders in a prefix."""
         self.path = ", ".join(item.path for item in paths)
         """All places, for error texts."""
 
@@ -99,7 +101,7 @@ class ImageArchive:
         """Yield the places with a file of this full name, and its path there."""
         # By the folders in the name: a thousand shards are not asked one by one.
         end = 0
-        while True:
+        for _ in range(self._num_folders + 1):
             name = full_name[end:]
             for place in self._by_prefix.get(full_name[:end], ()):
                 if name and place.files.has(name):

@@ -219,7 +219,7 @@ def kind_of(file: ByteFile, key: str) -> Kind:
             )
     if start[TAR_SIGNATURE_START:].startswith(TAR_SIGNATURE):
         return "tar"
-    if isinstance(file, RemoteFile) and start.lstrip()[:1] == b"<":
+    if file.address.startswith(WEB) and start.lstrip().startswith(b"<"):
         raise _web_folder(file.address, key)
     suffix = PurePosixPath(file.name).suffix.lower()
     return {".tar": "tar", ".parquet": "parquet"}.get(suffix, "zip")  # type: ignore[return-value]

@@ -10,7 +10,7 @@ another image has it.
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import xxhash
@@ -98,6 +98,8 @@ class ImageCollection:
         self._claims: dict[int, list[Claim]] = defaultdict(list)
         self._ids: dict[str, int | str] = {}
         """The id of a file, or why it has none, by the file's real path."""
+        self._other_names: dict[str, ImageFile] = {}
+        """Files by the names, in full and without folders, that their images have elsewhere."""
 
     def add_listed(self, records: Mapping[Split, list[ImageRecord]]) -> None:
         """Add the images of all captions files; unusable ones go to `rejected`.
@@ -140,7 +142,7 @@ class ImageCollection:
             except RecordError as error:
                 self.num_without_number += 1
                 self.rejected.append(Rejection("images", record.record, str(error)))
-        self._add_unnumbered(found)
+        self._add_unnumbered(found, with_copies=True)
         return others
 
     def move_to_val(self, image_ids: Iterable[int]) -> None:
@@ -177,11 +179,14 @@ class ImageCollection:
 
     def _find_listed(self, record: ImageRecord, split: Split) -> tuple[str, ImageFile]:
         """Return the first name of an image that is a file's, and the file."""
-        for name in record.other_names:
+        names = (record.file_name, *record.other_names)
+        for name in names:
             with contextlib.suppress(RecordError):
-                return record.file_name, self._lookup.find_listed(record.file_name, split)
-            with contextlib.suppress(RecordError):
-                return name, self._lookup.find_listed(name, split)
+                file = self._lookup.find_listed(name, split)
+                if record.other_names:
+                    bases = [other.rpartition("/")[2] for other in names]
+                    self._other_names.update(dict.fromkeys((*names, *bases), file))
+                return name, file
         return record.file_name, self._lookup.find_listed(record.file_name, split)
 
     def _claim(self, record: ImageRecord, image_id: int, file: ImageFile, split: Split) -> Claim:
@@ -231,12 +236,57 @@ class ImageCollection:
             claim.problem = f"image file of two ids: {claim!r} is {known} and {claim.image_id}"
             self.problems[claim.image_id] = claim.problem
 
-    def _add_unnumbered(self, found: Iterable[tuple[ImageRecord, ImageFile, Split]]) -> None:
-        """Add each file once, under an id that follows from its name."""
-        claims: dict[str, Claim] = {}
+    def _add_unnumbered(
+        self, found: Iterable[tuple[ImageRecord, ImageFile, Split]], *, with_copies: bool = False
+    ) -> None:
+        """Add each file once, under an id that follows from its name.
+
+        Args:
+            found: Records, the files that they name, and the splits that these were named for.
+            with_copies: Whether a file with the number and the bytes of another is an image of its
+                own. Otherwise the texts of both are about one image.
+        """
+        by_number: dict[int, list[Claim]] = defaultdict(list)
+        by_hash: dict[int, list[Claim]] = defaultdict(list)
+        for claim in self._claims_by_name(found):
+            by_number[claim.image_id].append(claim)
+        new: list[Claim] = []
+        copies: list[Claim] = []
+        for image_id, same in by_number.items():
+            same.sort(key=Claim.precedence)
+            if _claim_of_another_file(same[0], [*same, *self._claims[image_id]]):
+                # No file has the number rather than another, so none of the new ones keeps it.
+                kept, moved = [], same
+            else:
+                # All have the same bytes; those of no image are rejected one by one.
+                num_kept = len(same) if same[0].problem else int(image_id not in self.rows)
+                kept, moved = same[:num_kept], same[num_kept:]
+                if not with_copies:
+                    copies += moved
+                    moved = []
+            if kept:
+                self._resolve_unnumbered(image_id, kept)
+            for claim in moved:
+                claim.image_id = hashed_id(claim.record.file_name)
+                by_hash[claim.image_id].append(claim)
+            new += kept + moved
+        for image_id, same in by_hash.items():
+            self._resolve_unnumbered(image_id, same)
+        self.num_without_number += len(new)
+        self._accept(new)
+        for copy in copies:
+            if copy.file:
+                self._ids[copy.file.real_path] = copy.image_id
+
+    def _claims_by_name(
+        self, found: Iterable[tuple[ImageRecord, ImageFile, Split]]
+    ) -> Iterator[Claim]:
+        """Yield a claim for each new file; a file whose name is not UTF-8 is rejected."""
+        seen: set[str] = set()
         for record, file, split in found:
-            if file.real_path in self._ids or file.real_path in claims:
+            if file.real_path in self._ids or file.real_path in seen:
                 continue
+            seen.add(file.real_path)
             try:
                 image_id = _id_by_name(file.full_name)
             except UnicodeEncodeError:
@@ -244,26 +294,8 @@ class ImageCollection:
                 self._ids[file.real_path] = problem
                 self.rejected.append(Rejection("images", record.record, problem))
                 self.num_without_number += 1
-                continue
-            image = replace(record, file_name=file.full_name)
-            claims[file.real_path] = self._claim(image, image_id, file, split)
-        self.num_without_number += len(claims)
-        by_id: dict[int, list[Claim]] = defaultdict(list)
-        for claim in claims.values():
-            by_id[claim.image_id].append(claim)
-        hashed: dict[int, list[Claim]] = defaultdict(list)
-        for image_id, same in by_id.items():
-            known = self._claims[image_id]
-            if _claim_of_another_file(same[0], [*same, *known]):
-                # No file has the number rather than another, so none of the new ones keeps it.
-                for claim in same:
-                    claim.image_id = hashed_id(claim.record.file_name)
-                    hashed[claim.image_id].append(claim)
             else:
-                self._resolve_unnumbered(image_id, same)
-        for image_id, same in hashed.items():
-            self._resolve_unnumbered(image_id, same)
-        self._accept(list(claims.values()))
+                yield self._claim(replace(record, file_name=file.full_name), image_id, file, split)
 
     def _resolve_unnumbered(self, image_id: int, claims: list[Claim]) -> None:
         """Leave one new claim of an id without a problem, unless another image has the id."""
@@ -272,11 +304,9 @@ class ImageCollection:
         if image_id not in self.rows:
             self._resolve_id(image_id, known)
             return
-        other = _claim_of_another_file(known[0], known)
         for claim in claims:
-            repeated = f"image id repeated: {image_id}"
             taken = f"image id of two files: {image_id} is that of {known[0]!r}"
-            claim.problem = claim.problem or (taken if other else repeated)
+            claim.problem = claim.problem or taken
 
     def id_of(self, name: str, split: Split | None = None) -> int:
         """Return the id of the image that a text names, after all images were added.
@@ -298,7 +328,14 @@ class ImageCollection:
 
     def _file_of(self, name: str) -> ImageFile:
         """Return the file that a text names; of several equal files, one with an id."""
-        files = self._lookup.find_named(name)
+        try:
+            files = self._lookup.find_named(name)
+        except RecordError:
+            base_name = name.rpartition("/")[2]
+            other = self._other_names.get(name) or self._other_names.get(base_name)
+            if other is None:
+                raise
+            return other
         return next((f for f in files if isinstance(self._ids.get(f.real_path), int)), files[0])
 
 

@@ -1,10 +1,22 @@
 """How values are spelled: sizes, long lists, long texts."""
 
 import random
+import string
 
 import pytest
+import yaml
+from markdown_it import MarkdownIt
 
-from cache.texts import MAX_LINE, UNITS, first_few, human_size, one_line
+from cache.texts import (
+    MAX_LINE,
+    UNITS,
+    first_few,
+    human_size,
+    markdown_text,
+    one_line,
+    printable,
+    yaml_entry,
+)
 
 
 @pytest.mark.parametrize(
@@ -44,3 +56,36 @@ def test_a_long_list_is_cut_and_says_so(count, text):
 def test_a_long_text_is_cut():
     assert one_line("x " * MAX_LINE).endswith("...")
     assert len(one_line("x" * 10 * MAX_LINE)) == MAX_LINE + 3
+
+
+def random_texts(count):
+    rng = random.Random(1)
+    signs = string.printable + "\x1b\x85\u2028\u202e\ufeff\ud83d\U0001f600\xe9"
+    return ["".join(rng.choices(signs, k=rng.randrange(1, 30))) for _ in range(count)]
+
+
+def test_a_printable_text_is_one_line_that_can_be_stored():
+    for text in random_texts(500):
+        line = printable(text)
+        assert line.isprintable()
+        assert printable(line) == line
+        line.encode()
+    assert printable("a\n b \u202ec\ud83d") == "a b \N{REPLACEMENT CHARACTER}c" + (
+        "\N{REPLACEMENT CHARACTER}"
+    )
+
+
+def test_a_text_in_a_cell_of_markdown_is_shown_as_it_is():
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    for text in random_texts(500):
+        table = f"| head |\n| --- |\n| x{markdown_text(text)} |"
+        texts = [token for token in reader.parse(table) if token.type == "inline"]
+        assert len(texts) == 2
+        assert {child.type for child in texts[1].children} <= {"text"}
+        assert "".join(child.content for child in texts[1].children) == f"x{printable(text)}"
+
+
+def test_an_entry_of_yaml_gives_its_value_back():
+    for text in random_texts(500):
+        value = {"text": printable(text), "list": [printable(text), 3]}
+        assert yaml.safe_load(yaml_entry("key", value)) == {"key": value}

@@ -44,7 +44,7 @@ def test_every_folder_of_the_tree_is_there_and_every_package_is_in_it():
     rooms, top = set(), None
     for line in tree.splitlines():
         names = re.findall(
-            r"(?<![\w.])(\w+)/", line.split("   ")[0] if line.startswith(" ") else line
+            r"(?<![\w./])([\w/]+)/", line.split("   ")[0] if line.startswith(" ") else line
         )
         if line.startswith(" "):
             rooms |= {f"{top}/{name}" for name in names}

@@ -21,7 +21,7 @@ from tests.documents.pages import ROOT, run_commands, section
 
 pytestmark = pytest.mark.slow("trains on a store of a played Hub, under DVC")
 
-UPLOAD, SYNC, READ = section("The Hugging Face Hub")
+UPLOAD, _, READ = section("The Hugging Face Hub")
 
 REPOSITORY = "me/photo-features"
 

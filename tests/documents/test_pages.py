@@ -20,9 +20,13 @@ ELSEWHERE = {
     "Experiments": "test_everyday_use",
     "Features": "test_everyday_use",
     "Sharing features": "test_sharing",
+    "Your own images and texts": "test_own_data",
     "The Hugging Face Hub": "test_hub_page",
 }
 """Heading of a section to the module that runs its shell blocks, in order."""
+
+STORIES = ROOT / "docs/own_data.md"
+"""The page whose blocks `test_own_data` runs."""
 
 OWN_FEATURES = "Features of your own"
 """Heading of the section whose code `test_own_features` runs."""
@@ -30,7 +34,7 @@ OWN_FEATURES = "Features of your own"
 BLOCKS = [
     block
     for block in all_blocks("sh", "python")
-    if block.heading != OWN_FEATURES
+    if block.heading != OWN_FEATURES and block.page != STORIES
     if block.language == "python" or (block.heading not in ELSEWHERE and block.runnable)
 ]
 """In order: the code that loads an export stands behind the command that makes it."""

@@ -84,6 +84,16 @@ def test_features_only_index_every_picture_and_count_other_files():
     assert (tables["captions"], tables["conversations"]) == ([], [])
 
 
+def test_features_only_are_of_every_file_even_of_copies():
+    write_pictures("pictures", ["a/1.png", "c.png"])
+    for copy in ("b/1.png", "d.png"):
+        Path(f"pictures/{copy}").parent.mkdir(exist_ok=True)
+        Path(f"pictures/{copy}").write_bytes(Path("pictures/a/1.png").read_bytes())
+    tables, report = run(train={"images": "pictures"})
+    assert names_of(tables) == ["a/1.png", "b/1.png", "c.png", "d.png"]
+    assert report["images"]["read"] == report["images"]["kept"] == 4
+
+
 def test_a_file_that_only_looks_like_a_picture_is_rejected_and_one_of_another_format_is_not():
     write_pictures("pictures", ["cat.png"])
     Path("pictures/cat.png").rename("pictures/cat.jpg")
@@ -218,6 +228,11 @@ def karpathy(names):
 KARPATHY = {"train": [1, 2], "restval": [3, 4], "val": [5, 6], "test": [7, 8]}
 
 
+def named(numbers):
+    """The names of pictures in both releases in turn."""
+    return [f"COCO_val2014_{n:012d}.jpg" if n % 2 else f"{n:012d}.jpg" for n in numbers]
+
+
 @pytest.mark.parametrize("release", ["COCO_val2014_{:012d}.jpg", "{:012d}.jpg"])
 def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(release):
     # The pictures' bytes are PNG; only their content says what they are.
@@ -226,9 +241,8 @@ def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(releas
     Path("dataset_coco.json").write_text(json.dumps(karpathy(KARPATHY)))
     question = {"question_id": 1, "image": "COCO_val2014_000000000003.jpg", "label": "yes"}
     Path("coco_pope_random.json").write_text(json.dumps(question | {"text": "Is it?"}))
-    write_instruct(*[f"{number:012d}.jpg" for number in range(1, 9)])
-    if "COCO" in release:
-        write_instruct(*[release.format(number) for number in range(1, 9)])
+    # Conversations may call a picture by its name in the other release.
+    write_instruct(*[f"coco/{form}" for form in named(range(1, 9))])
     tables, report = run(
         train={"images": ["one", "two"], "captions": "dataset_coco.json"},
         split="karpathy",
@@ -248,6 +262,7 @@ def test_karpathys_splits_count_and_popes_images_are_kept_out_of_training(releas
     assert {row["image_id"]: row["split"] for row in tables["captions"]} == wanted
     trained = {row["image_id"] for row in tables["conversations"] if row["split"] == "train"}
     assert trained == {1, 2, 4}
+    assert len(tables["conversations"]) == 8
     assert report["pope"]["subsets"] == {"official random": 1}
 
 

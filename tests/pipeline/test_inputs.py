@@ -34,7 +34,7 @@ def write(name, text="x"):
 
 def links():
     """The targets of the links to files and to folders."""
-    files = {str(path.readlink()) for path in Path("data/inputs/files").iterdir()}
+    files = {str(path.readlink()) for path in Path("data/inputs/files").glob("[0-9]*")}
     slots = [Path(f"data/inputs/folder_{number + 1}") for number in range(MAX_FOLDERS)]
     return files, [str(path.readlink()) for path in slots if path.is_symlink()]
 
@@ -81,6 +81,11 @@ def test_each_file_and_folder_outside_of_raw_is_linked(tmp_path, capsys):
     beside = ("captions.json", "instances.json", "coco_pope_random.json")
     assert links() == ({str(own / name) for name in ("a.zip", *beside)}, [str(own / "pictures")])
     assert capsys.readouterr().err == ""
+
+
+def test_a_device_is_not_linked():
+    link_inputs(settings(train={"images": "/dev/zero"}))
+    assert links() == (set(), [])
 
 
 def test_a_pattern_stands_for_its_folder(tmp_path):

@@ -100,7 +100,7 @@ def is_packed(path: str | Path, key: str) -> bool:
     """Whether a path of texts is that of tar shards, or of parquet tables with image bytes.
 
     Raises:
-        StageError: The path of a table or a pattern matches nothing, or cannot be read.
+        StageError: A local table, or a pattern of these, matches nothing or cannot be read.
     """
     path = str(path)
     name = path.partition("?")[0] if is_url(path) else path
@@ -110,8 +110,11 @@ def is_packed(path: str | Path, key: str) -> bool:
         return False
     if not (is_url(path) or glob.has_magic(path) or Path(path).is_file()):
         return False
-    file = file_at(addresses(path, key)[0])
-    return kind_of(file, key) == "parquet" and holds_images(file, key=key, names=IMAGE)
+    # A server may read no parts of files: a table of texts alone is copied as a whole.
+    with contextlib.suppress(*([StageError] if is_url(path) else [])):
+        file = file_at(addresses(path, key)[0])
+        return kind_of(file, key) == "parquet" and holds_images(file, key=key, names=IMAGE)
+    return False
 
 
 def read_packed_captions(path: str | Path, key: str) -> CaptionsFile:

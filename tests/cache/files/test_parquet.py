@@ -214,6 +214,32 @@ def test_a_damaged_table_is_read_or_refused_in_one_line(tmp_path, options):
     assert not [text for text in refused if "\n" in text]
 
 
+def test_a_damaged_footer_of_nested_columns_never_ends_the_process(tmp_path):
+    # Arrow aborts the process when it is asked for a column chunk with such damage.
+    schema, path = pa.schema([("turns", TURNS)]), tmp_path / "t"
+    turns = pa.array([[{"role": "user", "text": "What?"}]], TURNS)
+    pq.write_table(pa.table([turns], schema=schema), path, store_schema=False)
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    refused = 0
+    for place in range(len(data) - 8 - length, len(data) - 8):
+        changed = bytearray(data)
+        changed[place] ^= 0x10
+        path.write_bytes(changed)
+        try:
+            read_columns(path, schema, refuse)
+        except StageError:
+            refused += 1
+    assert refused > length / 4
+
+
+def test_a_footer_of_too_many_column_chunks_is_refused(tmp_path, monkeypatch):
+    pq.write_table(table(40), tmp_path / "t", row_group_size=10)
+    monkeypatch.setattr(parquet, "MAX_CHUNKS", 7)
+    with pytest.raises(StageError, match="more than 7 column chunks"):
+        read_columns(tmp_path / "t", SCHEMA, refuse)
+
+
 def test_nulls_are_refused_at_any_depth(tmp_path):
     schema = pa.schema([("turns", TURNS)])
     for turns in ([None], [[None]], [[{"role": "user", "text": None}]]):

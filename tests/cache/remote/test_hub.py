@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import cache
-from cache.card import CardSettings, write_card
+from cache.card import write_card
+from cache.card_text import CardSettings
 from cache.remote.network import NAMED_FAULTS
 from tests.cache.remote.played_hub import COMMIT, TOKEN, PlayedHub, Repository
 

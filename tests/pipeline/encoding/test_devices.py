@@ -154,7 +154,7 @@ def spoil(source: ImageSource, position):
     """Make an image one that does not decode, and was so when it was indexed."""
     data = b"\xff\xd8 no picture"
     archive = source.archives[source.splits[position]]
-    (archive.path / source.file_names[position]).write_bytes(data)
+    (Path(archive.path) / source.file_names[position]).write_bytes(data)
     source.source_xxh3[position] = xxhash.xxh3_64_intdigest(data)
 
 
@@ -191,7 +191,7 @@ def wait_until(done):
 def test_an_error_of_another_process_arrives_unchanged(job, monkeypatch):
     job, encoder = job
     leave_to_the_other(monkeypatch)
-    path = next(job.source.archives["train"].path.iterdir())
+    path = next(Path(job.source.archives["train"].path).iterdir())
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(StageError) as caught:
         encode_job(job, encoder)

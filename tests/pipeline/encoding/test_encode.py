@@ -2,6 +2,7 @@ import os
 import signal
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipeline.encoding.stats import ExtractionStats
 from pipeline.images.archives import ImageArchive
 from pipeline.images.decode import decode_rgb
 from pipeline.images.source import ImageSource
+from workspace.data_settings import ImagePath
 from workspace.errors import StageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -44,7 +46,7 @@ def source(tmp_path, images):
         source_xxh3=np.array([xxhash.xxh3_64_intdigest(images[i]) for i in sorted(images)], "u8"),
         file_names=[f"{image_id}.jpg" for image_id in sorted(images)],
         splits=["train"] * len(images),
-        archives={"train": ImageArchive(folder, key="data.train.images")},
+        archives={"train": ImageArchive([ImagePath(path=str(folder))], key="data.train.images")},
     )
 
 
@@ -77,7 +79,7 @@ def run(source, encoder, settings, tmp_path):
 
 def break_image(source, image_id, data=b"\xff\xd8 no picture"):
     position = int(np.searchsorted(source.image_ids, image_id))
-    (source.archives["train"].path / source.file_names[position]).write_bytes(data)
+    (Path(source.archives["train"].path) / source.file_names[position]).write_bytes(data)
     source.source_xxh3[position] = xxhash.xxh3_64_intdigest(data)
 
 
@@ -168,7 +170,7 @@ def test_too_many_failures_name_images_and_reasons(run, plan, source):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_changed_since_the_index_stops_the_run(run, plan, source, workers):
-    path = source.archives["train"].path / source.file_names[4]
+    path = Path(source.archives["train"].path) / source.file_names[4]
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(StageError, match=f"{path.name} is not the file that was indexed"):
         run(plan, workers, max_failures=10)
@@ -176,7 +178,7 @@ def test_a_file_that_changed_since_the_index_stops_the_run(run, plan, source, wo
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_that_went_since_the_index_stops_the_run(run, plan, source, workers):
-    path = source.archives["train"].path / source.file_names[4]
+    path = Path(source.archives["train"].path) / source.file_names[4]
     path.unlink()
     with pytest.raises(StageError, match=f"{path.name}.*Run the index stage again"):
         run(plan, workers, max_failures=10)

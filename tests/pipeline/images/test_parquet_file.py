@@ -121,6 +121,15 @@ def test_groups_are_held_up_to_a_number_of_bytes_over_all_tables(
     assert read_groups == [0, 1, 0, 1, 0]
 
 
+def test_the_group_that_was_read_longest_ago_goes_first(tmp_path, read_groups, monkeypatch):
+    rows = [(f"{n}.jpg", bytes(1000)) for n in range(3)]
+    images = opened(write_parquet(tmp_path / "t", rows, row_group_size=1))
+    monkeypatch.setattr(module, "MAX_CACHED_BYTES", 2500)
+    for number in (0, 1, 0, 2, 0, 1):
+        images.read(f"{number}.jpg")
+    assert read_groups == [0, 1, 2, 1]
+
+
 def test_rows_without_bytes_are_errors_of_the_name(tmp_path):
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     column = pa.array([None, {"bytes": None, "path": "b.jpg"}, {"bytes": b"c"}], kind)

@@ -58,20 +58,42 @@ def test_any_names_and_sizes_are_read_as_tarfile_reads_them(tmp_path, layout, se
     assert {name: images.read(name) for name in images.all_names()} == files
 
 
-def test_a_size_in_an_extended_header_or_in_base_256_counts(tmp_path):
-    data = write_tar(tmp_path / "0.tar", {"a.jpg": b"abc", "b.jpg": b"b"}).read_bytes()
-    header = bytearray(data[:512])
-    header[124:136] = b"\x80" + (3).to_bytes(11, "big")
+def with_size(header, field):
+    """A header with another field for the size."""
+    header = bytearray(header)
+    header[124:136] = field
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
-    (tmp_path / "0.tar").write_bytes(bytes(header) + data[512:])
+    return bytes(header)
+
+
+def test_a_size_in_base_256_counts(tmp_path):
+    data = write_tar(tmp_path / "0.tar", {"a.jpg": b"abc", "b.jpg": b"b"}).read_bytes()
+    header = with_size(data[:512], b"\x80" + (3).to_bytes(11, "big"))
+    (tmp_path / "0.tar").write_bytes(header + data[512:])
     assert opened(tmp_path / "0.tar").read("a.jpg") == b"abc"
-    with tarfile.open(tmp_path / "1.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+
+
+def test_a_size_in_an_extended_header_counts_before_that_in_the_header(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("a.jpg")
-        member.pax_headers = {"size": "3"}
-        member.size = 3
+        member.pax_headers, member.size = {"size": "3"}, 3
         archive.addfile(member, io.BytesIO(b"abc"))
-    assert opened(tmp_path / "1.tar").read("a.jpg") == b"abc"
+        archive.addfile(tarfile.TarInfo("b.jpg"))
+    data = (tmp_path / "0.tar").read_bytes()
+    header = with_size(data[1024:1536], b"0" * 11 + b"\0")
+    (tmp_path / "0.tar").write_bytes(data[:1024] + header + data[1536:])
+    images = opened(tmp_path / "0.tar")
+    assert (images.read("a.jpg"), images.read("b.jpg")) == (b"abc", b"")
+
+
+def test_the_size_of_a_link_says_nothing(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname, link.size = tarfile.LNKTYPE, "a.jpg", 5000
+        archive.addfile(link)
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    assert opened(tmp_path / "0.tar").all_names() == ["a.jpg", "link.jpg"]
 
 
 def test_a_name_for_all_later_members_and_one_for_the_next_are_told_apart(tmp_path):

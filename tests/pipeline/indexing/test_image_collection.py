@@ -269,11 +269,18 @@ def test_two_names_of_one_hash_are_refused_by_name(val, monkeypatch):
 def test_copies_of_one_number_are_one_picture_and_others_are_not(val):
     same = picture("1")
     write_files("train", {"a/1.png": same, "b/1.png": same, "a/2.png": same, "b/2.png": None})
-    names = ["a/1.png", "b/1.png", "a/2.png", "b/2.png", "1.png"]
-    run = Run("train", val, {"train": [], **VAL} | {"train": [(9, "a/1.png")]}, names)
-    assert run.files[9] == "1"
-    assert {"a/1.png", "b/1.png", "1.png"} <= set(run.conversed)
-    assert run.conversed["b/2.png"] == "b/2.png"
+    names = ["b/1.png", "a/1.png", "a/2.png", "b/2.png", "a/../b/1.png"]
+    for listed in ([(9, "b/2.png")], [(1, "b/1.png"), (9, "b/2.png")]):
+        run = Run("train", val, {"train": listed, **VAL}, names)
+        assert {row["image_id"]: row["file_name"] for row in run.images} == {
+            1: listed[0][1] if len(listed) > 1 else "a/1.png",
+            2: "a/2.png",
+            9: "b/2.png",
+            1000: "v.png",
+        }
+        ids = {row["conversation_id"]: row["image_id"] for row in run.conversations}
+        assert ids == {"a/1.png": 1, "b/1.png": 1, "a/2.png": 2, "b/2.png": 9}
+        assert run.reasons("images") == []
 
 
 def test_a_picture_of_val_that_no_list_has_is_not_trained_on(val):

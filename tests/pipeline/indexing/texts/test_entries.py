@@ -89,7 +89,7 @@ def test_parquet_holds_conversations_too(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(HEADER.encode()), "compressed with gzip; unpack it"),
+        (gzip.compress(HEADER.encode(), mtime=0), "compressed with gzip; unpack it"),
         (b"PK\x03\x04abc", "an Excel workbook"),
         (HEADER.encode("utf-16"), "UTF-16 text; save it in UTF-8"),
         (b"PAR1abc", "not usable parquet"),
@@ -112,8 +112,8 @@ def test_a_json_value_that_holds_no_records_is_refused(tmp_path):
 def test_columns_that_parquet_lacks_are_named(tmp_path):
     path = write_table(tmp_path / "t.parquet", [{"file": "a.jpg", "label": 3}])
     assert "no column 'image' or 'file_name' and 'caption' or 'text'" in refused(path)
-    path = write_table(tmp_path / "i.parquet", [{"image": {"bytes": b"x"}, "caption": "a"}])
-    assert "column 'image' holds struct<bytes: binary>, wanted file names" in refused(path)
+    path = write_table(tmp_path / "i.parquet", [{"image": {"url": "x"}, "caption": "a"}])
+    assert "column 'image' holds struct<url: string>, wanted file names" in refused(path)
 
 
 def test_the_layout_is_told_by_any_of_the_first_records(tmp_path):

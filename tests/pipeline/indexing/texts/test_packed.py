@@ -14,6 +14,7 @@ from pipeline.indexing.captions import read_captions
 from pipeline.indexing.texts import packed as module
 from pipeline.indexing.texts.packed import is_packed, read_packed_captions
 from tests.pipeline.images.packing import write_parquet, write_tar
+from tests.pipeline.images.range_server import RangeServer
 from workspace.data_settings import ImagePath
 from workspace.errors import StageError
 
@@ -208,6 +209,17 @@ def test_what_is_packed_is_told_from_tables_that_name_images(tmp_path):
     (tmp_path / "0.csv").write_text("image,caption\n")
     for name in ("0.parquet", "0.csv", "none.csv", "none.parquet", "*.csv"):
         assert not is_packed(tmp_path / name, KEY)
+
+
+def test_a_table_on_a_server_that_reads_no_parts_is_no_packed_one(tmp_path):
+    server = RangeServer(tmp_path)
+    server.ignores_ranges = True
+    pq.write_table(pa.table({"image": ["0.jpg"] * 9, "caption": ["a"] * 9}), tmp_path / "0.parquet")
+    try:
+        assert not is_packed(f"{server.url}/0.parquet", KEY)
+        assert len(read_captions(f"{server.url}/0.parquet", key=KEY).captions) == 9
+    finally:
+        server.stop()
 
 
 def test_captions_of_any_layout_include_packed_ones(tmp_path):

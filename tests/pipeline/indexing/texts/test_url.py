@@ -50,11 +50,6 @@ def test_a_file_that_comes_in_part_is_refused(memory, monkeypatch):
         read_captions("memory://texts/c.csv", key="k")
 
 
-@pytest.mark.parametrize("path", ["a:/b.csv", "./x", "c.csv"])
-def test_a_path_is_no_url(path):
-    assert not url.is_url(path)
-
-
 def test_the_query_of_a_url_is_not_in_the_name(memory):
     memory.pipe("/texts/c.tsv?download=true", b"image\tcaption\na.jpg\tA dog.\n")
     file = read_captions("memory://texts/c.tsv?download=true", key="k")
