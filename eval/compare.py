@@ -7,7 +7,8 @@ python -m eval.compare runs/finetune copies/finetune
 Names a workspace, its reports folder, a revision of this repository (a commit, a tag, a DVC
 experiment; `workspace` for the checked-out files), or a run directory. Only differences are shown,
 scores with their 95 % intervals, the difference as the second minus the first, and the texts whose
-scores differ most. A run directory is compared with another one, and has no scores or texts.
+scores differ most. The difference of a score has an interval of its own if both sides have texts
+about the same questions. A run directory is compared with another one, and has no scores or texts.
 """
 
 from collections import Counter
@@ -17,6 +18,9 @@ from typing import Any
 
 from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
+from eval.bootstrap import Gain
+from eval.scoring.gains import judgement
+from eval.scoring.paired_scores import paired_gains
 from eval.scoring.score_names import CONTROLS, as_number
 from eval.snapshots import (
     REPORTS_FILES,
@@ -27,6 +31,7 @@ from eval.snapshots import (
     read_snapshot,
 )
 from eval.text_table import print_table, printable, shown
+from workspace.errors import StageError
 
 SHOWN_TEXTS = 10
 """Most pairs of texts that are shown of a model and kind; the scores of two kinds (a CIDEr and an
@@ -68,16 +73,32 @@ def compare(left_name: str, right_name: str) -> None:
             f"two of workspace, reports folder and revision."
         )
     left, right = read_snapshot(left_name), read_snapshot(right_name)
-    print_table(table_rows(left, right))
-    if left.scores or right.scores:
-        print_interval_notes(left, right)
+    pairings: dict[tuple[str, str], Pairing] = {}
+    unreadable = None
     if left.scores and right.scores:
-        pairings = pair_texts(read_predictions(left), read_predictions(right))
-        for (model, kind), pairing in pairings.items():
-            print_pairing(f"{printable(model)}, {printable(kind)}", pairing, left_name, right_name)
+        try:
+            pairings = pair_texts(read_predictions(left), read_predictions(right))
+        except (StageError, OSError) as error:
+            unreadable = error
+    print_table(table_rows(left, right, differences(pairings)))
+    if left.scores or right.scores:
+        print_score_notes(left, right)
+    if unreadable:
+        raise unreadable
+    for (model, kind), pairing in pairings.items():
+        print_pairing(f"{printable(model)}, {printable(kind)}", pairing, left_name, right_name)
 
 
-def table_rows(left: Snapshot, right: Snapshot) -> list[TableRow]:
+def differences(pairings: Mapping[tuple[str, str], Pairing]) -> dict[str, Gain]:
+    """Return how much better the second side is, by score, where both were asked the same."""
+    gains: dict[str, Gain] = {}
+    for (model, kind), pairing in pairings.items():
+        if not (pairing.only_left or pairing.only_right):
+            gains |= paired_gains(model, kind, [*pairing.equal, *pairing.differing])
+    return gains
+
+
+def table_rows(left: Snapshot, right: Snapshot, gains: Mapping[str, Gain]) -> list[TableRow]:
     """Return the rows of the table: each part's differences, and the number of equal values."""
     rows = [("", printable(left.name), printable(right.name), "second - first")]
     have_runs = REPORTS_FILES not in (left.files, right.files)
@@ -91,7 +112,9 @@ def table_rows(left: Snapshot, right: Snapshot) -> list[TableRow]:
                 {name: v for name, v in side.scores.items() if _is_control(name) == are_controls}
                 for side in (left, right)
             )
-            rows += part_rows(title, "scores", *sides, are_measured=True, intervals=intervals)
+            rows += part_rows(
+                title, "scores", *sides, are_measured=True, intervals=intervals, gains=gains
+            )
         rows += part_rows("evaluation", "facts", left.scored, right.scored)
     if have_runs:
         rows += part_rows("provenance", "other facts", left.provenance, right.provenance)
@@ -106,6 +129,7 @@ def part_rows(
     *,
     are_measured: bool = False,
     intervals: tuple[Intervals, Intervals] | None = None,
+    gains: Mapping[str, Gain] | None = None,
 ) -> list[TableRow]:
     """Return the rows of one part: measured values with a difference, scores with a mark."""
     names = [*left, *(name for name in right if name not in left)]
@@ -116,8 +140,8 @@ def part_rows(
         if _is_same(before, after) and ends[0] == ends[1]:
             continue
         difference = _difference(before, after) if are_measured else ""
-        if intervals:
-            difference += " *" if lie_apart(*ends) else "  "
+        if intervals and difference:
+            difference += _beside_difference((gains or {}).get(name), *ends)
         rows.append((f"  {shown(name)}", _cell(before, ends[0]), _cell(after, ends[1]), difference))
     equal = (f"  {len(names) - len(rows)} {noun} equal", "", "", "")
     return [(title, "", "", ""), *rows, equal]
@@ -142,6 +166,14 @@ def _difference(before: Any, after: Any) -> str:
     return "" if first is None or second is None else f"{second - first:+.5g}"
 
 
+def _beside_difference(gain: Gain | None, one: Interval | None, other: Interval | None) -> str:
+    """Return the interval of a difference, if it is paired, and the mark."""
+    if gain is None:
+        return f" unpaired {'*' if lie_apart(one, other) else ' '}"
+    low, high = map(shown, gain.interval)
+    return f" [{low}, {high}] {'*' if gain.is_different else ' '}"
+
+
 def lie_apart(one: Interval | None, other: Interval | None) -> bool:
     """Return whether two intervals are known and have no number in common."""
     if one is None or other is None:
@@ -149,14 +181,17 @@ def lie_apart(one: Interval | None, other: Interval | None) -> bool:
     return one[1] < other[0] or other[1] < one[0]
 
 
-def print_interval_notes(left: Snapshot, right: Snapshot) -> None:
-    """Explain the mark, and name the sides whose scores have no intervals."""
-    print("* the 95 % intervals do not overlap")
+def print_score_notes(left: Snapshot, right: Snapshot) -> None:
+    """Explain the mark, and say of each side whether its model uses the picture."""
+    print("* 0 lies outside the 95 % interval of the difference, over the images of both sides")
+    print("  (unpaired: the 95 % intervals of the two scores have no number in common)")
     for side in (left, right):
         if not side.scores:
             print(f"{printable(side.name)} has no scores: evaluate was not run there")
         elif not side.intervals:
             print(f"{printable(side.name)} has no intervals: its scores may differ by chance")
+        if side.gains:
+            print(f"{printable(side.name)} {judgement(side.gains)}")
 
 
 def pair_texts(

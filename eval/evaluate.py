@@ -19,6 +19,7 @@ from eval.runs import STAGES, FinishedRun, finish_times, open_stages, read_histo
 from eval.score_warnings import changed_inputs_warning, random_tower_warning
 from eval.scoring import generation_cache
 from eval.scoring.evaluated_models import EvaluatedModels, load_models
+from eval.scoring.gains import read_gain, use_of_picture, written
 from eval.scoring.generation import (
     EMPTY_SCORES,
     Scores,
@@ -152,7 +153,7 @@ def score_models(
 
 
 def print_summary(scores: Mapping[str, Any], warning: str) -> None:
-    """Print the main scores beside those with another image's features, and the page's address."""
+    """Print the main scores with their gains over the wrong image, and the page's address."""
     if warning:
         print(f"warning:  {warning}")
     for sentence in gaps(scores):
@@ -173,7 +174,9 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
 
 
 def _beside_wrong_image(section: Mapping[str, Any], name: str, key: str) -> str:
-    return f"{name} {section[key]:.3f} (wrong image {section[BLIND][key]:.3f})"
+    text = f"{name} {section[key]:.3f} (wrong image {section[BLIND][key]:.3f}"
+    gain = read_gain(section, key)
+    return f"{text}; gain {written(gain)}): {use_of_picture(gain)}" if gain else f"{text})"
 
 
 if __name__ == "__main__":

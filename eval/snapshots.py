@@ -20,7 +20,9 @@ from cache.files.atomic import check_ordinary, path_in_errors
 from cache.files.foreign import reading_foreign_file
 from cache.files.parquet import check_values, open_parquet
 from cache.texts import one_line
-from eval.scoring.score_names import as_number
+from eval.bootstrap import Gain
+from eval.scoring.gains import NUMBERS, parse_gain
+from eval.scoring.score_names import BLIND, GAINS, MAIN_SCORES, as_number
 from workspace.errors import StageError
 from workspace.json_files import flatten
 from workspace.paths import REPORTS, RUNS
@@ -84,6 +86,8 @@ class Snapshot:
     scores: dict[str, Any]
     intervals: dict[str, tuple[float, float]]
     """Score to its 95 % interval, if it has one."""
+    gains: dict[str, Gain]
+    """Main score to its gain over the wrong image, if it was measured."""
     scored: dict[str, Any]
     """Hashes of the scored weights, trained stages, the split, counts of contaminated images."""
 
@@ -124,7 +128,8 @@ def read_snapshot(name: str) -> Snapshot:
     )
     if not (metrics or evaluated) or (files is RUN_FILES and not settings):
         _refuse_incomplete(name, files, settings)
-    values = {key: v for key, v in evaluated.items() if "intervals" not in key.split(".")}
+    beside = {"intervals", GAINS}
+    values = {key: v for key, v in evaluated.items() if beside.isdisjoint(key.split("."))}
     scores = {key: v for key, v in values.items() if key.split(".")[0] not in NO_SCORES}
     return Snapshot(
         name=name,
@@ -135,6 +140,7 @@ def read_snapshot(name: str) -> Snapshot:
         provenance=provenance,
         scores=scores,
         intervals=_intervals(evaluated),
+        gains=_main_gains(evaluated),
         scored={key: value for key, value in values.items() if key not in scores},
     )
 
@@ -248,3 +254,16 @@ def _intervals(flat: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
         if low is not None and high is not None:
             intervals[name] = (low, high)
     return intervals
+
+
+def _main_gains(flat: Mapping[str, Any]) -> dict[str, Gain]:
+    gains = {}
+    for name in flat:
+        section, _, key = name.rpartition(".")
+        prefix = f"{section}.{GAINS}.{BLIND}.{key}"
+        fields = {part: flat.get(f"{prefix}.{part}") for part in NUMBERS}
+        interval = [flat.get(f"{prefix}.interval.{end}") for end in (0, 1)]
+        gain = parse_gain({**fields, "interval": interval})
+        if gain and key in MAIN_SCORES and "by_type" not in section.split("."):
+            gains[name] = gain
+    return gains

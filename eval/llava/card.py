@@ -15,7 +15,8 @@ from cache.spec import Spec
 from eval.llava.text import TextPart
 from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
-from eval.scoring.score_names import BLIND, has_no_short_targets
+from eval.scoring.gains import judgement, read_gain, written
+from eval.scoring.score_names import BLIND, MAIN_SCORES, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
 from pipeline.settings import TRANSFORMERS
 from train.run import weights_of
@@ -93,8 +94,10 @@ def _without_folders(values: Mapping[str, Any]) -> dict[str, Any]:
 class ScoreReport:
     """The scores of a run, as texts."""
 
-    rows: Sequence[tuple[str, str, str, str]] = ()
-    """Section, name of the score, the score, and the score with the wrong image."""
+    rows: Sequence[tuple[str, str, str, str, str]] = ()
+    """Section, name of the score, the score, the score with the wrong image, and the gain."""
+    verdict: str = ""
+    """Whether the model uses the picture; empty if that was not measured."""
     caption_split: str = ""
     """The split whose images were captioned; empty if it is not known."""
 
@@ -122,9 +125,14 @@ def read_score_report(trained: LoadedRun) -> ScoreReport:
     with reading_foreign_file(refuse, report):
         if scores.get("weights_sha256", {}).get(stage) != weights:
             return ScoreReport()
-        rows = _score_rows(scores if trained.answers else scores.get("pretrain_only", {}))
+        own_scores = scores if trained.answers else scores.get("pretrain_only", {})
+        sections = _scored_sections(own_scores)
         split = scores.get("split", {}).get("captions")
-        return ScoreReport(list(rows), split if split in get_args(Split) else "")
+        return ScoreReport(
+            rows=[row for title, part in sections.items() for row in _score_rows(title, part)],
+            verdict=_verdict(sections),
+            caption_split=split if split in get_args(Split) else "",
+        )
 
 
 def _split_name(params: Params) -> str:
@@ -135,17 +143,35 @@ def _split_name(params: Params) -> str:
         return ""
 
 
-def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    """Yield the rows that `ScoreReport` holds."""
+def _scored_sections(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the sections that have texts."""
     sections = {name: scores.get(name) for name in ("captions", "answers")}
     sections |= {f"POPE {name}": part for name, part in (scores.get("pope") or {}).items()}
-    for title, section in sections.items():
-        if not isinstance(section, Mapping) or not section.get("count", 1):
-            continue
-        control = section.get(BLIND) or {}
-        for key, value in section.items():
-            if isinstance(value, float) and not has_no_short_targets(section, key):
-                yield title, key, _written(section, key), _written(control, key)
+    return {
+        title: section
+        for title, section in sections.items()
+        if isinstance(section, Mapping) and section.get("count", 1)
+    }
+
+
+def _score_rows(title: str, section: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Yield the rows of a section, as `ScoreReport` holds them."""
+    control = section.get(BLIND) or {}
+    for key, value in section.items():
+        if isinstance(value, float) and not has_no_short_targets(section, key):
+            gain = read_gain(section, key)
+            gain_text = written(gain) if gain else ""
+            yield title, key, _written(section, key), _written(control, key), gain_text
+
+
+def _verdict(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    gains = {
+        f"{title} {key}": gain
+        for title, section in sections.items()
+        for key in MAIN_SCORES
+        if (gain := read_gain(section, key))
+    }
+    return f"The model {judgement(gains)}." if gains else ""
 
 
 def _written(section: Mapping[str, Any], key: str) -> str:

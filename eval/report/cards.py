@@ -1,29 +1,29 @@
-"""The cards at the top of the page: each main score beside its controls, with a verdict."""
+"""The cards at the top of the page: each main score beside its controls, with a verdict.
+
+The verdict follows the gain over the wrong image; other controls that are not beaten are named.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from eval.bootstrap import Gain
 from eval.report.scores import (
     LABELS,
     STAGE_1,
     Bar,
+    GainText,
     Metric,
     Section,
     bars_of,
+    gain_over,
+    gain_text,
     measured,
-    measured_by_condition,
     metric_of,
     titled_sections,
 )
-from eval.scoring.score_names import CONTROLS, SEEN, has_no_short_targets
-
-_MAIN_SCORES = {
-    "Captions": ("CIDEr",),
-    "Answers": ("exact_match", "token_f1", "loss"),
-    STAGE_1: ("CIDEr",),
-}
-"""Section to the scores that have a card. Sections of yes/no questions have one, the accuracy."""
+from eval.scoring.gains import DOES_NOT_USE, USES, judgement
+from eval.scoring.score_names import BLIND, CONTROLS, MAIN_SCORES, has_no_short_targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,14 @@ class Card:
     texts: str
     """Number of scored texts; empty if not known."""
     bars: Sequence[Bar]
+    gain: Gain | None
+    """Over the wrong image; None if it was not measured."""
     verdict: Verdict
+
+    @property
+    def gain_text(self) -> GainText | None:
+        """The gain in words."""
+        return gain_text(self.metric, self.gain) if self.gain else None
 
 
 def score_cards(scores: Section) -> list[Card]:
@@ -52,7 +59,7 @@ def score_cards(scores: Section) -> list[Card]:
     return [
         _card(title, section, key)
         for title, section in sections
-        for key in _MAIN_SCORES.get(title, ("accuracy",))
+        for key in MAIN_SCORES
         if key in section and not has_no_short_targets(section, key)
     ]
 
@@ -66,6 +73,7 @@ def _card(title: str, section: Section, key: str) -> Card:
         metric=metric_of(key),
         texts="" if count is None else f"{metric_of('count').written(count)} texts",
         bars=bars_of(section, key),
+        gain=gain_over(section, key, BLIND),
         verdict=judge(section, key),
     )
 
@@ -74,55 +82,28 @@ def headline(cards: Sequence[Card]) -> Verdict | None:
     """Return a verdict over all cards, or None without cards."""
     if not cards:
         return None
-    lost = [card for card in cards if card.verdict.state == "bad"]
-    num_open = sum(card.verdict.state == "open" for card in cards)
-    if lost:
-        names = "; ".join(f"{card.title}: {card.metric.label}" for card in lost)
-        text = f"{len(lost)} of {len(cards)} main scores do NOT beat every control ({names})."
-        return Verdict(state="bad", text=text)
+    num_open = sum(card.gain is None for card in cards)
     if num_open:
-        text = (
-            f"{num_open} of {len(cards)} main scores cannot be compared with every control: "
-            f"scores or intervals are missing."
-        )
+        text = f"{num_open} of {len(cards)} main scores have no gain over the wrong image to judge."
         return Verdict(state="open", text=text)
-    text = f"All {len(cards)} main scores beat all {len(CONTROLS)} controls."
-    return Verdict(state="good", text=text)
+    gains = {f"{card.title}: {card.metric.label}": card.gain for card in cards if card.gain}
+    is_good = all(gain.is_shown for gain in gains.values())
+    return Verdict(state="good" if is_good else "bad", text=f"The model {judgement(gains)}.")
 
 
 def judge(section: Section, key: str) -> Verdict:
-    """Compare a score with each of its controls.
-
-    A score beats a control if it is better and their intervals do not overlap.
-    """
-    conditions = measured_by_condition(section, key)
-    model = conditions[SEEN]
-    if model.value is None:
-        return Verdict(state="open", text="The score was not measured.")
-    beaten, not_beaten, unknown = [], [], []
-    for control in CONTROLS:
-        other = conditions.get(control) or measured({}, key)
-        name = f"the {LABELS[control].sentence}"
-        outcome = model.beats(other)
-        if outcome is None:
-            unknown.append(name)
-        elif outcome:
-            beaten.append(name)
-        else:
-            reason = "which is better" if other.beats(model) else "the intervals overlap"
-            not_beaten.append(f"{name} ({reason})")
-    if len(beaten) == len(CONTROLS):
-        return Verdict(state="good", text="Beats every control.")
-    sentences = []
-    if not_beaten:
-        sentences.append(f"Does NOT beat {_listed(not_beaten, 'or')}.")
-    if beaten:
-        sentences.append(f"Beats {_listed(beaten, 'and')}.")
-    if unknown:
-        sentences.append(f"No interval to compare with {_listed(unknown, 'and')}.")
-    return Verdict(state="bad" if not_beaten else "open", text=" ".join(sentences))
-
-
-def _listed(names: Sequence[str], conjunction: str) -> str:
-    *first, last = names
-    return f"{', '.join(first)} {conjunction} {last}" if first else last
+    """Judge by the gain over the wrong image, and name the other controls that are not beaten."""
+    gain = gain_over(section, key, BLIND)
+    if gain is None:
+        is_measured = measured(section, key).value is not None
+        missing = "gain over the wrong image" if is_measured else "score"
+        return Verdict(state="open", text=f"The {missing} was not measured.")
+    if not gain.is_shown:
+        text = f"{DOES_NOT_USE.capitalize()}, as far as {gain.images:,} images can show."
+        return Verdict(state="bad", text=text)
+    others = {c: gain_over(section, key, c) for c in CONTROLS if c != BLIND}
+    lost = [
+        f"the {LABELS[c].sentence}" for c, other in others.items() if other and not other.is_shown
+    ]
+    but = f", but shows no gain over {' or '.join(lost)}" if lost else ""
+    return Verdict(state="good", text=f"{USES.capitalize()}{but}.")

@@ -1,4 +1,4 @@
-"""Reads the scores of `reports/eval.json` for the page: labels, units, intervals, comparisons.
+"""Reads the scores of `reports/eval.json` for the page: labels, units, intervals, gains.
 
 A score counts only against its controls, which ask the same questions without the image's own
 features or without a trained projector: a model does not owe a control's score to pictures.
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from eval.bootstrap import Gain
+from eval.scoring.gains import read_gain
 from eval.scoring.score_names import BLIND, CONTROLS, SEEN, as_number, has_no_short_targets
 
 Section = Mapping[str, Any]
@@ -24,7 +26,6 @@ class Metric:
     label: str
     meaning: str
     style: Style = "number"
-    lower_is_better: bool = False
 
     def written(self, value: object) -> str:
         """Return the value as text with its unit, or a dash for anything but a number."""
@@ -34,6 +35,12 @@ class Metric:
         if self.style == "share":
             return f"{number:.1%}"
         return f"{number:,.{_DECIMALS[self.style]}f}"
+
+    def difference(self, value: float, sign: str = "") -> str:
+        """Return a difference of two values as text, of shares in percentage points."""
+        if self.style == "share":
+            return f"{100 * value:{sign}.1f} points"
+        return f"{value:{sign},.{_DECIMALS[self.style]}f}"
 
 
 METRICS = {
@@ -47,9 +54,7 @@ METRICS = {
         "Exact match", "same words as the target, of at most five words", "share"
     ),
     "token_f1": Metric("Token F1", "overlap with the words of the target", "share"),
-    "loss": Metric(
-        "Loss", "per token of the target, in nats; lower is better", lower_is_better=True
-    ),
+    "loss": Metric("Loss", "per token of the target, in nats; lower is better"),
     "accuracy": Metric("Accuracy", "right answers", "share"),
     "precision": Metric("Precision", "share of right answers among those that say yes", "share"),
     "recall": Metric("Recall", "share of yes among the answers that should be yes", "share"),
@@ -114,17 +119,17 @@ class Measured:
         low, high = self.metric.written(self.low), self.metric.written(self.high)
         return f"{low.removesuffix('%')}{_DASH}{high}"
 
-    def beats(self, control: "Measured") -> bool | None:
-        """Return whether this interval lies entirely on the better side of a control's.
 
-        Returns:
-            None if either interval was not measured.
-        """
-        if None in (self.low, self.high, control.low, control.high):
-            return None
-        if self.metric.lower_is_better:
-            return self.high < control.low  # type: ignore[operator]
-        return self.low > control.high  # type: ignore[operator]
+@dataclass(frozen=True, kw_only=True)
+class GainText:
+    """A gain in words."""
+
+    value: str
+    """With its sign and unit."""
+    interval: str
+    p: str
+    limit: str
+    """A sentence: the smallest gain that the images can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +188,33 @@ def measured(section: Section, key: str) -> Measured:
         value=as_number(section.get(key)),
         low=as_number(low),
         high=as_number(high),
+    )
+
+
+def gain_over(section: Section, key: str, control: str) -> Gain | None:
+    """Return the gain of a score over a control; None if either was not measured."""
+    conditions = measured_by_condition(section, key)
+    if None in (conditions[SEEN].value, (conditions.get(control) or measured({}, key)).value):
+        return None
+    return read_gain(section, key, control)
+
+
+def gain_text(metric: Metric, gain: Gain) -> GainText:
+    """Return the gain of a score in words."""
+    difference = metric.difference
+    low, high = (difference(end) for end in gain.interval)
+    images = f"{gain.images:,} image{'s' * (gain.images > 1)}"
+    if not gain.has_enough_images:
+        limit = f"{images} cannot show any gain."
+    elif gain.detectable:
+        limit = f"With {images}, a gain below {difference(gain.detectable)} cannot be shown."
+    else:
+        limit = f"The difference is the same in all {images}."
+    return GainText(
+        value=difference(gain.gain, "+"),
+        interval=f"{low.removesuffix(' points')} to {high}",
+        p=f"{gain.p:.2g}",
+        limit=limit,
     )
 
 

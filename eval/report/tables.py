@@ -11,6 +11,8 @@ from eval.report.scores import (
     METRICS,
     Section,
     by_condition,
+    gain_over,
+    gain_text,
     measured,
     measured_by_condition,
     metric_of,
@@ -98,11 +100,22 @@ def _score_table(title: str, section: Section) -> Table:
         if any(key in values for values in conditions.values()):
             metric = metric_of(key)
             found = measured_by_condition(section, key).values()
-            cells = [(m.written, m.interval) if m.interval else (m.written,) for m in found]
+            model, *controls = (
+                (m.written, m.interval) if m.interval else (m.written,) for m in found
+            )
+            cells = [model, _gain(section, key), *controls]
             rows.append(Row(name=metric.label, meaning=metric.meaning, cells=cells))
-    return Table(
-        title=title, first="Metric", columns=[LABELS[name].column for name in conditions], rows=rows
-    )
+    columns = [LABELS[name].column for name in conditions]
+    columns.insert(1, "Gain over wrong image")
+    return Table(title=title, first="Metric", columns=columns, rows=rows)
+
+
+def _gain(section: Section, key: str) -> Cell:
+    gain = gain_over(section, key, BLIND)
+    if gain is None:
+        return ("",)
+    text = gain_text(metric_of(key), gain)
+    return text.value, text.interval, f"p {text.p}"
 
 
 def _parts_table(

@@ -1,11 +1,12 @@
 """Generates texts under all conditions and scores them, section by section of `eval.json`.
 
 A section holds the scores with the images' own features; under the name of each control it holds
-the control's scores.
+the control's scores, and under `gains` how much better the scores are than the control's.
 """
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from eval.bootstrap import Measure
@@ -16,7 +17,7 @@ from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
 from eval.scoring.predictions import Prediction
-from eval.scoring.score_names import CONTROLS, SEEN
+from eval.scoring.score_names import CONDITIONS, CONTROLS, GAINS, NO_BETTER_SIDE, SEEN
 from eval.scoring.yes_no import YesNo
 from eval.settings import EvaluateSettings
 from train.data.examples import Question
@@ -119,6 +120,10 @@ def answer_questions(
         part = section if condition == SEEN else section[condition]
         part["loss"] = loss.measure.value
         part["intervals"]["loss"] = loss.measure.interval(loss.image_ids, model.seed)
+        if condition != SEEN:
+            # A lower loss is better.
+            gain = loss.measure.gain_over(losses[SEEN].measure, loss.image_ids, model.seed)
+            section[GAINS][condition]["loss"] = asdict(gain)
     section["by_type"] = {
         name: _answer_section([a for a in answers if a.question_type == name], model.seed)
         for name in sorted({answer.question_type for answer in answers})
@@ -226,7 +231,7 @@ def _section(
     measures_of: Callable[[Sequence[str]], Mapping[str, Measure]],
     seed: int,
 ) -> Scores:
-    """Score predictions under every condition.
+    """Score predictions under every condition, and take the gains over each control.
 
     Args:
         predictions: At least one.
@@ -235,11 +240,24 @@ def _section(
     """
     image_ids = [prediction.image_id for prediction in predictions]
 
-    def scored(condition: str) -> Scores:
+    def measured(condition: str) -> dict[str, Measure]:
         generations = [prediction.generations[condition] for prediction in predictions]
-        measures = {**measures_of([g.text for g in generations]), **form_measures(generations)}
+        return {**measures_of([g.text for g in generations]), **form_measures(generations)}
+
+    def scored(measures: Mapping[str, Measure]) -> Scores:
         values = {name: measure.value for name, measure in measures.items()}
         intervals = {name: measure.interval(image_ids, seed) for name, measure in measures.items()}
         return values | {"count": len(image_ids), "intervals": intervals}
 
-    return scored(SEEN) | {control: scored(control) for control in CONTROLS}
+    def gains_over(control: str) -> Scores:
+        others = measures[control]
+        return {
+            name: asdict(measure.gain_over(others[name], image_ids, seed))
+            for name, measure in measures[SEEN].items()
+            if name not in NO_BETTER_SIDE
+        }
+
+    measures = {condition: measured(condition) for condition in CONDITIONS}
+    sections = {condition: scored(of_condition) for condition, of_condition in measures.items()}
+    gains = {control: gains_over(control) for control in CONTROLS}
+    return sections.pop(SEEN) | sections | {GAINS: gains}

@@ -12,6 +12,15 @@ CONTROLS = (BLIND, NOISE, UNTRAINED)
 
 CONDITIONS = (SEEN, *CONTROLS)
 
+GAINS = "gains"
+"""Key under which a section of scores holds the gains over its controls."""
+
+MAIN_SCORES = ("CIDEr", "exact_match", "token_f1", "loss", "accuracy")
+"""The scores that are judged: whether the model uses the picture."""
+
+NO_BETTER_SIDE = ("stop_rate", "repeated_4grams", "mean_tokens", "yes_rate")
+"""Scores that describe texts: more is neither better nor worse, so they have no gain."""
+
 
 def has_no_short_targets(section: Mapping[str, Any], key: str) -> bool:
     """Return whether a score is exact match without any short target, and so has no value."""

@@ -14,6 +14,7 @@ import pytest
 
 from cache.errors import SettingsError
 from eval.compare import SHOWN_TEXTS, compare, lie_apart, pair_texts
+from eval.scoring.paired_scores import paired_gains
 from eval.snapshots import COLUMNS, flatten, read_predictions, read_snapshot
 from workspace.errors import StageError
 
@@ -97,21 +98,23 @@ def test_a_score_stands_beside_the_other_with_its_interval(capsys, tmp_path, lef
     right = write(tmp_path / "right", changed("captions", "CIDEr", value=0.85))
     lines = printed(capsys, left, right)
     assert lines[0] == f"{left} {right} second - first"
-    assert lines[2:4] == ["captions.CIDEr 0.8 [0.7, 0.9] 0.85 [0.7, 0.9] +0.05", "3 scores equal"]
+    assert lines[2:4] == [
+        "captions.CIDEr 0.8 [0.7, 0.9] 0.85 [0.7, 0.9] +0.05 unpaired", "3 scores equal",
+    ]  # fmt: skip
 
 
-def test_a_mark_says_that_intervals_do_not_overlap(capsys, tmp_path, left):
+def test_the_mark_of_unpaired_scores_says_that_intervals_lie_apart(capsys, tmp_path, left):
     random = {"accuracy": 0.8, "intervals": {"accuracy": [0.71, 0.9]}}
     right = write(tmp_path / "right", changed("pope", "random", value=random))
     lines = printed(capsys, left, right)
-    assert lines[2] == "pope.random.accuracy 0.6 [0.5, 0.7] 0.8 [0.71, 0.9] +0.2 *"
-    assert "* the 95 % intervals do not overlap" in lines
+    assert lines[2] == "pope.random.accuracy 0.6 [0.5, 0.7] 0.8 [0.71, 0.9] +0.2 unpaired *"
+    assert any(line.startswith("* 0 lies outside the 95 % interval") for line in lines)
 
 
 def test_the_same_score_with_another_interval_is_shown(capsys, tmp_path, left):
     right = write(tmp_path / "right", changed("captions", "intervals", "CIDEr", value=[0.75, 0.85]))
     lines = printed(capsys, left, right)
-    assert lines[2] == "captions.CIDEr 0.8 [0.7, 0.9] 0.8 [0.75, 0.85] +0"
+    assert lines[2] == "captions.CIDEr 0.8 [0.7, 0.9] 0.8 [0.75, 0.85] +0 unpaired"
 
 
 @pytest.mark.parametrize(
@@ -133,9 +136,72 @@ def test_intervals_lie_apart_if_they_have_no_number_in_common(one, other, apart)
 def test_an_evaluation_without_intervals_is_compared_without_marks(capsys, tmp_path, left):
     right = write(tmp_path / "right", {"captions": {"CIDEr": 3.0, "count": 30}})
     lines = printed(capsys, left, right)
-    assert "captions.CIDEr 0.8 [0.7, 0.9] 3 +2.2" in lines
+    assert "captions.CIDEr 0.8 [0.7, 0.9] 3 +2.2 unpaired" in lines
     assert "captions.stop_rate 1 [1, 1] -" in lines
     assert f"{right} has no intervals: its scores may differ by chance" in lines
+
+
+WORDS = ("red", "blue", "green", "black", "white", "brown", "pink", "gray")
+
+
+def captions(num_right, **changes):
+    """Captions of eight images, of which the first ones are right."""
+    return [
+        text(f"a {word} dog" if n < num_right else "a box", 0.0, image_id=n)
+        | {"targets": [f"a {word} dog runs"]}
+        | changes
+        for n, word in enumerate(WORDS)
+    ]
+
+
+def cider_row(capsys, tmp_path, ours, theirs):
+    """The row of CIDEr, which is better in the second evaluation."""
+    names = [
+        write(tmp_path / name, changed("captions", "CIDEr", value=value), rows)
+        for name, value, rows in (("A", 0.5, ours), ("B", 0.75, theirs))
+    ]
+    (row,) = [line for line in printed(capsys, *names) if line.startswith("captions.CIDEr")]
+    return row
+
+
+def test_a_difference_is_paired_where_both_were_asked_the_same(capsys, tmp_path):
+    ours, theirs = captions(1), captions(8)
+    found = paired_gains("finetune", "caption", list(zip(ours, theirs, strict=True)))
+    gain = found["captions.CIDEr"]
+    row = cider_row(capsys, tmp_path, ours, theirs[::-1])
+    low, high = gain.interval
+    assert low > 0
+    assert row == (f"captions.CIDEr 0.5 [0.7, 0.9] 0.75 [0.7, 0.9] +0.25 [{low:.5g}, {high:.5g}] *")
+    row = cider_row(capsys, tmp_path, theirs, ours)
+    assert row.endswith(f" [{-high:.5g}, {-low:.5g}] *"), "a loss has the mark, too"
+    assert cider_row(capsys, tmp_path, captions(7), theirs)[-1] == "]", "one image shows nothing"
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [captions(8)[:7], captions(8, targets=["a cat"]), captions(8, question="What?"),
+     captions(8, model="pretrain"), captions(8, targets=[])],
+)  # fmt: skip
+def test_a_difference_between_other_questions_is_unpaired(capsys, tmp_path, theirs):
+    targets = {"targets": []} if not theirs[0]["targets"] else {}
+    ours = [row | targets for row in captions(1)]
+    assert cider_row(capsys, tmp_path, ours, theirs).endswith("+0.25 unpaired")
+
+
+@pytest.mark.parametrize(
+    ("interval", "p", "words"),
+    [([0.0, 0.0], 1.0, "does not use the picture: none of 1 main scores gains over the wrong"),
+     ([0.1, 0.4], 0.002, "uses the picture: all 1 main scores gain over the wrong image")],
+)  # fmt: skip
+def test_each_side_is_said_to_use_the_picture_or_not(capsys, tmp_path, left, interval, p, words):
+    fields = {"gain": 0.25, "interval": interval, "p": p, "detectable": 0.1, "images": 30}
+    gains = {control: {"CIDEr": fields, "BLEU-1": fields} for control in ("blind", "noise")}
+    right = write(tmp_path / "right", changed("captions", "gains", value=gains))
+    lines = printed(capsys, left, right)
+    said = [line for line in lines if "the picture" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"{right} {words}")
+    assert lines[1:5] == ["scores", "4 scores equal", "controls", "2 scores equal"]
 
 
 def test_scores_of_controls_stand_apart(capsys, tmp_path, left):
@@ -453,7 +519,7 @@ def test_workspaces_are_compared_in_runs_and_scores(capsys, tmp_path):
     assert tuple(parts) == TITLES
     assert parts["settings"][0] == "seed 0.5 0.25"
     assert parts["metrics"][0] == "pretrain.loss 0.5 0.25 -0.25"
-    assert parts["scores"][0] == "captions.CIDEr 0.5 [0.7, 0.9] 0.25 [0.7, 0.9] -0.25"
+    assert parts["scores"][0] == "captions.CIDEr 0.5 [0.7, 0.9] 0.25 [0.7, 0.9] -0.25 unpaired"
     assert parts["provenance"] == ["3 other facts equal"]
 
 
@@ -491,7 +557,7 @@ def test_revisions_the_workspace_and_folders_are_compared_with_one_another(tmp_p
         done = run(tmp_path, "eval.compare", *pair)
         assert done.returncode == 0, done.stderr
         lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
-        assert "captions.CIDEr 0.5 [0.5, 0.5] 0.75 [0.75, 0.75] +0.25 *" in lines
+        assert "captions.CIDEr 0.5 [0.5, 0.5] 0.75 [0.75, 0.75] +0.25 [0, 0]" in lines
         assert lines[-2:] == [f"{pair[0]} 0.5 text 0", f"{pair[1]} 0.75 text 1"]
     nowhere = run(tmp_path, "eval.compare", "HEAD", "nowhere")
     assert nowhere.returncode == 2

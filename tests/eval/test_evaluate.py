@@ -15,13 +15,17 @@ from safetensors.torch import load_file, save_file
 import eval.evaluate
 from cache.errors import PatchcacheError, SettingsError, SpecMismatchError
 from cache.files.atomic import sha256_of
+from eval.compare import compare
 from eval.evaluate import evaluate
+from eval.llava.card import read_score_report
+from eval.runs import STAGES, open_run
 from eval.score_warnings import RANDOM_TOWER
 from eval.scoring.answers import exact_match
 from eval.scoring.conditions import Noise, other_images
 from eval.scoring.predictions import SCHEMA
 from eval.scoring.score_names import CONTROLS
 from tests.conftest import sign_weights
+from tests.eval.picture_world import change_tensor
 from tests.eval.report.report_page import Page
 from train.data.examples import read_questions
 from train.data.prompt_formats import phi_format
@@ -149,7 +153,8 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
     }
     for section, keys, count in sections.values():
         others = section.keys() - keys - set(CONTROLS)
-        assert others <= {"intervals", "without_features", "too_long", "short_count", "by_type"}
+        beside = {"intervals", "gains", "without_features", "too_long", "short_count", "by_type"}
+        assert others <= beside
         for one in (section, *(section[control] for control in CONTROLS)):
             assert keys <= one.keys()
             assert one["count"] == count
@@ -339,15 +344,63 @@ def test_the_page_holds_everything_it_shows(world):
     assert "2.500 at step 2" in page
 
 
-def test_the_summary_names_scores_their_control_and_the_page(world, capsys):
+def test_the_summary_names_scores_gains_verdicts_and_the_page(world, capsys):
     write_pope(ASKED)
     evaluate(world.params())
     captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"captions: CIDEr \d\.\d{3} \(wrong image \d\.\d{3}\)", captions)
-    assert re.fullmatch(r"answers:  exact match \d\.\d{3} \(wrong image \d\.\d{3}\)", answers)
-    assert re.fullmatch(r"pope:     popular accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", popular)
-    assert re.fullmatch(r"pope:     random accuracy \d\.\d{3} \(wrong image \d\.\d{3}\)", random)
+    number = r"-?\d\.\d{3}"
+    gain = rf"gain [+]?{number}, {number} to {number}, p [\d.]+"
+    found = rf"\d\.\d{{3}} \(wrong image \d\.\d{{3}}; {gain}\): does not use the picture"
+    assert re.fullmatch(rf"captions: CIDEr {found}", captions)
+    assert re.fullmatch(rf"answers:  exact match {found}", answers)
+    assert re.fullmatch(rf"pope:     popular accuracy {found}", popular)
+    assert re.fullmatch(rf"pope:     random accuracy {found}", random)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
+
+
+def ignore_the_picture():
+    """Let the projectors give the same embeddings for every picture."""
+    for path in Path("runs").glob("*/projector.safetensors"):
+        change_tensor(path, "layers.2.weight", lambda weight: weight * 0)
+        sign_weights(path.parent)
+
+
+def test_a_model_that_ignores_the_picture_is_called_so_by_every_verdict(world, capsys):
+    ignore_the_picture()
+    write_index(
+        world,
+        captions=[(i, f"a red cat in box {i}") for i in range(112, 124)],
+        conversations=[(i, [("how many", f"{i}")]) for i in range(124, 140)],
+    )
+    write_pope([(i, "random", "Is there a cat", ("yes", "no")[i % 2]) for i in range(112, 124)])
+    evaluate(world.params())
+    found = scores()
+    main = {
+        "CIDEr": [found["captions"], found["pretrain_only"]["captions"]],
+        "exact_match": [found["answers"]],
+        "token_f1": [found["answers"]],
+        "loss": [found["answers"]],
+        "accuracy": [found["pope"]["random"]],
+    }
+    for key, sections in main.items():
+        for section in sections:
+            gain = section["gains"]["blind"][key]
+            assert (gain["gain"], gain["interval"], gain["p"]) == (0, [0, 0], 1), key
+            assert gain["images"] >= 12
+    does_not, of = "does not use the picture", "main scores gains over the wrong image"
+    summary = capsys.readouterr().out.splitlines()
+    assert [line.endswith(does_not) for line in summary] == [True, True, True, False]
+    page = Page(PAGE.read_text())
+    verdicts = [a["class"].split() for a in page.of_class("verdict")]
+    assert verdicts == [["verdict", "headline", "bad"], *[["verdict", "bad"]] * 6]
+    assert f"The model {does_not}: none of 6 {of}." in page.texts
+    assert len([text for text in page.texts if text.startswith("Does not use the picture")]) == 6
+    for run in STAGES:
+        report = read_score_report(open_run(Path("runs", run)))
+        assert report.verdict.startswith(f"The model {does_not}: none of ")
+    compare(".", ".")
+    said = [line for line in capsys.readouterr().out.splitlines() if does_not in line]
+    assert said == [f". {does_not}: none of 6 {of}"] * 2
 
 
 def test_without_a_holdout_there_are_no_answers_and_the_page_says_so(world, capsys):

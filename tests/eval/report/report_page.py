@@ -1,5 +1,6 @@
 """Shared by the tests of the report: a parser of the page, examples, scores."""
 
+import math
 from html.parser import HTMLParser
 
 from eval.report.gallery import GalleryText
@@ -77,14 +78,32 @@ def render(**changes):
     return Page(render_report(**(EMPTY_PAGE | changes)))
 
 
+def gain(value, low, high, *, p=None, detectable=0.05, images=100):
+    """A gain, with a p value that fits its interval if none is given."""
+    p = (1.0 if low <= 0 <= high else 0.002) if p is None else p
+    fields = {"gain": value, "interval": [low, high], "p": p}
+    return fields | {"detectable": detectable, "images": images}
+
+
 def section(key, seen, *, count=100, **controls):
-    """A section with one score: value, low and high end for the model and each control."""
+    """A section with one score: value, low and high end for the model and each control.
+
+    The gain over a control has an interval above 0 where the two intervals lie apart.
+    """
 
     def view(measured):
         value, low, high = measured
         return {key: value, "intervals": {key: [low, high]}, "count": count}
 
-    return view(seen) | {name: view(measured) for name, measured in controls.items()}
+    gains = {}
+    for name, measured in controls.items():
+        ends = (*seen, *measured)
+        if all(isinstance(end, float) and math.isfinite(end) for end in ends):
+            best, worst = (measured, seen) if key == "loss" else (seen, measured)
+            differences = (best[0] - worst[0], best[1] - worst[2], best[2] - worst[1])
+            gains[name] = {key: gain(*differences)}
+    sections = {name: view(measured) for name, measured in controls.items()}
+    return view(seen) | sections | {"gains": gains}
 
 
 LOW = {"blind": (0.3, 0.2, 0.4), "noise": (0.2, 0.1, 0.3), "untrained": (0.1, 0.0, 0.2)}

@@ -4,68 +4,64 @@ import pytest
 
 from eval.report.cards import headline, judge, score_cards
 from eval.report.scores import LABELS, bars_of
-from tests.eval.report.report_page import LOW, render, section
+from tests.eval.report.report_page import LOW, gain, render, section
 
 SEEN = (0.9, 0.8, 1.0)
-WINS = "Beats every control."
 
 
-def test_a_better_score_with_a_separate_interval_beats_a_control():
+def with_gain(*numbers, control="blind", **changes):
+    """A section that wins, but for the gain over one control."""
+    found = section("CIDEr", SEEN, **LOW)
+    found["gains"][control] = {"CIDEr": gain(*numbers, **changes)}
+    return found
+
+
+def test_a_gain_over_the_wrong_image_is_use_of_the_picture():
     verdict = judge(section("CIDEr", SEEN, **LOW), "CIDEr")
-    assert (verdict.state, verdict.text) == ("good", WINS)
+    assert (verdict.state, verdict.text) == ("good", "Uses the picture.")
 
 
-@pytest.mark.parametrize("control", ["blind", "noise", "untrained"])
 @pytest.mark.parametrize(
-    ("measured", "reason"),
-    [
-        ((0.7, 0.6, 0.81), "the intervals overlap"),
-        ((0.7, 0.6, 0.8), "the intervals overlap"),
-        ((0.95, 0.85, 1.2), "the intervals overlap"),
-        ((1.4, 1.3, 1.5), "which is better"),
-    ],
+    "numbers",
+    [(0.0, 0.0, 0.0), (0.2, -0.1, 0.5), (0.2, 0.0, 0.4), (-0.5, -0.6, -0.4)],
 )
-def test_a_control_that_is_not_beaten_is_named(control, measured, reason):
+def test_a_model_without_a_gain_over_the_wrong_image_does_not_use_the_picture(numbers):
+    verdict = judge(with_gain(*numbers), "CIDEr")
+    assert (verdict.state, verdict.text) == (
+        "bad",
+        "Does not use the picture, as far as 100 images can show.",
+    )
+
+
+def test_so_few_images_that_p_cannot_be_small_show_no_use_of_the_picture():
+    verdict = judge(with_gain(0.5, 0.4, 0.6, p=0.0625, images=5), "CIDEr")
+    assert verdict.text == "Does not use the picture, as far as 5 images can show."
+
+
+@pytest.mark.parametrize("control", ["noise", "untrained"])
+def test_another_control_that_is_not_beaten_is_named(control):
     name = LABELS[control].sentence
-    verdict = judge(section("CIDEr", SEEN, **(LOW | {control: measured})), "CIDEr")
-    assert verdict.state == "bad"
-    assert verdict.text.startswith(f"Does NOT beat the {name} ({reason}). Beats the ")
-    assert verdict.text.count(name) == 1
-
-
-def test_all_controls_that_are_not_beaten_are_named():
-    same = dict.fromkeys(LOW, SEEN)
-    assert judge(section("CIDEr", SEEN, **same), "CIDEr").text == (
-        "Does NOT beat the wrong-image control (the intervals overlap), the noise control (the "
-        "intervals overlap) or the untrained projector (the intervals overlap)."
+    verdict = judge(with_gain(0.1, -0.1, 0.3, control=control), "CIDEr")
+    assert (verdict.state, verdict.text) == (
+        "good",
+        f"Uses the picture, but shows no gain over the {name}.",
     )
+    found = section("CIDEr", SEEN, blind=LOW["blind"], noise=SEEN, untrained=SEEN)
+    assert judge(found, "CIDEr").text.endswith("the noise control or the untrained projector.")
 
 
 @pytest.mark.parametrize(
-    ("loss", "state"),
-    [((0.1, 0.0, 0.15), "good"), ((0.5, 0.15, 0.6), "bad"), ((9.0, 8.0, 9.5), "bad")],
-)
-def test_a_lower_loss_is_better(loss, state):
-    high = {"blind": (1.0, 0.2, 1.1), "noise": (2.0, 1.0, 3.0), "untrained": (3.0, 2.0, 4.0)}
-    assert judge(section("loss", loss, **high), "loss").state == state
-
-
-@pytest.mark.parametrize("missing", [None, (0.1, None, None), (0.1, 0.0, math.nan)])
-def test_a_missing_interval_leaves_the_verdict_open(missing):
-    controls = {name: measured for name, measured in LOW.items() if name != "noise"}
-    if missing is not None:
-        controls["noise"] = missing
-    verdict = judge(section("CIDEr", SEEN, **controls), "CIDEr")
-    assert verdict.state == "open"
-    assert verdict.text == (
-        "Beats the wrong-image control and the untrained projector. "
-        "No interval to compare with the noise control."
+    "missing",
+    [{}, {"gains": None}, {"gains": {"noise": {}}}, {"gains": {"blind": {"CIDEr": {"gain": 1.0}}}},
+     {"gains": {"blind": {"CIDEr": gain(math.nan, 0.1, 0.2)}}}],
+)  # fmt: skip
+def test_a_missing_gain_leaves_the_verdict_open(missing):
+    found = {k: v for k, v in section("CIDEr", SEEN, **LOW).items() if k != "gains"} | missing
+    verdict = judge(found, "CIDEr")
+    assert (verdict.state, verdict.text) == (
+        "open",
+        "The gain over the wrong image was not measured.",
     )
-
-
-def test_a_lost_control_counts_though_another_is_missing():
-    verdict = judge(section("CIDEr", SEEN, blind=SEEN, noise=LOW["noise"]), "CIDEr")
-    assert verdict.state == "bad"
 
 
 @pytest.mark.parametrize("value", [None, math.nan, "much", True])
@@ -84,24 +80,76 @@ def scores(**changes):
     } | changes
 
 
-def test_the_headline_counts_what_beats_all_controls():
+def test_the_headline_counts_the_gains_over_the_wrong_image():
     cards = score_cards(scores())
     assert len(cards) == 4
-    assert headline(cards).text == "All 4 main scores beat all 3 controls."
+    said = "The model uses the picture: all 4 main scores gain over the wrong image."
+    assert (headline(cards).state, headline(cards).text) == ("good", said)
 
 
-def test_the_headline_names_the_scores_that_do_not():
-    lost = section("token_f1", SEEN, **(LOW | {"noise": SEEN}))
+def test_the_headline_names_the_scores_without_a_gain():
+    lost = section("token_f1", SEEN, **(LOW | {"blind": SEEN}))
     verdict = headline(score_cards(scores(answers=lost)))
     assert verdict.state == "bad"
-    assert verdict.text == ("1 of 4 main scores do NOT beat every control (Answers: Token F1).")
+    assert verdict.text == (
+        "The model uses the picture, but 1 of 4 main scores show no gain over the wrong image: "
+        "Answers: Token F1."
+    )
 
 
-def test_a_missing_interval_leaves_the_headline_open():
+def test_a_model_that_ignores_the_picture_is_called_so_by_every_verdict_of_the_page():
+    same = dict.fromkeys(LOW, SEEN)
+    blind = {
+        "captions": section("CIDEr", SEEN, **same),
+        "answers": section("loss", SEEN, **same),
+        "pope": {"random": section("accuracy", SEEN, **same)},
+    }
+    said = "The model does not use the picture: none of 3 main scores gains over the wrong image."
+    page = render(scores=blind)
+    verdicts = page.of_class("verdict")
+    assert [a["class"].split() for a in verdicts] == [
+        ["verdict", "headline", "bad"],
+        *[["verdict", "bad"]] * 3,
+    ]
+    assert said in page.texts
+    assert page.texts.count("Does not use the picture, as far as 100 images can show.") == 3
+    assert not any(text.startswith("Uses") for text in page.texts)
+
+
+def test_a_missing_gain_leaves_the_headline_open():
     verdict = headline(score_cards(scores(answers={"token_f1": 0.9, "blind": {"token_f1": 0.1}})))
     assert verdict.state == "open"
-    assert verdict.text.startswith("1 of 4 main scores cannot be compared")
+    assert verdict.text == "1 of 4 main scores have no gain over the wrong image to judge."
     assert headline([]) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "changes", "value", "note"),
+    [
+        ("CIDEr", {}, "+0.500", "0.400 to 0.600, p 0.002. With 1,234 images, a gain below 0.050 "
+         "cannot be shown."),
+        ("accuracy", {}, "+50.0 points", "40.0 to 60.0 points, p 0.002. With 1,234 images, a gain "
+         "below 5.0 points cannot be shown."),
+        ("CIDEr", {"detectable": 0.0}, "+0.500", "0.400 to 0.600, p 0.002. The difference is the "
+         "same in all 1,234 images."),
+        ("CIDEr", {"images": 5, "p": 0.0625}, "+0.500", "0.400 to 0.600, p 0.062. 5 images cannot "
+         "show any gain."),
+        ("CIDEr", {"images": 1, "p": 1.0}, "+0.500", "0.400 to 0.600, p 1. 1 image cannot show any "
+         "gain."),
+    ],
+)  # fmt: skip
+def test_a_card_shows_the_gain_with_its_interval_and_what_could_be_shown(key, changes, value, note):
+    part = section(key, SEEN, **LOW)
+    part["gains"]["blind"][key] = gain(0.5, 0.4, 0.6, **{"images": 1234, **changes})
+    page = render(scores={"captions" if key == "CIDEr" else "answers": part})
+    at = page.texts.index("Gain over the wrong image")
+    assert page.texts[at + 1 : at + 3] == [value, note]
+
+
+def test_a_card_without_a_gain_has_an_empty_place_for_it():
+    page = render(scores={"captions": {"CIDEr": 0.9, "count": 1, "blind": {"CIDEr": 0.3}}})
+    assert len(page.of_class("gain")) == 1
+    assert "Gain over the wrong image" not in page.texts
 
 
 def test_each_main_score_has_a_card_and_each_subset_one():

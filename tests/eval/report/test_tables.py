@@ -25,19 +25,22 @@ def test_every_number_of_every_view_is_in_the_tables_with_its_interval():
         "Captions", "Captions of stage 1 alone", "Answers", "Yes or no, official random",
     ]  # fmt: skip
     for table in tables.values():
-        assert list(table.columns) == ["Model", "Wrong image", "Noise", "Untrained projector"]
+        assert list(table.columns) == [
+            "Model", "Gain over wrong image", "Wrong image", "Noise", "Untrained projector",
+        ]  # fmt: skip
     rows = {row.name: row.cells for row in tables["Captions"].rows}
     assert rows == {
         "BLEU-4": [
             ("0.900", "0.800\u20131.000"),
+            ("+0.600", "0.400 to 0.800", "p 0.002"),
             ("0.300", "0.200\u20130.400"),
             ("0.200", "0.100\u20130.300"),
             ("0.100", "0.000\u20130.200"),
         ],
-        "Texts": [("100",)] * 4,
+        "Texts": [("100",), ("",), ("100",), ("100",), ("100",)],
     }
     rows = {row.name: row.cells for row in tables["Answers"].rows}
-    assert rows["Short targets"] == [("7",), ("\u2013",), ("\u2013",), ("\u2013",)]
+    assert rows["Short targets"] == [("7",), ("",), *[("\u2013",)] * 3]
 
 
 def test_a_score_without_a_label_stands_under_its_own_key():
@@ -76,7 +79,7 @@ def test_exact_match_over_no_short_target_is_a_dash_everywhere():
     dash = "\u2013"
     (table,) = score_tables(scores)
     rows = {row.name: row.cells for row in table.rows}
-    assert rows["Exact match"] == [(dash,)] * 4
+    assert rows["Exact match"] == [(dash,), ("",), *[(dash,)] * 3]
     assert type_table(scores).rows[0].cells[1:3] == [("0",), (dash, f"wrong image {dash}")]
     of_older_version = {name: part[name] for name in part if name != "short_count"}
     (table,) = score_tables({"answers": of_older_version})

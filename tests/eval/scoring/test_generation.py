@@ -107,10 +107,17 @@ def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, 
         (answers["by_type"]["what"], {"short_count"}),
         (pope["random"], set()),
     ):
-        keys = scores.keys() - extra - set(CONTROLS)
+        keys = scores.keys() - extra - {*CONTROLS, "gains"}
         for section in (scores, *(scores[control] for control in CONTROLS)):
             assert keys <= section.keys()
             assert section["intervals"].keys() == keys - {"count", "intervals"}
+        form = {"stop_rate", "repeated_4grams", "mean_tokens", "yes_rate", "count", "intervals"}
+        assert list(scores["gains"]) == list(CONTROLS)
+        for control, gains in scores["gains"].items():
+            assert gains.keys() == keys - form
+            for name, gain in gains.items():
+                better = scores[control][name] - scores[name]
+                assert gain["gain"] == pytest.approx(better if name == "loss" else -better)
             for name, (low, high) in section["intervals"].items():
                 assert low <= section[name] + 1e-9
                 assert section[name] <= high + 1e-9 or name.startswith("BLEU")
