@@ -26,6 +26,7 @@ from eval.scoring.generation import (
     answer_questions,
     answer_yes_no,
     caption_images,
+    mean_of_subsets,
 )
 from eval.scoring.losses import answer_losses
 from eval.scoring.predictions import (
@@ -36,7 +37,7 @@ from eval.scoring.predictions import (
     write_predictions,
 )
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
-from eval.scoring.score_names import BLIND
+from eval.scoring.score_names import BLIND, DECODING
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
@@ -65,8 +66,9 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     warning = score_warning(params, runs)
 
     models = load_models(runs, store, params.seed())
-    scores, predictions = score_models(models, evaluation_set, settings)
+    scores, predictions = score_models(models, evaluation_set, settings, params.seed())
     scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
+    scores["decoding"] = DECODING
     scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
 
     contamination = evaluation_set.contamination_list()
@@ -108,7 +110,7 @@ def score_warning(params: Params, runs: Mapping[str, FinishedRun]) -> str:
 
 
 def score_models(
-    models: EvaluatedModels, evaluation_set: EvaluationSet, settings: EvaluateSettings
+    models: EvaluatedModels, evaluation_set: EvaluationSet, settings: EvaluateSettings, seed: int
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Let stage 1 alone and the fine-tuned model generate, and score both.
 
@@ -123,6 +125,7 @@ def score_models(
     losses = answer_losses(model, evaluation_set.examples, limit) if model else {}
     stage_1_scores = caption_scores = answer_scores = EMPTY_SCORES
     pope_scores: dict[str, Scores] = {}
+    yes_no_answers: list[Prediction] = []
     predictions: list[Prediction] = []
     if stage_1:
         with models.without_adapter():
@@ -145,6 +148,7 @@ def score_models(
         | without_features["answers"]
         | {"too_long": evaluation_set.num_too_long},
         "pope": {name: section | without_features["pope"] for name, section in pope_scores.items()},
+        "pope_mean": mean_of_subsets(yes_no_answers, seed),
         "pretrain_only": {"captions": stage_1_scores | without_features["captions"]},
         "contamination": evaluation_set.contamination_counts(),
         "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
@@ -170,6 +174,8 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
         print(f"answers:  {_beside_wrong_image(answers, name, key)}")
     for subset, pope in scores["pope"].items():
         print(f"pope:     {_beside_wrong_image(pope, f'{subset} accuracy', 'accuracy')}")
+    if len(scores["pope_mean"]["subsets"]) > 1:
+        print(f"pope:     {_beside_wrong_image(scores['pope_mean'], 'mean F1', 'f1')}")
     print(f"report:   {(REPORTS / 'index.html').resolve().as_uri()}")
 
 

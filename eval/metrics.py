@@ -134,15 +134,6 @@ def mean_over_subsets(measures: Sequence[Measure]) -> Measure:
     return Measure(parts, of_sums)
 
 
-def difference_of(measure: Measure, other: Measure) -> Measure:
-    """Return one score less another one of the same texts, as a measure of these."""
-    num_sums = measure.parts_NK.shape[1]
-    return Measure(
-        np.hstack([measure.parts_NK, other.parts_NK]),
-        lambda sums: measure.of_sums(sums[..., :num_sums]) - other.of_sums(sums[..., num_sums:]),
-    )
-
-
 def yes_or_no(answer: str) -> str:
     """Return `yes` or `no` for an answer, as POPE reads it.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from eval.metrics import difference_of
 from eval.systems.scored import WORDS, Scored
 
 Row = tuple[str, ...]
@@ -66,11 +65,15 @@ def _rows(first: Scored | None, system: Scored, columns: Sequence[str]) -> list[
     ]
     if first is None or first is system or first.text_keys != system.text_keys:
         return rows
-    gains = {n: difference_of(measure, first.measures[n]) for n, measure in measures.items()}
+    gains = {
+        column: measure.gain_over(first.measures[column], ids, SEED)
+        for column, measure in measures.items()
+    }
     return [
         *rows,
-        (f"  less {first.system}", "", *(_number(n, g.value, "+") for n, g in gains.items())),
-        ("", "", *(_ends(n, gain.interval(ids, SEED), "+") for n, gain in gains.items())),
+        (f"  less {first.system}", "", *(_number(n, g.gain, "+") for n, g in gains.items())),
+        ("", "", *(_ends(column, gain.interval, "+") for column, gain in gains.items())),
+        ("", "", *(f"p {gain.p:.3f}" for gain in gains.values())),
     ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from pycocoevalcap.spice import spice
 
 from cache.errors import SettingsError
-from eval.metrics import caption_measures, difference_of, score_captions
+from eval.metrics import caption_measures, score_captions
 from eval.score import score
 from eval.scoring.official import score_officially, tokenize
 from eval.scoring.ptb_tokenizer import tokenize_caption
@@ -149,12 +149,13 @@ def test_further_systems_are_compared_with_the_first_text_by_text(tmp_path, caps
         caption_measures(REFERENCES, texts)["BLEU-1"]
         for texts in (RESULTS, {i: c[0] for i, c in REFERENCES.items()})
     ]
-    gain = difference_of(measures[1], measures[0])
+    gain = measures[1].gain_over(measures[0], [2, 5, 7], 0)
     column = lines[1].split().index("BLEU-1") - 1
-    assert lines[at].split()[2:][column] == f"{100 * gain.value:+.2f}"
-    low, high = gain.interval([2, 5, 7], 0)
+    assert lines[at].split()[2:][column] == f"{100 * gain.gain:+.2f}"
+    low, high = gain.interval
     ends = re.findall(r"\[.*?\]", lines[at + 1])[column]
     assert ends == f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert re.findall(r"p ([\d.]+)", lines[at + 2])[column] == f"{gain.p:.3f}"
 
 
 def test_images_without_a_caption_are_counted_and_named(tmp_path, capsys, captions, results):
