@@ -3,10 +3,11 @@
 Stage 1 alone captions images of split val or test straight after the patches. The fine-tuned model
 captions the same images when asked to, and answers questions about held-out images and yes-no
 questions about objects. Every text is generated under four conditions (`eval.scoring.conditions`).
-A stage without texts is not scored, and the page says why.
+A stage without texts is not scored, and the page says why. With `evaluate.minutes` each kind of
+text stops at a whole number of images.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 from cache import FeatureStore
@@ -15,9 +16,10 @@ from eval.report.gallery import gallery_image_ids, gallery_texts
 from eval.report.gaps import gaps
 from eval.report.page import render_report
 from eval.report.thumbnails import thumbnails_of
-from eval.runs import STAGES, FinishedRun, finish_times, open_stages, read_history
+from eval.runs import FinishedRun, finish_times, open_stages, read_history
 from eval.score_warnings import changed_inputs_warning, random_tower_warning
 from eval.scoring import generation_cache
+from eval.scoring.budget import Budget, of_images
 from eval.scoring.evaluated_models import EvaluatedModels, load_models
 from eval.scoring.gains import read_gain, use_of_picture, written
 from eval.scoring.generation import (
@@ -58,10 +60,12 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     settings = params.section("evaluate", EvaluateSettings)
     data = params.section("data", DataSettings)
     # Everything that can be missing is read before the models run for hours.
-    histories = {stage: read_history(RUNS / stage) for stage in STAGES}
+    stages: tuple[str, ...] = settings.stages
+    histories = {stage: read_history(RUNS / stage) for stage in stages}
     store = FeatureStore(FEATURES)
-    runs = open_stages(params.section("llm", LlmSettings), store)
-    prompt_format = runs["finetune"].prompt_format
+    runs = open_stages(params.section("llm", LlmSettings), store, stages)
+    *_, last_run = runs.values()
+    prompt_format = last_run.prompt_format
     evaluation_set = choose_evaluation_set(settings, store, prompt_format, params.seed())
     warning = score_warning(params, runs)
 
@@ -72,8 +76,8 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
 
     contamination = evaluation_set.contamination_list()
-    # Without conversations, the captions of stage 1 alone are all there is.
-    shown_model = "finetune" if runs["finetune"].is_trained else "pretrain"
+    # Without a trained stage 2, the captions of stage 1 alone are all there is.
+    shown_model = "finetune" if models.both_stages else "pretrain"
     write_json(REPORTS / "eval.json", scores)
     write_json(REPORTS / "contamination.json", contamination)
     write_predictions(REPORTS / "predictions.parquet", predictions)
@@ -88,7 +92,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
         thumbnails=thumbnails_of(gallery_image_ids(texts), data),
         file_names=evaluation_set.file_names,
         histories={stage: histories[stage] for stage, run in runs.items() if run.is_trained},
-        provenance=runs["finetune"].provenance | {"settings": params.values},
+        provenance=last_run.provenance | {"settings": params.values},
         contamination=contamination,
         dates={"evaluate": now()} | finish_times(runs),
         warning=warning,
@@ -110,7 +114,10 @@ def score_warning(params: Params, runs: Mapping[str, FinishedRun]) -> str:
 
 
 def score_models(
-    models: EvaluatedModels, evaluation_set: EvaluationSet, settings: EvaluateSettings, seed: int
+    models: EvaluatedModels,
+    evaluation_set: EvaluationSet,
+    settings: EvaluateSettings,
+    seed: int,
 ) -> tuple[dict[str, Any], list[Prediction]]:
     """Let stage 1 alone and the fine-tuned model generate, and score both.
 
@@ -120,25 +127,41 @@ def score_models(
     """
     stage_1, model = models.stage_1, models.both_stages
     references, split = evaluation_set.references, evaluation_set.caption_split
+    tasks: list[Sized] = [references] * bool(stage_1)
+    if model:
+        tasks += [
+            references,
+            evaluation_set.examples,
+            evaluation_set.questions,
+            evaluation_set.pope,
+        ]
+    budget = Budget(settings.minutes, sum(map(bool, tasks)), seed)
     # Losses first: they take minutes and show most faults before hours of generation.
     limit = settings.max_text_tokens
-    losses = answer_losses(model, evaluation_set.examples, limit) if model else {}
+    losses = answer_losses(model, evaluation_set.examples, limit, budget) if model else {}
     stage_1_scores = caption_scores = answer_scores = EMPTY_SCORES
     pope_scores: dict[str, Scores] = {}
-    yes_no_answers: list[Prediction] = []
+    pope_mean = mean_of_subsets([], seed)
     predictions: list[Prediction] = []
     if stage_1:
         with models.without_adapter():
-            stage_1_scores, captions = caption_images(stage_1, references, split, None, settings)
+            stage_1_scores, captions = caption_images(
+                stage_1, references, split, None, settings, budget
+            )
         predictions += captions
     if model:
         caption_scores, captions = caption_images(
-            model, references, split, settings.caption_question, settings
+            model, references, split, settings.caption_question, settings, budget
         )
-        answer_scores, answers = answer_questions(model, evaluation_set.questions, losses, settings)
+        answer_scores, answers = answer_questions(
+            model, evaluation_set.questions, losses, settings, budget
+        )
         pope_scores, yes_no_answers = answer_yes_no(
-            model, evaluation_set.pope, evaluation_set.splits, settings
+            model, evaluation_set.pope, evaluation_set.splits, settings, budget
         )
+        asked = (question.image_id for qs in evaluation_set.pope.values() for question in qs)
+        reached = budget.reached((answer.image_id for answer in yes_no_answers), asked)
+        pope_mean = mean_of_subsets(yes_no_answers, seed) | reached
         predictions += [*captions, *answers, *yes_no_answers]
     counts = evaluation_set.without_features.items()
     without_features = {kind: {"without_features": count} for kind, count in counts}
@@ -148,11 +171,13 @@ def score_models(
         | without_features["answers"]
         | {"too_long": evaluation_set.num_too_long},
         "pope": {name: section | without_features["pope"] for name, section in pope_scores.items()},
-        "pope_mean": mean_of_subsets(yes_no_answers, seed),
+        "pope_mean": pope_mean,
         "pretrain_only": {"captions": stage_1_scores | without_features["captions"]},
         "contamination": evaluation_set.contamination_counts(),
-        "weights_sha256": {stage: weights_of(RUNS / stage) for stage in STAGES},
+        "weights_sha256": {stage: weights_of(RUNS / stage) for stage in settings.stages},
     }
+    if settings.minutes is not None:
+        scores["budget"] = {"minutes": settings.minutes}
     return scores, predictions
 
 
@@ -163,7 +188,7 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
     for sentence in gaps(scores):
         print(f"note:     {sentence}")
     captions, answers = scores["captions"], scores["answers"]
-    if not scores["trained"]["finetune"]:
+    if not scores["trained"].get("finetune"):
         captions = scores["pretrain_only"]["captions"]
     if captions["count"]:
         print(f"captions: {_beside_wrong_image(captions, 'CIDEr', 'CIDEr')}")
@@ -180,7 +205,7 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
 
 
 def _beside_wrong_image(section: Mapping[str, Any], name: str, key: str) -> str:
-    text = f"{name} {section[key]:.3f} (wrong image {section[BLIND][key]:.3f}"
+    text = f"{name}{of_images(section)} {section[key]:.3f} (wrong image {section[BLIND][key]:.3f}"
     gain = read_gain(section, key)
     return f"{text}; gain {written(gain)}): {use_of_picture(gain)}" if gain else f"{text})"
 

@@ -6,7 +6,7 @@ does not fit is found before hours or gigabytes are spent on it.
 
 import contextlib
 import csv
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -129,12 +129,15 @@ def open_run(folder: Path) -> FinishedRun:
     return run
 
 
-def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]:
-    """Open the runs of both stages and check them against features, language model and each other.
+def open_stages(
+    llm: LlmSettings, store: FeatureStore, stages: Collection[str] = STAGES
+) -> dict[str, FinishedRun]:
+    """Open the runs of stages and check them against features, language model and each other.
 
     Args:
-        llm: The language model that both are evaluated with.
-        store: The features that both are evaluated with.
+        llm: The language model that they are evaluated with.
+        store: The features that they are evaluated with.
+        stages: The stages.
 
     Returns:
         Stage to run, in the order of `STAGES`.
@@ -147,10 +150,13 @@ def open_stages(llm: LlmSettings, store: FeatureStore) -> dict[str, FinishedRun]
     """
     prompts = _load_prompts(llm)
     identity = _identity(llm, prompts)
-    runs = {stage: _open(RUNS / stage, llm, prompts, identity) for stage in STAGES}
+    runs = {
+        stage: _open(RUNS / stage, llm, prompts, identity) for stage in STAGES if stage in stages
+    }
     for run in runs.values():
         run.check_features(store.spec, str(store.root))
-    _check_same_start(runs["pretrain"], runs["finetune"])
+    if len(runs) == len(STAGES):
+        _check_same_start(runs["pretrain"], runs["finetune"])
     return runs
 
 

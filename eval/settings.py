@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 MAX_NEW_TOKENS = 4096
 """Limit of the token settings: an untrained model may never end a text by itself."""
@@ -30,12 +30,21 @@ class EvaluateSettings:
     """Number of texts that are generated together."""
     exclude_contaminated: bool
     """Whether images that were trained on are left out of the evaluation."""
+    stages: tuple[Literal["pretrain", "finetune"], ...] = ("pretrain", "finetune")
+    """Stages whose runs are evaluated; the run of another one may be missing."""
+    minutes: float | None = None
+    """Time for losses and texts; null for no limit. The losses and each kind of text get an equal
+    share, and stop at a whole number of images, at least one batch, the same in all conditions."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and value < 1:
                 raise ValueError(f"{field.name} is {value}, wanted 1 or more")
+        if not self.stages:
+            raise ValueError("stages is empty, wanted pretrain, finetune or both")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes is {self.minutes}, wanted more than 0, or null")
         for name in ("caption_tokens", "answer_tokens"):
             if getattr(self, name) > MAX_NEW_TOKENS:
                 raise ValueError(

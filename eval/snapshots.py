@@ -45,7 +45,7 @@ COLUMNS = pa.schema(
 )
 """The columns of predictions that are read. Tables of earlier versions have no subset."""
 
-NO_SCORES = ("contamination", "split", "trained", "weights_sha256")
+NO_SCORES = ("budget", "contamination", "split", "trained", "weights_sha256")
 """Sections of `eval.json` that say what was scored."""
 
 PredictionRow = dict[str, Any]
@@ -89,7 +89,7 @@ class Snapshot:
     gains: dict[str, Gain]
     """Main score to its gain over the wrong image, if it was measured."""
     scored: dict[str, Any]
-    """Hashes of the scored weights, trained stages, the split, counts of contaminated images."""
+    """Hashes of the scored weights, trained stages, split, budget, contaminated images."""
 
 
 def is_run_directory(name: str) -> bool:
@@ -130,7 +130,7 @@ def read_snapshot(name: str) -> Snapshot:
         _refuse_incomplete(name, files, settings)
     beside = {"intervals", GAINS}
     values = {key: v for key, v in evaluated.items() if beside.isdisjoint(key.split("."))}
-    scores = {key: v for key, v in values.items() if key.split(".")[0] not in NO_SCORES}
+    scores = {key: v for key, v in values.items() if not set(NO_SCORES) & set(key.split("."))}
     return Snapshot(
         name=name,
         files=files,

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from cache.cli.interrupts import without_interrupts
 from cache.errors import SettingsError
-from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing
+from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing, write_text
 from cache.remote.location import is_url
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
@@ -24,7 +24,7 @@ from pipeline.inputs import link_inputs, matches, named_paths
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.paths import RAW, WORK
+from workspace.paths import INPUTS, RAW, WORK
 from workspace.settings import Params
 from workspace.stage import run_stage
 
@@ -44,6 +44,9 @@ def fetch(params: Params) -> None:
         render_demo(FETCH_WORK / "demo")
     elif data.source == "coco":
         fetch_files(params.section("fetch", FetchSettings).files)
+    else:
+        # DVC warns of an empty folder.
+        write_text(RAW / "about.txt", "Nothing is fetched with data.source: local.\n")
     check_paths(data)
     link_inputs(data)
 
@@ -132,6 +135,10 @@ def check_paths(data: DataSettings) -> None:
     """
     local = [(key, path) for key, path in named_paths(data) if not is_url(path)]
     for key, path in local:
+        if Path(path).resolve().is_relative_to(INPUTS.resolve()):
+            raise StageError(
+                f"{key}: {path} lies in {INPUTS}, which this stage makes anew. Move it."
+            )
         if not matches(path):
             raise StageError(
                 f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from cache.files.atomic import link_or_copy, write_json
+from cache.texts import printable
 from pipeline.images.source import open_archives
 from pipeline.indexing.annotations import CaptionsFile
 from pipeline.indexing.captions import read_captions
@@ -98,7 +99,7 @@ def index(params: Params) -> None:
     print(f"index: {kept}, {questions} yes-no questions kept, {num_rejected} records rejected")
     if built.other_files:
         suffixes = ", ".join(f"{n} .{suffix}" for suffix, n in built.other_files.most_common(5))
-        print(f"index: other files are left out: {suffixes}")
+        print(f"index: other files are left out: {printable(suffixes)}")
 
 
 def build_index(data: DataSettings, seed: int) -> Index:
@@ -154,8 +155,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
             "rejected": sorted(rejected, key=lambda row: get_args(Kind).index(row.kind)),
         },
         num_read={
-            "images": images.num_without_number
-            + sum(file.num_images for file in files if file.numbers_images),
+            "images": images.num_without_number + sum(file.num_images_read for file in files),
             "captions": sum(file.num_captions for file in files),
             "conversations": instruct.num_conversations,
             "objects": questions.num_objects + instruct.num_objects,

@@ -2,7 +2,7 @@
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
 alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
-links to folders, or files without meaning.
+links to folders, or empty files.
 """
 
 import glob
@@ -15,6 +15,9 @@ from pathlib import Path
 from cache.remote.location import is_url
 from workspace.data_settings import DataSettings
 from workspace.paths import INPUTS, RAW
+
+MAX_NAME_BYTES = 200
+"""Bytes of a file's name that its link keeps."""
 
 MAX_FOLDERS = 8
 """Folders that `dvc.yaml` watches."""
@@ -42,18 +45,18 @@ def link_inputs(data: DataSettings) -> None:
     """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch."""
     shutil.rmtree(INPUTS, ignore_errors=True)
     (INPUTS / "files").mkdir(parents=True)
-    # DVC warns of an empty folder or file.
-    (INPUTS / "files" / "about.txt").write_text("Links to inputs, by which DVC sees changes.\n")
     unwatched = [path for _, path in named_paths(data) if is_url(path)]
     folders: list[Path] = []
     for path in watched_paths(data):
-        if not (path.is_file() or path.is_dir()):
-            # DVC would read a device without an end; the index stage refuses it.
-            continue
         if path.is_file():
             number = len(list((INPUTS / "files").iterdir()))
-            (INPUTS / "files" / f"{number:03d}_{path.name}").symlink_to(path)
-        elif Path.cwd().is_relative_to(path.resolve()) or len(folders) == MAX_FOLDERS:
+            # A name may be as long as the system allows, which the number would make longer.
+            name = os.fsdecode(os.fsencode(path.name)[-MAX_NAME_BYTES:])
+            (INPUTS / "files" / f"{number:03d}_{name}").symlink_to(path)
+        elif not path.is_dir():
+            # DVC would wait for a pipe for ever; the index stage refuses it.
+            continue
+        elif INPUTS.resolve().is_relative_to(path.resolve()) or len(folders) == MAX_FOLDERS:
             unwatched.append(str(path))
         else:
             folders.append(path)
@@ -62,7 +65,7 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            link.write_text("unused\n")
+            link.touch()
     if unwatched:
         print(
             f"fetch: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "

@@ -16,12 +16,14 @@ from cache.files.foreign import reading_foreign_file
 from cache.remote.location import is_url
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
-from pipeline.images.names import IMAGE_SUFFIXES, is_named_as_image
+from pipeline.images.names import IMAGE_SUFFIXES, ImageNameError, is_named_as_image
 from pipeline.images.zip_file import REMEDY
 from pipeline.indexing.annotations import CaptionsFile
 from pipeline.indexing.captions import read_captions
 from pipeline.indexing.collect import split_by_hash
 from pipeline.indexing.image_collection import ImageCollection
+from pipeline.indexing.records import Rejection
+from pipeline.indexing.rejections import describe_commonest
 from pipeline.indexing.texts.packed import is_packed
 from pipeline.settings import RANDOM
 from pipeline.towers.hub import logging_disabled, offline_if_hub_unreachable
@@ -51,6 +53,9 @@ MAX_CANDIDATES = 20
 
 MAX_WORKERS = 8
 
+MAX_REJECT_RATE = 0.1
+"""Share of unusable pictures and captions that `data.max_reject_rate` allows."""
+
 VAL_SHARES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Shares of split val: the usual one, and others for a handful of pictures."""
 
@@ -72,17 +77,51 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
     """
     if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
         raise SettingsError(f"{out}: was not written by this command. Move it away.")
-    pictures, archive = find_pictures(_absolute(pictures, "PICTURES"))
+    pictures = _absolute(pictures, "PICTURES")
+    data = None if captions else coco_section(Path(pictures))
+    if data is None:
+        data = data_section(pictures, captions and _absolute(captions, "CAPTIONS"))
+    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    _say(f"as many decoding processes as CPU cores: {workers}")
+    _say("one in ten pictures and captions may be unusable; each is listed with its reason")
+    _say("vision tower: CLIP ViT-B/32, 49 patches a picture; OpenAI's weights of 0.35 GB")
+    pretrained = choose_weights()
+    write_text(out, settings_text(data, pretrained, workers))
+    _say(f"{out} written")
+
+
+def coco_section(folder: Path) -> str | None:
+    """Return the section `data` of a folder in COCO's layout; None if a file is missing.
+
+    Conversations are those of the only `llava_*.json` in it.
+    """
+    splits = []
+    for split in ("train", "val"):
+        name = f"{split}2017"
+        images = [folder / name, folder / f"{name}.zip"]
+        captions = [base / f"captions_{name}.json" for base in (folder, folder / "annotations")]
+        found = [next(filter(Path.exists, paths), None) for paths in (images, captions)]
+        if None in found:
+            return None
+        splits.append([str(path) for path in found])
+    conversations = [str(path) for path in folder.glob("llava_*.json")]
+    instruct = conversations[0] if len(conversations) == 1 else None
+    _say(f"COCO's layout in {folder}: its pictures and captions of train2017 and val2017")
+    _say(f"conversations of {instruct}" if instruct else "no conversations: no llava_*.json alone")
+    return _section(splits[0], splits[1], instruct, VAL_SHARES[0])
+
+
+def data_section(pictures: str, captions: str | None) -> str:
+    """Return the section `data` of pictures, and of captions named or found among them."""
+    pictures, archive = find_pictures(pictures)
     file: CaptionsFile | None
     if captions:
-        captions = _absolute(captions, "CAPTIONS")
         file = read_captions(captions, key="CAPTIONS", split="hash")
     else:
         captions, file = captions_among(pictures)
     val_share: float | None = VAL_SHARES[0]
     if file:
-        num_images = len({caption.image for caption in file.captions})
-        _say(f"{len(file.captions)} captions of {num_images} pictures in {captions}")
+        check_captions(file, archive, str(captions))
         val_share = choose_val_share(archive, file)
         if val_share is None:
             _say("the captions are left out: training needs a picture to learn from, and another")
@@ -91,14 +130,36 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
             _say(f"a hash of their ids keeps about {val_share:.0%} of these pictures for scores")
     else:
         _say("no captions, so features of all pictures; CAPTIONS=file.csv names some")
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    _say(f"as many decoding processes as CPU cores: {workers}")
-    _say("one in ten pictures and captions may be unusable; each is listed with its reason")
-    _say("vision tower: CLIP ViT-B/32, 49 patches a picture; OpenAI's weights of 0.35 GB")
-    pretrained = choose_weights()
-    text = settings_text(pictures, captions, pretrained, workers, val_share or VAL_SHARES[0])
-    write_text(out, text)
-    _say(f"{out} written")
+    return _section([pictures, captions], None, None, val_share or VAL_SHARES[0])
+
+
+def check_captions(file: CaptionsFile, archive: ImageArchive, path: str) -> None:
+    """Say how many captions can be used, before minutes are spent on their pictures.
+
+    Raises:
+        SettingsError: Fewer than nine in ten.
+    """
+    missing: dict[str, str] = {}
+    for image in file.images:
+        try:
+            archive.find(image.file_name)
+        except ImageNameError as error:
+            missing[image.file_name] = str(error)
+    listed: dict[object, str] = {image.image_id: image.file_name for image in file.images}
+    names = [listed.get(caption.image, str(caption.image)) for caption in file.captions]
+    bad = [rejection for rejection in file.rejected if rejection.kind == "captions"]
+    bad += [
+        Rejection("captions", caption.record, missing[name])
+        for caption, name in zip(file.captions, names, strict=True)
+        if name in missing
+    ]
+    usable = {name for name in names if name not in missing}
+    _say(f"{file.num_captions - len(bad)} captions of {len(usable)} pictures in {path}")
+    if len(bad) > MAX_REJECT_RATE * file.num_captions:
+        raise SettingsError(
+            f"{path}: {len(bad)} of {file.num_captions} captions cannot be used, wanted at most "
+            f"one in ten. {describe_commonest(bad)} Mend the file, or write the settings by hand."
+        )
 
 
 def find_pictures(path: str) -> tuple[str, ImageArchive]:
@@ -201,10 +262,8 @@ def choose_weights() -> str:
     return OPENAI
 
 
-def settings_text(
-    pictures: str, captions: str | None, pretrained: str, workers: int, val_share: float
-) -> str:
-    """Return the settings file: its own section `data`, and all other sections of the template."""
+def settings_text(data: str, pretrained: str, workers: int) -> str:
+    """Return the settings file: a section `data`, and all other sections of the template."""
     rest = TEMPLATE.read_text()
     rest = rest[rest.index("\nencoder:") :]
     for key, value in {
@@ -218,22 +277,37 @@ seed: 0
 
 data:
   source: local
-  train:
-    images: {_quoted(pictures)}
-    captions: {_quoted(captions) if captions else "null"}
-  val: null                     # a hash of their ids keeps val_share of the images for the scores
-  instruct: null                # conversations for stage 2
-  instruct_holdout: 0.1         # share of the images
-  max_reject_rate: 0.1
-  val_share: {val_share}
+{data}  instruct_holdout: 0.1         # share of the images
+  max_reject_rate: {MAX_REJECT_RATE}
 
 fetch:
   files: []                     # only the source coco downloads
 {rest}"""
 
 
-def _quoted(text: str) -> str:
+def _section(
+    train: Sequence[str | None],
+    val: Sequence[str | None] | None,
+    instruct: str | None,
+    val_share: float,
+) -> str:
+    """Return the lines of section `data` about splits, each given as images and captions."""
+    text = f"  train:\n{_split(train)}"
+    if val:
+        text += f"  val:\n{_split(val)}"
+    else:
+        text += "  val: null                     # a hash of ids keeps val_share of the images\n"
+    return f"{text}  instruct: {_quoted(instruct)}\n  val_share: {val_share}\n"
+
+
+def _split(paths: Sequence[str | None]) -> str:
+    return f"    images: {_quoted(paths[0])}\n    captions: {_quoted(paths[1])}\n"
+
+
+def _quoted(text: str | None) -> str:
     """Return a text as YAML in double quotes, with an escape for all that is not printable."""
+    if text is None:
+        return "null"
     return '"' + "".join(map(_quoted_sign, text)) + '"'
 
 

@@ -15,6 +15,7 @@ from cache.spec import Spec
 from eval.llava.text import TextPart
 from eval.runs import LoadedRun
 from eval.score_warnings import random_tower_warning
+from eval.scoring.budget import of_images
 from eval.scoring.gains import judgement, read_gain, written
 from eval.scoring.score_names import BLIND, MAIN_SCORES, has_no_short_targets
 from eval.settings import EvaluateSettings, shown_setting
@@ -161,7 +162,13 @@ def _score_rows(title: str, section: Mapping[str, Any]) -> Iterator[tuple[str, s
         if isinstance(value, float) and not has_no_short_targets(section, key):
             gain = read_gain(section, key)
             gain_text = written(gain) if gain else ""
-            yield title, key, _written(section, key), _written(control, key), gain_text
+            yield (
+                title + of_images(section),
+                key,
+                _written(section, key),
+                _written(control, key),
+                gain_text,
+            )
 
 
 def _verdict(sections: Mapping[str, Mapping[str, Any]]) -> str:

@@ -55,7 +55,7 @@ class Card:
 
 def score_cards(scores: Section) -> list[Card]:
     """Return a card for each main score that was measured, those of stage 1 last."""
-    sections = sorted(titled_sections(scores).items(), key=lambda item: item[0] == STAGE_1)
+    sections = sorted(titled_sections(scores).items(), key=lambda item: item[0].startswith(STAGE_1))
     return [
         _card(title, section, key)
         for title, section in sections

@@ -1,4 +1,4 @@
-"""Says what an evaluation lacks, and why: a stage without texts, a kind of text without any."""
+"""Says what an evaluation lacks, and why: a stage, a kind of text, or images beyond its budget."""
 
 from eval.report.scores import Section, pope_sections, section_of
 from train.untrained import REASONS
@@ -10,6 +10,8 @@ _UNTRAINED = {
 }
 """Stage to the sentence about it, with a place for the reason."""
 
+_TITLES = {"pretrain": "Stage 1 alone", "finetune": "Stage 2"}
+
 
 def untrained_stages(scores: Section) -> list[str]:
     """Return the stages of which `reports/eval.json` says that they were not trained."""
@@ -17,14 +19,20 @@ def untrained_stages(scores: Section) -> list[str]:
     return [stage for stage in REASONS if trained.get(stage) is False]
 
 
+def skipped_stages(scores: Section) -> list[str]:
+    """Return the stages that `evaluate.stages` left out."""
+    trained = scores.get("trained")
+    return [stage for stage in REASONS if trained and stage not in trained]
+
+
 def gaps(scores: Section) -> list[str]:
-    """Return a sentence for each stage that was not trained, and each kind that was not scored.
+    """Return a sentence for each stage and each kind of text that was not scored, and the budget.
 
     Args:
         scores: Content of `reports/eval.json`; any section may be absent.
     """
-    untrained = untrained_stages(scores)
-    if "finetune" in untrained:
+    untrained, skipped = untrained_stages(scores), skipped_stages(scores)
+    if "finetune" in {*untrained, *skipped}:
         # Stage 1 alone only writes captions.
         sections = {"captions": section_of(scores, "pretrain_only", "captions")}
     else:
@@ -32,7 +40,19 @@ def gaps(scores: Section) -> list[str]:
         sections["pope"] = pope_sections(scores)
     return [
         *(_UNTRAINED[stage].format(REASONS[stage]) for stage in untrained),
+        *(f"{_TITLES[stage]} was not evaluated (evaluate.stages)." for stage in skipped),
+        *_budget(scores),
         *(_unscored(scores, kind) for kind, section in sections.items() if not section),
+    ]
+
+
+def _budget(scores: Section) -> list[str]:
+    minutes = (scores.get("budget") or {}).get("minutes")
+    if minutes is None:
+        return []
+    return [
+        f"The evaluation had {minutes:g} minutes (evaluate.minutes). In brackets stands the number "
+        f"of images behind scores and intervals: a random sample, the same in all conditions."
     ]
 
 

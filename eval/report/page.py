@@ -17,7 +17,7 @@ from eval.report.cards import headline, score_cards
 from eval.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, length_charts, loss_chart, stop_rates
 from eval.report.gallery import KIND_TITLES, GalleryText, choose_examples, filter_options
 from eval.report.gaps import gaps, untrained_stages
-from eval.report.scores import Section
+from eval.report.scores import Section, section_of
 from eval.report.tables import (
     SECTION_TITLES,
     contamination_table,
@@ -102,7 +102,7 @@ def render_report(
         policy=_policy(style, script),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
         sentence=_sentence(provenance.get("settings") or {}, untrained_stages(scores)),
-        split=scores.get("split") or {},
+        split=(scores.get("split") or {}) if _has_captions(scores) else {},
         dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
         warning=warning,
         headline=headline(cards),
@@ -138,6 +138,10 @@ def _policy(style: str, script: str) -> str:
         f"default-src 'none'; img-src data:; style-src {source(style)}; "
         f"script-src {source(script)}; base-uri 'none'; form-action 'none'"
     )
+
+
+def _has_captions(scores: Section) -> bool:
+    return bool(section_of(scores, "captions") or section_of(scores, "pretrain_only", "captions"))
 
 
 def _sentence(settings: Mapping[str, Any], untrained: Collection[str]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eval.bootstrap import Gain
+from eval.scoring.budget import of_images
 from eval.scoring.gains import read_gain
 from eval.scoring.score_names import BLIND, CONTROLS, SEEN, as_number, has_no_short_targets
 
@@ -166,7 +167,7 @@ def titled_sections(scores: Section) -> dict[str, Section]:
         "Answers": section_of(scores, "answers"),
         **{SUBSET.format(name): part for name, part in pope_sections(scores).items()},
     }
-    return {title: section for title, section in sections.items() if section}
+    return {title + of_images(section): section for title, section in sections.items() if section}
 
 
 def by_condition(section: Section) -> dict[str, Section]:

@@ -20,6 +20,7 @@ from eval.report.scores import (
     section_of,
     titled_sections,
 )
+from eval.scoring.budget import of_images
 from eval.scoring.score_names import BLIND, SEEN
 
 SECTION_TITLES = {"captions": "Captions", "answers": "Answers", "pope": "Yes or no"}
@@ -67,7 +68,7 @@ def type_table(scores: Section) -> Table | None:
     frequent = sorted(parts, key=lambda name: (-parts[name].get("count", 0), name))
     return _parts_table(
         "Answers by type of question",
-        "Type",
+        f"Type{of_images(section_of(scores, 'answers'))}",
         {name: parts[name] for name in frequent if parts[name]},
         ("count", "short_count"),
         ("exact_match", "token_f1", "ROUGE-L"),
@@ -77,9 +78,9 @@ def type_table(scores: Section) -> Table | None:
 def pope_table(scores: Section) -> Table | None:
     """Return the scores of yes/no questions, a row for each subset, and one for their mean."""
     keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
-    parts = pope_sections(scores)
+    parts = {name + of_images(part): part for name, part in pope_sections(scores).items()}
     if len(parts) > 1 and (mean := section_of(scores, "pope_mean")):
-        parts[f"mean of {len(parts)}"] = mean
+        parts[f"mean of {len(parts)}{of_images(mean)}"] = mean
     return _parts_table("Yes/no questions", "Subset", parts, ("count",), keys)
 
 

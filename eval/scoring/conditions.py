@@ -9,7 +9,7 @@ Letters: B images, P patches, D width of the vision tower.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,10 @@ class Condition:
     features: Features
     image_ids: list[int]
     """For each question, the image whose features the model gets."""
+
+    def only(self, numbers: Sequence[int]) -> "Condition":
+        """Return the condition for some of the questions."""
+        return replace(self, image_ids=[self.image_ids[number] for number in numbers])
 
 
 def make_conditions(model: EvaluatedModel, image_ids: Sequence[int]) -> list[Condition]:

@@ -39,7 +39,7 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class EvaluatedModels:
-    """The models of both stages, which share one language model; None of a stage without texts."""
+    """The models of both stages, which share one language model; None of a stage without scores."""
 
     stage_1: EvaluatedModel | None
     """Valid while the adapter is disabled."""
@@ -52,7 +52,7 @@ class EvaluatedModels:
 
 
 def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int) -> EvaluatedModels:
-    """Load the models of both stages, so that damage in either is found before texts are generated.
+    """Load the models of all runs, so that damage in any is found before texts are generated.
 
     Args:
         runs: Stage to run, as `eval.runs.open_stages` returns them.
@@ -63,17 +63,21 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
         SettingsError: The language model cannot be loaded.
         StageError: The adapter is missing, damaged, or does not fit the language model.
     """
-    pretrain, finetune = runs["pretrain"], runs["finetune"]
-    language_model = load_language_model(finetune.llm, pick_device())
+    pretrain, finetune = runs.get("pretrain"), runs.get("finetune")
+    # All share language model and prompt format.
+    any_run = next(iter(runs.values()))
+    language_model = load_language_model(any_run.llm, pick_device())
     shared = {
         # Before LoRA is added, which renames the layers.
-        "language_model": language_model_fingerprint(language_model, finetune.tokenizer),
+        "language_model": language_model_fingerprint(language_model, any_run.tokenizer),
         "features": sha256_of(FEATURES / INDEX_FILE),
         "seed": seed,
-        "end_ids": finetune.prompt_format.end_ids,
-        **finetune.prompt_format.identity(),
+        "end_ids": any_run.prompt_format.end_ids,
+        **any_run.prompt_format.identity(),
     }
-    adapter = load_lora(language_model, finetune.folder / ADAPTER) if finetune.is_trained else None
+    adapter = None
+    if finetune and finetune.is_trained:
+        adapter = load_lora(language_model, finetune.folder / ADAPTER)
 
     def evaluated(run: FinishedRun) -> EvaluatedModel:
         projector = run.projector
@@ -96,6 +100,6 @@ def load_models(runs: Mapping[str, FinishedRun], store: FeatureStore, seed: int)
         )
 
     stage_1, both_stages = (
-        evaluated(run) if run.is_trained else None for run in (pretrain, finetune)
+        evaluated(run) if run and run.is_trained else None for run in (pretrain, finetune)
     )
     return EvaluatedModels(stage_1, both_stages, adapter)

@@ -19,7 +19,8 @@ from eval.metrics import (
     yes_or_no,
 )
 from eval.scoring.answers import answer_measures, answer_score, form_measures, is_short
-from eval.scoring.conditions import make_conditions
+from eval.scoring.budget import UNLIMITED, Budget
+from eval.scoring.conditions import Condition, make_conditions
 from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.generation_cache import cached
 from eval.scoring.losses import Losses
@@ -45,6 +46,7 @@ def caption_images(
     split: str,
     question: str | None,
     settings: EvaluateSettings,
+    budget: Budget = UNLIMITED,
 ) -> tuple[Scores, list[Prediction]]:
     """Let a model caption images.
 
@@ -54,15 +56,18 @@ def caption_images(
         split: Of the images.
         question: The request for a caption; None for a model that captions without any.
         settings: Limits.
+        budget: Limits the images.
 
     Returns:
         The section of scores, and the captions.
     """
     if not references:
         return EMPTY_SCORES, []
-    image_ids = sorted(references)
-    asked = [question] * len(image_ids)
-    generations = _generate(model, image_ids, asked, settings.caption_tokens, settings.batch_size)
+    chosen = sorted(references)
+    asked = [question] * len(chosen)
+    by_number = _generate(model, chosen, asked, settings.caption_tokens, settings, budget)
+    image_ids, generations = [chosen[n] for n in by_number], list(by_number.values())
+    references = {image_id: references[image_id] for image_id in image_ids}
 
     def by_image(texts: Sequence[str]) -> dict[int, str]:
         return dict(zip(image_ids, texts, strict=True))
@@ -86,7 +91,8 @@ def caption_images(
         words = mean_of([float(len(text.split())) for text in texts])
         return {**caption_measures(references, by_image(texts)), "mean_words": words}
 
-    return _section(captions, measures_of, model.seed), captions
+    section = _section(captions, measures_of, model.seed)
+    return section | budget.reached(image_ids, chosen), captions
 
 
 def answer_questions(
@@ -94,6 +100,7 @@ def answer_questions(
     questions: Sequence[Question],
     losses: Mapping[str, Losses],
     settings: EvaluateSettings,
+    budget: Budget = UNLIMITED,
 ) -> tuple[Scores, list[Prediction]]:
     """Let a model answer held-out questions, each without the turns before it.
 
@@ -102,15 +109,20 @@ def answer_questions(
         questions: The questions.
         losses: Condition to the losses of the right answers.
         settings: Limits.
+        budget: Limits the images.
 
     Returns:
         The section of scores, with a section for each type of question, and the answers.
     """
     if not questions:
         return EMPTY_SCORES, []
+    chosen = {question.image_id for question in questions}
+    if budget.is_limited and losses:
+        # Losses and texts are about the same images: those that both reached.
+        questions = [q for q in questions if q.image_id in set(losses[SEEN].image_ids)]
     image_ids = [question.image_id for question in questions]
     asked = [question.question for question in questions]
-    generations = _generate(model, image_ids, asked, settings.answer_tokens, settings.batch_size)
+    by_number = _generate(model, image_ids, asked, settings.answer_tokens, settings, budget)
     answers = [
         Prediction(
             model=model.name,
@@ -122,8 +134,11 @@ def answer_questions(
             generations=texts,
             score=answer_score(question.answer, texts[SEEN].text),
         )
-        for question, texts in zip(questions, generations, strict=True)
+        for question, texts in ((questions[n], texts) for n, texts in by_number.items())
     ]
+    reached = {answer.image_id for answer in answers}
+    if budget.is_limited:
+        losses = {condition: loss.only(reached) for condition, loss in losses.items()}
     section = _answer_section(answers, model.seed)
     for condition, loss in losses.items():
         part = section if condition == SEEN else section[condition]
@@ -137,7 +152,7 @@ def answer_questions(
         name: _answer_section([a for a in answers if a.question_type == name], model.seed)
         for name in sorted({answer.question_type for answer in answers})
     }
-    return section, answers
+    return section | budget.reached(reached, chosen), answers
 
 
 def answer_yes_no(
@@ -145,6 +160,7 @@ def answer_yes_no(
     subsets: Mapping[str, Sequence[YesNo]],
     splits: Mapping[int, str],
     settings: EvaluateSettings,
+    budget: Budget = UNLIMITED,
 ) -> tuple[dict[str, Scores], list[Prediction]]:
     """Let a model answer yes-no questions about objects.
 
@@ -155,6 +171,7 @@ def answer_yes_no(
         subsets: Subset to its questions, at least one.
         splits: Image id to its split in the index.
         settings: Limits.
+        budget: Limits the images.
 
     Returns:
         Subset to its section of scores, and the answers, subset by subset.
@@ -164,8 +181,8 @@ def answer_yes_no(
         return {}, []
     image_ids = [image_id for image_id, _ in pairs]
     asked = [question for _, question in pairs]
-    generations = _generate(model, image_ids, asked, YES_NO_TOKENS, settings.batch_size)
-    by_pair = dict(zip(pairs, generations, strict=True))
+    by_number = _generate(model, image_ids, asked, YES_NO_TOKENS, settings, budget)
+    by_pair = {pairs[number]: texts for number, texts in by_number.items()}
 
     def answer(subset: str, question: YesNo) -> Prediction:
         texts = by_pair[question.image_id, question.question]
@@ -181,8 +198,16 @@ def answer_yes_no(
             score=float(yes_or_no(texts[SEEN].text) == question.label),
         )
 
-    answers = {name: [answer(name, q) for q in questions] for name, questions in subsets.items()}
-    sections = {name: _yes_no_section(of_subset, model.seed) for name, of_subset in answers.items()}
+    def section(answers: Sequence[Prediction], questions: Sequence[YesNo]) -> Scores:
+        reached = budget.reached((a.image_id for a in answers), (q.image_id for q in questions))
+        return _yes_no_section(answers, model.seed) | reached
+
+    asked_of = {
+        name: [answer(name, q) for q in questions if (q.image_id, q.question) in by_pair]
+        for name, questions in subsets.items()
+    }
+    answers = {name: of_subset for name, of_subset in asked_of.items() if of_subset}
+    sections = {name: section(of_subset, subsets[name]) for name, of_subset in answers.items()}
     return sections, [answer for of_subset in answers.values() for answer in of_subset]
 
 
@@ -220,37 +245,57 @@ def _generate(
     image_ids: Sequence[int],
     questions: Sequence[str | None],
     max_tokens: int,
-    batch_size: int,
-) -> list[dict[str, Generation]]:
+    settings: EvaluateSettings,
+    budget: Budget,
+) -> dict[int, dict[str, Generation]]:
     """Generate a text for each question under each condition, or take it from the cache.
 
     Returns:
-        For each question, its texts by condition.
+        Number of a question to its texts by condition, in order, of the images that were reached.
     """
-    by_condition = {}
-    for condition in make_conditions(model, image_ids):
-        cache_key = {
-            "model": model.identity,
-            "condition": condition.name,
-            "image_ids": condition.image_ids,
-            "questions": questions,
-            "max_tokens": max_tokens,
-            "batch_size": batch_size,
+    conditions = make_conditions(model, image_ids)
+    generations: dict[int, dict[str, Generation]] = {}
+    for part in budget.parts(image_ids, settings.batch_size):
+        numbers = [number for number, image_id in enumerate(image_ids) if image_id in part]
+        asked = [questions[number] for number in numbers]
+        by_condition = {
+            condition.name: _texts(model, condition.only(numbers), asked, max_tokens, settings)
+            for condition in conditions
         }
-        make = functools.partial(
-            generate,
-            condition.model,
-            model.prompt_format,
-            condition.features,
-            condition.image_ids,
-            questions,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            description=f"{model.name}, {condition.name}",
-        )
-        by_condition[condition.name] = cached(cache_key, make)
-    rows = zip(*by_condition.values(), strict=True)
-    return [dict(zip(by_condition, row, strict=True)) for row in rows]
+        rows = zip(*by_condition.values(), strict=True)
+        texts = (dict(zip(by_condition, row, strict=True)) for row in rows)
+        generations |= zip(numbers, texts, strict=True)
+    return dict(sorted(generations.items()))
+
+
+def _texts(
+    model: EvaluatedModel,
+    condition: Condition,
+    questions: Sequence[str | None],
+    max_tokens: int,
+    settings: EvaluateSettings,
+) -> list[Generation]:
+    """Generate the texts of one condition, or take them from the cache."""
+    cache_key = {
+        "model": model.identity,
+        "condition": condition.name,
+        "image_ids": condition.image_ids,
+        "questions": questions,
+        "max_tokens": max_tokens,
+        "batch_size": settings.batch_size,
+    }
+    make = functools.partial(
+        generate,
+        condition.model,
+        model.prompt_format,
+        condition.features,
+        condition.image_ids,
+        questions,
+        max_tokens=max_tokens,
+        batch_size=settings.batch_size,
+        description=f"{model.name}, {condition.name}",
+    )
+    return cached(cache_key, make)
 
 
 def _answer_section(answers: Sequence[Prediction], seed: int) -> Scores:

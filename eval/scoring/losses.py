@@ -4,13 +4,14 @@ Letters: R rows, T positions, S supervised tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eval.bootstrap import Measure, ratio_of
+from eval.scoring.budget import UNLIMITED, Budget
 from eval.scoring.conditions import Condition, make_conditions
 from eval.scoring.evaluated_models import EvaluatedModel
 from train.data.examples import Example
@@ -28,6 +29,9 @@ PASS_TOKENS = 4096
 ROW_TOKENS = 1024
 """Positions of one packed row."""
 
+BUDGET_IMAGES = 32
+"""Images between two looks at the clock, with a budget."""
+
 STEP_IMAGES = 256
 """Images whose features are in memory at a time."""
 
@@ -40,6 +44,23 @@ class Losses:
     sums: list[float]
     num_tokens: list[int]
 
+    def __add__(self, other: "Losses") -> "Losses":
+        """Return the losses of the images of both."""
+        return Losses(
+            self.image_ids + other.image_ids,
+            self.sums + other.sums,
+            self.num_tokens + other.num_tokens,
+        )
+
+    def only(self, images: Collection[int]) -> "Losses":
+        """Return the losses of some images."""
+        kept = [number for number, image_id in enumerate(self.image_ids) if image_id in images]
+        return Losses(
+            [self.image_ids[number] for number in kept],
+            [self.sums[number] for number in kept],
+            [self.num_tokens[number] for number in kept],
+        )
+
     @property
     def measure(self) -> Measure:
         """The mean over tokens, in nats."""
@@ -47,7 +68,10 @@ class Losses:
 
 
 def answer_losses(
-    model: EvaluatedModel, examples: Sequence[Example], max_text_tokens: int
+    model: EvaluatedModel,
+    examples: Sequence[Example],
+    max_text_tokens: int,
+    budget: Budget = UNLIMITED,
 ) -> dict[str, Losses]:
     """Return the losses of the right answers under each condition; nothing without examples.
 
@@ -55,6 +79,7 @@ def answer_losses(
         model: The model.
         examples: Images with their conversations.
         max_text_tokens: Longest conversation; the turns beyond it are left out.
+        budget: Limits the images.
 
     Raises:
         SettingsError: Conversations may be longer than the language model permits.
@@ -74,15 +99,21 @@ def answer_losses(
             f"evaluate.max_text_tokens: {max_text_tokens} cuts off every answer of "
             f"{len(examples)} images. Raise it."
         )
-    losses = {}
-    for condition in make_conditions(model, [example.image_id for example in fitting]):
-        of_condition = _losses(model, condition, fitting, max_text_tokens)
-        if not math.isfinite(of_condition.measure.value):
-            raise StageError(
-                f"{model.name}: the loss of the answers ({condition.name}) is not finite. Weights "
-                f"or features are damaged: run the {model.name} stage again."
+    image_ids = [example.image_id for example in fitting]
+    losses: dict[str, Losses] = {}
+    conditions = make_conditions(model, image_ids)
+    for part in budget.parts(image_ids, BUDGET_IMAGES):
+        numbers = [number for number, image_id in enumerate(image_ids) if image_id in part]
+        for condition in conditions:
+            of_part = _losses(
+                model, condition.only(numbers), [fitting[n] for n in numbers], max_text_tokens
             )
-        losses[condition.name] = of_condition
+            if not math.isfinite(of_part.measure.value):
+                raise StageError(
+                    f"{model.name}: the loss of the answers ({condition.name}) is not finite. "
+                    f"Weights or features are damaged: run the {model.name} stage again."
+                )
+            losses[condition.name] = losses.get(condition.name, Losses([], [], [])) + of_part
     return losses
 
 

@@ -139,15 +139,13 @@ def write_pope_answers(
     Args:
         path: File to write.
         subsets: Subset to its questions.
-        predictions: Texts of all kinds, those about these questions among them.
+        predictions: Texts of all kinds; a question without an answer is left out.
     """
     answers = {
         (answer.subset, answer.image_id, answer.question): answer.seen.text
         for answer in predictions
         if answer.kind == "pope"
     }
-    # A model that was not trained to answer has none.
-    answered = subsets if answers else {}
     _write_json_lines(
         path,
         [
@@ -157,8 +155,9 @@ def write_pope_answers(
                 "text": answers[subset, question.image_id, question.question],
                 "category": subset,
             }
-            for subset, questions in answered.items()
+            for subset, questions in subsets.items()
             for question in questions
+            if (subset, question.image_id, question.question) in answers
         ],
     )
 

@@ -47,9 +47,19 @@ class ImageArchive:
         return any(self._holders(plain_name(file_name)))
 
     def names(self, file_name: str) -> list[str]:
-        """Return the full names of all files with the base name of `file_name`."""
-        base_name = plain_name(file_name).rpartition("/")[2]
-        names = (p.prefix + name for p in self._places for name in p.files.names(base_name))
+        """Return the full names of all files with the base name of `file_name`.
+
+        Where the settings give a place a prefix, texts name its files in full: a name with other
+        folders is that of another place, which may be missing.
+        """
+        wanted = plain_name(file_name)
+        folders, _, base_name = wanted.rpartition("/")
+        names = (
+            place.prefix + name
+            for place in self._places
+            for name in place.files.names(base_name)
+            if not (folders and place.is_named) or f"{place.prefix}{name}".endswith(f"/{wanted}")
+        )
         return list(dict.fromkeys(names))
 
     def all_names(self) -> list[str]:
@@ -136,4 +146,6 @@ class ImageArchive:
 
 def _with_prefix(place: Place, prefix: str) -> Place:
     folders = plain_name(prefix)
-    return replace(place, prefix=f"{folders}/{place.prefix}") if folders else place
+    if not folders:
+        return place
+    return replace(place, prefix=f"{folders}/{place.prefix}", is_named=True)

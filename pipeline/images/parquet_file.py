@@ -87,7 +87,14 @@ class PackedTable:
         )
 
     def _image_column(self) -> str:
+        names = self.schema.names
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise self._refuse(f"two columns are called {repeated[0]!r}")
         found = [field.name for field in self.schema if _holds_images(field.type)]
+        # Arrow names the parts of a struct in this way.
+        if clash := [n for n in names if n.rpartition(".")[0] in found]:
+            raise self._refuse(f"the name of its column {clash[0]!r} can mean a part of another")
         if COLUMN in found:
             return COLUMN
         if len(found) == 1:

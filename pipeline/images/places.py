@@ -23,6 +23,7 @@ from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
 from pipeline.inputs import matches
 from workspace.errors import StageError
+from workspace.paths import RAW
 
 Kind = Literal["zip", "tar", "parquet"]
 
@@ -82,6 +83,8 @@ class Place:
     prefix: str
     """What stands before a file's path in its full name: empty, or folders that end in `/`."""
     files: ImageFiles
+    is_named: bool = False
+    """Whether the settings give a prefix."""
 
 
 def open_places(path: str, key: str, follow_links: bool) -> list[Place]:
@@ -137,8 +140,8 @@ def addresses(path: str, key: str) -> list[str | Path]:
     if glob.has_magic(path):
         raise _no_match(path, key)
     raise StageError(
-        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images "
-        f"there; the sources demo and coco make it in the fetch stage."
+        f"{key}: {path} does not exist. Name a folder, a zip, a tar or a parquet table of images; "
+        f"the stage fetch makes what is below {RAW}."
     )
 
 

@@ -47,6 +47,12 @@ WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", FOLDER, b"6")
 LONG_NAME, LONG_LINK, EXTENDED, GLOBAL = b"L", b"K", b"x", b"g"
 """Types of headers that describe the next member, or all later ones."""
 
+SPARSE_FIELD = "GNU.sparse"
+"""Stands for all extended fields that describe the holes of a file."""
+
+MAX_DIGITS = len(str(BLOCK << 32))
+"""Length from which on the size of an extended field is no number."""
+
 NULLS = bytes(BLOCK)
 
 
@@ -102,7 +108,7 @@ def scan_tar(stream: BinaryIO, num_bytes: int) -> Iterator[TarMember]:
             name = plain_name(path)
             if "size" in known:
                 size = _decimal(known["size"])
-            if kind == SPARSE or any(field.startswith("GNU.sparse.") for field in known):
+            if kind == SPARSE or SPARSE_FIELD in known:
                 raise TarError(f"{name!r} is stored with holes; write it without --sparse")
             size = 0 if kind in WITHOUT_CONTENT else size
             if start + size > num_bytes:
@@ -135,7 +141,11 @@ def _number(field: bytes) -> int:
     """Return a number in octal digits or, if they do not suffice, in base 256."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b"\0 ") or b"0", 8)
+    digits = field.strip(b"\0 ") or b"0"
+    # `int` takes a sign too, and a negative size would lead back to the same member for ever.
+    if not digits.isdigit():
+        raise ValueError(f"not a number: {digits!r}")
+    return int(digits, 8)
 
 
 def _decimal(text: str) -> int:
@@ -166,16 +176,24 @@ def _read(stream: BinaryIO, start: int, num_bytes: int) -> bytes:
 
 
 def _extended(content: bytes) -> dict[str, str]:
-    """Return the fields of an extended header: `<length> <name>=<value>` and a newline each."""
-    fields = {}
-    while content and content != bytes(len(content)):
-        digits = content.partition(b" ")[0]
-        length = int(digits) if digits.isdigit() and len(digits) < len(str(BLOCK << 32)) else 0
-        if not len(digits) + 1 < length <= len(content):
+    """Return the fields of an extended header, `<length> <name>=<value>` and a newline each.
+
+    Fields that mean nothing here are left out: a header can have a hundred thousand.
+    """
+    fields, start = {}, 0
+    content = content.rstrip(b"\0")
+    while start < len(content):
+        digits = content[start : start + MAX_DIGITS].partition(b" ")[0]
+        length = int(digits) if digits.isdigit() and len(digits) < MAX_DIGITS else 0
+        end = start + length
+        if not len(digits) + 1 < length <= len(content) - start:
             raise TarError("an extended header of no known form")
-        name, _, value = content[len(digits) + 1 : length - 1].partition(b"=")
-        fields[_text(name)] = _text(value)
-        content = content[length:]
+        name, _, value = content[start + len(digits) + 1 : end - 1].partition(b"=")
+        if name.startswith(b"GNU.sparse."):
+            fields[SPARSE_FIELD] = ""
+        elif name in (b"path", b"size"):
+            fields[_text(name)] = _text(value)
+        start = end
     return fields
 
 
@@ -209,12 +227,11 @@ class ImageTar:
         self._file = file
         self.path = file.address
         self._real_path = file.real_path
-        self._members: dict[str, tuple[TarMember, ...]] = {}
+        self._members: dict[str, list[TarMember]] = {}
         with reading_tar(file, key) as (_, members):
             for member in members:
                 if suffix_of(member.name) not in OTHER_SUFFIXES:
-                    same_name = self._members.get(member.name, ())
-                    self._members[member.name] = (*same_name, member)
+                    self._members.setdefault(member.name, []).append(member)
         if not self._members:
             raise StageError(f"{key}: {self.path} is a tar without images, wanted images in it.")
         self._names: dict[str, list[str]] | None = None

@@ -22,7 +22,7 @@ from pipeline.images.names import (
 )
 from workspace.errors import StageError
 
-REMEDY = "Replace it, or name another there; the sources demo and coco make it in the fetch stage."
+REMEDY = "Replace it, or name another."
 
 
 def open_zip(file: Path | ByteFile) -> zipfile.ZipFile:

@@ -62,6 +62,15 @@ class CaptionsFile:
         """Whether the file gives the ids of its images."""
         return all(image.image_id is not None for image in self.images)
 
+    @property
+    def num_images_read(self) -> int:
+        """Images that count as read with the file: all of a file that numbers its images, else the
+        rejected ones, since the others count where their files are found.
+        """
+        if self.numbers_images:
+            return self.num_images
+        return sum(rejection.kind == "images" for rejection in self.rejected)
+
 
 @dataclass(frozen=True)
 class InstructFile:

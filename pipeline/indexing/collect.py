@@ -6,7 +6,7 @@ Decides which captions and conversations are accepted, and gives the reason for 
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
@@ -50,9 +50,10 @@ def collect_captions(
     rejected = []
     for split, file in ((split, file) for split, of_split in files.items() for file in of_split):
         seen: set[int] = set()
+        own_ids = {image.image_id for image in file.images}
         for record in file.captions:
             try:
-                image = _image_of(record, split, images)
+                image = _image_of(record, split, own_ids, images)
                 if record.caption_id in seen:
                     raise RecordError(f"caption id repeated: {record.caption_id}")
             except RecordError as error:
@@ -63,15 +64,25 @@ def collect_captions(
     return rows, rejected
 
 
-def _image_of(record: CaptionRecord, split: Split, images: ImageCollection) -> ImageRow:
+def _image_of(
+    record: CaptionRecord, split: Split, own_ids: Set[int | None], images: ImageCollection
+) -> ImageRow:
     """Return the image of a caption in a file of a split.
 
+    Args:
+        record: The caption.
+        split: The split that its file is of.
+        own_ids: The ids in its file: in another file, the same id can be another image.
+        images: All images.
+
     Raises:
-        RecordError: The image is unknown, rejected, or of another split.
+        RecordError: The image is unknown, rejected, or of another split or file.
     """
     image_id = record.image
     if isinstance(image_id, str):
         image_id = images.id_of(image_id, split)
+    elif image_id not in own_ids:
+        raise RecordError(f"image unknown or rejected: {image_id}")
     if problem := images.problems.get(image_id):
         raise RecordError(problem)
     image = images.rows.get(image_id)

@@ -98,14 +98,12 @@ class ImageCollection:
         self._claims: dict[int, list[Claim]] = defaultdict(list)
         self._ids: dict[str, int | str] = {}
         """The id of a file, or why it has none, by the file's real path."""
-        self._other_names: dict[str, ImageFile] = {}
-        """Files by the names, in full and without folders, that their images have elsewhere."""
+        self._other_names: dict[str, ImageFile | None] = {}
+        """Files by the names, in full and without folders, that their images have elsewhere; None
+        for a name of two files."""
 
     def add_listed(self, records: Mapping[Split, list[ImageRecord]]) -> None:
-        """Add the images of all captions files; unusable ones go to `rejected`.
-
-        The captions of an image without a file are rejected later, by its name.
-        """
+        """Add the images of all captions files; unusable ones go to `rejected`."""
         claims: list[Claim] = []
         unnumbered: list[tuple[ImageRecord, ImageFile, Split]] = []
         for split, listed in records.items():
@@ -113,10 +111,12 @@ class ImageCollection:
                 if record.image_id is not None:
                     claims.append(self._listed_claim(record, record.image_id, split))
                     continue
-                # `id_of` raises the error of a name without a file.
-                with contextlib.suppress(RecordError):
+                try:
                     file = self._lookup.find_listed(record.file_name, split)
                     unnumbered.append((record, file, split))
+                except RecordError as error:
+                    self.num_without_number += 1
+                    self.rejected.append(Rejection("images", record.record, str(error)))
         for claim in claims:
             self._claims[claim.image_id].append(claim)
         for image_id, same_id in self._claims.items():
@@ -185,7 +185,10 @@ class ImageCollection:
                 file = self._lookup.find_listed(name, split)
                 if record.other_names:
                     bases = [other.rpartition("/")[2] for other in names]
-                    self._other_names.update(dict.fromkeys((*names, *bases), file))
+                    for other in {*names, *bases}:
+                        known = self._other_names.setdefault(other, file)
+                        if known and known.real_path != file.real_path:
+                            self._other_names[other] = None
                 return name, file
         return record.file_name, self._lookup.find_listed(record.file_name, split)
 
@@ -282,11 +285,16 @@ class ImageCollection:
         self, found: Iterable[tuple[ImageRecord, ImageFile, Split]]
     ) -> Iterator[Claim]:
         """Yield a claim for each new file; a file whose name is not UTF-8 is rejected."""
-        seen: set[str] = set()
-        for record, file, split in found:
-            if file.real_path in self._ids or file.real_path in seen:
+        # Of several names of a file, the same gives its id whichever text comes first.
+        chosen: dict[str, tuple[ImageRecord, ImageFile, Split]] = {}
+        for each in found:
+            _, file, split = each
+            _, known, known_split = chosen.setdefault(file.real_path, each)
+            if (split != "train", file.full_name) < (known_split != "train", known.full_name):
+                chosen[file.real_path] = each
+        for record, file, split in chosen.values():
+            if file.real_path in self._ids:
                 continue
-            seen.add(file.real_path)
             try:
                 image_id = _id_by_name(file.full_name)
             except UnicodeEncodeError:

@@ -66,7 +66,7 @@ class ImageLookup:
         with _name_errors():
             full_name = archive.find(name)
         file = self._file(split, full_name)
-        if "/" in name and not archive.has(name):
+        if "/" in plain_name(name) and not archive.has(name):
             # The name includes the folder, which may be among the images of the other split.
             for other in self._exact(name):
                 self._check_same(name, file, other)

@@ -18,6 +18,7 @@ from pipeline.images.names import ImageNameError, check_file_name
 from pipeline.images.zip_file import REMEDY
 from pipeline.indexing.texts.url import copy_of_url
 from workspace.errors import StageError
+from workspace.paths import RAW
 
 Kind = Literal["images", "captions", "conversations", "objects", "pope"]
 
@@ -91,8 +92,8 @@ class AnnotationFile:
                     path.stat()
             except (FileNotFoundError, NotADirectoryError):
                 raise StageError(
-                    f"{self.key}: {self.path} does not exist. Name an annotation file there; the "
-                    f"sources demo and coco make it in the fetch stage."
+                    f"{self.key}: {self.path} does not exist. Name a file of texts; the stage "
+                    f"fetch makes what is below {RAW}."
                 ) from None
             check_ordinary(
                 path, lambda why: StageError(f"{self.key}: {path}: {why}. {self.remedy}")

@@ -39,8 +39,16 @@ def write_table(folder: Path, name: str, rows: list[Any]) -> Path:
     """Write `<name>.parquet` from objects that have the table's columns as attributes."""
     schema = SCHEMAS[name]
     columns = {column: [getattr(row, column) for row in rows] for column in schema.names}
+    if name == "rejected":
+        # What is rejected may be a name that no UTF-8 can hold.
+        columns = {column: list(map(_escaped, texts)) for column, texts in columns.items()}
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pydict(columns, schema=schema), buffer, compression="zstd")
     path = folder / f"{name}.parquet"
     write_bytes(path, memoryview(buffer.getvalue()))
     return path
+
+
+def _escaped(text: str) -> str:
+    """Return a text with an escape for each half of a character."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -1070,5 +1070,90 @@ def test_captions_are_scored_on_split_test_where_there_is_one(world):
     assert found["contamination"]["captions"] == {"images": 2, "contaminated": 1, "left_out": 1}
     assert {(row["image_id"], row["split"]) for row in rows(kind="caption")} == {(114, "test")}
     texts = Page(PAGE.read_text()).texts
-    said = "Images are split by karpathy; the captions to score are those of split test."
+    said = "Images are split by karpathy; scored captions are those of split test."
     assert said in texts
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_one_stage_is_evaluated_without_the_run_of_the_other(world, capsys, stage):
+    write_pope(ASKED)
+    evaluate(world.params())
+    both = scores()
+    (other,) = {"pretrain", "finetune"} - {stage}
+    shutil.rmtree(f"runs/{other}")
+    capsys.readouterr()
+    evaluate(world.params(evaluate={"stages": [stage]}))
+    found = scores()
+    own = {"finetune": ["captions", "answers", "pope"], "pretrain": ["pretrain_only"]}
+    assert {key: found[key] for key in own[stage]} == {key: both[key] for key in own[stage]}
+    assert not any(
+        part.get("count")
+        for key in own[other]
+        for part in (found[key], *found[key].values())
+        if isinstance(part, dict)
+    )
+    assert found["trained"] == {stage: True}
+    assert list(found["weights_sha256"]) == [stage]
+    assert {row["model"] for row in rows()} == {stage}
+    captions = [row for row in rows() if row["kind"] == "caption"]
+    assert [tuple(r.values()) for r in json.loads(RESULTS.read_text())] == [
+        (row["image_id"], row["prediction"]) for row in captions
+    ]
+    said = {"pretrain": "Stage 1 alone", "finetune": "Stage 2"}[other]
+    texts = Page(PAGE.read_text()).texts
+    assert f"{said} was not evaluated (evaluate.stages)." in texts
+    assert sum(text.startswith("Stage 1: proj") for text in texts) == (stage == "pretrain")
+    lines = printed(capsys)
+    assert lines == [
+        "note",
+        "captions",
+        *["answers", "pope", "pope"] * (stage == "finetune"),
+        "report",
+    ]
+
+
+def test_an_evaluation_with_a_budget_stops_at_whole_images_and_says_so(world, capsys):
+    write_index(
+        world,
+        captions=[(i, f"a cat {i}") for i in range(112, 140)],
+        conversations=[(i, [("how many", f"{i}"), ("is it red", "no")]) for i in range(112, 140)],
+    )
+    write_pope(
+        [(i, "random", f"Is there a {noun}", "no") for i in range(112, 140) for noun in "ab"]
+    )
+    evaluate(world.params(evaluate={"minutes": 1e-9, "batch_size": 4}))
+    found = scores()
+    assert found["budget"] == {"minutes": 1e-9}
+    sections = [found["captions"], found["answers"], found["pretrain_only"]["captions"]]
+    for section, texts in zip([*sections, found["pope"]["random"]], (4, 8, 4, 8), strict=True):
+        assert section["budget"] == {"images": 4, "of": 28}
+        for part in (section, *(section[control] for control in CONTROLS)):
+            assert part["count"] == texts
+            assert all(np.isfinite(value) for value in numbers(part))
+        for gains in section["gains"].values():
+            assert {gain["images"] for gain in gains.values() if gain["images"]} == {4}
+    assert len({row["image_id"] for row in rows("pretrain")}) == 4
+    assert {r["image_id"] for r in rows("pretrain")} != set(range(112, 116)), "no first images"
+    texts = Page(PAGE.read_text()).texts
+    for title in ("Captions", "Answers", "Yes or no, random", "Captions of stage 1 alone"):
+        assert texts.count(f"{title} (4 of 28 images)") >= 2, "a card and a table"
+    assert {"random (4 of 28 images)", "Type (4 of 28 images)"} <= set(texts)
+    assert any(text.startswith("The evaluation had 1e-09 minutes") for text in texts)
+    said = capsys.readouterr().out
+    assert "note:     The evaluation had 1e-09 minutes (evaluate.minutes)" in said
+    for name in ("CIDEr", "exact match", "random accuracy"):
+        assert f"{name} (4 of 28 images) " in said
+    (row, *_) = read_score_report(open_run(Path("runs/finetune"))).rows
+    assert row[0] == "captions (4 of 28 images)"
+
+
+def test_a_budget_that_is_not_used_up_reaches_everything(world):
+    evaluate(world.params())
+    wanted = TABLE.read_bytes()
+    evaluate(world.params(evaluate={"minutes": 999}))
+    assert scores()["answers"]["budget"] == {"images": 4, "of": 4}
+    assert TABLE.read_bytes() == wanted
+
+
+def numbers(section):
+    return [value for value in section.values() if isinstance(value, int | float)]

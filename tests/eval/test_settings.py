@@ -32,6 +32,10 @@ def test_a_caption_needs_no_question(limits):
         ({"questions": 2.0}, "params.yaml: evaluate.questions is 2.0 (float), wanted int"),
         ({"questions": True}, "params.yaml: evaluate.questions is True (bool), wanted int"),
         ({"caption_question": None}, "evaluate.caption_question is None (NoneType), wanted str"),
+        ({"stages": []}, "evaluate: stages is empty, wanted pretrain, finetune or both"),
+        ({"stages": ["other"]}, "evaluate.stages[0] is 'other' (str), wanted one of pretrain, fin"),
+        ({"minutes": 0}, "evaluate: minutes is 0.0, wanted more than 0, or null"),
+        ({"minutes": -1.5}, "evaluate: minutes is -1.5, wanted more than 0, or null"),
         ({"beams": 4}, "params.yaml: evaluate: unknown key beams. Allowed: caption_images, "),
     ],
 )

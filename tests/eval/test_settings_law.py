@@ -27,6 +27,8 @@ CHANGES = {
     "evaluate.answer_tokens": 2,
     "evaluate.max_text_tokens": 20,
     "evaluate.exclude_contaminated": False,
+    "evaluate.stages": ["finetune"],
+    "evaluate.minutes": 1e-9,
 }
 """A value of each setting that is not the one of `tests/eval/conftest.py`."""
 

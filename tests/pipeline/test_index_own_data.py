@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 from pathlib import Path
 
@@ -197,6 +198,37 @@ def test_each_place_has_its_prefix_and_several_files_of_texts_are_one():
     assert [row["conversation_id"] for row in tables["conversations"]]
 
 
+def test_a_name_with_the_folders_of_another_place_means_no_file_of_this_one():
+    write_pictures("gqa_pictures", ["1.png", "2.png"])
+    images = {"path": "gqa_pictures", "prefix": "gqa/images"}
+    write_instruct("vg/1.png", "images/2.png", "1.png")
+    tables, _ = run(train={"images": images}, instruct="instruct.json", max_reject_rate=0.5)
+    names = {row["image_id"]: row["file_name"] for row in tables["images"]}
+    assert {row["conversation_id"]: names[row["image_id"]] for row in tables["conversations"]} == {
+        "images/2.png": "gqa/images/2.png",
+        "1.png": "gqa/images/1.png",
+    }
+    (rejected,) = tables["rejected"]
+    assert rejected["reason"].startswith("image missing or unreadable: no file 'vg/1.png'")
+
+
+def test_a_listed_image_without_captions_and_without_a_file_is_rejected():
+    write_pictures("pictures", ["1.png", "2.png"])
+    listed = karpathy({"train": [1, 2, 3]})["images"]
+    for image, name in zip(listed, ("1.png", "2.png", "gone.png"), strict=True):
+        image.pop("cocoid")
+        image |= {"filename": name, "filepath": "."}
+    listed[2]["sentences"] = []
+    Path("flickr.json").write_text(json.dumps({"images": listed, "dataset": "flickr8k"}))
+    tables, report = run(
+        train={"images": "pictures", "captions": "flickr.json"},
+        split="karpathy",
+        max_reject_rate=0.5,
+    )
+    assert [row["kind"] for row in tables["rejected"]] == ["images"]
+    assert (report["images"]["read"], report["images"]["kept"]) == (3, 2)
+
+
 def test_one_name_in_two_places_is_refused_unless_a_prefix_tells_them_apart():
     for place in ("a", "b"):
         write_pictures(place, ["1.png", f"only_{place}.png"])
@@ -277,3 +309,125 @@ def test_other_captions_are_no_file_of_karpathys():
 def test_a_prefix_is_a_plain_folder(prefix):
     with pytest.raises(SettingsError, match="wanted folders like coco/train2017"):
         run(train={"images": {"path": "pictures", "prefix": prefix}})
+
+
+def same_in_any_order(rows, **data):
+    """The tables of captions in both orders of their rows, which must be the same."""
+    found = []
+    for order in (rows, rows[::-1]):
+        write_csv("captions.csv", ("image", "caption"), *order)
+        tables, _ = run(**data)
+        images = [(row["image_id"], row["file_name"]) for row in tables["images"]]
+        found.append((images, captions_by_name(tables)))
+    assert found[0] == found[1]
+    return found[0][1]
+
+
+def test_the_id_of_a_file_of_several_names_is_the_same_in_any_order_of_texts():
+    write_pictures("val", ["v.png"])
+    write_csv("val.csv", ("image", "caption"), ("v.png", "v"))
+    write_pictures("pictures", ["b/cat.png"])
+    Path("pictures/a").symlink_to("b")
+    val = {"images": "val", "captions": "val.csv"}
+    rows = [("b/cat.png", "1"), ("a/cat.png", "2")]
+    wanted = [("a/cat.png", "1"), ("a/cat.png", "2"), ("v.png", "v")]
+    train = {"images": "pictures", "captions": "captions.csv"}
+    assert same_in_any_order(rows, train=train, val=val) == wanted
+    places = [{"path": "pictures/b", "prefix": prefix} for prefix in "ba"]
+    train = {"images": places, "captions": "captions.csv"}
+    assert same_in_any_order(rows, train=train, val=val) == wanted
+
+
+def test_a_dot_before_a_name_means_nothing():
+    write_pictures("train", ["sub/cat.png"])
+    write_pictures("val", ["cat.png"])
+    write_csv("val.csv", ("image", "caption"), ("cat.png", "v"))
+    rows = [("cat.png", "1"), ("./cat.png", "2")]
+    found = same_in_any_order(
+        rows,
+        train={"images": "train", "captions": "captions.csv"},
+        val={"images": "val", "captions": "val.csv"},
+    )
+    assert found == [("cat.png", "v"), ("sub/cat.png", "1"), ("sub/cat.png", "2")]
+
+
+def coco(images, captions):
+    """COCO's captions of ids and names, and of ids and texts."""
+    return json.dumps(
+        {
+            "images": [{"id": number, "file_name": name} for number, name in images],
+            "annotations": [
+                {"id": n, "image_id": number, "caption": text}
+                for n, (number, text) in enumerate(captions)
+            ],
+        }
+    )
+
+
+def test_a_caption_belongs_to_an_image_of_its_own_file():
+    write_pictures("pictures", ["a.png", "b.png"])
+    write_pictures("val", ["v.png"])
+    Path("a.json").write_text(coco([(1, "a.png")], [(1, "a"), (2, "of a picture not listed")]))
+    Path("b.json").write_text(coco([(2, "b.png")], [(2, "b")]))
+    Path("v.json").write_text(coco([(3, "v.png")], [(3, "v")]))
+    tables, _ = run(
+        train={"images": "pictures", "captions": ["a.json", "b.json"]},
+        val={"images": "val", "captions": "v.json"},
+        max_reject_rate=0.5,
+    )
+    assert captions_by_name(tables) == [("a.png", "a"), ("b.png", "b"), ("v.png", "v")]
+    assert [row["reason"] for row in tables["rejected"]] == ["image unknown or rejected: 2"]
+
+
+def test_a_name_that_two_listed_pictures_have_elsewhere_means_neither():
+    write_pictures("pictures", ["COCO_train2014_1.jpg", "COCO_val2014_1.jpg", "2.jpg"])
+    images = karpathy({"train": [1, 2], "test": [3]})["images"]
+    for image, name in zip(images, ("val2014_1", "train2014_1", "val2014_2"), strict=True):
+        image |= {"filename": f"COCO_{name}.jpg", "filepath": "."}
+    write_instruct("1.jpg", "COCO_val2014_2.jpg")
+    for order in (images, images[::-1]):
+        Path("dataset_coco.json").write_text(json.dumps({"images": order}))
+        tables, _ = run(
+            train={"images": "pictures", "captions": "dataset_coco.json"},
+            split="karpathy",
+            instruct="instruct.json",
+            max_reject_rate=1,
+        )
+        assert [row["image_id"] for row in tables["conversations"]] == [3]
+        assert len(tables["rejected"]) == 1
+
+
+def check_numbers(tables, report):
+    for kind in ("images", "captions", "conversations"):
+        numbers = report[kind]
+        assert numbers["kept"] == len(tables[kind])
+        assert numbers["rejected"] == sum(row["kind"] == kind for row in tables["rejected"])
+        assert numbers["read"] == numbers["kept"] + numbers["rejected"]
+
+
+def test_rejected_images_of_a_file_without_ids_are_counted_as_read():
+    write_pictures("pictures", ["a.png", "b.png", "c.png"])
+    images = [
+        {"filename": name, "split": split, "sentences": [{"raw": "x", "sentid": number}]}
+        for number, (name, split) in enumerate(
+            [("a.png", "train"), ("b.png", "test"), ("c.png", "odd"), ("../d.png", "val")]
+        )
+    ]
+    Path("dataset.json").write_text(json.dumps({"images": images}))
+    train = {"images": "pictures", "captions": "dataset.json"}
+    tables, report = run(train=train, split="karpathy", max_reject_rate=1)
+    check_numbers(tables, report)
+    assert report["images"]["read"] == 4
+
+
+def test_names_that_no_utf8_can_hold_are_rejected_with_an_escape(capsys):
+    write_pictures("pictures", ["cat.png", "dog.png"])
+    Path("pictures/dog.png").rename(os.fsdecode(b"pictures/\xff.png"))
+    Path("pictures", os.fsdecode(b"x.\xfe\x1b[2J")).write_bytes(b"")
+    tables, report = run(train={"images": "pictures"}, max_reject_rate=0.5)
+    check_numbers(tables, report)
+    (bad,) = tables["rejected"]
+    assert bad["record"] == "train images: \\udcff.png"
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    printed.encode()

@@ -1,13 +1,16 @@
 """The inputs that section `data` names, and the links by which DVC watches them."""
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.fetch import check_paths
 from pipeline.inputs import MAX_FOLDERS, link_inputs, named_paths
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
 from workspace.settings import Params
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +37,7 @@ def write(name, text="x"):
 
 def links():
     """The targets of the links to files and to folders."""
-    files = {str(path.readlink()) for path in Path("data/inputs/files").glob("[0-9]*")}
+    files = {str(path.readlink()) for path in Path("data/inputs/files").iterdir()}
     slots = [Path(f"data/inputs/folder_{number + 1}") for number in range(MAX_FOLDERS)]
     return files, [str(path.readlink()) for path in slots if path.is_symlink()]
 
@@ -83,11 +86,6 @@ def test_each_file_and_folder_outside_of_raw_is_linked(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_device_is_not_linked():
-    link_inputs(settings(train={"images": "/dev/zero"}))
-    assert links() == (set(), [])
-
-
 def test_a_pattern_stands_for_its_folder(tmp_path):
     write("../own/a/0.tar")
     link_inputs(settings(train={"images": f"{tmp_path}/own/*/[0-9].tar"}))
@@ -133,3 +131,19 @@ def test_dvc_runs_the_index_after_a_change_of_any_input(tmp_path):
         assert "changed deps" in dvc("status")
         dvc("repro")
         assert "up to date" in dvc("status")
+
+
+def test_long_names_pipes_and_the_folder_of_the_links_hang_nothing(capsys):
+    long = f"../{'c' * 250}.csv"
+    write(long)
+    write("data/mine/a.png")
+    os.mkfifo("../pipe")
+    link_inputs(settings(train={"images": "data", "captions": [long, "../pipe"]}))
+    assert links() == ({str(Path(long).resolve())}, [])
+    assert "DVC does not notice changes in" in capsys.readouterr().err
+
+
+def test_files_among_the_links_are_kept():
+    write("data/inputs/mine/a.png")
+    with pytest.raises(StageError, match=r"data\.train\.images: data/inputs/mine lies in"):
+        check_paths(settings(train={"images": "data/inputs/mine"}))

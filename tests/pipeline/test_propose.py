@@ -196,12 +196,38 @@ def test_the_captions_of_a_single_picture_are_left_out(capsys):
     assert run_index()["images"]["kept"] == 1
 
 
-def test_captions_of_other_pictures_are_for_the_index_stage_to_refuse():
+def test_captions_that_cannot_be_used_are_counted_and_too_many_are_refused_at_once(capsys):
     write_pictures()
-    write_table("captions.csv", ["elsewhere.png"])
+    write_table("captions.csv", [*NAMES, "elsewhere.png"])
     propose("pictures", "captions.csv", MINE)
-    with pytest.raises(StageError, match=r"no file 'elsewhere.png'"):
-        run_index()
+    assert "mine: 10 captions of 10 pictures in" in capsys.readouterr().out
+    assert run_index()["captions"]["rejected"] == 1
+    MINE.unlink()
+    write_table("captions.csv", [*NAMES, "elsewhere.png", "nowhere.png"])
+    with pytest.raises(SettingsError, match=r"2 of 12 captions cannot.*no file 'elsewhere.png'"):
+        propose("pictures", "captions.csv", MINE)
+    assert not MINE.exists()
+
+
+@pytest.mark.parametrize("annotations", ["", "annotations/"])
+@pytest.mark.parametrize("instruct", [None, "llava_instruct_150k.json"])
+def test_cocos_layout_is_known_by_its_names(annotations, instruct, capsys):
+    for split, names in (("train", NAMES[:8]), ("val", NAMES[8:])):
+        write_pictures(f"coco/{split}2017", names)
+        images = [{"id": NAMES.index(name), "file_name": name} for name in names]
+        texts = [{"id": i["id"], "image_id": i["id"], "caption": "a color"} for i in images]
+        path = Path(f"coco/{annotations}captions_{split}2017.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"images": images, "annotations": texts}))
+    if instruct:
+        turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A color."}]
+        records = [{"id": name, "image": name, "conversations": turns} for name in NAMES]
+        Path(f"coco/{instruct}").write_text(json.dumps(records))
+    propose("coco", None, MINE)
+    report = run_index()
+    assert report["captions"]["splits"] == {"train": 8, "val": 2}
+    assert report["conversations"]["kept"] == (10 if instruct else 0)
+    assert "mine: COCO's layout in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,10 @@ from pipeline.indexing.texts.columns import Columns, describe_missing, has_colum
 
 DELIMITERS = (",", ";", "\t", "|")
 
+MAX_AGAIN = 1 << 26
+"""Characters that are read again behind stray quotes, before the file is refused: every line can
+open a quote that only the last one closes."""
+
 MAX_CELL = 2**31 - 1
 """Characters of a cell; Python's own limit, 131,072, is less than a long text."""
 
@@ -55,7 +59,9 @@ def table_rows(file: AnnotationFile, path: Path, columns: Columns) -> Iterator[E
             yield record, cells
         elif len(cells) != len(names):
             counts = f"{len(cells)} instead of {len(names)}"
-            yield record, RecordError(f"not as many cells as the header: {counts}")
+            remedy = f"; quotes keep a text with {delimiter!r} in one cell"
+            remedy = remedy if len(cells) > len(names) else ""
+            yield record, RecordError(f"not as many cells as the header: {counts}{remedy}")
         else:
             yield record, dict(zip(names, cells, strict=True))
 
@@ -118,6 +124,8 @@ def _rows(
             yield source.row[0][0], RecordError(f"quotes that do not fit: {error}")
             # The lines after a stray quote may be rows of their own.
             source.go_back_behind_first()
+            if source.num_again > MAX_AGAIN:
+                file.refuse(f"too many stray quotes, the last in line {source.row[0][0]}")
             continue
         if cells is None:
             return
@@ -132,6 +140,8 @@ class _LineSource(Iterator[str]):
         self._lines = lines
         self._again: deque[Line] = deque()
         self.row: list[Line] = []
+        self.num_again = 0
+        """Characters that were handed out again, or will be."""
         self.is_at_end = False
         """Whether the parser asked for more lines than there are."""
 
@@ -148,3 +158,4 @@ class _LineSource(Iterator[str]):
 
     def go_back_behind_first(self) -> None:
         self._again.extendleft(reversed(self.row[1:]))
+        self.num_again += sum(len(text) for _, text in self.row[1:])

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache.files.foreign import reading_foreign_file
+from cache.files.parquet import MAX_RATIO, MIN_BUDGET, OPTIONS, PageBudget, read_footer
 from pipeline.indexing.records import AnnotationFile, Entry, RecordError, parse_record_json
 from pipeline.indexing.texts.columns import (
     CONVERSATIONS,
@@ -120,7 +121,7 @@ def _parquet_rows(file: AnnotationFile, path: Path, columns: Columns) -> Iterato
     def refuse(why: str) -> StageError:
         return StageError(f"{file.key}: {file.path}: not usable parquet: {why}. {file.remedy}")
 
-    with reading_foreign_file(refuse, path), pq.ParquetFile(path) as table:
+    with reading_foreign_file(refuse, path), pq.ParquetFile(path, **OPTIONS) as table:
         schema = table.schema_arrow
         for name in columns[0]:
             if name in schema.names and not _is_text(schema.field(name).type):
@@ -129,6 +130,10 @@ def _parquet_rows(file: AnnotationFile, path: Path, columns: Columns) -> Iterato
         names = [name for name in schema.names if name in wanted]
         if not names:
             file.refuse(describe_missing(schema.names, columns))
+        with path.open("rb") as pages:
+            groups = read_footer(pages, refuse)
+            budget = max(MIN_BUDGET, MAX_RATIO * path.stat().st_size)
+            PageBudget(table.metadata, groups, pages, refuse, budget).check(set(names))
         row = 0
         for batch in table.iter_batches(BATCH_ROWS, columns=names):
             for entry in batch.to_pylist():

@@ -24,6 +24,11 @@ STAGE_2 = (
     "Stage 2 was not trained, because there are no conversations: all scores are of stage 1 alone."
 )
 
+BUDGET = (
+    "The evaluation had 2.5 minutes (evaluate.minutes). In brackets stands the number of images "
+    "behind scores and intervals: a random sample, the same in all conditions."
+)
+
 
 @pytest.mark.parametrize(
     ("changes", "sentences"),
@@ -33,19 +38,42 @@ STAGE_2 = (
         ({"captions": EMPTY}, ["No captions were scored: split test has none."]),
         ({"answers": EMPTY}, ["No answers were scored: the evaluation data has none."]),
         ({"pope": {}}, ["No yes/no questions were scored: the evaluation data has none."]),
-        ({"trained": {"pretrain": False}, "pretrain_only": {"captions": EMPTY}}, [STAGE_1]),
         (
-            {"trained": {"finetune": False}, "captions": EMPTY, "answers": EMPTY, "pope": {}},
+            {
+                "trained": {"pretrain": False, "finetune": True},
+                "pretrain_only": {"captions": EMPTY},
+            },
+            [STAGE_1],
+        ),
+        (
+            {
+                "trained": {"pretrain": True, "finetune": False},
+                "captions": EMPTY,
+                "answers": EMPTY,
+                "pope": {},
+            },
             [STAGE_2],
         ),
         (
-            {"trained": {"finetune": False}, "pretrain_only": {"captions": EMPTY}},
+            {
+                "trained": {"pretrain": True, "finetune": False},
+                "pretrain_only": {"captions": EMPTY},
+            },
             [STAGE_2, "No captions were scored: split test has none."],
         ),
         (
             {"captions": EMPTY, "contamination": {"captions": ALL_LEFT_OUT}},
             ["No captions were scored: all of their pictures are in the training data."],
         ),
+        (
+            {"trained": {"finetune": True}, "pretrain_only": {"captions": EMPTY}},
+            ["Stage 1 alone was not evaluated (evaluate.stages)."],
+        ),
+        (
+            {"trained": {"pretrain": True}, "captions": EMPTY, "answers": EMPTY, "pope": {}},
+            ["Stage 2 was not evaluated (evaluate.stages)."],
+        ),
+        ({"budget": {"minutes": 2.5}}, [BUDGET]),
     ],
 )
 def test_each_gap_is_one_sentence_on_the_page(changes, sentences):
@@ -75,6 +103,6 @@ def test_the_page_begins_with_what_was_trained(untrained, task):
 
 
 def test_the_page_names_the_split():
-    said = "Images are split by karpathy; the captions to score are those of split test."
+    said = "Images are split by karpathy; scored captions are those of split test."
     assert said in render(scores=FULL).texts
     assert not any("split by" in text for text in render(scores={}).texts)

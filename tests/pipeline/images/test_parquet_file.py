@@ -218,3 +218,12 @@ def test_a_cut_table_is_refused(table):
     for size in range(0, len(whole), 97):
         table.write_bytes(whole[:size])
         assert "no readable parquet file of images" in refusal(table)
+
+
+@pytest.mark.parametrize("names", [("image", "image"), ("image", "image.path")])
+def test_names_of_columns_that_mean_two_are_refused(tmp_path, names):
+    images = pa.array([{"bytes": b"x", "path": "a.png"}])
+    other = images if names[0] == names[1] else pa.array(["b.png"])
+    pq.write_table(pa.Table.from_arrays([images, other], names), tmp_path / "t.parquet")
+    with pytest.raises(StageError, match=r"two columns are called|can mean a part of another"):
+        PackedTable(LocalFile(tmp_path / "t.parquet"), key="k")

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from pipeline.indexing.records import AnnotationFile, RecordError
+from pipeline.indexing.texts import delimited
 from pipeline.indexing.texts.columns import CAPTION_COLUMNS
 from pipeline.indexing.texts.delimited import DELIMITERS, table_rows
 from workspace.errors import StageError
@@ -57,7 +58,7 @@ def test_a_record_is_the_line_on_which_it_begins(tmp_path):
 def test_a_row_with_another_number_of_cells_is_rejected(tmp_path):
     found = read(tmp_path, "image,caption\na.jpg,x,y\nb.jpg\nc.jpg,z\n")
     assert [str(row) for _, row in found[:2]] == [
-        "not as many cells as the header: 3 instead of 2",
+        "not as many cells as the header: 3 instead of 2; quotes keep a text with ',' in one cell",
         "not as many cells as the header: 1 instead of 2",
     ]
     assert found[2] == ("f.csv: line 4", {"image": "c.jpg", "caption": "z"})
@@ -68,6 +69,13 @@ def test_a_stray_quote_costs_its_own_row_alone(tmp_path):
     assert [record for record, _ in found] == [f"f.csv: line {n}" for n in range(2, 7)]
     assert [isinstance(row, RecordError) for _, row in found] == [True, False, False, True, False]
     assert found[2][1] == {"image": "c.jpg", "caption": "z"}
+
+
+def test_lines_are_not_read_again_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(delimited, "MAX_AGAIN", 10_000)
+    # Each line opens a quote behind the one that it closes; only the last shows that none fits.
+    text = refused(tmp_path, "image,caption\na.jpg,x\n" + 'b","\n' * 1000 + 'b"x\n')
+    assert "too many stray quotes" in text
 
 
 def test_a_quote_that_is_never_closed_is_refused_with_its_line(tmp_path):

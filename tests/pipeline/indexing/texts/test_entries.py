@@ -77,6 +77,13 @@ def test_names_in_a_dictionary_are_names(tmp_path):
     assert len(captions_of(tmp_path / "t.parquet")) == 5
 
 
+def test_a_table_that_unpacks_to_too_much_is_refused_unread(tmp_path):
+    table = pa.table({"image": ["a.jpg"] * 4000, "caption": ["x" * (1 << 17)] * 4000})
+    pq.write_table(table, tmp_path / "t.parquet", compression="zstd")
+    assert (tmp_path / "t.parquet").stat().st_size < 10_000
+    assert "it unpacks to more than 256 MiB" in refused(tmp_path / "t.parquet")
+
+
 def test_parquet_holds_conversations_too(tmp_path):
     said = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Me."}]
     path = write_table(tmp_path / "t.parquet", [{"id": 3, "image": "1.jpg", "conversations": said}])
