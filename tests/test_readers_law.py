@@ -155,7 +155,9 @@ def of_model_card():
     path = Path("reports/eval.json").resolve()
     path.parent.mkdir()
     path.write_text(json.dumps(SCORES))
-    return path, lambda: read_score_report(SimpleNamespace(folder=folder, answers=True))
+    params = SimpleNamespace(values={"data": {"source": "coco"}})
+    trained = SimpleNamespace(folder=folder, answers=True, params=params)
+    return path, lambda: read_score_report(trained)
 
 
 def of_captions():
