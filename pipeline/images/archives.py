@@ -104,6 +104,12 @@ class ImageArchive:
             ImageNameError: As `find` raises it, or the file cannot be read or is too large.
             StageError: The disk or the machine failed.
         """
+        holders = list(self._holders(plain_name(file_name)))
+        if len(holders) == 1:
+            # The usual case, without a second search for the name.
+            check_file_name(file_name)
+            ((place, name),) = holders
+            return place.files.read(name)
         files, name = self._only_holder(self.find(file_name))
         return files.read(name)
 

@@ -158,9 +158,9 @@ class ImageCollection:
             # `id_of` raises the error of a name without a file.
             with contextlib.suppress(RecordError):
                 file = self._file_of(record.image_name)
-                image = ImageRecord(record.record, None, record.image_name)
                 if file.real_path in self._ids:
                     continue
+                image = ImageRecord(record.record, None, record.image_name)
                 if file.split in self._listing:
                     self._ids[file.real_path] = (
                         f"image not listed: {file!r} is of {file.split}, whose captions do not "
@@ -175,20 +175,20 @@ class ImageCollection:
             name, file = self._find_listed(record, split)
         except RecordError as error:
             return Claim(record, image_id, split, None, ImageInfo(None), str(error))
-        return self._claim(replace(record, file_name=name), image_id, file, split)
+        if name != record.file_name:
+            record = replace(record, file_name=name)
+        return self._claim(record, image_id, file, split)
 
     def _find_listed(self, record: ImageRecord, split: Split) -> tuple[str, ImageFile]:
         """Return the first name of an image that is a file's, and the file."""
-        names = (record.file_name, *record.other_names)
+        names = (record.file_name, *record.other_names) if record.other_names else ()
         for name in names:
             with contextlib.suppress(RecordError):
                 file = self._lookup.find_listed(name, split)
-                if record.other_names:
-                    bases = [other.rpartition("/")[2] for other in names]
-                    for other in {*names, *bases}:
-                        known = self._other_names.setdefault(other, file)
-                        if known and known.real_path != file.real_path:
-                            self._other_names[other] = None
+                for other in {*names, *(other.rpartition("/")[2] for other in names)}:
+                    known = self._other_names.setdefault(other, file)
+                    if known and known.real_path != file.real_path:
+                        self._other_names[other] = None
                 return name, file
         return record.file_name, self._lookup.find_listed(record.file_name, split)
 
