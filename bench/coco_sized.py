@@ -151,13 +151,13 @@ def file_name(image_id: int) -> str:
     return f"{image_id:012}.jpg"
 
 
-def write_pictures(path: Path, image_ids: Iterable[int]) -> None:
-    """Write a zip of one small picture under many names; no two files are alike."""
+def write_pictures(path: Path, image_ids: Iterable[int], mark: str = "") -> None:
+    """Write a zip of one small picture under many names; no two files of a mark are alike."""
     picture = io.BytesIO()
     Image.new("RGB", (64, 48)).save(picture, "JPEG")
     with zipfile.ZipFile(path, "w") as archive:
         for image_id in image_ids:
-            archive.writestr(file_name(image_id), picture.getvalue() + b"%d" % image_id)
+            archive.writestr(file_name(image_id), picture.getvalue() + f"{mark}{image_id}".encode())
 
 
 def write_settings(folder: Path) -> None:

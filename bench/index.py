@@ -36,7 +36,7 @@ from bench.command import benchmark_parser, run_benchmark
 from bench.full_size import run_measured
 from cache.files.atomic import write_json
 
-ROUNDS = 3
+ROUNDS = 2
 QUICK_DIVISOR = 100
 
 MIX = {
@@ -81,7 +81,7 @@ def make_mixture(folder: Path, divisor: int) -> None:
     for place, (_, count) in MIX.items():
         image_ids = range(1, count // divisor + 1)
         zip_name = place.replace("/", "_") + ".zip"
-        write_pictures(folder / zip_name, image_ids)
+        write_pictures(folder / zip_name, image_ids, mark=place)
         names[place] = [file_name(image_id) for image_id in image_ids]
         places.append({"path": zip_name, "prefix": place})
     write_json(folder / "mix.json", list(mixture(rng, demo_words(), names, divisor)))

@@ -14,6 +14,7 @@ from workspace.stage import run_stage
 
 STAGES = {
     "fetch": ("pipeline.fetch", "demo.world"),
+    "inputs": ("pipeline.inputs",),
     "index": ("pipeline.index",),
     "extract": ("pipeline.extract",),
     "pretrain": ("train.pretrain",),

@@ -2,7 +2,6 @@
 
 Source `demo` renders the embedded world, `coco` downloads the files of section `fetch`, and `local`
 takes the files of the user. Files are made below `.work/fetch` and published whole in `data/raw`.
-Files of the user elsewhere are linked in `data/inputs`.
 """
 
 import contextlib
@@ -20,11 +19,11 @@ from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing, write_text
 from cache.remote.location import is_url
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
-from pipeline.inputs import link_inputs, matches, named_paths
+from pipeline.input_paths import matches, named_paths
 from pipeline.settings import Download, FetchSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
-from workspace.paths import INPUTS, RAW, WORK
+from workspace.paths import RAW, WORK
 from workspace.settings import Params
 from workspace.stage import run_stage
 
@@ -48,7 +47,6 @@ def fetch(params: Params) -> None:
         # DVC warns of an empty folder.
         write_text(RAW / "about.txt", "Nothing is fetched with data.source: local.\n")
     check_paths(data)
-    link_inputs(data)
 
 
 def render_demo(work: Path) -> None:
@@ -135,10 +133,6 @@ def check_paths(data: DataSettings) -> None:
     """
     local = [(key, path) for key, path in named_paths(data) if not is_url(path)]
     for key, path in local:
-        if Path(path).resolve().is_relative_to(INPUTS.resolve()):
-            raise StageError(
-                f"{key}: {path} lies in {INPUTS}, which this stage makes anew. Move it."
-            )
         if not matches(path):
             raise StageError(
                 f"{key}: {path} does not exist (data.source is {data.source}). {_remedy(path)}"

@@ -1,20 +1,23 @@
-"""The inputs that section `data` names, and links to them that DVC watches.
+"""Stage inputs: links to the inputs that section `data` names, by which DVC sees their changes.
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
 alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
-links to folders, or empty files.
+links to folders, or files without meaning.
 """
 
 import glob
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from cache.remote.location import is_url
+from pipeline.input_paths import named_paths
 from workspace.data_settings import DataSettings
+from workspace.errors import StageError
 from workspace.paths import INPUTS, RAW
+from workspace.settings import Params
+from workspace.stage import run_stage
 
 MAX_NAME_BYTES = 200
 """Bytes of a file's name that its link keeps."""
@@ -23,29 +26,31 @@ MAX_FOLDERS = 8
 """Folders that `dvc.yaml` watches."""
 
 
-def named_paths(data: DataSettings) -> Iterator[tuple[str, str]]:
-    """Yield the settings key and the path of every input."""
-    for split, source in data.splits.items():
-        for place in source.image_paths:
-            yield f"data.{split}.images", place.path
-        for path in source.caption_paths:
-            yield f"data.{split}.captions", path
-    for path in data.instruct_paths:
-        yield "data.instruct", path
+def inputs(params: Params) -> None:
+    """Run the stage.
 
-
-def matches(path: str) -> list[Path]:
-    """Return the local file or folder of a path, or the files of a pattern, sorted."""
-    if os.path.lexists(path):
-        return [Path(path)]
-    return [Path(name) for name in sorted(glob.glob(path))]  # noqa: PTH207
+    Raises:
+        StageError: An input lies among the links, which are made anew.
+    """
+    link_inputs(params.section("data", DataSettings))
 
 
 def link_inputs(data: DataSettings) -> None:
-    """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch."""
+    """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch.
+
+    Raises:
+        StageError: An input lies in `data/inputs`.
+    """
+    for key, named in named_paths(data):
+        if Path(named).resolve().is_relative_to(INPUTS.resolve()):
+            raise StageError(
+                f"{key}: {named} lies in {INPUTS}, which this stage makes anew. Move it."
+            )
     shutil.rmtree(INPUTS, ignore_errors=True)
     (INPUTS / "files").mkdir(parents=True)
-    unwatched = [path for _, path in named_paths(data) if is_url(path)]
+    # DVC warns of an empty folder or file.
+    (INPUTS / "files" / "about.txt").write_text("Links to inputs, by which DVC sees changes.\n")
+    unwatched = [named for _, named in named_paths(data) if is_url(named)]
     folders: list[Path] = []
     for path in watched_paths(data):
         if path.is_file():
@@ -65,10 +70,10 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            link.touch()
+            link.write_text("unused\n")
     if unwatched:
         print(
-            f"fetch: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "
+            f"inputs: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "
             f"URLs, nor folders that hold this workspace, nor more than {MAX_FOLDERS} folders. "
             f"After a change there, run `dvc repro --force index`.",
             file=sys.stderr,
@@ -102,3 +107,7 @@ def question_files(captions: Path) -> list[Path]:
     instances = captions.with_name(captions.name.replace("captions", "instances"))
     official = sorted(captions.parent.glob("coco_pope_*.json"))
     return [path for path in [instances, *official] if path != captions and path.is_file()]
+
+
+if __name__ == "__main__":
+    run_stage(inputs, __doc__)

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from eval.settings import EvaluateSettings
 from pipeline.code import STAGES as CODE_STAGES
-from pipeline.inputs import named_paths
+from pipeline.input_paths import named_paths
 from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.model.projector import check_pool
 from train.settings import (
@@ -56,7 +56,7 @@ def test_the_stage_code_depends_on_every_package():
     assert STAGES["code"]["deps"] == list(PACKAGES)
 
 
-def test_there_are_the_six_stages_and_their_code():
+def test_there_are_the_stages_and_their_code():
     assert list(STAGES) == ["code", *CODE_STAGES]
 
 

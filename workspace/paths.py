@@ -6,7 +6,7 @@ RAW = Path("data/raw")
 """Downloaded or rendered images and annotations: output of the fetch stage."""
 
 INPUTS = Path("data/inputs")
-"""Links to the inputs outside of `RAW`, for DVC: output of the fetch stage."""
+"""Links to the inputs outside of `RAW`, for DVC: output of the inputs stage."""
 
 INDEX = Path("data/index")
 IMAGES = INDEX / "images.parquet"

@@ -21,7 +21,7 @@ from pipeline.images.parquet_file import GroupCache, ImageParquet
 from pipeline.images.remote_folder import RemoteImageFolder
 from pipeline.images.tar_file import BLOCK, ImageTar
 from pipeline.images.zip_file import REMEDY, ImageZip
-from pipeline.inputs import matches
+from pipeline.input_paths import matches
 from workspace.errors import StageError
 from workspace.paths import RAW
 

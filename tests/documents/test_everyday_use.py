@@ -160,7 +160,8 @@ def test_features_of_another_workspace_are_the_same_bytes(checkout, experiment, 
 
 
 def test_an_experiment_of_a_sweep_trains_what_its_setting_changes_only(swept):
-    assert stages_run(swept.stdout) == ["finetune", "evaluate"] * 2
+    # An experiment has a folder of its own, and links to the inputs of its own.
+    assert stages_run(swept.stdout) == ["inputs", "finetune", "evaluate"] * 2
 
 
 def test_a_queued_experiment_runs_the_code_that_it_was_queued_with(swept):

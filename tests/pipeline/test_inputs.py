@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.fetch import check_paths
-from pipeline.inputs import MAX_FOLDERS, link_inputs, named_paths
+from pipeline.input_paths import named_paths
+from pipeline.inputs import MAX_FOLDERS, link_inputs
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
@@ -37,7 +37,7 @@ def write(name, text="x"):
 
 def links():
     """The targets of the links to files and to folders."""
-    files = {str(path.readlink()) for path in Path("data/inputs/files").iterdir()}
+    files = {str(path.readlink()) for path in Path("data/inputs/files").glob("[0-9]*")}
     slots = [Path(f"data/inputs/folder_{number + 1}") for number in range(MAX_FOLDERS)]
     return files, [str(path.readlink()) for path in slots if path.is_symlink()]
 
@@ -146,4 +146,4 @@ def test_long_names_pipes_and_the_folder_of_the_links_hang_nothing(capsys):
 def test_files_among_the_links_are_kept():
     write("data/inputs/mine/a.png")
     with pytest.raises(StageError, match=r"data\.train\.images: data/inputs/mine lies in"):
-        check_paths(settings(train={"images": "data/inputs/mine"}))
+        link_inputs(settings(train={"images": "data/inputs/mine"}))
