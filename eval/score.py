@@ -85,9 +85,9 @@ def score_pope_files(path: Path, files: Sequence[NamedFile]) -> None:
     """Print the table of yes-no answers."""
     questions = read_labels(path)
     systems = score_answers(questions, files)
-    subsets = len({question.subset for question in questions})
+    subsets = ", ".join(dict.fromkeys(question.subset for question in questions))
     images = len({question.image for question in questions})
-    counted = f"{len(questions)} yes-no questions about {images} images in {subsets} subsets"
+    counted = f"{len(questions)} yes-no questions about {images} images: {printable(subsets)}"
     print(f"{counted}. {UNITS} {BENEATH}")
     print_table(shown_rows(pope_rows(systems)))
     first = {part.part: part for part in systems[0]}

@@ -356,7 +356,7 @@ def test_the_page_holds_everything_it_shows(world):
 def test_the_summary_names_scores_gains_verdicts_and_the_page(world, capsys):
     write_pope(ASKED)
     evaluate(world.params())
-    captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
+    captions, answers, popular, random, mean, report = capsys.readouterr().out.splitlines()
     number = r"-?\d\.\d{3}"
     gain = rf"gain [+]?{number}, {number} to {number}, p [\d.]+"
     found = rf"\d\.\d{{3}} \(wrong image \d\.\d{{3}}; {gain}\): does not use the picture"
@@ -364,6 +364,7 @@ def test_the_summary_names_scores_gains_verdicts_and_the_page(world, capsys):
     assert re.fullmatch(rf"answers:  exact match {found}", answers)
     assert re.fullmatch(rf"pope:     popular accuracy {found}", popular)
     assert re.fullmatch(rf"pope:     random accuracy {found}", random)
+    assert re.fullmatch(rf"pope:     mean F1 {found}", mean)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
 
 
