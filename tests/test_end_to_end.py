@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from cache import FeatureStore
 from demo.world import write_world
-from eval.scoring.score_names import CONTROLS
+from eval.scoring.score_names import CONTROLS, GAINS
 from tests.checkout import (
     SMALL,
     bytes_of,
@@ -134,7 +134,7 @@ def test_every_image_has_features_and_every_text_was_scored(clone, killed_then_f
     assert scores["captions"]["count"] == scores["pretrain_only"]["captions"]["count"] == 12
     assert scores["answers"]["count"] > 0
     for section in (scores["captions"], scores["answers"], scores["pretrain_only"]["captions"]):
-        others = {*CONTROLS, "without_features", "too_long", "short_count", "by_type"}
+        others = {*CONTROLS, GAINS, "without_features", "too_long", "short_count", "by_type"}
         for control in CONTROLS:
             assert section.keys() - others <= section[control].keys()
 

@@ -1108,7 +1108,8 @@ def test_one_stage_is_evaluated_without_the_run_of_the_other(world, capsys, stag
     assert lines == [
         "note",
         "captions",
-        *["answers", "pope", "pope"] * (stage == "finetune"),
+        # Two subsets, and their mean.
+        *["answers", "pope", "pope", "pope"] * (stage == "finetune"),
         "report",
     ]
 
