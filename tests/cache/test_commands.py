@@ -85,6 +85,9 @@ def test_inspect_of_an_image_without_features_or_names_says_so(store, tmp_path):
     other = run("cache.inspect", store.root, "--image", "at.jpg", *names)
     assert (other.returncode, other.stdout) == (2, "")
     assert "no image of this id or name" in other.stderr
+    for number in ("9" * 19, "9" * 5000):
+        beyond = run("cache.inspect", store.root, "--image", number, *names)
+        assert (beyond.returncode, beyond.stderr.count("\n")) == (2, 1)
     nameless = run("cache.inspect", store.root, "--image", "cat.jpg")
     assert nameless.returncode == 2
     assert "Name the table with --images" in nameless.stderr
