@@ -75,8 +75,7 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
         SettingsError: There is no picture, or the settings file is not one of this command.
         StageError: The pictures or captions cannot be read.
     """
-    if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
-        raise SettingsError(f"{out}: was not written by this command. Move it away.")
+    _check_own(out)
     pictures = _absolute(pictures, "PICTURES")
     data = None if captions else coco_section(Path(pictures))
     if data is None:
@@ -88,6 +87,21 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
     pretrained = choose_weights()
     write_text(out, settings_text(data, pretrained, workers))
     _say(f"{out} written")
+
+
+def _check_own(out: Path) -> None:
+    """Refuse to replace a file that this command did not write.
+
+    Raises:
+        SettingsError: There is another file, a link or a folder.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_symlink() and out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(WRITTEN)) == WRITTEN.encode():
+                return
+    raise SettingsError(f"{out}: was not written by this command. Move it away.")
 
 
 def coco_section(folder: Path) -> str | None:

@@ -321,6 +321,23 @@ def test_a_file_of_its_own_is_written_again_and_no_other():
         assert MINE.read_bytes() == other
 
 
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a link to nothing", "a folder"])
+def test_what_is_no_ordinary_file_is_neither_read_nor_replaced(kind):
+    write_pictures()
+    propose("pictures", None, Path("written.yaml"))
+    targets = {"a link": "written.yaml", "a link to nothing": "nothing"}
+    if kind == "a pipe":
+        os.mkfifo(MINE)
+    elif kind == "a folder":
+        MINE.mkdir()
+    else:
+        MINE.symlink_to(targets[kind])
+    before = MINE.lstat()
+    with pytest.raises(SettingsError, match=r"mine\.yaml: was not written by this command"):
+        propose("pictures", None, MINE)
+    assert MINE.lstat().st_ino == before.st_ino
+
+
 @pytest.mark.parametrize(
     ("pictures", "captions", "error", "text"),
     [
