@@ -58,7 +58,7 @@ class ImageArchive:
             place.prefix + name
             for place in self._places
             for name in place.files.names(base_name)
-            if not (folders and place.is_named) or f"{place.prefix}{name}".endswith(f"/{wanted}")
+            if not (folders and place.has_prefix) or f"{place.prefix}{name}".endswith(f"/{wanted}")
         )
         return list(dict.fromkeys(names))
 
@@ -154,4 +154,4 @@ def _with_prefix(place: Place, prefix: str) -> Place:
     folders = plain_name(prefix)
     if not folders:
         return place
-    return replace(place, prefix=f"{folders}/{place.prefix}", is_named=True)
+    return replace(place, prefix=f"{folders}/{place.prefix}", has_prefix=True)

@@ -101,7 +101,7 @@ def by_base_name(names: Iterable[str]) -> dict[str, list[str]]:
     return dict(found)
 
 
-def read_once(
+def read_repeated(
     members: Sequence[Member], read: Callable[[Member], bytes], name: str, path: str
 ) -> bytes:
     """Return the bytes of a file that an archive may hold several times.

@@ -17,7 +17,7 @@ from pipeline.images.names import (
     check_size,
     is_visible,
     plain_name,
-    read_once,
+    read_repeated,
     reading_image,
     suffix_of,
 )
@@ -262,7 +262,7 @@ class ImageTar:
             ImageNameError: The member is a link or too large, or two of this name differ.
             StageError: The disk, the network or the machine failed.
         """
-        return read_once(self._members[name], self._read, name, self.path)
+        return read_repeated(self._members[name], self._read, name, self.path)
 
     def _read(self, member: TarMember) -> bytes:
         where = f"{member.name!r} in {self.path}"

@@ -19,7 +19,7 @@ from pipeline.images.names import (
     check_size,
     is_visible,
     plain_name,
-    read_once,
+    read_repeated,
     reading_image,
 )
 from workspace.errors import StageError
@@ -121,7 +121,7 @@ class ImageZip:
             StageError: The disk or the machine failed.
         """
         self._open()
-        return read_once(self._members[full_name], self._read, full_name, self.path)
+        return read_repeated(self._members[full_name], self._read, full_name, self.path)
 
     def _read(self, member: zipfile.ZipInfo) -> bytes:
         where = f"{member.filename!r} in {self.path}"

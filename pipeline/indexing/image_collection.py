@@ -259,20 +259,20 @@ class ImageCollection:
             same.sort(key=Claim.precedence)
             if _claim_of_another_file(same[0], [*same, *self._claims[image_id]]):
                 # No file has the number rather than another, so none of the new ones keeps it.
-                kept, moved = [], same
+                numbered, hashed = [], same
             else:
                 # All have the same bytes; those of no image are rejected one by one.
-                num_kept = len(same) if same[0].problem else int(image_id not in self.rows)
-                kept, moved = same[:num_kept], same[num_kept:]
+                num_numbered = len(same) if same[0].problem else int(image_id not in self.rows)
+                numbered, hashed = same[:num_numbered], same[num_numbered:]
                 if not with_copies:
-                    copies += moved
-                    moved = []
-            if kept:
-                self._resolve_unnumbered(image_id, kept)
-            for claim in moved:
+                    copies += hashed
+                    hashed = []
+            if numbered:
+                self._resolve_unnumbered(image_id, numbered)
+            for claim in hashed:
                 claim.image_id = hashed_id(claim.record.file_name)
                 by_hash[claim.image_id].append(claim)
-            new += kept + moved
+            new += numbered + hashed
         for image_id, same in by_hash.items():
             self._resolve_unnumbered(image_id, same)
         self.num_without_number += len(new)
