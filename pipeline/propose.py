@@ -168,7 +168,11 @@ def check_captions(file: CaptionsFile, archive: ImageArchive, path: str) -> None
         if name in missing
     ]
     usable = {name for name in names if name not in missing}
-    _say(f"{file.num_captions - len(bad)} captions of {len(usable)} pictures in {path}")
+    others = f"; {len(bad)} others cannot be used" if bad else ""
+    _say(f"{file.num_captions - len(bad)} captions of {len(usable)} pictures in {path}{others}")
+    num_left = sum(map(is_named_as_image, archive.all_names())) - len(usable)
+    if num_left > 0:
+        _say(f"{num_left} pictures have no caption, and get no features")
     if len(bad) > MAX_REJECT_RATE * file.num_captions:
         raise SettingsError(
             f"{path}: {len(bad)} of {file.num_captions} captions cannot be used, wanted at most "

@@ -200,8 +200,14 @@ def test_captions_that_cannot_be_used_are_counted_and_too_many_are_refused_at_on
     write_pictures()
     write_table("captions.csv", [*NAMES, "elsewhere.png"])
     propose("pictures", "captions.csv", MINE)
-    assert "mine: 10 captions of 10 pictures in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mine: 10 captions of 10 pictures in" in printed
+    assert "captions.csv; 1 others cannot be used" in printed
+    assert "have no caption" not in printed
     assert run_index()["captions"]["rejected"] == 1
+    write_table("captions.csv", NAMES[:7])
+    propose("pictures", "captions.csv", MINE)
+    assert "mine: 3 pictures have no caption, and get no features" in capsys.readouterr().out
     MINE.unlink()
     write_table("captions.csv", [*NAMES, "elsewhere.png", "nowhere.png"])
     with pytest.raises(SettingsError, match=r"2 of 12 captions cannot.*no file 'elsewhere.png'"):
