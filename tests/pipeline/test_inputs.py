@@ -147,3 +147,35 @@ def test_files_among_the_links_are_kept():
     write("data/inputs/mine/a.png")
     with pytest.raises(StageError, match=r"data\.train\.images: data/inputs/mine lies in"):
         link_inputs(settings(train={"images": "data/inputs/mine"}))
+
+
+@pytest.mark.parametrize(
+    "name", ["mine.csv", "mine/a.png", "files/mine.csv", "files/mine/a.png", "folder_2"]
+)
+def test_what_the_stage_did_not_make_is_kept(name):
+    link_inputs(settings(train={"images": ".."}))
+    path = Path("data/inputs") / name
+    if path.exists():
+        path.unlink()
+    write(path)
+    with pytest.raises(StageError, match="and is not of it"):
+        link_inputs(settings(train={"images": ".."}))
+    assert path.read_text() == "x"
+    assert Path("data/inputs/folder_1").exists()
+
+
+def test_nothing_is_written_through_a_link_in_place_of_the_folder():
+    write("../own/folder_2")
+    Path("data").mkdir()
+    Path("data/inputs").symlink_to("../../own")
+    with pytest.raises(StageError, match=r"data/inputs: no folder"):
+        link_inputs(settings(train={"images": ".."}))
+    assert [path.name for path in Path("../own").iterdir()] == ["folder_2"]
+    assert Path("../own/folder_2").read_text() == "x"
+
+
+def test_a_run_that_was_killed_is_done_again():
+    write("data/inputs/files/about.txt", "Links to")
+    write("data/inputs/folder_1", "")
+    link_inputs(settings(train={"images": ".."}))
+    assert Path("data/inputs/folder_1").read_text() == "unused\n"
