@@ -88,7 +88,7 @@ def read_answers(path: Path, questions: Sequence[LabelledQuestion]) -> dict[tupl
     for file in files_in(path):
         of_file = _subset_named(file, questions) if path.is_dir() else ""
         for place, row in _rows(file, read_values(file)):
-            question_id, text = _field(file, place, row, "question_id"), _answer(file, place, row)
+            question_id = _field(file, place, row, "question_id")
             subset = str(row.get("category") or of_file)
             candidates = [subset] if subset else subsets_of_id[question_id] or [""]
             if len(candidates) > 1:
@@ -104,7 +104,7 @@ def read_answers(path: Path, questions: Sequence[LabelledQuestion]) -> dict[tupl
             if key in answers:
                 refuse(file, f"{place}: question {question_id} has two answers, wanted one")
             _check_prompt(file, place, row, by_key[key])
-            answers[key] = text
+            answers[key] = _answer(file, place, row, by_key[key])
     if unknown:
         refuse(path, f"answers questions that are not asked: {first_few(unknown)}")
     return answers
@@ -166,9 +166,23 @@ def _field(path: Path, place: str, row: dict[str, Any], key: str) -> str:
     return check_text(path, place, str(value))
 
 
-def _answer(path: Path, place: str, row: dict[str, Any]) -> str:
-    # POPE's own program reads `answer`, LLaVA prints `text`.
-    text = row.get("text", row.get("answer"))
+def _answer(path: Path, place: str, row: dict[str, Any], asked: LabelledQuestion) -> str:
+    # POPE's own program reads `answer`, LLaVA prints `prompt` and `text`. In a row of the labels
+    # themselves `text` is the question, and a system may have added its answer.
+    text, answer = row.get("text"), row.get("answer")
+    is_question = isinstance(text, str) and _first_line(text) == asked.question
+    if "prompt" not in row and answer is not None and text is not None:
+        if not is_question:
+            refuse(
+                path,
+                f"{place}: has 'text' and 'answer', and 'text' is not question "
+                f"{asked.question_id}, {asked.question[:80]!r}. Name the answer 'text' alone",
+            )
+        text = answer
+    elif "prompt" not in row and "image" in row and is_question:
+        refuse(path, f"{place}: the question without an answer, wanted the answer as 'text'")
+    elif text is None:
+        text = answer
     if not isinstance(text, str):
         refuse(path, f"{place}: wanted an object with the answer as 'text'")
     return check_text(path, place, text)

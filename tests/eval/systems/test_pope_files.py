@@ -124,6 +124,24 @@ def test_systems_are_compared_subset_by_subset(folder, answers, tmp_path, capsys
     assert float(line.split()[3]) == pytest.approx(accuracy, abs=0.005)
 
 
+def test_the_answer_may_stand_beside_the_question_and_its_label(folder, answers, tmp_path):
+    labels = read_labels(folder / "coco_pope_random.json")
+    rows = [
+        row | {"answer": answer["text"]}
+        for row, answer in zip(labels_of("random"), answers_of("random"), strict=True)
+    ]
+    beside = lines(tmp_path / "beside.jsonl", rows)
+    assert read_answers(beside, labels) == read_answers(answers, labels)
+
+
+def test_a_model_that_repeats_the_question_is_scored(folder, tmp_path):
+    labels = read_labels(folder / "coco_pope_random.json")
+    asked = {q.question_id: q.question for q in labels}
+    rows = [{"question_id": n, "prompt": text, "text": text} for n, text in asked.items()]
+    said = read_answers(lines(tmp_path / "parrot.jsonl", rows), labels)
+    assert list(said.values()) == list(asked.values())
+
+
 def test_questions_without_an_answer_are_counted_and_named(folder, tmp_path, answers, capsys):
     some = lines(tmp_path / "some.jsonl", answers_of("random")[:2])
     score(folder / "coco_pope_random.json", [str(answers), str(some)], official=False)
@@ -140,6 +158,11 @@ def test_questions_without_an_answer_are_counted_and_named(folder, tmp_path, ans
         ([{"text": "no"}], "line 1: wanted an object with 'question_id'"),
         ([{"question_id": True, "text": "no"}], "line 1: wanted an object with 'question_id'"),
         ([7], "line 1: wanted an object"),
+        (labels_of("random"), "line 1: the question without an answer"),
+        (
+            [labels_of("popular")[1] | {"answer": "no", "question_id": 1}],
+            "line 1: has 'text' and 'answer', and 'text' is not question 1",
+        ),
         ([{"question_id": 1, "text": "\ud800"}], "line 1: half a character"),
         ([{"question_id": 1, "text": "no"}] * 2, "line 2: question 1 has two answers"),
         ([{"question_id": 8, "text": "no"}], "answers questions that are not asked: 8"),
