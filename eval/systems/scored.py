@@ -92,7 +92,8 @@ def _scored_captions(path: Path, references: dict[int, list[str]], file: NamedFi
         system=file.name,
         measures=_with_words(measures, [results[i] for i in image_ids]),
         text_keys=image_ids,
-        image_ids=image_ids,
+        # Numbers of their own: an array would round ids beyond 64 bits.
+        image_ids=range(len(image_ids)),
         missing=sorted(references.keys() - results.keys()),
     )
 

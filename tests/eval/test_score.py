@@ -139,6 +139,17 @@ def test_the_brackets_are_the_intervals_of_the_measures(capsys, captions, result
         assert cells[name][1] == f"[{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def test_ids_of_any_size_are_images_of_their_own(tmp_path, capsys):
+    outputs = []
+    for ids in [(1, 2, 3), (-1, 2**63, 2**63 + 1)]:
+        texts = dict(zip(ids, REFERENCES.values(), strict=True))
+        captions = captions_file(tmp_path / "captions.json", texts)
+        said = dict(zip(ids, ["a cat", "two red boats on the lake", "a man"], strict=True))
+        score(captions, [str(results_file(tmp_path / "results.json", said))], official=False)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
 def test_further_systems_are_compared_with_the_first_text_by_text(tmp_path, capsys, captions):
     first = results_file(tmp_path / "first.json")
     second = results_file(tmp_path / "second.json", {i: c[0] for i, c in REFERENCES.items()})
