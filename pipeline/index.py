@@ -5,6 +5,7 @@ Every record of the inputs is in a table or rejected; instances, from which yes-
 made, are counted.
 """
 
+import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -215,14 +216,22 @@ def _publish(work: Path, folder: Path) -> None:
     staged = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
     for leftover in (staged, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     for file in sorted(work.iterdir()):
         link_or_copy(file, staged / file.name)
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(replaced)
     staged.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     shutil.rmtree(work)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, or a link to one without what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
