@@ -227,7 +227,7 @@ def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
 
 def _candidates(pictures: str) -> Sequence[str]:
     """Return the paths that may hold captions: those of the usual names in a folder, or else all of
-    the suffixes, unless they are many.
+    the suffixes, unless they are many. As with pictures, a link leads nowhere out of the folder.
     """
     if is_packed(pictures, "PICTURES"):
         return (pictures,)
@@ -236,6 +236,10 @@ def _candidates(pictures: str) -> Sequence[str]:
         return ()
     paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
     paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    outside = [path for path in paths if not path.resolve().is_relative_to(folder.resolve())]
+    for path in outside:
+        _say(f"not taken for captions: {path}, a link out of the folder; CAPTIONS=file names it")
+    paths = [path for path in paths if path not in outside]
     usual = [path for path in paths if path.stem.lower() in NAMES]
     return [str(path) for path in usual or (paths if len(paths) <= MAX_CANDIDATES else ())]
 

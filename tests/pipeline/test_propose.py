@@ -162,6 +162,19 @@ def test_a_table_that_holds_no_captions_is_named_with_the_reason(capsys):
     assert said.endswith("it has 'file_name', 'label'.")
 
 
+def test_captions_behind_a_link_out_of_the_folder_are_taken_only_by_name(capsys):
+    write_pictures()
+    write_table("private.csv")
+    write_table("pictures/table.csv")
+    Path("pictures/captions.csv").symlink_to("../private.csv")
+    Path("pictures/metadata.csv").symlink_to("table.csv")
+    propose("pictures", None, MINE)
+    assert "captions.csv, a link out of the folder; CAPTIONS=" in capsys.readouterr().out
+    assert data_of().train.captions == here("pictures/metadata.csv")
+    propose("pictures", "pictures/captions.csv", MINE)
+    assert data_of().train.captions == here("pictures/captions.csv")
+
+
 def test_a_text_beside_each_picture_is_no_table(capsys):
     write_pictures()
     for number in range(module.MAX_CANDIDATES + 1):
