@@ -14,7 +14,7 @@ from .files.parquet import read_columns
 from .remote.location import Location
 from .store import FeatureStore
 from .store_index import INDEX_FILE, StoreIndex
-from .texts import first_few, human_size
+from .texts import first_few, human_size, printable
 
 IMAGES = pa.schema({"image_id": pa.int64(), "split": pa.string(), "file_name": pa.string()})
 """Columns of the table of images that are read here."""
@@ -75,7 +75,11 @@ def find_image(root: str, wanted: str, table: Path | None) -> None:
         if row < len(index.image_ids) and index.image_ids[row] == image_id:
             shard = index.shards[index.shard_number[row]].name
             where = f"row {index.row[row]} of {shard}"
-        name = f"{image['file_name']!r}, split {image['split']}, " if "split" in image else ""
+        name = (
+            f"{image['file_name']!r}, split {printable(image['split'])}, "
+            if "split" in image
+            else ""
+        )
         print(f"image {image_id}: {name}{where}")
     if len(images) > MAX_SHOWN:
         print(f"and {len(images) - MAX_SHOWN} more")

@@ -45,6 +45,16 @@ def test_inspect_escapes_what_steers_a_terminal(tmp_path, build_store, spec):
     assert repr(model) in done.stdout
 
 
+def test_inspect_escapes_what_of_an_image_steers_a_terminal(store, tmp_path):
+    row = {"image_id": [1], "split": ["\x1b[2Jtrain"], "file_name": ["\x1b[2J/cat.jpg"]}
+    pq.write_table(pa.table(row), tmp_path / "names.parquet")
+    table = ("--images", tmp_path / "names.parquet")
+    done = run("cache.inspect", store.root, "--image", "cat.jpg", *table)
+    assert done.returncode == 0
+    assert done.stdout.startswith("image 1: ")
+    assert "\x1b" not in done.stdout
+
+
 def test_inspect_tells_which_shards_are_not_here(store):
     for name in store.names[:2]:
         (store.root / name).unlink()
