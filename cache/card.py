@@ -6,13 +6,21 @@ no file of a store says what the images' owners allow.
 """
 
 import argparse
+import json
+import os
 from pathlib import Path
 
-from .card_text import LICENSES, OTHER, CardSettings, card_of
+from .card_text import LICENSES, OTHER, TAGS, CardSettings, card_of
 from .cli.command import command_parser, run_guarded
 from .errors import SettingsError
 from .files.atomic import write_text
 from .layout import StoreLayout
+
+CARD = f"\ntags: {json.dumps(TAGS)[:-1]}".encode()
+"""What the head of every card holds, by which a card is known."""
+
+MAX_HEAD_BYTES = 1 << 16
+"""Bytes in which the head of a card is looked for."""
 
 
 def write_card(root: str, settings: CardSettings, target: Path | None) -> None:
@@ -24,7 +32,8 @@ def write_card(root: str, settings: CardSettings, target: Path | None) -> None:
         target: The card; by default beside the store's folder, as `<folder>.card.md`.
 
     Raises:
-        SettingsError: The target is no Markdown file, or has no default.
+        SettingsError: The target is no Markdown file, has no default, or is another file of the
+            user.
         PatchcacheError: Not a whole store.
     """
     layout, index = StoreLayout.open(root, partial=False)
@@ -35,8 +44,27 @@ def write_card(root: str, settings: CardSettings, target: Path | None) -> None:
         target = folder.with_name(f"{folder.name}.card.md")
     if target.suffix != ".md":
         raise SettingsError(f"--out {target}: wanted the name of a Markdown file, such as card.md.")
+    _check_replaceable(target)
     write_text(target, card_of(layout, index, settings))
     print(f"{target}: upload it as README.md, beside the files of the store")
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is no card of a store, such as the README.md of a project.
+
+    Raises:
+        SettingsError: There is another file, a link or a folder.
+    """
+    if not os.path.lexists(target):
+        return
+    if not target.is_symlink() and target.is_file():
+        with target.open("rb") as file:
+            if CARD in file.read(MAX_HEAD_BYTES):
+                return
+    raise SettingsError(
+        f"{target}: exists, and is no card of a store. Move it away, or name another file with "
+        f"--out."
+    )
 
 
 def main() -> None:

@@ -37,6 +37,9 @@ PLACEHOLDER = "<owner>/<name>"
 TASKS = ("image-to-text", "visual-question-answering")
 """The Hub's names of what the features are for."""
 
+TAGS = ("patchcache", "hdf5", "image-features")
+"""The Hub's words to find a store by; the tower's name follows."""
+
 SIZES = (
     *("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B"),
     *("1B<n<10B", "10B<n<100B", "100B<n<1T", "n>1T"),
@@ -170,7 +173,7 @@ def _metadata(spec: Spec, num_images: int, settings: CardSettings, name: str) ->
         "license": settings.license,
         **{key: printable(value) for key, value in named.items() if value},
         "pretty_name": name,
-        "tags": ["patchcache", "hdf5", "image-features", *[tower] * bool(tower)],
+        "tags": [*TAGS, *[tower] * bool(tower)],
         "task_categories": TASKS,
         "size_categories": [_size_category(num_images)],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "*.h5"}]}],

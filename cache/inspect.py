@@ -1,9 +1,12 @@
 """Command: shows what is in a store, on one screen, or where one of its images is."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from .cli.command import command_parser, run_guarded
 from .errors import SettingsError
@@ -11,7 +14,7 @@ from .files.parquet import read_columns
 from .remote.location import Location
 from .store import FeatureStore
 from .store_index import INDEX_FILE, StoreIndex
-from .texts import first_few, human_size
+from .texts import first_few, human_size, printable
 
 IMAGES = pa.schema({"image_id": pa.int64(), "split": pa.string(), "file_name": pa.string()})
 """Columns of the table of images that are read here."""
@@ -60,44 +63,51 @@ def find_image(root: str, wanted: str, table: Path | None) -> None:
     """
     location = Location(root)
     index = StoreIndex.read(location.path(INDEX_FILE), location.read_spec())
-    rows = {image_id: row for row, image_id in enumerate(index.image_ids.tolist())}
+    image_id = _image_id(wanted)
     images = _images_of(root, wanted, table)
-    if not images and _is_id(wanted) and int(wanted) in rows:
-        images = [{"image_id": int(wanted)}]
+    if not images and image_id is not None and image_id in index.image_ids:
+        images = [{"image_id": image_id}]
     if not images:
         raise SettingsError(f"--image {wanted}: no image of this id or name is indexed.")
     for image in images[:MAX_SHOWN]:
         image_id, where = image["image_id"], "has no features in this store"
-        if (row := rows.get(image_id)) is not None:
+        row = int(np.searchsorted(index.image_ids, image_id))
+        if row < len(index.image_ids) and index.image_ids[row] == image_id:
             shard = index.shards[index.shard_number[row]].name
             where = f"row {index.row[row]} of {shard}"
-        name = f"{image['file_name']!r}, split {image['split']}, " if "split" in image else ""
+        name = (
+            f"{image['file_name']!r}, split {printable(image['split'])}, "
+            if "split" in image
+            else ""
+        )
         print(f"image {image_id}: {name}{where}")
     if len(images) > MAX_SHOWN:
         print(f"and {len(images) - MAX_SHOWN} more")
 
 
-def _is_id(wanted: str) -> bool:
-    return wanted.removeprefix("-").isdecimal()
+def _image_id(wanted: str) -> int | None:
+    """Return an image id of 64 bits, or None for any other text."""
+    number = int(wanted) if re.fullmatch("-?[0-9]{1,19}", wanted) else 2**63
+    return number if -(2**63) <= number < 2**63 else None
 
 
 def _images_of(root: str, wanted: str, table: Path | None) -> list[dict[str, Any]]:
     """Return the rows of the table of images that an id or a name means."""
     path = table or Path(root).resolve().parent / "index" / "images.parquet"
     if table is None and not path.is_file():
-        if _is_id(wanted):
+        if _image_id(wanted) is not None:
             return []
         raise SettingsError(
             f"--image {wanted}: a store knows ids alone, and {path}, which knows the names, does "
             f"not exist. Name the table with --images, or an id."
         )
     images = read_columns(path, IMAGES, lambda why: SettingsError(f"{path}: {why}."))
-    return [
-        image
-        for image in images.to_pylist()
-        if (_is_id(wanted) and image["image_id"] == int(wanted))
-        or f"/{image['file_name']}".endswith(f"/{wanted}")
-    ]
+    names = images["file_name"]
+    is_meant = pc.or_(pc.equal(names, wanted), pc.ends_with(names, f"/{wanted}"))
+    if (image_id := _image_id(wanted)) is not None:
+        is_meant = pc.or_(is_meant, pc.equal(images["image_id"], image_id))
+    found: list[dict[str, Any]] = images.filter(is_meant).to_pylist()
+    return found
 
 
 def main() -> None:
@@ -114,7 +124,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.image is None:
         run_guarded(lambda: inspect(arguments.root))
-    run_guarded(lambda: find_image(arguments.root, arguments.image, arguments.images))
+    else:
+        run_guarded(lambda: find_image(arguments.root, arguments.image, arguments.images))
 
 
 if __name__ == "__main__":

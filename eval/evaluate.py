@@ -28,11 +28,18 @@ from eval.scoring.generation import (
     answer_questions,
     answer_yes_no,
     caption_images,
+    mean_of_subsets,
 )
 from eval.scoring.losses import answer_losses
-from eval.scoring.predictions import Prediction, write_coco_results, write_predictions
+from eval.scoring.predictions import (
+    Prediction,
+    write_coco_results,
+    write_pope_answers,
+    write_pope_questions,
+    write_predictions,
+)
 from eval.scoring.questions import EvaluationSet, choose_evaluation_set
-from eval.scoring.score_names import BLIND, TRAINED_BLIND
+from eval.scoring.score_names import BLIND, DECODING, TRAINED_BLIND
 from eval.settings import EvaluateSettings
 from train.run import weights_of
 from train.settings import LlmSettings
@@ -68,6 +75,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     if control:
         scores["controls"] = {TRAINED_BLIND: {"weights_sha256": weights_of(control.folder)}}
     scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
+    scores["decoding"] = DECODING
     scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
 
     contamination = evaluation_set.contamination_list()
@@ -77,6 +85,9 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     write_json(REPORTS / "contamination.json", contamination)
     write_predictions(REPORTS / "predictions.parquet", predictions)
     write_coco_results(REPORTS / "captions_results.json", predictions, shown_model)
+    pope = evaluation_set.pope
+    write_pope_questions(REPORTS / "pope_questions.jsonl", pope, evaluation_set.file_names)
+    write_pope_answers(REPORTS / "pope_answers.jsonl", pope, predictions)
     texts = gallery_texts(predictions, shown_model)
     page = render_report(
         scores=scores,
@@ -133,6 +144,7 @@ def score_models(
     losses = answer_losses(model, evaluation_set.examples, limit, budget) if model else {}
     stage_1_scores = caption_scores = answer_scores = EMPTY_SCORES
     pope_scores: dict[str, Scores] = {}
+    pope_mean = mean_of_subsets([], seed)
     predictions: list[Prediction] = []
     if stage_1:
         with models.without_adapter():
@@ -150,6 +162,9 @@ def score_models(
         pope_scores, yes_no_answers = answer_yes_no(
             model, evaluation_set.pope, evaluation_set.splits, settings, budget
         )
+        asked = (question.image_id for qs in evaluation_set.pope.values() for question in qs)
+        reached = budget.reached((answer.image_id for answer in yes_no_answers), asked)
+        pope_mean = mean_of_subsets(yes_no_answers, seed) | reached
         predictions += [*captions, *answers, *yes_no_answers]
     counts = evaluation_set.without_features.items()
     without_features = {kind: {"without_features": count} for kind, count in counts}
@@ -159,6 +174,7 @@ def score_models(
         | without_features["answers"]
         | {"too_long": evaluation_set.num_too_long},
         "pope": {name: section | without_features["pope"] for name, section in pope_scores.items()},
+        "pope_mean": pope_mean,
         "pretrain_only": {"captions": stage_1_scores | without_features["captions"]},
         "contamination": evaluation_set.contamination_counts(),
         "weights_sha256": {stage: weights_of(RUNS / stage) for stage in settings.stages},
@@ -186,6 +202,8 @@ def print_summary(scores: Mapping[str, Any], warning: str) -> None:
         print(f"answers:  {_beside_wrong_image(answers, name, key)}")
     for subset, pope in scores["pope"].items():
         print(f"pope:     {_beside_wrong_image(pope, f'{subset} accuracy', 'accuracy')}")
+    if len(scores["pope_mean"]["subsets"]) > 1:
+        print(f"pope:     {_beside_wrong_image(scores['pope_mean'], 'mean F1', 'f1')}")
     print(f"report:   {(REPORTS / 'index.html').resolve().as_uri()}")
 
 

@@ -1,10 +1,12 @@
 """Command: exports a finished run as a folder that transformers loads as LLaVA.
 
     python -m eval.export --run runs/finetune OUT
+    python -m eval.export --run runs/finetune OUT --benchmark captions.CIDEr=OWNER/DATASET:TASK
 
 OUT gets the vision tower, the projector, the language model with LoRA merged, the processor with
 its chat template, and a model card with the scores. A run that LLaVA cannot represent is refused
-before the language model is loaded, and so is an OUT that is not empty.
+before the language model is loaded, and so is an OUT that is not empty. --benchmark writes a score
+into .eval_results/, where the Hub reads it as a result on a data set that it lists as a benchmark.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -21,7 +23,8 @@ from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from cache.files.atomic import sync, write_text
 from cache.files.foreign import writing_foreign_file
-from eval.llava.card import model_card
+from eval.llava.card import model_card, read_score_report, to_yaml
+from eval.llava.hub_results import FOLDER, benchmark_files
 from eval.llava.llava_phi import (
     LlavaPhiForConditionalGeneration,
     PatchcacheImageProcessor,
@@ -43,15 +46,17 @@ from pipeline.settings import EncoderSettings
 from train.data.jinja_template import jinja_template
 from train.model.language_model import DTYPES
 from train.model.projector import read_projector
+from train.run import FINISHED
 from workspace.errors import StageError
 
 
-def export(run: Path, out: Path) -> None:
+def export(run: Path, out: Path, benchmarks: Sequence[str] = ()) -> None:
     """Write a run as LLaVA.
 
     Args:
         run: Folder of a run of either stage.
         out: Folder to create.
+        benchmarks: Scores to publish, as `benchmark_files` takes them.
 
     Raises:
         PatchcacheError: `out` is not empty, the run cannot be loaded, or LLaVA cannot represent it.
@@ -61,6 +66,8 @@ def export(run: Path, out: Path) -> None:
     opened = open_run(run)
     parts = load_parts(opened)
     opened.check_features(parts.spec, "the vision tower")
+    date = str(opened.provenance.get(FINISHED) or "")
+    files = benchmark_files(benchmarks, read_score_report(opened).published, date)
     trained = load_run(opened)
     settings = trained.params.section("evaluate", EvaluateSettings)
     max_tokens = settings.answer_tokens if trained.answers else settings.caption_tokens
@@ -77,6 +84,9 @@ def export(run: Path, out: Path) -> None:
         save_model(model, folder)
         processor.save_pretrained(folder)
         write_text(folder / "README.md", card)
+        for name, entries in files.items():
+            (folder / FOLDER).mkdir(exist_ok=True)
+            write_text(folder / FOLDER / name, to_yaml(entries))
     print(f"export: {out}: {sum(path.stat().st_size for path in out.iterdir()) / 2**20:.1f} MiB")
 
 
@@ -131,9 +141,16 @@ def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of a run: runs/finetune")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="SCORE=DATASET:TASK",
+        help="a score to publish as a result on a benchmark of the Hub; may be repeated",
+    )
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    run_guarded(lambda: export(arguments.run, arguments.out))
+    run_guarded(lambda: export(arguments.run, arguments.out, arguments.benchmark))
 
 
 # Makes `save_pretrained` copy the module of these classes, and name them in the configs.

@@ -105,6 +105,35 @@ def pope_measures(labels: Sequence[str], answers: Sequence[str]) -> dict[str, Me
     }
 
 
+def mean_over_subsets(measures: Sequence[Measure]) -> Measure:
+    """Return the mean of one score over subsets, each of which counts the same.
+
+    Papers print the mean F1 of POPE's three subsets as the score POPE.
+
+    Args:
+        measures: The score in each subset, of which each has as many sums.
+
+    Returns:
+        A measure of the texts of all subsets, one subset after the other.
+    """
+    num_texts, num_sums = sum(len(m.parts_NK) for m in measures), measures[0].parts_NK.shape[1]
+    parts = np.zeros((num_texts, num_sums * len(measures)))
+    row = 0
+    for number, measure in enumerate(measures):
+        texts = len(measure.parts_NK)
+        columns = slice(num_sums * number, num_sums * (number + 1))
+        parts[row : row + texts, columns] = measure.parts_NK
+        row += texts
+
+    def of_sums(sums: Sums) -> Sums:
+        split = np.split(sums, len(measures), axis=-1)
+        scores = [m.of_sums(part) for m, part in zip(measures, split, strict=True)]
+        mean: Sums = np.mean(scores, axis=0)
+        return mean
+
+    return Measure(parts, of_sums)
+
+
 def yes_or_no(answer: str) -> str:
     """Return `yes` or `no` for an answer, as POPE reads it.
 

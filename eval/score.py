@@ -1,64 +1,134 @@
-"""Command: scores captions in COCO's results format against captions by people.
+"""Command: scores texts of any system, ours or not, in one table.
 
-python -m eval.score CAPTIONS RESULTS
+python -m eval.score CAPTIONS RESULTS [RESULTS ...]
+python -m eval.score POPE ANSWERS [ANSWERS ...]
 python -m eval.score CAPTIONS RESULTS --official
 
-CAPTIONS has the format of COCO's captions_val2017.json. RESULTS is a list of objects with image_id
-and caption, like reports/captions_results.json, about the same images. --official also runs the
-official Java programs (PTB tokenizer, METEOR, SPICE) and prints their scores beside ours; SPICE
-downloads Stanford CoreNLP at first use. If a score cannot be computed, the exit code is 1.
+CAPTIONS has the format of COCO's captions_val2017.json; RESULTS is a list of objects with image_id
+and caption, like reports/captions_results.json. POPE is a file of labelled questions like
+coco_pope_random.json or reports/pope_questions.jsonl, or a folder of these; ANSWERS are JSON Lines
+with question_id and text, like reports/pope_answers.jsonl, or a folder with a file for each subset.
+NAME=FILE names a system in the table.
+
+Each further system is compared with the first, text by text. A system without a text for some
+images is scored on the others, and these are named. --official also runs the official Java programs
+(PTB tokenizer, METEOR, SPICE) and prints their scores beside ours; SPICE downloads Stanford CoreNLP
+at first use. If a score cannot be computed, the exit code is 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from cache.cli.command import command_parser, run_guarded
-from cache.files.atomic import check_ordinary
-from cache.files.foreign import parse_json, reading_foreign_file
+from cache.errors import SettingsError
 from eval.metrics import score_captions
 from eval.scoring.official import OfficialScores, check_java, score_officially
-from eval.text_table import print_table
+from eval.systems.coco_files import captions_of, read_results
+from eval.systems.files import NamedFile, named_files, read_values
+from eval.systems.pope_files import is_labelled, read_labels
+from eval.systems.score_table import (
+    BENEATH,
+    UNITS,
+    caption_rows,
+    differing_notes,
+    pope_rows,
+)
+from eval.systems.scored import Scored, score_answers, score_results
+from eval.text_table import print_table, printable
 from workspace.errors import StageError
 
 NO_SCORE = "-"
 
 
-def score(captions: Path, results: Path, *, official: bool) -> None:
-    """Print the scores of a results file.
+def score(references: Path, results: Sequence[str], *, official: bool) -> None:
+    """Print the scores of files of results.
 
     Args:
-        captions: File with the captions by people.
-        results: File with one caption for each of the same images.
-        official: Whether to run the official Java programs too.
+        references: Captions by people or labelled questions.
+        results: Files or NAME=FILE, with texts about the same images.
+        official: Whether to run the official Java programs too, for captions.
 
     Raises:
-        SettingsError: There is no Java for the official programs.
+        SettingsError: There is no Java for the official programs, or POPE is to be scored by them.
         StageError: A file cannot be used, the files are about different images, or an official
             score could not be computed.
     """
     if official:
         check_java()
-    references, candidates = read_captions(captions), read_results(results)
-    try:
-        ours = score_captions(references, candidates)
-    except ValueError as error:
-        raise StageError(f"{results} does not fit {captions}: {error}") from None
-    theirs = score_officially(references, candidates) if official else None
-    count = sum(map(len, references.values()))
-    print(f"{len(candidates)} captions against {count} by people")
-    print_table(table_rows(ours, theirs))
-    if theirs is not None and theirs.missing:
+    files = named_files(results)
+    # A folder holds questions, and of a file the content tells.
+    content = None if references.is_dir() else read_values(references)
+    if content is None or is_labelled(content):
+        if official:
+            raise SettingsError("--official is for captions: POPE's own program is plain counting.")
+        score_pope_files(references, files)
+        return
+    captions = captions_of(references, content)
+    score_caption_files(references, captions, files)
+    if official:
+        for file in files:
+            score_file_officially(captions, file)
+
+
+def score_caption_files(
+    path: Path, captions: dict[int, list[str]], files: Sequence[NamedFile]
+) -> None:
+    """Print the table of captions."""
+    systems = score_results(path, captions, files)
+    count = sum(map(len, captions.values()))
+    print(f"captions of {len(captions)} images, {count} by people. {UNITS} {BENEATH}")
+    print_table(shown_rows(caption_rows(systems)))
+    print_notes(systems[0], systems)
+
+
+def score_pope_files(path: Path, files: Sequence[NamedFile]) -> None:
+    """Print the table of yes-no answers."""
+    questions = read_labels(path)
+    systems = score_answers(questions, files)
+    subsets = ", ".join(dict.fromkeys(question.subset for question in questions))
+    images = len({question.image for question in questions})
+    counted = f"{len(questions)} yes-no questions about {images} images: {printable(subsets)}"
+    print(f"{counted}. {UNITS} {BENEATH}")
+    print_table(shown_rows(pope_rows(systems)))
+    first = {part.part: part for part in systems[0]}
+    for parts in systems:
+        for part in parts:
+            print_notes(first.get(part.part), [part])
+
+
+def shown_rows(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return rows whose names, which may be those of files, cannot steer a terminal."""
+    return [(name and printable(name), *cells) for name, *cells in rows]
+
+
+def print_notes(first: Scored | None, systems: Sequence[Scored]) -> None:
+    """Print what systems left out, and why some have no difference to the first one."""
+    for system in systems:
+        for note in (system.note(), differing_notes(first, system)):
+            if note:
+                print(f"note: {printable(note)}")
+
+
+def score_file_officially(captions: dict[int, list[str]], file: NamedFile) -> None:
+    """Print the scores of a file by our programs and by the official ones.
+
+    Raises:
+        StageError: An official score could not be computed.
+    """
+    candidates = read_results(file.path)
+    references = {image_id: captions[image_id] for image_id in candidates}
+    theirs = score_officially(references, candidates)
+    print(f"\n{printable(file.name)}, not times 100:")
+    print_table(official_rows(score_captions(references, candidates), theirs))
+    if theirs.missing:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in theirs.missing.items())
         raise StageError(f"cannot compute {', '.join(theirs.missing)}. {reasons}.")
 
 
-def table_rows(
-    ours: dict[str, float], theirs: OfficialScores | None
+def official_rows(
+    ours: dict[str, float], theirs: OfficialScores
 ) -> list[tuple[str, str, str, str]]:
-    """Return the rows of the table, with the official scores if there are any."""
-    if theirs is None:
-        return [(name, f"{value:.6f}", "", "") for name, value in ours.items()]
+    """Return the rows of the table with the official scores."""
     rows = [("", "ours", "official", "difference")]
     for name in [*ours, *(n for n in (*theirs.scores, *theirs.missing) if n not in ours)]:
         pair = [scores.get(name) for scores in (ours, theirs.scores)]
@@ -68,77 +138,18 @@ def table_rows(
     return rows
 
 
-def read_captions(path: Path) -> dict[int, list[str]]:
-    """Return the captions of each image of a captions file.
-
-    Raises:
-        StageError: The file is not in COCO's format.
-    """
-    content = _read_json(path)
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        _refuse(path, "wanted COCO's format: an object with the list 'annotations'")
-    captions: dict[int, list[str]] = {}
-    for image_id, caption in _entries(path, "annotations", annotations):
-        captions.setdefault(image_id, []).append(caption)
-    return captions
-
-
-def read_results(path: Path) -> dict[int, str]:
-    """Return the caption of each image of a results file.
-
-    Raises:
-        StageError: The file is not in COCO's format, or has two captions of an image.
-    """
-    content = _read_json(path)
-    if not isinstance(content, list):
-        _refuse(path, "wanted COCO's format: a list of objects with image_id and caption")
-    results: dict[int, str] = {}
-    for image_id, caption in _entries(path, "", content):
-        if image_id in results:
-            _refuse(path, f"image {image_id} has two captions, wanted one")
-        results[image_id] = caption
-    return results
-
-
-def _read_json(path: Path) -> Any:
-    def refuse(why: str) -> StageError:
-        return StageError(f"{path}: no usable JSON in UTF-8: {why}.")
-
-    if not path.exists():
-        raise StageError(f"{path}: no such file. Name a file of captions and one of results.")
-    check_ordinary(path, refuse)
-    with reading_foreign_file(refuse, path):
-        return parse_json(path.read_bytes().decode("utf-8-sig"))
-
-
-def _entries(path: Path, place: str, entries: list[Any]) -> Iterator[tuple[int, str]]:
-    for position, entry in enumerate(entries):
-        found = entry if isinstance(entry, dict) else {}
-        image_id, caption = found.get("image_id"), found.get("caption")
-        # True is an int to isinstance, but no id.
-        if type(image_id) is not int or not isinstance(caption, str):
-            wanted = "wanted an object with a number 'image_id' and a text 'caption'"
-            _refuse(path, f"{place}[{position}]: {wanted}")
-        try:
-            caption.encode()
-        except UnicodeEncodeError:
-            _refuse(path, f"{place}[{position}]: half a character (a lone surrogate)")
-        yield image_id, caption
-
-
-def _refuse(path: Path, reason: str) -> NoReturn:
-    raise StageError(f"{path}: {reason}.")
-
-
 def main() -> None:
     """Read the command line and score."""
     parser = command_parser(__doc__)
-    parser.add_argument("captions", metavar="CAPTIONS", type=Path, help="captions by people")
-    parser.add_argument("results", metavar="RESULTS", type=Path, help="captions to score")
+    parser.add_argument(
+        "references", metavar="REFERENCES", type=Path, help="captions by people, or POPE's labels"
+    )
+    parser.add_argument(
+        "results", metavar="RESULTS", nargs="+", help="texts to score: FILE or NAME=FILE"
+    )
     parser.add_argument("--official", action="store_true", help="run the Java programs too")
     arguments = parser.parse_args()
-    run_guarded(lambda: score(arguments.captions, arguments.results, official=arguments.official))
+    run_guarded(lambda: score(arguments.references, arguments.results, official=arguments.official))
 
 
 if __name__ == "__main__":

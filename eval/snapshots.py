@@ -264,6 +264,6 @@ def _main_gains(flat: Mapping[str, Any]) -> dict[str, Gain]:
         fields = {part: flat.get(f"{prefix}.{part}") for part in NUMBERS}
         interval = [flat.get(f"{prefix}.interval.{end}") for end in (0, 1)]
         gain = parse_gain({**fields, "interval": interval})
-        if gain and key in MAIN_SCORES and "by_type" not in section.split("."):
+        if gain and key in MAIN_SCORES and not {"by_type", "pope_mean"} & set(section.split(".")):
             gains[name] = gain
     return gains

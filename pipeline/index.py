@@ -5,9 +5,10 @@ Every record of the inputs is in a table or rejected; instances, from which yes-
 made, are counted.
 """
 
+import os
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.indexing.collect import collect_captions, collect_conversations, s
 from pipeline.indexing.image_collection import ImageCollection, ImageRow
 from pipeline.indexing.instruct import read_instruct
 from pipeline.indexing.pope import (
+    QuestionFiles,
     collect_questions,
     images_asked_about,
     read_question_files,
@@ -114,18 +116,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
     question_files = read_question_files(scored.caption_paths)
     instruct = read_instruct(data.instruct_paths, files, question_files, seed)
 
-    # Without captions nothing is scored on split val, so only `split: hash` asks for a cut.
-    is_cut = data.split_name == "hash" and (bool(files) or data.split == "hash")
-    images = ImageCollection(
-        open_archives(data, data.splits),
-        split_of=partial(split_by_hash, val_share=data.val_share) if is_cut else None,
-        listing={"val"} if listed.get("val") else (),
-    )
-    images.add_listed(
-        {split: [i for file in of_split for i in file.images] for split, of_split in listed.items()}
-    )
-    if data.split == "karpathy":
-        images.move_to_val(images_asked_about(question_files, images.rows))
+    images = collect_images(data, listed, question_files)
     other_files: Counter[str] = Counter()
     if not files and not data.instruct_paths:
         for split in data.splits:
@@ -142,7 +133,7 @@ def build_index(data: DataSettings, seed: int) -> Index:
             f"data.train.images, data.val.images: not one usable image. "
             f"{describe_commonest(rejected)}"
         )
-    if is_cut and files:
+    if images.split_of and files:
         _check_both_splits(images.rows.values(), data.val_share)
     return Index(
         tables={
@@ -164,6 +155,35 @@ def build_index(data: DataSettings, seed: int) -> Index:
         other_files=other_files,
         question_report=questions.report(question_files),
     )
+
+
+def collect_images(
+    data: DataSettings, listed: Mapping[Split, list[CaptionsFile]], questions: QuestionFiles
+) -> ImageCollection:
+    """Return the images that captions files list, with their splits.
+
+    Args:
+        data: Where the images are, and how they are split.
+        listed: The captions files of each split.
+        questions: POPE's questions, whose images are kept out of training with Karpathy's split.
+
+    Raises:
+        StageError: A place of images is missing or cannot be read.
+    """
+    # Without captions nothing is scored on split val, so only `split: hash` asks for a cut.
+    has_captions = any(listed.values())
+    is_cut = data.split_name == "hash" and (has_captions or data.split == "hash")
+    images = ImageCollection(
+        open_archives(data, data.splits),
+        split_of=partial(split_by_hash, val_share=data.val_share) if is_cut else None,
+        listing={"val"} if listed.get("val") else (),
+    )
+    images.add_listed(
+        {split: [i for file in of_split for i in file.images] for split, of_split in listed.items()}
+    )
+    if data.split == "karpathy":
+        images.move_to_val(images_asked_about(questions, images.rows))
+    return images
 
 
 def read_all_captions(data: DataSettings) -> dict[Split, list[CaptionsFile]]:
@@ -196,14 +216,22 @@ def _publish(work: Path, folder: Path) -> None:
     staged = folder.with_name(f".{folder.name}.partial")
     replaced = folder.with_name(f".{folder.name}.replaced")
     for leftover in (staged, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     for file in sorted(work.iterdir()):
         link_or_copy(file, staged / file.name)
-    if folder.exists():
+    if os.path.lexists(folder):
         folder.rename(replaced)
     staged.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     shutil.rmtree(work)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder, or a link to one without what it leads to."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

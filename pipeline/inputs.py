@@ -1,8 +1,10 @@
-"""Stage inputs: links to the inputs that section `data` names, by which DVC sees their changes.
+"""Stage inputs: what DVC cannot follow in the settings: links to own files, an optional section.
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
-alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
-links to folders, or files without meaning.
+alone. So `data/inputs/files/` holds a link to each file that section `data` names, and
+`data/inputs/folder_1` and so on are links to folders, or files without meaning. DVC's `params`
+cannot hold a section that may be absent, so `data/inputs/controls` holds what section `controls`
+sets.
 """
 
 import glob
@@ -13,11 +15,26 @@ from pathlib import Path
 
 from cache.remote.location import is_url
 from pipeline.input_paths import named_paths
+from workspace.control_settings import ControlsSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.paths import INPUTS, RAW
 from workspace.settings import Params
 from workspace.stage import run_stage
+
+FILES = INPUTS / "files"
+"""Holds the links to files."""
+
+ABOUT = "Links to inputs, by which DVC sees changes.\n"
+"""A file of the folder of links, since DVC warns of an empty one."""
+
+UNUSED = "unused\n"
+"""A file in place of a link to a folder, since DVC warns of an empty one."""
+
+CONTROLS = INPUTS / "controls"
+"""Holds one of `TRAINED_BLIND`, by section `controls`."""
+
+TRAINED_BLIND = {flag: f"trained_blind: {str(flag).lower()}\n" for flag in (False, True)}
 
 MAX_NAME_BYTES = 200
 """Bytes of a file's name that its link keeps."""
@@ -30,34 +47,35 @@ def inputs(params: Params) -> None:
     """Run the stage.
 
     Raises:
-        StageError: An input lies among the links, which are made anew.
+        StageError: Other files lie among the links, which are made anew.
     """
+    controls = params.section("controls", ControlsSettings)
     link_inputs(params.section("data", DataSettings))
+    CONTROLS.write_text(TRAINED_BLIND[controls.trained_blind])
 
 
 def link_inputs(data: DataSettings) -> None:
     """Make the links of `data/inputs` anew, and print which inputs DVC cannot watch.
 
     Raises:
-        StageError: An input lies in `data/inputs`.
+        StageError: An input or another file of the user lies in `data/inputs`.
     """
     for key, named in named_paths(data):
         if Path(named).resolve().is_relative_to(INPUTS.resolve()):
             raise StageError(
                 f"{key}: {named} lies in {INPUTS}, which this stage makes anew. Move it."
             )
-    shutil.rmtree(INPUTS, ignore_errors=True)
-    (INPUTS / "files").mkdir(parents=True)
-    # DVC warns of an empty folder or file.
-    (INPUTS / "files" / "about.txt").write_text("Links to inputs, by which DVC sees changes.\n")
+    _remove_links()
+    FILES.mkdir(parents=True)
+    (FILES / "about.txt").write_text(ABOUT)
     unwatched = [named for _, named in named_paths(data) if is_url(named)]
     folders: list[Path] = []
     for path in watched_paths(data):
         if path.is_file():
-            number = len(list((INPUTS / "files").iterdir()))
+            number = len(list(FILES.iterdir()))
             # A name may be as long as the system allows, which the number would make longer.
             name = os.fsdecode(os.fsencode(path.name)[-MAX_NAME_BYTES:])
-            (INPUTS / "files" / f"{number:03d}_{name}").symlink_to(path)
+            (FILES / f"{number:03d}_{name}").symlink_to(path)
         elif not path.is_dir():
             # DVC would wait for a pipe for ever; the index stage refuses it.
             continue
@@ -70,7 +88,7 @@ def link_inputs(data: DataSettings) -> None:
         if number < len(folders):
             link.symlink_to(folders[number])
         else:
-            link.write_text("unused\n")
+            link.write_text(UNUSED)
     if unwatched:
         print(
             f"inputs: DVC does not notice changes in {', '.join(unwatched)}: it watches neither "
@@ -78,6 +96,41 @@ def link_inputs(data: DataSettings) -> None:
             f"After a change there, run `dvc repro --force index`.",
             file=sys.stderr,
         )
+
+
+def _remove_links() -> None:
+    """Delete the links of the run before.
+
+    Raises:
+        StageError: `data/inputs` leads elsewhere, or holds what this stage did not make.
+    """
+    if not os.path.lexists(INPUTS):
+        return
+    if INPUTS.is_symlink() or not INPUTS.is_dir():
+        raise StageError(f"{INPUTS}: no folder, in which this stage makes links. Move it away.")
+    for path in INPUTS.iterdir():
+        of_files = path.iterdir() if path == FILES and _is_folder(path) else [path]
+        if foreign := next((each for each in of_files if not _is_own(each)), None):
+            raise StageError(
+                f"{foreign}: lies in {INPUTS}, which this stage makes anew, and is not of it. "
+                f"Move it away."
+            )
+    shutil.rmtree(INPUTS)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether this stage made a link or a file, which a kill may have cut short."""
+    if path.is_symlink() or not path.is_file():
+        return path.is_symlink()
+    if path.stat().st_size > len(ABOUT):
+        return False
+    content = path.read_bytes()
+    texts = (ABOUT, UNUSED, *TRAINED_BLIND.values())
+    return any(text.encode().startswith(content) for text in texts)
 
 
 def watched_paths(data: DataSettings) -> list[Path]:

@@ -75,8 +75,7 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
         SettingsError: There is no picture, or the settings file is not one of this command.
         StageError: The pictures or captions cannot be read.
     """
-    if out.exists() and not out.read_bytes().startswith(WRITTEN.encode()):
-        raise SettingsError(f"{out}: was not written by this command. Move it away.")
+    _check_own(out)
     pictures = _absolute(pictures, "PICTURES")
     data = None if captions else coco_section(Path(pictures))
     if data is None:
@@ -88,6 +87,21 @@ def propose(pictures: str, captions: str | None, out: Path) -> None:
     pretrained = choose_weights()
     write_text(out, settings_text(data, pretrained, workers))
     _say(f"{out} written")
+
+
+def _check_own(out: Path) -> None:
+    """Refuse to replace a file that this command did not write.
+
+    Raises:
+        SettingsError: There is another file, a link or a folder.
+    """
+    if not os.path.lexists(out):
+        return
+    if not out.is_symlink() and out.is_file():
+        with out.open("rb") as file:
+            if file.read(len(WRITTEN)) == WRITTEN.encode():
+                return
+    raise SettingsError(f"{out}: was not written by this command. Move it away.")
 
 
 def coco_section(folder: Path) -> str | None:
@@ -154,7 +168,11 @@ def check_captions(file: CaptionsFile, archive: ImageArchive, path: str) -> None
         if name in missing
     ]
     usable = {name for name in names if name not in missing}
-    _say(f"{file.num_captions - len(bad)} captions of {len(usable)} pictures in {path}")
+    others = f"; {len(bad)} others cannot be used" if bad else ""
+    _say(f"{file.num_captions - len(bad)} captions of {len(usable)} pictures in {path}{others}")
+    num_left = sum(map(is_named_as_image, archive.all_names())) - len(usable)
+    if num_left > 0:
+        _say(f"{num_left} pictures have no caption, and get no features")
     if len(bad) > MAX_REJECT_RATE * file.num_captions:
         raise SettingsError(
             f"{path}: {len(bad)} of {file.num_captions} captions cannot be used, wanted at most "
@@ -209,7 +227,7 @@ def captions_among(pictures: str) -> tuple[str | None, CaptionsFile | None]:
 
 def _candidates(pictures: str) -> Sequence[str]:
     """Return the paths that may hold captions: those of the usual names in a folder, or else all of
-    the suffixes, unless they are many.
+    the suffixes, unless they are many. As with pictures, a link leads nowhere out of the folder.
     """
     if is_packed(pictures, "PICTURES"):
         return (pictures,)
@@ -218,6 +236,10 @@ def _candidates(pictures: str) -> Sequence[str]:
         return ()
     paths = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES]
     paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    outside = [path for path in paths if not path.resolve().is_relative_to(folder.resolve())]
+    for path in outside:
+        _say(f"not taken for captions: {path}, a link out of the folder; CAPTIONS=file names it")
+    paths = [path for path in paths if path not in outside]
     usual = [path for path in paths if path.stem.lower() in NAMES]
     return [str(path) for path in usual or (paths if len(paths) <= MAX_CANDIDATES else ())]
 

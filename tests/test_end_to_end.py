@@ -77,6 +77,8 @@ def test_every_stage_leaves_its_outputs(clone, killed_then_finished):
         "reports/eval.json",
         "reports/predictions.parquet",
         "reports/captions_results.json",
+        "reports/pope_questions.jsonl",
+        "reports/pope_answers.jsonl",
         "reports/contamination.json",
         "reports/index.html",
     ]

@@ -14,7 +14,6 @@ from pipeline.settings import EncoderSettings, ExtractSettings, FetchSettings
 from train.model.projector import check_pool
 from train.settings import (
     CheckpointSettings,
-    ControlsSettings,
     FinetuneSettings,
     LlmSettings,
     PretrainSettings,
@@ -22,6 +21,7 @@ from train.settings import (
     TrackingSettings,
 )
 from workspace.code_hash import PACKAGES
+from workspace.control_settings import ControlsSettings
 from workspace.data_settings import DataSettings
 from workspace.settings import Params
 
@@ -128,7 +128,14 @@ def test_the_settings_of_a_stage_are_in_the_settings_file(stage):
 
 
 def test_all_stages_but_one_have_settings():
-    assert [stage for stage in STAGES if "params" not in STAGES[stage]] == ["code"]
+    assert [stage for stage in STAGES if "params" not in STAGES[stage]] == ["code", "inputs"]
+    assert "params.yaml" in STAGES["inputs"]["deps"]
+
+
+def test_dvc_runs_a_settings_file_without_the_section_that_may_be_absent():
+    """DVC refuses a file that lacks a section of `params`."""
+    assert not any("controls" in stage.get("params", ()) for stage in STAGES.values())
+    assert "data/inputs/controls" in STAGES["control"]["deps"]
 
 
 def test_a_training_setting_never_touches_the_features():
@@ -137,6 +144,7 @@ def test_a_training_setting_never_touches_the_features():
         assert tops.isdisjoint({"pretrain", "finetune", "llm", "projector", "controls", "evaluate"})
 
 
-def test_what_changes_no_number_makes_no_stage_run_again():
+def test_what_changes_no_number_makes_no_stage_run_again_but_that_of_the_links():
     named = {key.split(".")[0] for stage in STAGES.values() for key in stage.get("params", ())}
-    assert named == {"seed", *SECTIONS} - {"checkpoints", "tracking"}
+    assert named == {"seed", *SECTIONS} - {"checkpoints", "tracking", "controls"}
+    assert [s for s in STAGES if "params.yaml" in STAGES[s]["deps"]] == ["inputs"]

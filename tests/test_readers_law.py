@@ -22,8 +22,9 @@ from cache.errors import PatchcacheError
 from eval.compare import compare
 from eval.llava.card import read_score_report
 from eval.runs import read_history
-from eval.score import read_captions, read_results
 from eval.snapshots import COLUMNS
+from eval.systems.coco_files import read_captions, read_results
+from eval.systems.pope_files import read_answers, read_labels
 from pipeline.download import _Partial
 from train.provenance import read_provenance
 from train.run import RunDirectory
@@ -65,12 +66,22 @@ def damaged(data, kind):
         return [
             data[:p] + bytes([data[p] ^ 1 << chance.randrange(8)]) + data[p + 1 :] for p in places
         ]
+    value = CHANGED_VALUES[kind.removeprefix("values: ")]
     try:
         values = json.loads(data)
     except ValueError:
-        return []
-    value = CHANGED_VALUES[kind.removeprefix("values: ")]
+        return damaged_lines(data.split(b"\n"), value)
     return [json.dumps(changed).encode() for changed in changes(values, value)]
+
+
+def damaged_lines(lines, value):
+    """Return JSON Lines with one thing in the last line changed; nothing for other files."""
+    try:
+        *first, last = (json.loads(line) for line in lines)
+    except ValueError:
+        return []
+    texts = [[*first, changed] for changed in changes(last, value)]
+    return ["\n".join(map(json.dumps, rows)).encode() for rows in texts]
 
 
 def changes(values, value):
@@ -144,7 +155,9 @@ def of_model_card():
     path = Path("reports/eval.json").resolve()
     path.parent.mkdir()
     path.write_text(json.dumps(SCORES))
-    return path, lambda: read_score_report(SimpleNamespace(folder=folder, answers=True))
+    params = SimpleNamespace(values={"data": {"source": "coco"}})
+    trained = SimpleNamespace(folder=folder, answers=True, params=params)
+    return path, lambda: read_score_report(trained)
 
 
 def of_captions():
@@ -157,6 +170,25 @@ def of_results():
     path = Path("results.json")
     path.write_text(json.dumps([{"image_id": 1, "caption": "a"}]))
     return path, lambda: read_results(path)
+
+
+QUESTIONS = [
+    {"question_id": n, "image": "a.jpg", "text": "Is there a cat?", "label": "yes"} for n in (1, 2)
+]
+
+
+def of_labels():
+    path = Path("coco_pope_random.json")
+    path.write_text("\n".join(map(json.dumps, QUESTIONS)))
+    return path, lambda: read_labels(path)
+
+
+def of_answers():
+    of_labels()
+    questions = read_labels(Path("coco_pope_random.json"))
+    path = Path("answers.jsonl")
+    path.write_text("\n".join(json.dumps({"question_id": n, "text": "Yes"}) for n in (1, 2)))
+    return path, lambda: read_answers(path, questions)
 
 
 def of_download():
@@ -207,6 +239,8 @@ REFUSING = {
     "scores of a model card": of_model_card,
     "captions": of_captions,
     "results": of_results,
+    "labels": of_labels,
+    "answers": of_answers,
 }
 """Readers that need the file."""
 

@@ -8,7 +8,8 @@ import os
 import shutil
 
 from cache.files.atomic import write_json
-from train.settings import CONTROL, ControlsSettings
+from train.settings import CONTROL
+from workspace.control_settings import ControlsSettings
 from workspace.locks import folder_lock
 from workspace.paths import REPORTS, RUNS, UNFINISHED_RUNS
 from workspace.settings import Params

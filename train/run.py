@@ -6,6 +6,7 @@ interrupted run is found again by its identity: hashes of settings, features, te
 
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib.metadata
 import io
@@ -147,15 +148,31 @@ class RunDirectory:
         for path in self.files.rglob("*"):
             # PEFT does not sync.
             sync(path)
-        target, old = RUNS / self.stage, self._folder / "replaced"
+        target = RUNS / self.stage
         target.parent.mkdir(exist_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            # Moved, then deleted: half a run is never visible.
-            os.replace(target, old)
-        os.replace(self.files, target)
+        try:
+            _exchange(self.files, target, self._folder / "replaced")
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # `runs` lies on a disk of its own.
+            staged, old = (target.with_name(f".{self.stage}.{n}") for n in ("partial", "replaced"))
+            shutil.rmtree(staged, ignore_errors=True)
+            shutil.copytree(self.files, staged)
+            for path in staged.rglob("*"):
+                sync(path)
+            _exchange(staged, target, old)
+            shutil.rmtree(old, ignore_errors=True)
         write_json(report, metrics)
         shutil.rmtree(self._folder)
+
+
+def _exchange(files: Path, target: Path, old: Path) -> None:
+    """Put files in place of a run, which is moved away whole: half a run is never visible."""
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(files, target)
 
 
 def weights_of(folder: Path) -> dict[str, str]:

@@ -122,7 +122,7 @@ TRAIN_CAPTIONS, IMAGES = 591_753, 123_287
 CONVERSATIONS = round(157_712 * 0.98)
 """Of LLaVA-Instruct-150K, without those that are held out."""
 
-EPOCHS = {"pretrain": 1, "finetune": 1}
+EPOCHS = {"pretrain": 3, "finetune": 1}
 
 GENERATED = ((2 * 5000, 26), (2000, 256), (9000, 2))
 """Texts of the evaluation, and the tokens of the longest of a batch: captions of both stages, which

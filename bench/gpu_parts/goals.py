@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bench.gpu_parts.arithmetic import GENERATION_BATCH, Rates, recipe_hours
+from bench.gpu_parts.arithmetic import EPOCHS, GENERATION_BATCH, Rates, recipe_hours
 from bench.gpu_parts.report import Rows, measured
 from bench.measure import at_least, at_most
 from bench.step import FINETUNE, PRETRAIN
@@ -77,7 +77,7 @@ def goals_of(parts: dict[str, Rows], hours: dict[str, float | None]) -> dict[str
     found: dict[str, tuple[float, list[float]]] = {
         "minutes of stage 1's epoch of coco.yaml": (
             MOST_EPOCH_MINUTES,
-            [] if hours["pretrain"] is None else [60 * hours["pretrain"]],
+            [] if hours["pretrain"] is None else [60 * hours["pretrain"] / EPOCHS["pretrain"]],
         ),
         "difference of the gradients": (
             MOST_DIFFERENCE,

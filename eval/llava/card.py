@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 from cache.errors import SettingsError
 from cache.files.foreign import reading_foreign_file
 from cache.spec import Spec
+from eval.llava.hub_results import PublishedScore, model_index, published_scores
 from eval.llava.text import TextPart
-from eval.runs import LoadedRun
+from eval.runs import FinishedRun, LoadedRun
 from eval.score_warnings import random_tower_warning
 from eval.scoring.budget import of_images
 from eval.scoring.gains import judgement, read_gain, written
@@ -58,12 +59,15 @@ def model_card(
     source = str(shown_setting(values, "data", "source") or "unknown")
     shown = {name: _without_folders(values[name]) for name in SHOWN_SECTIONS if name in values}
     folder = Path(__file__).parent
+    report = read_score_report(trained)
+    title = f"{shown['encoder']['model']} with {shown['llm']['model']}"
+    index = model_index(title, report.published, source)
     environment = Environment(
         loader=FileSystemLoader(folder), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     return environment.get_template("model_card.md.j2").render(
-        header=_yaml(_header(values, source, _families(spec, text))).rstrip(),
+        header=to_yaml(_header(values, source, _families(spec, text)) | index).rstrip(),
         answers=trained.answers,
         encoder=shown["encoder"],
         llm=shown["llm"],
@@ -75,11 +79,11 @@ def model_card(
         dtype=str(text.config.dtype).removeprefix("torch."),
         prompts=trained.prompt_format,
         question=settings.caption_question,
-        scores=read_score_report(trained),
+        scores=report,
         split_name=_split_name(trained.params),
         provenance=trained.provenance,
         warning=random_tower_warning(values),
-        settings=_yaml(shown).rstrip(),
+        settings=to_yaml(shown).rstrip(),
     )
 
 
@@ -101,9 +105,11 @@ class ScoreReport:
     """Whether the model uses the picture; empty if that was not measured."""
     caption_split: str = ""
     """The split whose images were captioned; empty if it is not known."""
+    published: Sequence[PublishedScore] = ()
+    """The scores that papers print, times 100."""
 
 
-def read_score_report(trained: LoadedRun) -> ScoreReport:
+def read_score_report(trained: FinishedRun) -> ScoreReport:
     """Read the scores of a run from the workspace's `reports/eval.json`.
 
     Returns:
@@ -123,6 +129,7 @@ def read_score_report(trained: LoadedRun) -> ScoreReport:
     scores = read_json(report, refuse)
     stage = "finetune" if trained.answers else "pretrain"
     weights = weights_of(trained.folder)
+    source = str(shown_setting(trained.params.values, "data", "source") or "unknown")
     with reading_foreign_file(refuse, report):
         if scores.get("weights_sha256", {}).get(stage) != weights:
             return ScoreReport()
@@ -133,6 +140,7 @@ def read_score_report(trained: LoadedRun) -> ScoreReport:
             rows=[row for title, part in sections.items() for row in _score_rows(title, part)],
             verdict=_verdict(sections),
             caption_split=split if split in get_args(Split) else "",
+            published=list(published_scores(own_scores, scores.get("split") or {}, source)),
         )
 
 
@@ -214,10 +222,11 @@ def _header(values: Mapping[str, Any], source: str, families: list[str]) -> dict
     return header
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
+def to_yaml(values: Any) -> str:
+    """Write a dictionary or a list of them as YAML."""
     text = io.StringIO()
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    writer.dump(dict(values), text)
+    writer.dump(values, text)
     return text.getvalue()

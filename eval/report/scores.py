@@ -71,6 +71,7 @@ METRICS = {
     "stop_rate": Metric("Stop rate", "texts that end by themselves", "share"),
     "repeated_4grams": Metric("Repeated 4-grams", "of all runs of four words", "share"),
     "mean_tokens": Metric("Mean length", "in tokens", "length"),
+    "mean_words": Metric("Mean words", "between white space", "length"),
     "short_count": Metric("Short targets", "targets of at most five words", "count"),
     "count": Metric("Texts", "that were scored", "count"),
 }

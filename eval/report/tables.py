@@ -49,7 +49,16 @@ class Table:
 
 def score_tables(scores: Section) -> list[Table]:
     """Return all scores of the model and its controls, a table for each section."""
-    return [_score_table(title, section) for title, section in titled_sections(scores).items()]
+    sections = titled_sections(scores).items()
+    return [_score_table(_with_split(title, scores), section) for title, section in sections]
+
+
+def _with_split(title: str, scores: Section) -> str:
+    """Return the title of a section, of captions with the split of their images."""
+    split = scores.get("split")
+    if not split or not title.startswith("Captions"):
+        return title
+    return f"{title}: {split['name']}, split {split['captions']}"
 
 
 def type_table(scores: Section) -> Table | None:
@@ -67,9 +76,11 @@ def type_table(scores: Section) -> Table | None:
 
 
 def pope_table(scores: Section) -> Table | None:
-    """Return the scores of yes/no questions, a row for each subset."""
+    """Return the scores of yes/no questions, a row for each subset, and one for their mean."""
     keys = ("accuracy", "precision", "recall", "f1", "yes_rate")
     parts = {name + of_images(part): part for name, part in pope_sections(scores).items()}
+    if len(parts) > 1 and (mean := section_of(scores, "pope_mean")):
+        parts[f"mean of {len(parts)}{of_images(mean)}"] = mean
     return _parts_table("Yes/no questions", "Subset", parts, ("count",), keys)
 
 

@@ -5,12 +5,19 @@ the control's scores, and under `gains` how much better the scores are than the 
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from eval.bootstrap import Measure
-from eval.metrics import caption_measures, cider_by_image, pope_measures, yes_or_no
+from eval.bootstrap import Measure, mean_of
+from eval.metrics import (
+    caption_measures,
+    cider_by_image,
+    mean_over_subsets,
+    pope_measures,
+    yes_or_no,
+)
 from eval.scoring.answers import answer_measures, answer_score, form_measures, is_short
 from eval.scoring.budget import UNLIMITED, Budget
 from eval.scoring.conditions import Condition, make_conditions
@@ -79,9 +86,12 @@ def caption_images(
         )
         for image_id, texts in zip(image_ids, generations, strict=True)
     ]
-    section = _section(
-        captions, lambda texts: caption_measures(references, by_image(texts)), model.seed
-    )
+
+    def measures_of(texts: Sequence[str]) -> dict[str, Measure]:
+        words = mean_of([float(len(text.split())) for text in texts])
+        return {**caption_measures(references, by_image(texts)), "mean_words": words}
+
+    section = _section(captions, measures_of, model.seed)
     return section | budget.reached(image_ids, chosen), captions
 
 
@@ -199,6 +209,35 @@ def answer_yes_no(
     answers = {name: of_subset for name, of_subset in asked_of.items() if of_subset}
     sections = {name: section(of_subset, subsets[name]) for name, of_subset in answers.items()}
     return sections, [answer for of_subset in answers.values() for answer in of_subset]
+
+
+def mean_of_subsets(answers: Sequence[Prediction], seed: int) -> Scores:
+    """Return the section of the mean of each yes-no score over the subsets.
+
+    The mean F1 of POPE's three subsets is what papers call POPE. The interval draws an image with
+    its questions of all subsets.
+
+    Args:
+        answers: Answers to yes-no questions, each subset's together.
+        seed: Seed of the intervals.
+
+    Returns:
+        The section, with the names of the subsets.
+    """
+    if not answers:
+        return EMPTY_SCORES | {"subsets": []}
+    sizes = Counter(answer.subset for answer in answers)
+    labels = [answer.targets[0] for answer in answers]
+
+    def measures_of(texts: Sequence[str]) -> dict[str, Measure]:
+        parts, start = [], 0
+        for size in sizes.values():
+            end = start + size
+            parts.append(pope_measures(labels[start:end], texts[start:end]))
+            start = end
+        return {name: mean_over_subsets([part[name] for part in parts]) for name in parts[0]}
+
+    return _section(answers, measures_of, seed) | {"subsets": list(sizes)}
 
 
 def _generate(

@@ -1,6 +1,7 @@
 """Predictions: the texts that the models generated, and the files that hold them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +9,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache.files.atomic import write_bytes, write_json
+from cache.files.atomic import write_bytes, write_json, write_text
 from eval.metrics import yes_or_no
 from eval.scoring.answers import exact_match, is_short
 from eval.scoring.question_types import question_type
 from eval.scoring.score_names import CONTROLS, SEEN, TRAINED_BLIND
+from eval.scoring.yes_no import YesNo
 from train.model.generate import Generation
 
 Kind = Literal["caption", "answer", "pope"]
@@ -130,3 +132,64 @@ def write_coco_results(path: Path, predictions: Sequence[Prediction], model: str
         if (prediction.model, prediction.kind) == (model, "caption")
     ]
     write_json(path, results)
+
+
+def write_pope_questions(
+    path: Path, subsets: Mapping[str, Sequence[YesNo]], file_names: Mapping[int, str]
+) -> None:
+    """Write yes-no questions with their labels in POPE's layout, for answers of other systems.
+
+    Args:
+        path: File to write.
+        subsets: Subset to its questions.
+        file_names: Image id to file name.
+    """
+    _write_json_lines(
+        path,
+        [
+            {
+                "question_id": question.question_id,
+                "image": file_names[question.image_id],
+                "text": question.question,
+                "label": question.label,
+                "category": subset,
+            }
+            for subset, questions in subsets.items()
+            for question in questions
+        ],
+    )
+
+
+def write_pope_answers(
+    path: Path, subsets: Mapping[str, Sequence[YesNo]], predictions: Sequence[Prediction]
+) -> None:
+    """Write the answers to yes-no questions in the layout of LLaVA's answers.
+
+    Args:
+        path: File to write.
+        subsets: Subset to its questions.
+        predictions: Texts of all kinds; a question without an answer is left out.
+    """
+    answers = {
+        (answer.subset, answer.image_id, answer.question): answer.seen.text
+        for answer in predictions
+        if answer.kind == "pope"
+    }
+    _write_json_lines(
+        path,
+        [
+            {
+                "question_id": question.question_id,
+                "prompt": question.question,
+                "text": answers[subset, question.image_id, question.question],
+                "category": subset,
+            }
+            for subset, questions in subsets.items()
+            for question in questions
+            if (subset, question.image_id, question.question) in answers
+        ],
+    )
+
+
+def _write_json_lines(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -23,8 +23,12 @@ GAINS = "gains"
 MAIN_SCORES = ("CIDEr", "exact_match", "token_f1", "loss", "accuracy")
 """The scores that are judged: whether the model uses the picture."""
 
-NO_BETTER_SIDE = ("stop_rate", "repeated_4grams", "mean_tokens", "yes_rate")
+NO_BETTER_SIDE = ("stop_rate", "repeated_4grams", "mean_tokens", "mean_words", "yes_rate")
 """Scores that describe texts: more is neither better nor worse, so they have no gain."""
+
+
+DECODING = "greedy"
+"""How every text of an evaluation is decoded."""
 
 
 def has_no_short_targets(section: Mapping[str, Any], key: str) -> bool:

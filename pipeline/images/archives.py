@@ -58,7 +58,7 @@ class ImageArchive:
             place.prefix + name
             for place in self._places
             for name in place.files.names(base_name)
-            if not (folders and place.is_named) or f"{place.prefix}{name}".endswith(f"/{wanted}")
+            if not (folders and place.has_prefix) or f"{place.prefix}{name}".endswith(f"/{wanted}")
         )
         return list(dict.fromkeys(names))
 
@@ -104,6 +104,12 @@ class ImageArchive:
             ImageNameError: As `find` raises it, or the file cannot be read or is too large.
             StageError: The disk or the machine failed.
         """
+        holders = list(self._holders(plain_name(file_name)))
+        if len(holders) == 1:
+            # The usual case, without a second search for the name.
+            check_file_name(file_name)
+            ((place, name),) = holders
+            return place.files.read(name)
         files, name = self._only_holder(self.find(file_name))
         return files.read(name)
 
@@ -148,4 +154,4 @@ def _with_prefix(place: Place, prefix: str) -> Place:
     folders = plain_name(prefix)
     if not folders:
         return place
-    return replace(place, prefix=f"{folders}/{place.prefix}", is_named=True)
+    return replace(place, prefix=f"{folders}/{place.prefix}", has_prefix=True)

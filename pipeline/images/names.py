@@ -6,11 +6,15 @@ tar shard or a table, which numbers its files anew, the name of the shard stands
 
 import contextlib
 import errno
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from cache.errors import PatchcacheError
 from cache.files.foreign import reading_foreign_file
 from workspace.errors import StageError
+
+Member = TypeVar("Member")
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """Limit of an image file, checked before it is read: a zip member can claim any size."""
@@ -87,6 +91,35 @@ def suffix_of(name: str) -> str:
 def is_named_as_image(name: str) -> bool:
     """Whether a file's name has the suffix of an image, or none, as in a table."""
     return suffix_of(name) in IMAGE_SUFFIXES | {""}
+
+
+def by_base_name(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return full names by their base names, each list sorted."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        found[name.rpartition("/")[2]].append(name)
+    return dict(found)
+
+
+def read_repeated(
+    members: Sequence[Member], read: Callable[[Member], bytes], name: str, path: str
+) -> bytes:
+    """Return the bytes of a file that an archive may hold several times.
+
+    Args:
+        members: The entries of the file, at least one.
+        read: Reads an entry.
+        name: Of the file, for the error text.
+        path: Of the archive, for the error text.
+
+    Raises:
+        ImageNameError: Two entries differ.
+    """
+    first, *others = members
+    data = read(first)
+    if any(read(other) != data for other in others):
+        raise ImageNameError(f"{name!r} stands twice in {path}, with other bytes")
+    return data
 
 
 def check_size(name: str, num_bytes: int) -> None:

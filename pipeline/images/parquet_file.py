@@ -5,9 +5,8 @@ time, after a look at the headers of its pages: a few bytes can claim to unpack 
 """
 
 import contextlib
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
-from pathlib import PurePosixPath
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -28,6 +27,7 @@ from cache.texts import one_line
 from pipeline.images.byte_file import ByteFile, OffsetReader
 from pipeline.images.names import (
     ImageNameError,
+    by_base_name,
     check_file_name,
     check_size,
     plain_name,
@@ -276,9 +276,7 @@ class ImageParquet:
     def names(self, base_name: str) -> Sequence[str]:
         """Return the names of all rows with this base name, sorted."""
         if self._names is None:
-            self._names = defaultdict(list)
-            for name in sorted(self._rows):
-                self._names[PurePosixPath(name).name].append(name)
+            self._names = by_base_name(self._rows)
         return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:

@@ -83,7 +83,7 @@ class Place:
     prefix: str
     """What stands before a file's path in its full name: empty, or folders that end in `/`."""
     files: ImageFiles
-    is_named: bool = False
+    has_prefix: bool = False
     """Whether the settings give a prefix."""
 
 

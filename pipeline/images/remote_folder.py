@@ -1,6 +1,5 @@
 """The image files below a folder behind an fsspec URL."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from cache.remote.copies import filesystem_of
@@ -8,6 +7,7 @@ from pipeline.images.byte_file import over_network
 from pipeline.images.names import (
     MAX_IMAGE_BYTES,
     ImageNameError,
+    by_base_name,
     check_size,
     is_visible,
     reading_image,
@@ -43,9 +43,7 @@ class RemoteImageFolder:
     def names(self, base_name: str) -> Sequence[str]:
         """Return the full names of all files with this base name, in all folders."""
         if self._names is None:
-            self._names = defaultdict(list)
-            for name in sorted(self._sizes):
-                self._names[name.rpartition("/")[2]].append(name)
+            self._names = by_base_name(self._sizes)
         return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:

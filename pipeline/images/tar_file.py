@@ -5,7 +5,6 @@ as long for that, and reads a long name of any size into memory.
 """
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -14,9 +13,11 @@ from pipeline.images.byte_file import ByteFile
 from pipeline.images.names import (
     OTHER_SUFFIXES,
     ImageNameError,
+    by_base_name,
     check_size,
     is_visible,
     plain_name,
+    read_repeated,
     reading_image,
     suffix_of,
 )
@@ -243,9 +244,7 @@ class ImageTar:
     def names(self, base_name: str) -> Sequence[str]:
         """Return the paths of all members with this base name, sorted."""
         if self._names is None:
-            self._names = defaultdict(list)
-            for name in sorted(self._members):
-                self._names[name.rpartition("/")[2]].append(name)
+            self._names = by_base_name(self._members)
         return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:
@@ -263,11 +262,7 @@ class ImageTar:
             ImageNameError: The member is a link or too large, or two of this name differ.
             StageError: The disk, the network or the machine failed.
         """
-        first, *others = self._members[name]
-        data = self._read(first)
-        if any(self._read(other) != data for other in others):
-            raise ImageNameError(f"{name!r} stands twice in {self.path}, with other bytes")
-        return data
+        return read_repeated(self._members[name], self._read, name, self.path)
 
     def _read(self, member: TarMember) -> bytes:
         where = f"{member.name!r} in {self.path}"

@@ -15,9 +15,11 @@ from typing import BinaryIO
 from pipeline.images.byte_file import ByteFile, LocalFile
 from pipeline.images.names import (
     ImageNameError,
+    by_base_name,
     check_size,
     is_visible,
     plain_name,
+    read_repeated,
     reading_image,
 )
 from workspace.errors import StageError
@@ -83,13 +85,11 @@ class ImageZip:
         with reading_image(refuse, f"{self._key}: {self.path}"):
             self._zip = open_zip(self._file)
         self._owner = os.getpid()
+        self._names: dict[str, list[str]] | None = None
         self._members: dict[str, list[zipfile.ZipInfo]] = defaultdict(list)
-        self._names: dict[str, list[str]] = defaultdict(list)
         for member in self._zip.infolist():
             if not member.is_dir():
                 full_name = plain_name(member.filename)
-                if full_name not in self._members:
-                    self._names[full_name.rpartition("/")[2]].append(full_name)
                 self._members[full_name].append(member)
 
     def has(self, full_name: str) -> bool:
@@ -100,7 +100,9 @@ class ImageZip:
     def names(self, base_name: str) -> Sequence[str]:
         """Return the full names of all files with this base name, in all folders."""
         self._open()
-        return sorted(self._names.get(base_name, ()))
+        if self._names is None:
+            self._names = by_base_name(self._members)
+        return self._names.get(base_name, ())
 
     def all_names(self) -> list[str]:
         """Return the full names of all files, but for hidden ones, sorted."""
@@ -119,11 +121,7 @@ class ImageZip:
             StageError: The disk or the machine failed.
         """
         self._open()
-        first, *others = self._members[full_name]
-        data = self._read(first)
-        if any(self._read(other) != data for other in others):
-            raise ImageNameError(f"{full_name!r} stands twice in {self.path}, with other bytes")
-        return data
+        return read_repeated(self._members[full_name], self._read, full_name, self.path)
 
     def _read(self, member: zipfile.ZipInfo) -> bytes:
         where = f"{member.filename!r} in {self.path}"

@@ -158,9 +158,9 @@ class ImageCollection:
             # `id_of` raises the error of a name without a file.
             with contextlib.suppress(RecordError):
                 file = self._file_of(record.image_name)
-                image = ImageRecord(record.record, None, record.image_name)
                 if file.real_path in self._ids:
                     continue
+                image = ImageRecord(record.record, None, record.image_name)
                 if file.split in self._listing:
                     self._ids[file.real_path] = (
                         f"image not listed: {file!r} is of {file.split}, whose captions do not "
@@ -175,20 +175,20 @@ class ImageCollection:
             name, file = self._find_listed(record, split)
         except RecordError as error:
             return Claim(record, image_id, split, None, ImageInfo(None), str(error))
-        return self._claim(replace(record, file_name=name), image_id, file, split)
+        if name != record.file_name:
+            record = replace(record, file_name=name)
+        return self._claim(record, image_id, file, split)
 
     def _find_listed(self, record: ImageRecord, split: Split) -> tuple[str, ImageFile]:
         """Return the first name of an image that is a file's, and the file."""
-        names = (record.file_name, *record.other_names)
+        names = (record.file_name, *record.other_names) if record.other_names else ()
         for name in names:
             with contextlib.suppress(RecordError):
                 file = self._lookup.find_listed(name, split)
-                if record.other_names:
-                    bases = [other.rpartition("/")[2] for other in names]
-                    for other in {*names, *bases}:
-                        known = self._other_names.setdefault(other, file)
-                        if known and known.real_path != file.real_path:
-                            self._other_names[other] = None
+                for other in {*names, *(other.rpartition("/")[2] for other in names)}:
+                    known = self._other_names.setdefault(other, file)
+                    if known and known.real_path != file.real_path:
+                        self._other_names[other] = None
                 return name, file
         return record.file_name, self._lookup.find_listed(record.file_name, split)
 
@@ -259,20 +259,20 @@ class ImageCollection:
             same.sort(key=Claim.precedence)
             if _claim_of_another_file(same[0], [*same, *self._claims[image_id]]):
                 # No file has the number rather than another, so none of the new ones keeps it.
-                kept, moved = [], same
+                numbered, hashed = [], same
             else:
                 # All have the same bytes; those of no image are rejected one by one.
-                num_kept = len(same) if same[0].problem else int(image_id not in self.rows)
-                kept, moved = same[:num_kept], same[num_kept:]
+                num_numbered = len(same) if same[0].problem else int(image_id not in self.rows)
+                numbered, hashed = same[:num_numbered], same[num_numbered:]
                 if not with_copies:
-                    copies += moved
-                    moved = []
-            if kept:
-                self._resolve_unnumbered(image_id, kept)
-            for claim in moved:
+                    copies += hashed
+                    hashed = []
+            if numbered:
+                self._resolve_unnumbered(image_id, numbered)
+            for claim in hashed:
                 claim.image_id = hashed_id(claim.record.file_name)
                 by_hash[claim.image_id].append(claim)
-            new += kept + moved
+            new += numbered + hashed
         for image_id, same in by_hash.items():
             self._resolve_unnumbered(image_id, same)
         self.num_without_number += len(new)

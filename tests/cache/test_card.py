@@ -52,6 +52,26 @@ def test_a_card_is_a_markdown_file(store):
     assert (store.root / "spec.json").read_bytes() == spec
 
 
+@pytest.mark.parametrize("kind", ["other text", "a pipe", "a link", "a folder"])
+def test_only_a_card_is_replaced(store, tmp_path, kind):
+    target = tmp_path / "README.md"
+    write_card(str(store.root), MIT, target)
+    write_card(str(store.root), CardSettings(license="other", license_name="ours"), target)
+    target.rename(tmp_path / "card.md")
+    if kind == "other text":
+        target.write_text("# A project with patchcache\n")
+    elif kind == "a pipe":
+        os.mkfifo(target)
+    elif kind == "a link":
+        target.symlink_to("card.md")
+    else:
+        target.mkdir()
+    before = target.lstat()
+    with pytest.raises(SettingsError, match=r"README\.md: exists, and is no card of a store"):
+        write_card(str(store.root), MIT, target)
+    assert target.lstat().st_ino == before.st_ino
+
+
 def test_a_store_that_lacks_a_shard_gets_no_card(store):
     (store.root / store.names[0]).unlink()
     with pytest.raises(IncompleteStoreError, match=store.names[0]):

@@ -45,6 +45,16 @@ def test_inspect_escapes_what_steers_a_terminal(tmp_path, build_store, spec):
     assert repr(model) in done.stdout
 
 
+def test_inspect_escapes_what_of_an_image_steers_a_terminal(store, tmp_path):
+    row = {"image_id": [1], "split": ["\x1b[2Jtrain"], "file_name": ["\x1b[2J/cat.jpg"]}
+    pq.write_table(pa.table(row), tmp_path / "names.parquet")
+    table = ("--images", tmp_path / "names.parquet")
+    done = run("cache.inspect", store.root, "--image", "cat.jpg", *table)
+    assert done.returncode == 0
+    assert done.stdout.startswith("image 1: ")
+    assert "\x1b" not in done.stdout
+
+
 def test_inspect_tells_which_shards_are_not_here(store):
     for name in store.names[:2]:
         (store.root / name).unlink()
@@ -85,6 +95,9 @@ def test_inspect_of_an_image_without_features_or_names_says_so(store, tmp_path):
     other = run("cache.inspect", store.root, "--image", "at.jpg", *names)
     assert (other.returncode, other.stdout) == (2, "")
     assert "no image of this id or name" in other.stderr
+    for number in ("9" * 19, "9" * 5000):
+        beyond = run("cache.inspect", store.root, "--image", number, *names)
+        assert (beyond.returncode, beyond.stderr.count("\n")) == (2, 1)
     nameless = run("cache.inspect", store.root, "--image", "cat.jpg")
     assert nameless.returncode == 2
     assert "Name the table with --images" in nameless.stderr

@@ -6,6 +6,8 @@ import re
 from ruamel.yaml import YAML
 
 from tests.documents.pages import PAGES, ROOT, all_blocks
+from tests.settings_law import leaves
+from tests.test_pipeline_definition import SECTIONS
 
 DATA = (ROOT / "docs/data.md").read_text()
 
@@ -62,13 +64,15 @@ def test_every_folder_of_the_tree_is_there_and_every_package_is_in_it():
     assert packages <= rooms
 
 
-def test_every_setting_that_the_pages_name_is_in_the_settings_file():
-    sections = YAML_FILE.load(ROOT / "params.yaml")
+def test_every_setting_that_the_pages_name_exists():
+    settings = {
+        tuple(leaf.split(".")[:2]) for n, cls in SECTIONS.items() for leaf in leaves(cls, n)
+    }
     named = {
         pair
         for page in PAGES
         for pair in re.findall(r"`([a-z]+)\.([a-z_]+)(?:[:=][^`]*)?`", page.read_text())
-        if pair[0] in sections and pair[1] != "py"
+        if pair[0] in SECTIONS and pair[1] != "py"
     }
     assert len(named) > 4
-    assert [pair for pair in named if pair[1] not in sections[pair[0]]] == []
+    assert named - settings == set()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from bench.gpu_parts.arithmetic import PEAK_FLOPS, block_parameters
+from bench.gpu_parts.arithmetic import EPOCHS, PEAK_FLOPS, block_parameters
 from bench.make_phi2 import PHI2
 from bench.texts import CAPTION_LENGTHS, CAPTIONS_AN_IMAGE, KINDS
 from tests.documents.pages import ROOT
@@ -175,8 +175,8 @@ def test_positions_follow_from_the_lengths_of_real_texts():
 def positions_of_stages():
     captioned, discussed, conversations = positions_of_images()
     return {
-        "stage 1": float(CAPTIONS / CAPTIONS_AN_IMAGE * captioned),
-        "stage 2": float(CONVERSATIONS / conversations * discussed),
+        "stage 1": float(EPOCHS["pretrain"] * CAPTIONS / CAPTIONS_AN_IMAGE * captioned),
+        "stage 2": float(EPOCHS["finetune"] * CONVERSATIONS / conversations * discussed),
     }
 
 

@@ -19,6 +19,7 @@ from eval.compare import compare
 from eval.evaluate import evaluate
 from eval.llava.card import read_score_report
 from eval.runs import STAGES, open_run
+from eval.score import score
 from eval.score_warnings import RANDOM_TOWER
 from eval.scoring.answers import exact_match
 from eval.scoring.conditions import Noise, other_images
@@ -53,7 +54,7 @@ SCORES, TABLE, RESULTS, LIST, PAGE = (
     )
 )
 FORM = {"stop_rate", "repeated_4grams", "mean_tokens", "count"}
-CAPTION = {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L"} | FORM
+CAPTION = {"CIDEr", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "mean_words"} | FORM
 ANSWER = {"exact_match", "token_f1", "ROUGE-L", "loss"} | FORM
 POPE = {"accuracy", "precision", "recall", "f1", "yes_rate"} | FORM
 NOTHING = {"count": 0, **{control: {"count": 0} for control in CONTROLS}, "without_features": 0}
@@ -137,7 +138,14 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
         for stage in names
     }
     sections = {"captions", "answers", "pope", "pretrain_only", "contamination"}
-    assert found.keys() == sections | {"weights_sha256", "split", "trained"}
+    assert found.keys() == sections | {
+        "pope_mean",
+        "weights_sha256",
+        "split",
+        "decoding",
+        "trained",
+    }
+    assert found["decoding"] == "greedy"
     assert found["split"] == {"name": "val2017", "captions": "val"}
     assert found["trained"] == {"pretrain": True, "finetune": True}
     answers = found["answers"]
@@ -150,9 +158,10 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
         "what": (answers["by_type"]["what"], ANSWER - {"loss"}, 4),
         "popular": (found["pope"]["popular"], POPE, 3),
         "random": (found["pope"]["random"], POPE, 2),
+        "mean": (found["pope_mean"], POPE, 5),
     }
     for section, keys, count in sections.values():
-        others = section.keys() - keys - set(CONTROLS)
+        others = section.keys() - keys - set(CONTROLS) - {"subsets"}
         beside = {"intervals", "gains", "without_features", "too_long", "short_count", "by_type"}
         assert others <= beside
         for one in (section, *(section[control] for control in CONTROLS)):
@@ -347,7 +356,7 @@ def test_the_page_holds_everything_it_shows(world):
 def test_the_summary_names_scores_gains_verdicts_and_the_page(world, capsys):
     write_pope(ASKED)
     evaluate(world.params())
-    captions, answers, popular, random, report = capsys.readouterr().out.splitlines()
+    captions, answers, popular, random, mean, report = capsys.readouterr().out.splitlines()
     number = r"-?\d\.\d{3}"
     gain = rf"gain [+]?{number}, {number} to {number}, p [\d.]+"
     found = rf"\d\.\d{{3}} \(wrong image \d\.\d{{3}}; {gain}\): does not use the picture"
@@ -355,6 +364,7 @@ def test_the_summary_names_scores_gains_verdicts_and_the_page(world, capsys):
     assert re.fullmatch(rf"answers:  exact match {found}", answers)
     assert re.fullmatch(rf"pope:     popular accuracy {found}", popular)
     assert re.fullmatch(rf"pope:     random accuracy {found}", random)
+    assert re.fullmatch(rf"pope:     mean F1 {found}", mean)
     assert report == f"report:   {PAGE.resolve().as_uri()}"
 
 
@@ -736,6 +746,53 @@ def test_the_coco_results_are_the_captions_of_the_fine_tuned_model(world):
     assert len(wanted) == 4
 
 
+def test_other_systems_and_ours_are_scored_by_one_program(world, capsys):
+    write_pope(ASKED)
+    evaluate(world.params())
+    found = scores()
+    capsys.readouterr()
+    reports = SCORES.parent
+    score(reports / "pope_questions.jsonl", [str(reports / "pope_answers.jsonl")], official=False)
+    printed_rows = capsys.readouterr().out
+    for name, section in [*found["pope"].items(), ("mean of 2", found["pope_mean"])]:
+        (row,) = re.findall(rf"^pope_answers, {name} +(.*)$", printed_rows, re.M)
+        count, _, accuracy, *_, f1, yes_rate = map(float, row.split())
+        assert count == section["count"]
+        for shown, key in ((accuracy, "accuracy"), (f1, "f1"), (yes_rate, "yes_rate")):
+            assert shown == pytest.approx(100 * section[key], abs=0.005), (name, key)
+    lines = (reports / "pope_questions.jsonl").read_text().splitlines()
+    labels = [json.loads(line) for line in lines]
+    assert [(q["category"], q["text"], q["label"]) for q in labels] == [
+        (subset, question, label) for _, subset, question, label in ASKED
+    ]
+    assert {q["image"] for q in labels} == {"112.jpg", "113.jpg"}
+    captions = [
+        {"image_id": row["image_id"], "caption": text}
+        for row in rows("finetune", "caption")
+        for text in row["targets"]
+    ]
+    (reports / "captions.json").write_text(json.dumps({"annotations": captions}))
+    score(reports / "captions.json", [f"ours={RESULTS}"], official=False)
+    (row,) = re.findall(r"^ours +(.*)$", capsys.readouterr().out, re.M)
+    count, words, cider, *_ = map(float, row.split())
+    assert count == 4
+    assert words == pytest.approx(found["captions"]["mean_words"], abs=0.005)
+    assert cider == pytest.approx(100 * found["captions"]["CIDEr"], abs=0.005)
+
+
+def test_the_mean_of_the_subsets_is_that_of_their_scores(world, capsys):
+    write_pope(ASKED)
+    evaluate(world.params())
+    found = scores()
+    for condition in (None, *CONTROLS):
+        sections = [found["pope"]["popular"], found["pope"]["random"], found["pope_mean"]]
+        first, second, mean = (s if condition is None else s[condition] for s in sections)
+        for key in POPE - FORM:
+            assert mean[key] == pytest.approx((first[key] + second[key]) / 2)
+    assert found["pope_mean"]["subsets"] == ["popular", "random"]
+    assert "pope:     mean F1 " in capsys.readouterr().out
+
+
 def contaminate():
     """Give a validation and a held-out image the files of training images."""
     give_file_of(105, 113)
@@ -1051,7 +1108,8 @@ def test_one_stage_is_evaluated_without_the_run_of_the_other(world, capsys, stag
     assert lines == [
         "note",
         "captions",
-        *["answers", "pope", "pope"] * (stage == "finetune"),
+        # Two subsets, and their mean.
+        *["answers", "pope", "pope", "pope"] * (stage == "finetune"),
         "report",
     ]
 

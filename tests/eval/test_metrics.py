@@ -6,7 +6,14 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from eval.metrics import cider_by_image, score_captions, score_pope, tokenized
+from eval.metrics import (
+    cider_by_image,
+    mean_over_subsets,
+    pope_measures,
+    score_captions,
+    score_pope,
+    tokenized,
+)
 
 REFERENCES = {
     7: ["A brown dog runs over the green grass.", "The dog is running outside."],
@@ -206,3 +213,21 @@ def test_scores_of_empty_captions_are_those_of_pycocoevalcap():
     references, candidates = {1: ["a red cat"], 2: ["two boats"]}, {1: "", 2: ""}
     found = score_captions(references, candidates)
     assert found == pytest.approx(official_scores(references, candidates), abs=1e-12)
+
+
+def test_the_mean_over_subsets_counts_each_subset_the_same() -> None:
+    small = pope_measures(["yes", "no"], ["yes", "yes"])
+    large = pope_measures(["yes", "no", "no", "no"], ["yes", "no", "no", "yes"])
+    mean = mean_over_subsets([small["accuracy"], large["accuracy"]])
+    assert mean.value == pytest.approx((1 / 2 + 3 / 4) / 2)
+    assert mean_over_subsets([large["f1"]] * 3).value == pytest.approx(large["f1"].value)
+
+
+def test_the_interval_of_a_mean_over_subsets_draws_an_image_with_its_questions_in_all() -> None:
+    generator = random.Random(0)
+    answers = [generator.choice(["yes", "no"]) for _ in range(60)]
+    one = pope_measures(["yes", "no"] * 30, answers)["f1"]
+    images = [number // 2 for number in range(60)]
+    # The same questions in every subset: nothing is learned from their repetition.
+    repeated = mean_over_subsets([one] * 3).interval(images * 3, 0)
+    assert repeated == pytest.approx(one.interval(images, 0))

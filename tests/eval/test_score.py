@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from pycocoevalcap.spice import spice
 
 from cache.errors import SettingsError
-from eval.metrics import score_captions
+from eval.metrics import caption_measures, score_captions
 from eval.score import score
 from eval.scoring.official import score_officially, tokenize
 from eval.scoring.ptb_tokenizer import tokenize_caption
@@ -96,39 +97,107 @@ def java(tmp_path, monkeypatch):
 
 
 def table(output):
-    """The rows below the first line, by name."""
-    return {line.split()[0]: line.split()[1:] for line in output.splitlines()[1:]}
+    """The rows of the table of official scores, by name."""
+    lines = output.splitlines()
+    start = next(n for n, line in enumerate(lines) if "official" in line)
+    return {line.split()[0]: line.split()[1:] for line in lines[start:]}
 
 
-def test_the_scores_are_those_of_the_metrics(capsys, captions, results):
-    score(captions, results, official=False)
+def columns(output):
+    """The cells of each system's row, by column, and the cells beneath it."""
+    lines = output.splitlines()[1:]
+    _, *names = [lines[0].strip().split()[0], *lines[0].split()[1:]]
+    rows = {}
+    for number, line in enumerate(lines):
+        found = re.match(r"(\S.*?) +(\d+) +(\d.*)", line)
+        if found and "[" not in line:
+            beneath = re.findall(r"\[.*?\]", lines[number + 1])
+            rows[found[1]] = {
+                name: (float(value), ends)
+                for name, value, ends in zip(names, found[3].split(), beneath, strict=True)
+            }
+    return rows
+
+
+def test_the_scores_are_those_of_the_metrics_times_100(capsys, captions, results):
+    score(captions, [str(results)], official=False)
     output = capsys.readouterr().out
-    assert output.startswith("3 captions against 6 by people\n")
+    assert output.startswith("captions of 3 images, 6 by people. Scores are times 100")
+    found = columns(output)["results"]
     wanted = score_captions(REFERENCES, RESULTS)
-    assert table(output) == {name: [f"{value:.6f}"] for name, value in wanted.items()}
+    assert found.keys() == wanted.keys() | {"words"}
+    for name, value in wanted.items():
+        assert found[name][0] == pytest.approx(100 * value, abs=0.005)
+    assert found["words"][0] == pytest.approx((6 + 2 + 7) / 3, abs=0.005)
+
+
+def test_the_brackets_are_the_intervals_of_the_measures(capsys, captions, results):
+    score(captions, [str(results)], official=False)
+    cells = columns(capsys.readouterr().out)["results"]
+    for name, measure in caption_measures(REFERENCES, RESULTS).items():
+        low, high = measure.interval([2, 5, 7], 0)
+        assert cells[name][1] == f"[{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def test_ids_of_any_size_are_images_of_their_own(tmp_path, capsys):
+    outputs = []
+    for ids in [(1, 2, 3), (-1, 2**63, 2**63 + 1)]:
+        texts = dict(zip(ids, REFERENCES.values(), strict=True))
+        captions = captions_file(tmp_path / "captions.json", texts)
+        said = dict(zip(ids, ["a cat", "two red boats on the lake", "a man"], strict=True))
+        score(captions, [str(results_file(tmp_path / "results.json", said))], official=False)
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+def test_further_systems_are_compared_with_the_first_text_by_text(tmp_path, capsys, captions):
+    first = results_file(tmp_path / "first.json")
+    second = results_file(tmp_path / "second.json", {i: c[0] for i, c in REFERENCES.items()})
+    score(captions, [f"them={first}", str(second)], official=False)
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [n for n, line in enumerate(lines) if line.startswith("  less them ")]
+    measures = [
+        caption_measures(REFERENCES, texts)["BLEU-1"]
+        for texts in (RESULTS, {i: c[0] for i, c in REFERENCES.items()})
+    ]
+    gain = measures[1].gain_over(measures[0], [2, 5, 7], 0)
+    column = lines[1].split().index("BLEU-1") - 1
+    assert lines[at].split()[2:][column] == f"{100 * gain.gain:+.2f}"
+    low, high = gain.interval
+    ends = re.findall(r"\[.*?\]", lines[at + 1])[column]
+    assert ends == f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    assert re.findall(r"p ([\d.]+)", lines[at + 2])[column] == f"{gain.p:.3f}"
+
+
+def test_images_without_a_caption_are_counted_and_named(tmp_path, capsys, captions, results):
+    some = results_file(tmp_path / "some.json", {i: RESULTS[i] for i in (2, 7)})
+    score(captions, [str(results), str(some)], official=False)
+    output = capsys.readouterr().out
+    assert "note: some: scored on 2 of 3 images; without a text: 5\n" in output
+    assert "note: some: no difference to results, which has other images\n" in output
+    assert "less" not in output
+    wanted = score_captions({i: REFERENCES[i] for i in (2, 7)}, {i: RESULTS[i] for i in (2, 7)})
+    assert columns(output)["some"]["CIDEr"][0] == pytest.approx(100 * wanted["CIDEr"], abs=0.005)
 
 
 @pytest.mark.parametrize(
     ("ids", "named"),
     [
-        ([2, 5], "missing 7, extra none"),
-        ([2, 5, 7, 8, 9], "missing none, extra 8, 9"),
-        ([], "missing 2, 5, 7"),
+        ([2, 5, 7, 8, 9], r"captions images that .*captions\.json has no captions of: 8, 9"),
+        ([], r"captions none of the 3 images of .*captions\.json"),
     ],
 )
-def test_results_for_other_images_are_named(tmp_path, captions, ids, named):
+def test_results_for_other_images_are_refused(tmp_path, captions, ids, named):
     results = results_file(tmp_path / "results.json", dict.fromkeys(ids, "a cat"))
-    with pytest.raises(
-        StageError, match=rf"results\.json does not fit .*captions\.json: .*{named}"
-    ):
-        score(captions, results, official=False)
+    with pytest.raises(StageError, match=rf"results\.json: {named}"):
+        score(captions, [str(results)], official=False)
 
 
 def test_two_captions_of_an_image_are_refused(tmp_path, captions):
     entries = [{"image_id": i, "caption": "a cat"} for i in (2, 5, 7, 5)]
     results = write(tmp_path / "results.json", entries)
     with pytest.raises(StageError, match=r"results\.json: image 5 has two captions, wanted one"):
-        score(captions, results, official=False)
+        score(captions, [str(results)], official=False)
 
 
 ENTRY = {"image_id": 2, "caption": "a cat"}
@@ -153,17 +222,17 @@ ENTRY = {"image_id": 2, "caption": "a cat"}
 def test_a_file_in_another_layout_is_refused(tmp_path, captions, results, content, reason):
     results.write_bytes(content)
     with pytest.raises(StageError, match=rf"results\.json: {reason}"):
-        score(captions, results, official=False)
+        score(captions, [str(results)], official=False)
     # The same of the captions, whose list stands under a key.
     wrapped = content.replace(b"[", b'{"annotations": [', 1) + b"}" * content.startswith(b"[")
     captions.write_bytes(wrapped)
     with pytest.raises(StageError, match=rf"captions\.json: (annotations)?{reason}"):
-        score(captions, results, official=False)
+        score(captions, [str(results)], official=False)
 
 
 def test_official_programs_stand_beside_ours(capsys, captions, results, java):
     with pytest.raises(StageError, match="cannot compute SPICE"):
-        score(captions, results, official=True)
+        score(captions, [str(results)], official=True)
     rows = table(capsys.readouterr().out)
     assert rows.pop("ours") == ["official", "difference"]
     assert rows.pop("METEOR") == ["-", f"{1 / 3:.6f}", "-"]
@@ -180,7 +249,7 @@ def test_why_there_is_no_spice_is_said_and_what_to_do(captions, results, java):
         r"\(<urlopen error no route to host>\)\. Put stanford-corenlp-3\.6\.0\.jar and .* into "
     )
     with pytest.raises(StageError, match=wanted):
-        score(captions, results, official=True)
+        score(captions, [str(results)], official=True)
 
 
 def test_a_spice_that_fails_is_said_to_have_failed(captions, results, java, monkeypatch):
@@ -190,7 +259,7 @@ def test_a_spice_that_fails_is_said_to_have_failed(captions, results, java, monk
     monkeypatch.setattr(spice, "get_stanford_models", lambda: None)
     monkeypatch.setattr(spice.Spice, "compute_score", fail)
     with pytest.raises(StageError, match=r"SPICE: its Java program ended with exit code 7"):
-        score(captions, results, official=True)
+        score(captions, [str(results)], official=True)
 
 
 def test_spice_is_of_the_same_images_as_the_rest(captions, results, java, monkeypatch, capsys):
@@ -202,7 +271,7 @@ def test_spice_is_of_the_same_images_as_the_rest(captions, results, java, monkey
 
     monkeypatch.setattr(spice, "get_stanford_models", lambda: None)
     monkeypatch.setattr(spice.Spice, "compute_score", compute)
-    score(captions, results, official=True)
+    score(captions, [str(results)], official=True)
     assert table(capsys.readouterr().out)["SPICE"] == ["-", "0.250000", "-"]
     ((wanted, found),) = given
     assert found == {i: [RESULTS[i].lower()] for i in sorted(RESULTS)}
@@ -220,13 +289,13 @@ def test_no_white_space_moves_captions_to_other_images(java, space):
 def test_a_tokenizer_that_fails_gives_no_scores(captions, results, java):
     java.write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(StageError, match="the official tokenizer returned 1 captions of 6"):
-        score(captions, results, official=True)
+        score(captions, [str(results)], official=True)
 
 
 def test_a_meteor_that_fails_is_said_to_be_missing(captions, results, java):
     java.write_text(JAVA.replace("for line in sys.stdin:", "for line in []:"))
     with pytest.raises(StageError, match=r"cannot compute METEOR, SPICE\. METEOR: "):
-        score(captions, results, official=True)
+        score(captions, [str(results)], official=True)
 
 
 def test_without_java_nothing_official_is_tried(tmp_path, monkeypatch):
@@ -235,7 +304,7 @@ def test_without_java_nothing_official_is_tried(tmp_path, monkeypatch):
         r"there is no `java` on PATH\. Install a Java runtime, 8 or newer .*default-jre-headless"
     )
     with pytest.raises(SettingsError, match=wanted):
-        score(tmp_path / "none.json", tmp_path / "none.json", official=True)
+        score(tmp_path / "none.json", ["none.json"], official=True)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import random
+import shutil
 import struct
 import zipfile
 from copy import deepcopy
@@ -357,6 +358,20 @@ def test_two_runs_are_byte_identical_whatever_the_order_of_the_inputs(space):
     assert published() == first
     assert set(first) == {f"{name}.parquet" for name in (*KINDS, "pope", "rejected")}
     assert not Path(".work/index").exists()
+
+
+@pytest.mark.parametrize("target", ["disk", "nothing"])
+def test_a_link_in_place_of_the_index_is_replaced_and_what_it_leads_to_is_kept(space, target):
+    space.run()
+    shutil.rmtree("data/index")
+    Path("disk").mkdir()
+    Path("disk/mine.txt").write_text("x")
+    Path("data/index").symlink_to(f"../{target}")
+    for _ in range(2):
+        space.run()
+        assert [path.name for path in Path("data").glob("*index*")] == ["index"]
+        assert Path("data/index/images.parquet").exists()
+    assert [path.name for path in Path("disk").iterdir()] == ["mine.txt"]
 
 
 def test_a_folder_of_images_gives_the_same_tables_as_a_zip(space):

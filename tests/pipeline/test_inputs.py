@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.input_paths import named_paths
-from pipeline.inputs import MAX_FOLDERS, link_inputs
+from pipeline.inputs import MAX_FOLDERS, inputs, link_inputs
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
@@ -133,6 +133,24 @@ def test_dvc_runs_the_index_after_a_change_of_any_input(tmp_path):
         assert "up to date" in dvc("status")
 
 
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ({}, "trained_blind: false\n"),
+        ({"controls": {"trained_blind": False}}, "trained_blind: false\n"),
+        ({"controls": {"trained_blind": True}}, "trained_blind: true\n"),
+    ],
+)
+def test_a_section_that_may_be_absent_has_a_file(section, wanted):
+    train = {"images": "data/raw/a.zip"}
+    data = {"source": "local", "train": train, "instruct_holdout": 0.1, "max_reject_rate": 0.1}
+    with Path("params.yaml").open("w") as file:
+        YAML().dump({"data": data} | section, file)
+    for _ in range(2):
+        inputs(Params.read(Path("params.yaml")))
+        assert Path("data/inputs/controls").read_text() == wanted
+
+
 def test_long_names_pipes_and_the_folder_of_the_links_hang_nothing(capsys):
     long = f"../{'c' * 250}.csv"
     write(long)
@@ -147,3 +165,35 @@ def test_files_among_the_links_are_kept():
     write("data/inputs/mine/a.png")
     with pytest.raises(StageError, match=r"data\.train\.images: data/inputs/mine lies in"):
         link_inputs(settings(train={"images": "data/inputs/mine"}))
+
+
+@pytest.mark.parametrize(
+    "name", ["mine.csv", "mine/a.png", "files/mine.csv", "files/mine/a.png", "folder_2"]
+)
+def test_what_the_stage_did_not_make_is_kept(name):
+    link_inputs(settings(train={"images": ".."}))
+    path = Path("data/inputs") / name
+    if path.exists():
+        path.unlink()
+    write(path)
+    with pytest.raises(StageError, match="and is not of it"):
+        link_inputs(settings(train={"images": ".."}))
+    assert path.read_text() == "x"
+    assert Path("data/inputs/folder_1").exists()
+
+
+def test_nothing_is_written_through_a_link_in_place_of_the_folder():
+    write("../own/folder_2")
+    Path("data").mkdir()
+    Path("data/inputs").symlink_to("../../own")
+    with pytest.raises(StageError, match=r"data/inputs: no folder"):
+        link_inputs(settings(train={"images": ".."}))
+    assert [path.name for path in Path("../own").iterdir()] == ["folder_2"]
+    assert Path("../own/folder_2").read_text() == "x"
+
+
+def test_a_run_that_was_killed_is_done_again():
+    write("data/inputs/files/about.txt", "Links to")
+    write("data/inputs/folder_1", "")
+    link_inputs(settings(train={"images": ".."}))
+    assert Path("data/inputs/folder_1").read_text() == "unused\n"

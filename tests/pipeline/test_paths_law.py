@@ -12,7 +12,7 @@ import torch
 from cache.errors import PatchcacheError
 from eval.compare import compare
 from eval.runs import read_history
-from eval.score import read_captions
+from eval.systems.coco_files import read_captions
 from pipeline.extract import extract
 from pipeline.index import index
 from tests.pipeline.test_index import Workspace as IndexWorkspace

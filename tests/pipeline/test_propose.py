@@ -162,6 +162,19 @@ def test_a_table_that_holds_no_captions_is_named_with_the_reason(capsys):
     assert said.endswith("it has 'file_name', 'label'.")
 
 
+def test_captions_behind_a_link_out_of_the_folder_are_taken_only_by_name(capsys):
+    write_pictures()
+    write_table("private.csv")
+    write_table("pictures/table.csv")
+    Path("pictures/captions.csv").symlink_to("../private.csv")
+    Path("pictures/metadata.csv").symlink_to("table.csv")
+    propose("pictures", None, MINE)
+    assert "captions.csv, a link out of the folder; CAPTIONS=" in capsys.readouterr().out
+    assert data_of().train.captions == here("pictures/metadata.csv")
+    propose("pictures", "pictures/captions.csv", MINE)
+    assert data_of().train.captions == here("pictures/captions.csv")
+
+
 def test_a_text_beside_each_picture_is_no_table(capsys):
     write_pictures()
     for number in range(module.MAX_CANDIDATES + 1):
@@ -200,8 +213,14 @@ def test_captions_that_cannot_be_used_are_counted_and_too_many_are_refused_at_on
     write_pictures()
     write_table("captions.csv", [*NAMES, "elsewhere.png"])
     propose("pictures", "captions.csv", MINE)
-    assert "mine: 10 captions of 10 pictures in" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "mine: 10 captions of 10 pictures in" in printed
+    assert "captions.csv; 1 others cannot be used" in printed
+    assert "have no caption" not in printed
     assert run_index()["captions"]["rejected"] == 1
+    write_table("captions.csv", NAMES[:7])
+    propose("pictures", "captions.csv", MINE)
+    assert "mine: 3 pictures have no caption, and get no features" in capsys.readouterr().out
     MINE.unlink()
     write_table("captions.csv", [*NAMES, "elsewhere.png", "nowhere.png"])
     with pytest.raises(SettingsError, match=r"2 of 12 captions cannot.*no file 'elsewhere.png'"):
@@ -319,6 +338,23 @@ def test_a_file_of_its_own_is_written_again_and_no_other():
         with pytest.raises(SettingsError, match=r"mine\.yaml: was not written by this command"):
             propose("pictures", None, MINE)
         assert MINE.read_bytes() == other
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a link to nothing", "a folder"])
+def test_what_is_no_ordinary_file_is_neither_read_nor_replaced(kind):
+    write_pictures()
+    propose("pictures", None, Path("written.yaml"))
+    targets = {"a link": "written.yaml", "a link to nothing": "nothing"}
+    if kind == "a pipe":
+        os.mkfifo(MINE)
+    elif kind == "a folder":
+        MINE.mkdir()
+    else:
+        MINE.symlink_to(targets[kind])
+    before = MINE.lstat()
+    with pytest.raises(SettingsError, match=r"mine\.yaml: was not written by this command"):
+        propose("pictures", None, MINE)
+    assert MINE.lstat().st_ino == before.st_ino
 
 
 @pytest.mark.parametrize(

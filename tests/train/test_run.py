@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import shutil
@@ -103,6 +104,24 @@ def test_no_half_run_is_there_while_an_older_one_is_deleted(workspace, monkeypat
     make(2)
     assert len(seen) > 3
     assert all(found == PUBLISHED for found in seen)
+
+
+def test_a_run_is_published_on_another_disk(workspace, monkeypatch):
+    replace = os.replace
+
+    def within_a_disk(source, target):
+        if (RUNS in Path(source).parents) != (RUNS in Path(target).parents):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", within_a_disk)
+    for loss in (1, 2):
+        run = RunDirectory("pretrain", workspace.params(), {}, {})
+        run.write_history([])
+        run.publish({"loss": loss}, REPORT)
+        assert [path.name for path in RUNS.iterdir()] == ["pretrain"]
+        assert names(RUNS / "pretrain") == PUBLISHED
+        assert workspace.json("runs/pretrain/metrics.json") == {"loss": loss}
 
 
 def test_what_a_killed_run_left_is_not_taken_over(workspace):

@@ -131,13 +131,13 @@ def test_hours_follow_from_the_rates():
         seconds_per_token=3600 / (4 * batches),
     )
     assert recipe_hours(rates) == {
-        "extract": 0.5, "pretrain": 1.0, "finetune": 2.0, "evaluate": 1.0, "total": 4.5,
+        "extract": 0.5, "pretrain": 3.0, "finetune": 2.0, "evaluate": 1.0, "total": 6.5,
     }  # fmt: skip
 
 
 def test_hours_of_what_was_not_measured_are_unknown():
     found = recipe_hours(Rates(591_753 / 3600, None, None, None))
-    assert found["pretrain"] == 1.0
+    assert found["pretrain"] == 3.0
     assert {name for name, hours in found.items() if hours is None} == {
         "extract", "finetune", "evaluate", "total",
     }  # fmt: skip

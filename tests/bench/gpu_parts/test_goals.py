@@ -63,7 +63,7 @@ def test_an_epoch_takes_what_its_own_step_takes():
     found = conclude({TRAINING: training_rows()})
     name = "minutes of stage 1's epoch of coco.yaml"
     assert found["goals"][name] == {"wanted": "<= 30.0", "found": 15.0, "met": True}
-    assert found["hours_of_coco_yaml"]["pretrain"] == 0.25
+    assert found["hours_of_coco_yaml"]["pretrain"] == 0.75
     assert found["hours_of_coco_yaml"]["total"] is None
 
 

@@ -10,7 +10,7 @@ from eval.scoring.conditions import other_images
 from eval.scoring.evaluated_models import EvaluatedModel
 from eval.scoring.generation import answer_questions, answer_yes_no, caption_images
 from eval.scoring.losses import Losses
-from eval.scoring.score_names import CONDITIONS, CONTROLS, SEEN
+from eval.scoring.score_names import CONDITIONS, CONTROLS, NO_BETTER_SIDE, SEEN
 from eval.scoring.yes_no import YesNo
 from train.data.examples import Question
 from train.model.captioner import CaptionModel
@@ -111,7 +111,7 @@ def test_every_control_has_every_score_and_every_score_an_interval(say, nobody, 
         for section in (scores, *(scores[control] for control in CONTROLS)):
             assert keys <= section.keys()
             assert section["intervals"].keys() == keys - {"count", "intervals"}
-        form = {"stop_rate", "repeated_4grams", "mean_tokens", "yes_rate", "count", "intervals"}
+        form = {*NO_BETTER_SIDE, "count", "intervals"}
         assert list(scores["gains"]) == list(CONTROLS)
         for control, gains in scores["gains"].items():
             assert gains.keys() == keys - form
