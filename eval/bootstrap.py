@@ -56,6 +56,11 @@ class Gain:
         return self.p < 1 - LEVEL and not low <= 0 <= high
 
     @property
+    def p_text(self) -> str:
+        """The p value in words; the draws show none below their number."""
+        return f"p < {2 / DRAWS:g}" if self.p <= 2 / (1 + DRAWS) else f"p {self.p:.2g}"
+
+    @property
     def has_enough_images(self) -> bool:
         """Whether so many images can show any gain."""
         return least_p(self.images) < 1 - LEVEL

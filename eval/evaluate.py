@@ -16,7 +16,14 @@ from eval.report.gallery import gallery_image_ids, gallery_texts
 from eval.report.gaps import gaps
 from eval.report.page import render_report
 from eval.report.thumbnails import thumbnails_of
-from eval.runs import FinishedRun, finish_times, open_control, open_stages, read_history
+from eval.runs import (
+    FinishedRun,
+    finish_times,
+    open_control,
+    open_stages,
+    read_history,
+    read_trained_on,
+)
 from eval.score_warnings import changed_inputs_warning, random_tower_warning
 from eval.scoring import generation_cache
 from eval.scoring.budget import Budget, of_images
@@ -62,6 +69,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     # Everything that can be missing is read before the models run for hours.
     stages: tuple[str, ...] = settings.stages
     histories = {stage: read_history(RUNS / stage) for stage in stages}
+    trained_on = {stage: read_trained_on(RUNS / stage) for stage in stages}
     store = FeatureStore(FEATURES)
     runs = open_stages(params.section("llm", LlmSettings), store, stages)
     control = open_control(runs)
@@ -77,6 +85,7 @@ def evaluate(params: Params, now: Callable[[], str] = utc_now) -> None:
     scores["split"] = {"name": data.split_name, "captions": evaluation_set.caption_split}
     scores["decoding"] = DECODING
     scores["trained"] = {stage: run.is_trained for stage, run in runs.items()}
+    scores["trained_on"] = {s: trained_on[s] for s, run in runs.items() if run.is_trained}
 
     contamination = evaluation_set.contamination_list()
     # Without a trained stage 2, the captions of stage 1 alone are all there is.

@@ -6,6 +6,7 @@ Scores of free answers are in `eval.scoring.answers`.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -103,6 +104,24 @@ def pope_measures(labels: Sequence[str], answers: Sequence[str]) -> dict[str, Me
         "f1": measure(lambda tp, fp, fn, tn: divide(2 * tp, 2 * tp + fp + fn)),
         "yes_rate": measure(lambda tp, fp, fn, tn: divide(tp + fp, tp + fp + fn + tn)),
     }
+
+
+def pope_mean_measures(
+    subsets: Sequence[str], labels: Sequence[str], answers: Sequence[str]
+) -> dict[str, Measure]:
+    """Return the mean of each score of `score_pope` over subsets.
+
+    Args:
+        subsets: The subset of each question; each subset's questions stand together.
+        labels: The right answers.
+        answers: Texts of a model, in the order of the labels.
+    """
+    parts, start = [], 0
+    for size in Counter(subsets).values():
+        end = start + size
+        parts.append(pope_measures(labels[start:end], answers[start:end]))
+        start = end
+    return {name: mean_over_subsets([part[name] for part in parts]) for name in parts[0]}
 
 
 def mean_over_subsets(measures: Sequence[Measure]) -> Measure:

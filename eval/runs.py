@@ -39,6 +39,7 @@ from train.run import CONTROL_OF, FINISHED, UNTRAINED, pick_device
 from train.settings import CONTROL, LlmSettings
 from train.stages.untrained import REASONS
 from workspace.errors import StageError
+from workspace.json_files import read_json
 from workspace.paths import RUNS
 from workspace.settings import Params
 
@@ -237,6 +238,23 @@ def read_history(folder: Path) -> list[dict[str, float]]:
         if "step" not in (rows.fieldnames or ()):
             raise ValueError("it has no column step")
         return [{k: float(v) for k, v in row.items() if v} for row in rows]
+
+
+def read_trained_on(folder: Path) -> dict[str, int]:
+    """Return how many images and texts a run learned from; nothing for an earlier version's run.
+
+    Raises:
+        StageError: `metrics.json` is missing or damaged.
+    """
+    path = folder / "metrics.json"
+
+    def refuse(detail: str) -> StageError:
+        return StageError(f"{path}: {detail}. Run the {folder.name} stage.")
+
+    metrics = read_json(path, refuse)
+    names = ("images", "texts")
+    found = {name: n for name in names if isinstance(n := metrics.get(name), int)}
+    return found if len(found) == len(names) else {}
 
 
 def finish_times(runs: Mapping[str, FinishedRun]) -> dict[str, str]:

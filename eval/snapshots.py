@@ -45,7 +45,7 @@ COLUMNS = pa.schema(
 )
 """The columns of predictions that are read. Tables of earlier versions have no subset."""
 
-NO_SCORES = ("budget", "contamination", "split", "trained", "weights_sha256")
+NO_SCORES = ("budget", "contamination", "split", "trained", "trained_on", "weights_sha256")
 """Sections of `eval.json` that say what was scored."""
 
 PredictionRow = dict[str, Any]

@@ -27,6 +27,7 @@ from eval.report.tables import (
     type_table,
 )
 from eval.report.without_sight import without_sight
+from eval.scoring.score_names import as_number
 from eval.settings import shown_setting
 from pipeline.settings import EXTERNAL
 
@@ -106,7 +107,7 @@ def render_report(
         policy=_policy(style, script),
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
         sentence=_sentence(provenance.get("settings") or {}, untrained_stages(scores)),
-        split=(scores.get("split") or {}) if _has_captions(scores) else {},
+        data=_data_sentences(scores),
         dates=[(_EVENTS[stage], dates[stage]) for stage in _EVENTS if stage in dates],
         warning=warning,
         headline=headline(cards),
@@ -146,8 +147,27 @@ def _policy(style: str, script: str) -> str:
     )
 
 
-def _has_captions(scores: Section) -> bool:
-    return bool(section_of(scores, "captions") or section_of(scores, "pretrain_only", "captions"))
+def _data_sentences(scores: Section) -> str:
+    """Say what the stages learned from, and which images the captions are scored on."""
+    sentences = []
+    for stage, kind, number in (
+        ("pretrain", "captions of", 1),
+        ("finetune", "conversations about", 2),
+    ):
+        found = section_of(scores, "trained_on", stage)
+        texts, images = (as_number(found.get(name)) for name in ("texts", "images"))
+        if texts and images:
+            sentences.append(
+                f"Stage {number} learned from {texts:,.0f} {kind} {images:,.0f} pictures."
+            )
+    split = section_of(scores, "split")
+    has_captions = section_of(scores, "captions") or section_of(scores, "pretrain_only", "captions")
+    if split and has_captions:
+        sentences.append(
+            f"Pictures are split by {split.get('name')}; scored captions are those of split "
+            f"{split.get('captions')}."
+        )
+    return " ".join(sentences)
 
 
 def _sentence(settings: Mapping[str, Any], untrained: Collection[str]) -> str:

@@ -139,7 +139,7 @@ class GainText:
     interval: str
     p: str
     limit: str
-    """A sentence: the smallest gain that the images can show."""
+    """A sentence: what gain the images can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +219,15 @@ def gain_text(metric: Metric, gain: Gain) -> GainText:
     if not gain.has_enough_images:
         limit = f"{images} cannot show any gain."
     elif gain.detectable:
-        limit = f"With {images}, a gain below {difference(gain.detectable)} cannot be shown."
+        limit = (
+            f"With {images}, a true gain of {difference(gain.detectable)} shows in 4 of 5 cases."
+        )
     else:
         limit = f"The difference is the same in all {images}."
     return GainText(
         value=difference(gain.gain, "+"),
         interval=f"{low.removesuffix(' points')} to {high}",
-        p=f"{gain.p:.2g}",
+        p=gain.p_text,
         limit=limit,
     )
 

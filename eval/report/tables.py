@@ -128,7 +128,7 @@ def _gain(section: Section, key: str) -> Cell:
     if gain is None:
         return ("",)
     text = gain_text(metric_of(key), gain)
-    return text.value, text.interval, f"p {text.p}"
+    return text.value, text.interval, text.p
 
 
 def _parts_table(

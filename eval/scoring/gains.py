@@ -45,7 +45,7 @@ def parse_gain(found: Mapping[str, Any]) -> Gain | None:
 def written(gain: Gain) -> str:
     """Write a gain with its interval and p value."""
     low, high = gain.interval
-    return f"{gain.gain:+.3f}, {low:.3f} to {high:.3f}, p {gain.p:.2g}"
+    return f"{gain.gain:+.3f}, {low:.3f} to {high:.3f}, {gain.p_text}"
 
 
 def use_of_picture(gain: Gain) -> str:

@@ -5,7 +5,6 @@ the control's scores, and under `gains` how much better the scores are than the 
 """
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +13,7 @@ from eval.bootstrap import Measure, mean_of
 from eval.metrics import (
     caption_measures,
     cider_by_image,
-    mean_over_subsets,
+    pope_mean_measures,
     pope_measures,
     yes_or_no,
 )
@@ -226,18 +225,10 @@ def mean_of_subsets(answers: Sequence[Prediction], seed: int) -> Scores:
     """
     if not answers:
         return EMPTY_SCORES | {"subsets": []}
-    sizes = Counter(answer.subset for answer in answers)
+    subsets = [answer.subset for answer in answers]
     labels = [answer.targets[0] for answer in answers]
-
-    def measures_of(texts: Sequence[str]) -> dict[str, Measure]:
-        parts, start = [], 0
-        for size in sizes.values():
-            end = start + size
-            parts.append(pope_measures(labels[start:end], texts[start:end]))
-            start = end
-        return {name: mean_over_subsets([part[name] for part in parts]) for name in parts[0]}
-
-    return _section(answers, measures_of, seed) | {"subsets": list(sizes)}
+    measures_of = functools.partial(pope_mean_measures, subsets, labels)
+    return _section(answers, measures_of, seed) | {"subsets": list(dict.fromkeys(subsets))}
 
 
 def _generate(

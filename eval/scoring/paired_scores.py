@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from eval.bootstrap import Gain, Measure
-from eval.metrics import caption_measures, pope_measures
+from eval.metrics import caption_measures, pope_mean_measures
 from eval.scoring.answers import answer_measures
 from eval.scoring.question_types import question_type
 from eval.scoring.score_names import NO_BETTER_SIDE
@@ -60,8 +60,13 @@ def _sections(model: str, kind: str, pairs: Pairs) -> Iterator[tuple[str, Pairs]
             chosen = [pair for pair, of_pair in zip(pairs, types, strict=True) if of_pair == name]
             yield f"answers.by_type.{name}", chosen
     if kind == "pope":
-        for subset in dict.fromkeys(first["subset"] for first, _ in pairs):
-            yield f"pope.{subset}", [pair for pair in pairs if pair[0]["subset"] == subset]
+        subsets = {
+            subset: [pair for pair in pairs if pair[0]["subset"] == subset]
+            for subset in sorted({first["subset"] for first, _ in pairs})
+        }
+        for subset, of_subset in subsets.items():
+            yield f"pope.{subset}", of_subset
+        yield "pope_mean", [pair for of_subset in subsets.values() for pair in of_subset]
 
 
 def _measures(kind: str, rows: Sequence[Row]) -> dict[str, Measure]:
@@ -70,4 +75,6 @@ def _measures(kind: str, rows: Sequence[Row]) -> dict[str, Measure]:
         references = {row["image_id"]: row["targets"] for row in rows}
         return caption_measures(references, dict(zip(references, texts, strict=True)))
     targets = [row["targets"][0] for row in rows]
-    return answer_measures(targets, texts) if kind == "answer" else pope_measures(targets, texts)
+    if kind == "answer":
+        return answer_measures(targets, texts)
+    return pope_mean_measures([row["subset"] for row in rows], targets, texts)

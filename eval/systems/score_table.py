@@ -73,7 +73,7 @@ def _rows(first: Scored | None, system: Scored, columns: Sequence[str]) -> list[
         *rows,
         (f"  less {first.system}", "", *(_number(n, g.gain, "+") for n, g in gains.items())),
         ("", "", *(_ends(column, gain.interval, "+") for column, gain in gains.items())),
-        ("", "", *(f"p {gain.p:.3f}" for gain in gains.values())),
+        ("", "", *(gain.p_text for gain in gains.values())),
     ]
 
 

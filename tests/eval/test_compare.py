@@ -177,6 +177,25 @@ def test_a_difference_is_paired_where_both_were_asked_the_same(capsys, tmp_path)
     assert cider_row(capsys, tmp_path, captions(7), theirs)[-1] == "]", "one image shows nothing"
 
 
+def test_the_mean_of_popes_subsets_is_paired_too():
+    labels = ["yes", "no"] * 6
+    questions = [
+        {"subset": subset, "image_id": n // 2, "targets": [label], "question": f"{subset} {n}"}
+        for subset in ("random", "popular")
+        for n, label in enumerate(labels)
+    ]
+    before = [row | {"prediction": "yes"} for row in questions]
+    after = [row | {"prediction": row["targets"][0]} for row in questions]
+    after[0] |= {"prediction": "no"}
+    found = paired_gains("finetune", "pope", list(zip(before, after, strict=True)))
+    for name in ("accuracy", "f1"):
+        gains = [found[f"{section}.{name}"].gain for section in ("pope.random", "pope.popular")]
+        assert gains[0] < gains[1], "one answer of one subset is wrong"
+        mean = found[f"pope_mean.{name}"]
+        assert mean.gain == pytest.approx(sum(gains) / 2)
+        assert (mean.images, mean.is_shown) == (6, True)
+
+
 @pytest.mark.parametrize(
     "theirs",
     [captions(8)[:7], captions(8, targets=["a cat"]), captions(8, question="What?"),

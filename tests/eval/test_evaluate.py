@@ -26,6 +26,7 @@ from eval.scoring.conditions import Noise, other_images
 from eval.scoring.predictions import SCHEMA
 from eval.scoring.score_names import CONTROLS
 from tests.conftest import sign_weights
+from tests.eval.conftest import LEARNED_FROM
 from tests.eval.picture_world import change_tensor
 from tests.eval.report.report_page import Page
 from train.data.examples import read_questions
@@ -144,10 +145,12 @@ def test_every_promised_score_is_there_and_every_control_has_it_too(world):
         "split",
         "decoding",
         "trained",
+        "trained_on",
     }
     assert found["decoding"] == "greedy"
     assert found["split"] == {"name": "val2017", "captions": "val"}
     assert found["trained"] == {"pretrain": True, "finetune": True}
+    assert found["trained_on"] == dict.fromkeys(("pretrain", "finetune"), LEARNED_FROM)
     answers = found["answers"]
     assert found["pope"].keys() == {"popular", "random"}
     assert answers["by_type"].keys() == {"what", "how many"}
@@ -1071,7 +1074,10 @@ def test_captions_are_scored_on_split_test_where_there_is_one(world):
     assert found["contamination"]["captions"] == {"images": 2, "contaminated": 1, "left_out": 1}
     assert {(row["image_id"], row["split"]) for row in rows(kind="caption")} == {(114, "test")}
     texts = Page(PAGE.read_text()).texts
-    said = "Images are split by karpathy; scored captions are those of split test."
+    said = (
+        "Stage 1 learned from 5 captions of 3 pictures. Stage 2 learned from 5 conversations about "
+        "3 pictures. Pictures are split by karpathy; scored captions are those of split test."
+    )
     assert said in texts
 
 

@@ -80,7 +80,7 @@ def render(**changes):
 
 def gain(value, low, high, *, p=None, detectable=0.05, images=100):
     """A gain, with a p value that fits its interval if none is given."""
-    p = (1.0 if low <= 0 <= high else 0.002) if p is None else p
+    p = (1.0 if low <= 0 <= high else 2 / 1001) if p is None else p
     fields = {"gain": value, "interval": [low, high], "p": p}
     return fields | {"detectable": detectable, "images": images}
 

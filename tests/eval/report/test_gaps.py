@@ -102,7 +102,23 @@ def test_the_page_begins_with_what_was_trained(untrained, task):
     assert any(task in text for text in page.texts)
 
 
+def test_the_page_says_what_the_stages_learned_from():
+    pages = {
+        "Stage 1 learned from 1,350 captions of 270 pictures. Stage 2 learned from 80 "
+        "conversations about 30 pictures.": {
+            "pretrain": {"images": 270, "texts": 1350},
+            "finetune": {"images": 30, "texts": 80},
+        },
+        "Stage 2 learned from 80 conversations about 30 pictures.": {
+            "pretrain": {},
+            "finetune": {"images": 30, "texts": 80},
+        },
+    }
+    for said, trained_on in pages.items():
+        assert said in render(scores={"trained_on": trained_on}).texts
+
+
 def test_the_page_names_the_split():
-    said = "Images are split by karpathy; scored captions are those of split test."
+    said = "Pictures are split by karpathy; scored captions are those of split test."
     assert said in render(scores=FULL).texts
     assert not any("split by" in text for text in render(scores={}).texts)
