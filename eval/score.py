@@ -28,6 +28,7 @@ from eval.systems.files import NamedFile, named_files, read_values
 from eval.systems.pope_files import is_labelled, read_labels
 from eval.systems.score_table import (
     BENEATH,
+    CAPTION_UNITS,
     UNITS,
     caption_rows,
     differing_notes,
@@ -76,7 +77,7 @@ def score_caption_files(
     """Print the table of captions."""
     systems = score_results(path, captions, files)
     count = sum(map(len, captions.values()))
-    print(f"captions of {len(captions)} images, {count} by people. {UNITS} {BENEATH}")
+    print(f"captions of {len(captions)} images, {count} by people. {CAPTION_UNITS} {BENEATH}")
     print_table(shown_rows(caption_rows(systems)))
     print_notes(systems[0], systems)
 
@@ -88,7 +89,7 @@ def score_pope_files(path: Path, files: Sequence[NamedFile]) -> None:
     subsets = ", ".join(dict.fromkeys(question.subset for question in questions))
     images = len({question.image for question in questions})
     counted = f"{len(questions)} yes-no questions about {images} images: {printable(subsets)}"
-    print(f"{counted}. {UNITS} {BENEATH}")
+    print(f"{counted}. {UNITS}. {BENEATH}")
     print_table(shown_rows(pope_rows(systems)))
     first = {part.part: part for part in systems[0]}
     for parts in systems:

@@ -24,7 +24,11 @@ def captions_of(path: Path, content: Any) -> dict[int, list[str]]:
     """
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
-        refuse(path, "wanted COCO's format: an object with the list 'annotations'")
+        refuse(
+            path,
+            "wanted references: captions in COCO's format, an object with the list 'annotations', "
+            "or labelled questions. The results of systems follow them",
+        )
     captions: dict[int, list[str]] = {}
     for image_id, caption in _entries(path, "annotations", annotations):
         captions.setdefault(image_id, []).append(caption)

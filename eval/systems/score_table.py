@@ -12,10 +12,8 @@ POPE_COLUMNS = (WORDS, "accuracy", "precision", "recall", "f1", "yes_rate")
 HEADS = {"f1": "F1", "yes_rate": "yes-rate"}
 """Names of scores whose heads differ from their keys."""
 
-UNITS = (
-    "Scores are times 100, as papers print them: CIDEr 100 and BLEU 100 here are 1.0 in "
-    "reports/eval.json."
-)
+UNITS = "Scores are times 100, as papers print them"
+CAPTION_UNITS = f"{UNITS}: CIDEr 100 and BLEU 100 here are 1.0 in reports/eval.json."
 BENEATH = "In brackets: 95 % intervals over images."
 
 SEED = 0
