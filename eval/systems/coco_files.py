@@ -26,8 +26,8 @@ def captions_of(path: Path, content: Any) -> dict[int, list[str]]:
     if not isinstance(annotations, list):
         refuse(
             path,
-            "wanted references: captions in COCO's format, an object with the list 'annotations', "
-            "or labelled questions. The results of systems follow them",
+            "wanted COCO's format, an object with the list 'annotations', or labelled questions: "
+            "the references come first, the results of systems after them",
         )
     captions: dict[int, list[str]] = {}
     for image_id, caption in _entries(path, "annotations", annotations):
