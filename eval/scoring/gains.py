@@ -64,7 +64,7 @@ def judgement(gains: Mapping[str, Gain]) -> str:
         return f"{DOES_NOT_USE}: none of {len(gains)} main scores gains over the wrong image"
     if lost:
         return (
-            f"{USES}, but {len(lost)} of {len(gains)} main scores show no gain over the wrong "
-            f"image: {', '.join(lost)}"
+            f"{USES} by {len(gains) - len(lost)} of {len(gains)} main scores, and shows no gain "
+            f"over the wrong image in {', '.join(lost)}"
         )
     return f"{USES}: all {len(gains)} main scores gain over the wrong image"

@@ -108,8 +108,8 @@ def test_the_headline_names_the_scores_without_a_gain():
     verdict = headline(score_cards(scores(answers=lost)))
     assert verdict.state == "bad"
     assert verdict.text == (
-        "The model uses the picture, but 1 of 4 main scores show no gain over the wrong image: "
-        "Answers: Token F1."
+        "The model uses the picture by 3 of 4 main scores, and shows no gain over the wrong image "
+        "in Answers: Token F1."
     )
 
 
