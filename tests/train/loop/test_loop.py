@@ -165,8 +165,8 @@ def test_a_full_memory_is_an_error_that_says_what_to_do(make_setup, loop, monkey
     said = str(error.value)
     assert said.startswith("step 1: the GPU's memory is full: CUDA out of memory. Tried to")
     assert "\n" not in said
-    assert "Set test.gradient_checkpointing: true to go on from it" in said
-    assert "start again with test.micro_batch_tokens below 128." in said
+    assert "Set pretrain.gradient_checkpointing: true to go on from it" in said
+    assert "start again with pretrain.micro_batch_tokens below 128." in said
 
 
 def test_a_full_memory_in_validation_loses_no_step(

@@ -132,9 +132,9 @@ def test_no_more_is_tried_than_a_step_holds(setup, capsys):
 @pytest.mark.usefixtures("large_steps")
 def test_a_model_that_leaves_no_room_is_refused_with_advice(setup):
     memory = FakeMemory(fixed=15.9 * GIB)
-    with pytest.raises(StageError, match=r"finetune.micro_batch_tokens: a pass of 512") as error:
-        with_pass_size(setup(), "finetune", None, memory)
-    assert "finetune.gradient_checkpointing: true" in str(error.value)
+    with pytest.raises(StageError, match=r"pretrain.micro_batch_tokens: a pass of 512") as error:
+        with_pass_size(setup(), "control", None, memory)
+    assert "pretrain.gradient_checkpointing: true" in str(error.value)
     assert memory.tried == [512]
 
 

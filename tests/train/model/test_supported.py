@@ -60,7 +60,8 @@ def test_a_model_that_cannot_be_trained_right_is_refused_by_name(
     sizes, reason = REFUSED[kind]
     config = getattr(transformers, kind.replace("ForCausalLM", "Config"))
     folder = folder_of(config(**SIZES | sizes), tmp_path / "model", phi_dir)
-    monkeypatch.setattr(f"train.{stage.__name__}.load_language_model", loaded)
+    for module in ("captions", "conversations"):
+        monkeypatch.setattr(f"train.stages.{module}.load_language_model", loaded)
     workspace.write_stage_1()
     with pytest.raises(SettingsError) as error:
         stage(workspace.params(llm={"model": str(folder)}))
