@@ -1,10 +1,8 @@
-"""Stage inputs: what DVC cannot follow in the settings: links to own files, an optional section.
+"""Stage inputs: links to the inputs that section `data` names, by which DVC sees their changes.
 
 DVC's `deps` can hold neither lists nor nothing, and of a folder of links DVC follows those to files
-alone. So `data/inputs/files/` holds a link to each file that section `data` names, and
-`data/inputs/folder_1` and so on are links to folders, or files without meaning. DVC's `params`
-cannot hold a section that may be absent, so `data/inputs/controls` holds what section `controls`
-sets.
+alone. So `data/inputs/files/` holds a link to each file, and `data/inputs/folder_1` and so on are
+links to folders, or files without meaning.
 """
 
 import glob
@@ -15,7 +13,6 @@ from pathlib import Path
 
 from cache.remote.location import is_url
 from pipeline.input_paths import named_paths
-from workspace.control_settings import ControlsSettings
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.paths import INPUTS, RAW
@@ -31,11 +28,6 @@ ABOUT = "Links to inputs, by which DVC sees changes.\n"
 UNUSED = "unused\n"
 """A file in place of a link to a folder, since DVC warns of an empty one."""
 
-CONTROLS = INPUTS / "controls"
-"""Holds one of `TRAINED_BLIND`, by section `controls`."""
-
-TRAINED_BLIND = {flag: f"trained_blind: {str(flag).lower()}\n" for flag in (False, True)}
-
 MAX_NAME_BYTES = 200
 """Bytes of a file's name that its link keeps."""
 
@@ -49,9 +41,7 @@ def inputs(params: Params) -> None:
     Raises:
         StageError: Other files lie among the links, which are made anew.
     """
-    controls = params.section("controls", ControlsSettings)
     link_inputs(params.section("data", DataSettings))
-    CONTROLS.write_text(TRAINED_BLIND[controls.trained_blind])
 
 
 def link_inputs(data: DataSettings) -> None:
@@ -129,8 +119,7 @@ def _is_own(path: Path) -> bool:
     if path.stat().st_size > len(ABOUT):
         return False
     content = path.read_bytes()
-    texts = (ABOUT, UNUSED, *TRAINED_BLIND.values())
-    return any(text.encode().startswith(content) for text in texts)
+    return any(text.encode().startswith(content) for text in (ABOUT, UNUSED))
 
 
 def watched_paths(data: DataSettings) -> list[Path]:

@@ -184,13 +184,13 @@ def test_features_lie_on_the_disk_once(clone, killed_then_finished):
 def test_a_learning_rate_reruns_training_and_evaluation_only(clone, killed_then_finished):
     change_params(clone, {"pretrain": {"learning_rate": 5e-4}})
     stdout = dvc(clone, "repro")
-    assert stages_run(stdout) == ["inputs", "pretrain", "finetune", "control", "evaluate"]
+    assert stages_run(stdout) == ["code", "pretrain", "finetune", "control", "evaluate"]
 
 
 def test_a_control_is_trained_when_the_settings_ask_for_it(clone, killed_then_finished):
     assert not (clone / "runs/control/projector.safetensors").exists()
     change_params(clone, {"controls": {"trained_blind": True}})
-    assert stages_run(dvc(clone, "repro")) == ["inputs", "control", "evaluate"]
+    assert stages_run(dvc(clone, "repro")) == ["code", "control", "evaluate"]
     assert (clone / "runs/control/projector.safetensors").is_file()
     scores = json.loads((clone / "reports/eval.json").read_text())
     assert scores["answers"]["trained_blind"]["count"] == scores["answers"]["count"]
@@ -202,7 +202,7 @@ def test_a_settings_file_without_controls_trains_none(clone, killed_then_finishe
     path.write_text(before + after.partition("\n\n")[2])
     assert "controls" not in YAML(typ="safe", pure=True).load(path.read_text())
     # DVC has the outputs of the other stages from before.
-    assert stages_run(dvc(clone, "repro")) == ["inputs"]
+    assert stages_run(dvc(clone, "repro")) == ["code"]
     assert not (clone / "runs/control/projector.safetensors").exists()
     assert "up to date" in dvc(clone, "status")
 

@@ -55,7 +55,7 @@ def test_a_stage_depends_on_the_hash_of_its_code(stage):
 
 
 def test_the_stage_code_depends_on_every_package():
-    assert STAGES["code"]["deps"] == list(PACKAGES)
+    assert STAGES["code"]["deps"] == [*PACKAGES, "params.yaml"]
 
 
 def test_there_are_the_stages_and_their_code():
@@ -128,14 +128,12 @@ def test_the_settings_of_a_stage_are_in_the_settings_file(stage):
 
 
 def test_all_stages_but_one_have_settings():
-    assert [stage for stage in STAGES if "params" not in STAGES[stage]] == ["code", "inputs"]
-    assert "params.yaml" in STAGES["inputs"]["deps"]
+    assert [stage for stage in STAGES if "params" not in STAGES[stage]] == ["code"]
 
 
 def test_dvc_runs_a_settings_file_without_the_section_that_may_be_absent():
     """DVC refuses a file that lacks a section of `params`."""
     assert not any("controls" in stage.get("params", ()) for stage in STAGES.values())
-    assert "data/inputs/controls" in STAGES["control"]["deps"]
 
 
 def test_a_training_setting_never_touches_the_features():
@@ -144,7 +142,7 @@ def test_a_training_setting_never_touches_the_features():
         assert tops.isdisjoint({"pretrain", "finetune", "llm", "projector", "controls", "evaluate"})
 
 
-def test_what_changes_no_number_makes_no_stage_run_again_but_that_of_the_links():
+def test_what_changes_no_number_makes_no_stage_run_again_but_code():
     named = {key.split(".")[0] for stage in STAGES.values() for key in stage.get("params", ())}
     assert named == {"seed", *SECTIONS} - {"checkpoints", "tracking", "controls"}
-    assert [s for s in STAGES if "params.yaml" in STAGES[s]["deps"]] == ["inputs"]
+    assert [s for s in STAGES if "params.yaml" in STAGES[s]["deps"]] == ["code"]

@@ -136,7 +136,7 @@ def test_nothing_is_made_again_while_nothing_changed(experiment):
 
 
 def test_an_experiment_runs_training_and_evaluation_only(experiment):
-    assert stages_run(experiment.stdout) == TRAINING
+    assert stages_run(experiment.stdout) == ["code", *TRAINING]
 
 
 def test_an_experiment_leaves_the_features_untouched(experiment):
@@ -161,7 +161,7 @@ def test_features_of_another_workspace_are_the_same_bytes(checkout, experiment, 
 
 def test_an_experiment_of_a_sweep_trains_what_its_setting_changes_only(swept):
     # An experiment has a folder of its own, and links to the inputs of its own.
-    assert stages_run(swept.stdout) == ["inputs", "finetune", "control", "evaluate"] * 2
+    assert stages_run(swept.stdout) == ["code", "inputs", "finetune", "control", "evaluate"] * 2
 
 
 def test_a_queued_experiment_runs_the_code_that_it_was_queued_with(swept):

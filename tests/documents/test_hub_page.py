@@ -97,7 +97,7 @@ def test_another_machine_trains_on_the_store_of_the_hub(checkout, world, tmp_pat
     shutil.rmtree(other / "data/features")
     change_params(other, {"encoder": settings})
     # The features are the same bits, so that nothing behind them has to run again.
-    assert stages_run(dvc(other, "repro", "--no-run-cache")) == ["extract"]
+    assert stages_run(dvc(other, "repro", "--no-run-cache")) == ["code", "extract"]
     assert bytes_of(other / "data/features") == bytes_of(checkout / "data/features")
     trained = dvc(other, "repro", "--force", "--single-item", "pretrain")
     assert stages_run(trained) == ["pretrain"]

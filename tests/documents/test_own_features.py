@@ -15,7 +15,7 @@ from tests.documents.test_pages import OWN_FEATURES
 
 pytestmark = pytest.mark.slow("runs the whole pipeline under DVC on features of a CNN")
 
-STAGES = ["extract", "pretrain", "finetune", "control", "evaluate"]
+STAGES = ["code", "extract", "pretrain", "finetune", "control", "evaluate"]
 SETTINGS = {
     "encoder": {"model": "external", "pretrained": "my_features"},
 }

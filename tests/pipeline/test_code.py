@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from cache.errors import SettingsError
 from pipeline import code as module
 from pipeline.code import FILES, STAGES
 from tests.checkout import ROOT
 from workspace import code_hash as hashing
 from workspace.code_hash import PACKAGES, code_hash, modules_of
+from workspace.settings import Params
 
 pytestmark = pytest.mark.slow("parses the whole project for each test")
 
@@ -32,8 +34,8 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def written(project: Path) -> dict[str, str]:
-    module.code(None)
+def written(project: Path, **sections: dict[str, object]) -> dict[str, str]:
+    module.code(Params(Path("params.yaml"), "", sections))
     return {path.name: path.read_text() for path in (project / "data/code").iterdir()}
 
 
@@ -105,6 +107,15 @@ def test_a_statement_changes_the_stages_that_import_its_module(project, name, st
     assert changed_stages(before, written(project)) == stages
 
 
+def test_the_switch_of_a_section_that_may_be_absent_counts_for_its_stage(project):
+    before = written(project)
+    assert written(project, controls={"trained_blind": False}) == before
+    after = written(project, controls={"trained_blind": True})
+    assert changed_stages(before, after) == {"control"}
+    with pytest.raises(SettingsError, match=r"controls\.trained_blind"):
+        written(project, controls={"trained_blind": "yes"})
+
+
 def test_a_new_import_is_followed_without_anybody_listing_it(project):
     (project / "pipeline/fresh.py").write_text("LIMIT = 1\n")
     path = project / "pipeline/indexing/pope.py"
@@ -148,6 +159,6 @@ def test_every_stage_has_a_file_of_readable_lines(project):
     files = written(project)
     assert files.keys() == STAGES.keys()
     for stage, modules in STAGES.items():
-        lines = [line.split("  ") for line in files[stage].splitlines()]
+        lines = [line.split("  ") for line in files[stage].splitlines() if "  " in line]
         assert all(len(digest) == 64 and (project / name).is_file() for digest, name in lines)
         assert f"{modules[0].replace('.', '/')}.py" in [name for _, name in lines]

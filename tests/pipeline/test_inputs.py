@@ -8,7 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.input_paths import named_paths
-from pipeline.inputs import MAX_FOLDERS, inputs, link_inputs
+from pipeline.inputs import MAX_FOLDERS, link_inputs
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError
 from workspace.settings import Params
@@ -131,24 +131,6 @@ def test_dvc_runs_the_index_after_a_change_of_any_input(tmp_path):
         assert "changed deps" in dvc("status")
         dvc("repro")
         assert "up to date" in dvc("status")
-
-
-@pytest.mark.parametrize(
-    ("section", "wanted"),
-    [
-        ({}, "trained_blind: false\n"),
-        ({"controls": {"trained_blind": False}}, "trained_blind: false\n"),
-        ({"controls": {"trained_blind": True}}, "trained_blind: true\n"),
-    ],
-)
-def test_a_section_that_may_be_absent_has_a_file(section, wanted):
-    train = {"images": "data/raw/a.zip"}
-    data = {"source": "local", "train": train, "instruct_holdout": 0.1, "max_reject_rate": 0.1}
-    with Path("params.yaml").open("w") as file:
-        YAML().dump({"data": data} | section, file)
-    for _ in range(2):
-        inputs(Params.read(Path("params.yaml")))
-        assert Path("data/inputs/controls").read_text() == wanted
 
 
 def test_long_names_pipes_and_the_folder_of_the_links_hang_nothing(capsys):
