@@ -241,19 +241,21 @@ def read_history(folder: Path) -> list[dict[str, float]]:
 
 
 def read_trained_on(folder: Path) -> dict[str, int]:
-    """Return how many images and texts a run learned from; nothing for an earlier version's run.
+    """Return how many images and texts a run learned from; empty if the run does not say it.
 
     Raises:
-        StageError: `metrics.json` is missing or damaged.
+        StageError: `metrics.json` is damaged.
     """
     path = folder / "metrics.json"
+    if not path.exists():
+        return {}
 
     def refuse(detail: str) -> StageError:
         return StageError(f"{path}: {detail}. Run the {folder.name} stage.")
 
     metrics = read_json(path, refuse)
     names = ("images", "texts")
-    found = {name: n for name in names if isinstance(n := metrics.get(name), int)}
+    found = {name: n for name in names if type(n := metrics.get(name)) is int and n > 0}
     return found if len(found) == len(names) else {}
 
 

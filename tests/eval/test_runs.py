@@ -12,7 +12,7 @@ from eval.ask import ask
 from eval.compare import compare
 from eval.evaluate import evaluate
 from eval.export import export
-from eval.runs import load_run, open_run
+from eval.runs import load_run, open_run, read_trained_on
 from eval.serve import serve
 from train.finetune import finetune
 from train.model.projector import seeded_projector
@@ -186,3 +186,26 @@ def test_untrained_runs_are_compared(request, untrained, capsys):
     out = capsys.readouterr().out
     assert "untrained" in out
     assert "facts equal" in out
+
+
+@pytest.mark.parametrize(
+    ("metrics", "found"),
+    [
+        ({"images": 3, "texts": 5, "loss": 2.5}, {"images": 3, "texts": 5}),
+        ({"loss": 2.5}, {}),
+        ({"images": 3}, {}),
+        ({"images": 3.0, "texts": "5"}, {}),
+        ({"images": 0, "texts": 0}, {}),
+        (None, {}),
+    ],
+)
+def test_a_run_that_does_not_say_what_it_learned_from_is_no_error(tmp_path, metrics, found):
+    if metrics is not None:
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert read_trained_on(tmp_path) == found
+
+
+def test_damaged_metrics_are_refused(tmp_path):
+    (tmp_path / "metrics.json").write_text("{")
+    with pytest.raises(StageError, match=r"metrics\.json: .*Run the .* stage"):
+        read_trained_on(tmp_path)
