@@ -4,12 +4,12 @@ The run learns the same texts in the same order, without sight. What it answers 
 is not needed for. It is trained only with `controls.trained_blind: true`.
 """
 
-import os
 import shutil
 
 from cache.files.atomic import write_json
 from train.settings import CONTROL
 from workspace.control_settings import ControlsSettings
+from workspace.errors import StageError
 from workspace.locks import folder_lock
 from workspace.paths import REPORTS, RUNS, UNFINISHED_RUNS
 from workspace.settings import Params
@@ -34,17 +34,23 @@ def control(params: Params) -> None:
 
 
 def publish_none() -> None:
-    """Replace an earlier control by the note that none was trained."""
-    unfinished, target = UNFINISHED_RUNS / CONTROL, RUNS / CONTROL
-    with folder_lock(unfinished):
-        replaced = unfinished / "replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        if target.exists():
-            # Moved, then deleted: half a run is never visible.
-            os.replace(target, replaced)
+    """Replace an earlier control by the note that none was trained.
+
+    Raises:
+        StageError: A file lies in the place of the run's folder.
+    """
+    target = RUNS / CONTROL
+    with folder_lock(UNFINISHED_RUNS / CONTROL):
+        if target.is_symlink():
+            target.unlink()
+        elif target.is_dir():
+            # A folder without settings is no run, so a kill leaves none by half.
+            (target / "params.yaml").unlink(missing_ok=True)
+            shutil.rmtree(target)
+        elif target.exists():
+            raise StageError(f"{target}: wanted the folder of a run, found a file. Move it away.")
         write_json(target / "metrics.json", NOT_TRAINED)
         write_json(REPORTS / f"{CONTROL}.json", NOT_TRAINED)
-        shutil.rmtree(replaced, ignore_errors=True)
     print(f"{CONTROL}: not trained, because controls.trained_blind is false")
 
 

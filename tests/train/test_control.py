@@ -1,6 +1,8 @@
 """The control learns the texts of a stage bit by bit as the stage does, but for the pictures."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,40 @@ def test_off_by_default_it_says_so_and_removes_an_earlier_control(texts_of, cont
         "control: not trained, because controls.trained_blind is false\n"
     )
     assert [path.name for path in Path(".work/runs/control").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "folder on another disk", "file"])
+def test_off_it_takes_the_place_of_what_lies_there_but_of_no_file(
+    texts_of, tmp_path, monkeypatch, kind
+):
+    mine, target = tmp_path / "mine", Path("runs/control")
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    params = texts_of("pretrain").params()
+    target.parent.mkdir(exist_ok=True)
+    if kind == "file":
+        target.write_text("mine")
+        with pytest.raises(StageError, match=r"runs/control: wanted the folder of a run"):
+            control(params)
+        assert target.read_text() == "mine"
+        return
+    if kind == "folder on another disk":
+        target.mkdir()
+        (target / "params.yaml").write_text("seed: 1\n")
+        real = os.replace
+
+        def replace(source, destination):
+            if Path(source).parts[0] != Path(destination).parts[0]:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            real(source, destination)
+
+        monkeypatch.setattr(os, "replace", replace)
+    else:
+        target.symlink_to(mine if kind == "link" else tmp_path / "nowhere")
+    for _ in range(2):
+        control(params)
+        assert [path.name for path in target.iterdir()] == ["metrics.json"]
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
 
 
 def test_off_it_imports_no_torch(texts_of):
