@@ -35,7 +35,7 @@ from train.provenance import (
     read_provenance,
     trained_prompt,
 )
-from train.run import CONTROL_OF, FINISHED, UNTRAINED, pick_device
+from train.run import CONTROL_OF, FINISHED, NO_IDENTITY, UNTRAINED, pick_device
 from train.settings import CONTROL, LlmSettings
 from train.stages.untrained import REASONS
 from workspace.errors import StageError
@@ -186,7 +186,7 @@ def open_control(runs: Mapping[str, FinishedRun]) -> FinishedRun | None:
         return None
     found = read_provenance(folder / PROVENANCE)
     trained = [stage for stage, run in runs.items() if run.is_trained]
-    if not trained or found.get(CONTROL_OF) in set(STAGES) - runs.keys():
+    if not trained or found.get(CONTROL_OF) in [name for name in STAGES if name not in runs]:
         # The stage is not evaluated.
         return None
     stage, twin = trained[-1], runs[trained[-1]]
@@ -194,7 +194,10 @@ def open_control(runs: Mapping[str, FinishedRun]) -> FinishedRun | None:
     differing = [name for name in wanted if found.get(name) != wanted[name]]
     if found.get(LANGUAGE_MODEL) is None:
         differing.append(LANGUAGE_MODEL)
-    differing += changed_settings(CONTROL, twin.params, ("seed", "llm", "projector", stage))
+    changed = changed_settings(CONTROL, twin.params, ("seed", "llm", "projector", stage))
+    differing += [text for text in changed if not text.split()[0].endswith(NO_IDENTITY)]
+    if (folder / ADAPTER).is_dir() != twin.answers:
+        differing.append(ADAPTER)
     if differing:
         raise StageError(
             f"{folder}: is no control of {twin.folder}: they differ in {first_few(differing)}. Run "

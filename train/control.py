@@ -4,6 +4,7 @@ The run learns the same texts in the same order, without sight. What it answers 
 is not needed for. It is trained only with `controls.trained_blind: true`.
 """
 
+import os
 import shutil
 
 from cache.files.atomic import write_json
@@ -22,7 +23,9 @@ NOT_TRAINED = {"trained_blind": False}
 def control(params: Params) -> None:
     """Train the control and publish its run, or publish that there is none."""
     if not params.section("controls", ControlsSettings).trained_blind:
-        publish_none()
+        # Of several processes of torchrun, the first one writes.
+        if os.environ.get("RANK", "0") == "0":
+            publish_none()
         return
     # torch takes seconds to import.
     from train.data.examples import read_conversation_examples

@@ -172,6 +172,7 @@ def open_beside(world):
     ("name", "value"),
     [
         ("control_of", "pretrain"),
+        ("control_of", ["finetune"]),
         ("start_projector_sha256", "0" * 64),
         ("index_sha256", {"captions.parquet": "0"}),
         ("features_fingerprint", "0" * 64),
@@ -189,6 +190,25 @@ def test_a_control_with_other_settings_is_refused(asked):
     make_control(FINETUNE)
     rewrite(CONTROL / "params.yaml", lambda v: v | {"finetune": v["finetune"] | {"epochs": 7}})
     with pytest.raises(StageError, match=r"they differ in finetune.epochs 7"):
+        open_beside(asked)
+
+
+def test_a_setting_that_changes_no_bit_makes_no_other_control(asked):
+    make_control(FINETUNE)
+    saved = {"gradient_checkpointing": True}
+    rewrite(CONTROL / "params.yaml", lambda v: v | {"finetune": v["finetune"] | saved})
+    assert open_beside(asked).folder == CONTROL
+
+
+def test_a_control_of_stage_2_without_an_adapter_is_refused(asked):
+    """The stage's own adapter would answer in its place."""
+    make_control(FINETUNE)
+    shutil.rmtree(CONTROL / "adapter")
+    rewrite(
+        CONTROL / "provenance.json",
+        lambda values: {name: v for name, v in values.items() if name != "weights_sha256"},
+    )
+    with pytest.raises(StageError, match=r"is no control of runs/finetune.*adapter"):
         open_beside(asked)
 
 

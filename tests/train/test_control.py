@@ -190,6 +190,16 @@ def test_off_it_takes_the_place_of_what_lies_there_but_of_no_file(
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
 
 
+def test_off_the_first_of_several_processes_writes(texts_of, monkeypatch):
+    params = texts_of("pretrain").params()
+    monkeypatch.setenv("RANK", "1")
+    control(params)
+    assert not Path("runs/control").exists()
+    monkeypatch.setenv("RANK", "0")
+    control(params)
+    assert Path("runs/control/metrics.json").is_file()
+
+
 def test_off_it_imports_no_torch(texts_of):
     texts_of("finetune").params()
     program = (
