@@ -124,7 +124,11 @@ def _questions(path: Path, content: Any) -> list[LabelledQuestion]:
     for place, row in _rows(path, content):
         label = row.get("label", "")
         if label not in ("yes", "no") and ("label" in row or "category" not in row):
-            refuse(path, f"{place}: label is {str(label)[:20]!r}, wanted yes or no")
+            refuse(
+                path,
+                f"{place}: label is {str(label)[:20]!r}, wanted yes or no; a folder holds labelled "
+                f"questions alone",
+            )
         questions.append(
             LabelledQuestion(
                 subset=str(row.get("category") or subset_of_file),
