@@ -214,7 +214,7 @@ def write_report(
         "shards_encoded": encoded,
         "shards_reused": len(plan) - encoded,
         "images_per_second": round(rate, 2),
-        "seconds": {phase: round(stats.seconds[phase], 3) for phase in phases},
+        "seconds": {phase: round(stats.seconds[phase], 6) for phase in phases},
         "shares": {phase: round(share, 3) for phase, share in shares.items()},
         "fingerprint": spec.fingerprint,
     }

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
@@ -22,6 +21,7 @@ from train.loop.checkpoint import Checkpoint, Checkpoints
 from train.loop.history import History
 from train.loop.interrupt import StopRequest
 from train.loop.pass_size import with_pass_size
+from train.loop.ranks import sum_of_ranks, wait_for_ranks
 from train.loop.setup import TrainingSetup
 from train.loop.step import StepData, optimizer_step
 from train.loop.tracking import Tracker
@@ -78,7 +78,7 @@ class _Training:
         self._checkpoints = Checkpoints(run.checkpoints, saving.keep)
         found = self._checkpoints.latest()
         # No process writes a checkpoint before all have read this one.
-        PartialState().wait_for_everyone()
+        wait_for_ranks()
         self._completed_steps = self._restore(found) if found else 0
         stored = found.progress.get(PASS_SIZE) if found else None
         self._setup = with_pass_size(setup, run.stage, stored)
@@ -262,4 +262,4 @@ def _any_process(requested: bool) -> bool:
     """Return whether any process was asked to stop, so that all stop after the same step."""
     if PartialState().num_processes == 1:
         return requested
-    return bool(reduce(torch.tensor(int(requested), device=PartialState().device), "sum"))
+    return bool(sum_of_ranks(torch.tensor(int(requested), device=PartialState().device)))

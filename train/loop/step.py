@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import nn
 
 from train.data.examples import Example
@@ -26,6 +25,7 @@ from train.data.packing import (
 )
 from train.data.prefetch import Features
 from train.data.prompts import PromptFormat, tokenize
+from train.loop.ranks import sum_of_ranks
 from train.model.captioner import CaptionModel
 from workspace.errors import StageError
 
@@ -165,7 +165,7 @@ def optimizer_step(
                 gradient /= scale
         norm_tensor = nn.utils.clip_grad_norm_(parameters, clip_norm)
         # One transfer: the host waits for a GPU here, and nowhere else in the step.
-        numbers = torch.stack([reduce(loss_sum, "sum"), norm_tensor.double()])
+        numbers = torch.stack([sum_of_ranks(loss_sum), norm_tensor.double()])
         total, norm = map(float, numbers.tolist())
         if math.isfinite(norm):
             break
@@ -200,7 +200,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     for parameter in parameters:
         # A process without a pass has no gradient.
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = reduce(gradient, "sum")
+        parameter.grad = sum_of_ranks(gradient)
 
 
 @torch.inference_mode()
@@ -210,4 +210,4 @@ def mean_loss(model: CaptionModel, data: StepData) -> float:
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     for batch in data.batches:
         total += model(batch.to(model.device))
-    return float(reduce(total, "sum")) / data.num_target_tokens
+    return float(sum_of_ranks(total)) / data.num_target_tokens
