@@ -1,4 +1,4 @@
-"""What the processes of a run exchange: sums, and that all of them have come so far."""
+"""What the processes of a run exchange: sums, and barriers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -35,10 +35,10 @@ def sum_of_ranks(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _naming_lost_ranks() -> Iterator[None]:
-    """Turn the error of an exchange, which only a process that is gone can cause, into a line."""
+    """Turn the error of an exchange into a line, unless it is of this process's own GPU."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except RuntimeError as error:
         raise StageError(
