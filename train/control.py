@@ -1,7 +1,8 @@
 """Stage control: trains the last stage that has texts again, with the features of other images.
 
-The run learns the same texts in the same order, without sight. What it answers right, the picture
-is not needed for. It is trained only with `controls.trained_blind: true`.
+The run learns the same texts in the same order. A question that it answers right needs no picture.
+The stage trains only with `controls.trained_blind: true` in params.yaml, and takes as long as the
+stage that it repeats; eval.evaluate then scores `runs/control` beside the model.
 """
 
 import os
