@@ -13,12 +13,12 @@ from typing import Protocol
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import Tensor
 
 from train.data.examples import Example
 from train.data.packing import image_length
 from train.data.prompts import tokenize
+from train.loop.ranks import gather_of_ranks
 from train.loop.setup import TrainingSetup
 from train.loop.step import StepData
 from workspace.errors import StageError
@@ -118,7 +118,7 @@ def _search(setup: TrainingSetup, memory: Memory) -> tuple[int, str]:
     enough = next((n for n, size in enumerate(SIZES) if size >= held * STEP_MARGIN), len(SIZES) - 1)
     sizes = SIZES[: enough + 1]
     own = largest_fitting(memory, sizes)
-    all_tokens: Tensor = gather(torch.tensor([own], device=setup.model.device))
+    all_tokens: Tensor = gather_of_ranks(torch.tensor([own], device=setup.model.device))
     tokens = int(all_tokens.min())
     room = f"{memory.available() / 2**30:.1f} GiB"
     if not tokens:

@@ -141,7 +141,7 @@ def test_a_model_that_leaves_no_room_is_refused_with_advice(setup):
 @pytest.mark.usefixtures("large_steps")
 def test_all_processes_take_the_smallest_number(setup, monkeypatch, capsys):
     monkeypatch.setattr(
-        train.loop.pass_size, "gather", lambda own: torch.cat([own, torch.tensor([1536])])
+        train.loop.pass_size, "gather_of_ranks", lambda own: torch.cat([own, torch.tensor([1536])])
     )
     found = with_pass_size(setup(), "pretrain", None, FakeMemory())
     assert found.pass_tokens == 1536

@@ -19,12 +19,15 @@ from tests.train.stage_server import ROOT, outcome
 from train.data.examples import Example
 from train.data.prompt_formats import phi_format
 from train.data.prompts import caption_turns
+from train.loop import ranks
+from train.loop.ranks import gather_of_ranks, sum_of_ranks
 from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.projector import seeded_projector
 from train.run import pick_device
 from train.settings import LlmSettings, LoraSettings
+from workspace.errors import StageError
 
 pytestmark = pytest.mark.slow("trains in several processes")
 
@@ -182,6 +185,31 @@ def test_two_processes_that_are_stopped_go_on_together(server, params, number):
     step = int(newest.stem.removeprefix("step-"))
     assert ranks[0].output.startswith(f"finetune: going on after step {step} of 60\n")
     assert outcome("finetune") == wanted
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (torch.distributed.DistNetworkError("Broken pipe"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+@pytest.mark.parametrize("name", ["reduce", "gather"])
+def test_an_error_of_the_process_itself_is_not_called_a_lost_process(
+    monkeypatch, name, error, is_lost
+):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(ranks, name, fail)
+    exchange = {"reduce": sum_of_ranks, "gather": gather_of_ranks}[name]
+    with pytest.raises(StageError if is_lost else type(error)) as caught:
+        exchange(torch.ones(1))
+    assert str(error) in str(caught.value)
+    assert ("another process of the run has ended" in str(caught.value)) == is_lost
 
 
 def test_a_second_job_is_refused_and_the_reason_is_said_once(server, params):
