@@ -57,11 +57,13 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     if not report.bad_files:
         # A server that does not deliver, or another version of the format.
         return ". No file is known to be damaged; each problem says what to do."
-    if not (location.is_remote or Path(location.address).is_dir()):
-        return "."
     if location.is_remote:
         return ". Repair the store where it is, or push it there again."
-    return ". Run the extract stage." if repair else ". --repair deletes damaged files."
+    if repair:
+        return ". Run the extract stage."
+    # A missing folder, or one that holds no store, has nothing to delete.
+    is_any = any((Path(location.address) / name).exists() for name in report.bad_files)
+    return ". --repair deletes damaged files." if is_any else "."
 
 
 def delete_damaged(folder: Path, report: VerifyReport) -> list[str]:

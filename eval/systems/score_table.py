@@ -43,8 +43,11 @@ def differing_notes(first: Scored | None, other: Scored) -> str:
     """Return why a system has no difference to the first one, or nothing."""
     if first is None or first.text_keys == other.text_keys:
         return ""
-    what = f"questions of subset {other.part}" if other.part else "images"
-    return f"{other.system}: no difference to {first.system}, which has other {what}"
+    what = f"other questions of subset {other.part}" if other.part else "other images"
+    return (
+        f"{other.system}: no difference to {first.system} is printed, because {first.system} has "
+        f"texts for {what}"
+    )
 
 
 def _head(texts: str, columns: Sequence[str]) -> Row:

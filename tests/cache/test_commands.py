@@ -120,6 +120,12 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path, command):
     assert "--repair" not in done.stderr
 
 
+def test_repair_is_offered_only_where_there_is_a_file_to_delete(store, tmp_path):
+    assert "--repair" not in run("cache.verify", tmp_path).stderr
+    flip_a_feature(store.root / store.names[0])
+    assert "--repair" in run("cache.verify", store.root).stderr
+
+
 def test_verify_finds_nothing_in_a_good_store(store):
     done = run("cache.verify", store.root)
     assert (done.returncode, done.stderr) == (0, "")

@@ -148,7 +148,7 @@ def test_questions_without_an_answer_are_counted_and_named(folder, tmp_path, ans
     output = capsys.readouterr().out
     said = "note: some: scored on 2 of 3 questions of subset random; without a text: 3\n"
     assert said in output
-    assert "no difference to them_random, which has other questions of subset random" in output
+    assert "because them_random has texts for other questions of subset random" in output
 
 
 @pytest.mark.parametrize(
