@@ -2,9 +2,9 @@
 
 Stage 1 alone captions images of split val or test straight after the patches. The fine-tuned model
 captions the same images when asked to, and answers questions about held-out images and yes-no
-questions about objects. Every text is generated from the image's own features and, as controls, from those
-of a wrong image, from noise, through an untrained projector and, if one was trained, by the control
-of the stage `control`. A stage without texts is not scored, and the page says why. With
+questions about objects. Every text is generated from the image's own features and, as controls,
+from those of a wrong image, from noise, through an untrained projector and, if there is one, by the
+model of the stage `control`. A stage without texts is not scored, and the page says why. With
 `evaluate.minutes` each kind of text stops at a whole number of images.
 """
 

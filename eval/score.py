@@ -10,10 +10,11 @@ coco_pope_random.json or reports/pope_questions.jsonl, or a folder of these; ANS
 with question_id and text, like reports/pope_answers.jsonl, or a folder with a file for each subset.
 NAME=FILE names a system in the table.
 
-Each further system is compared with the first, text by text, if both have texts for the same images.
-A system without a text for some images is scored on the others, and these are named. --official also runs the official Java programs
-(PTB tokenizer, METEOR, SPICE) and prints their scores beside ours; SPICE downloads Stanford CoreNLP
-at first use. If a score cannot be computed, the exit code is 1.
+Each further system is compared with the first, text by text, if both have texts for the same
+images. A system without a text for some images is scored on the others, and these are named.
+--official also runs the official Java programs (PTB tokenizer, METEOR, SPICE) and prints their
+scores beside ours; SPICE downloads Stanford CoreNLP at first use. If a score cannot be computed,
+the exit code is 1.
 """
 
 from collections.abc import Sequence
