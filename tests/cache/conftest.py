@@ -121,3 +121,11 @@ def write_table(root, spec, shards):
 @pytest.fixture
 def store(tmp_path, build_store):
     return build_store(tmp_path / "features")
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path_factory, monkeypatch):
+    """Each test has a folder of its own for shards of remote stores."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PATCHCACHE_CACHE_DIR", str(folder))
+    return folder
