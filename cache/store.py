@@ -80,7 +80,7 @@ class FeatureStore:
         self._remote: RemoteShards | None = None
         if self._layout.location.is_remote:
             row_xxh3 = np.zeros(len(self._mapping.rows), np.uint64)
-            row_xxh3[rows] = index.row_xxh3[is_here]
+            row_xxh3[rows] = index.row_xxh3
             self._remote = RemoteShards(
                 self._layout.location,
                 self.spec,
@@ -103,6 +103,11 @@ class FeatureStore:
     def num_shards(self) -> int:
         """Number of shard files that the index names."""
         return len(self._layout.shards)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is behind a URL."""
+        return self._layout.location.is_remote
 
     @property
     def num_bytes(self) -> int:
@@ -204,6 +209,7 @@ class FeatureStore:
     def prefetch_rows(self, image_ids: Sequence[int] | NDArray[np.int64]) -> None:
         """Begin to fetch the features of some images of a URL; does not wait.
 
+        Shards of which most rows are wanted are fetched whole, after single rows.
         Does nothing for a store on this machine: its system reads ahead. An error of the server is
         that of the `gather` which needs the rows.
 

@@ -19,6 +19,7 @@ from ..errors import (
 )
 from ..files.atomic import path_in_errors, sha256_of
 from ..files.scratch import ScratchFolder
+from .direct import DirectRequests
 from .network import attempt
 from .urls import WEB, filesystem_of
 
@@ -42,6 +43,7 @@ class RemoteFolder:
         self._opened: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
         self._sizes: dict[str, int] = {}
         self._is_reachable = True
+        self._direct = DirectRequests(self.url)
         self.ignores_ranges = False
         """Whether the server answered a request for a part of a file with the whole file."""
         self._files()
@@ -105,9 +107,11 @@ class RemoteFolder:
         """
 
         def request(files: fsspec.AbstractFileSystem, path: str) -> tuple[int, bytes]:
-            # A file system without ranges of its own would read ahead.
-            options = {} if files.async_impl else {"cache_type": "none"}
-            data = files.cat_file(path, start=start, end=stop, **options)
+            data = self._direct.read(files, path, start, stop, num_bytes)
+            if data is None:
+                # A file system without ranges of its own would read ahead.
+                options = {} if files.async_impl else {"cache_type": "none"}
+                data = files.cat_file(path, start=start, end=stop, **options)
             if len(data) == stop - start:
                 return start, data
             if len(data) == num_bytes:

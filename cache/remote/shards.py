@@ -33,7 +33,7 @@ from .cache_folder import CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import LATER, NOW, SOON, threads
+from .threads import LATER, NOW, SOON, submit
 
 REQUEST_BYTES = 8 << 20
 """Most bytes of a request: enough that its round trip counts for little, few enough that a lost
@@ -42,6 +42,9 @@ connection costs little and that the rows of a shard come over several connectio
 GAP_BYTES = 256 << 10
 """Two ranges are requested as one if so many missing bytes or fewer lie between them: a request
 costs a client about as much time as these bytes, and an epoch needs the rows between them too."""
+
+WHOLE_SHARE = 0.5
+"""A shard is fetched whole if this share of its rows is wanted."""
 
 MAX_OPENINGS = 10
 """Most attempts to use a shard whose file is deleted again and again."""
@@ -95,6 +98,7 @@ class RemoteShards:
         self._locks: dict[tuple[int, int], threading.Lock] = {}
         self._refused: dict[int, CorruptShardError] = {}
         self._num_refusals: dict[int, int] = {}
+        self._fits = sum(file.num_bytes for file in files) <= cache.limit
         self._touched = np.zeros(len(files))
         self._incomplete = {number for number, rows in enumerate(num_rows) if rows}
         self.all_here = False
@@ -135,8 +139,17 @@ class RemoteShards:
         )
 
     def prefetch(self, rows: NDArray[np.integer[Any]]) -> None:
-        """Begin to fetch some rows of `mapping.rows`; do not wait."""
-        for run in self._runs(np.unique(rows[self._states.of_row[rows] == UNKNOWN])):
+        """Begin to fetch some rows of `mapping.rows`; do not wait.
+
+        A shard of which most rows are wanted is fetched whole, if the store fits the cache.
+        """
+        rows = np.unique(rows[self._states.of_row[rows] == UNKNOWN])
+        if self._fits:
+            numbers, counts = np.unique(self._numbers_of(rows), return_counts=True)
+            most = numbers[counts >= WHOLE_SHARE * np.array(self._num_rows)[numbers]]
+            self.read_ahead(most.tolist())
+            rows = rows[~np.isin(self._numbers_of(rows), most)]
+        for run in self._runs(rows):
             self._submit_later(SOON, run)
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
@@ -158,7 +171,7 @@ class RemoteShards:
                 if shards := this():
                     shards._fetch(run)
 
-        threads().submit(urgency, fetch)
+        submit(urgency, fetch)
 
     def _make_ready(self, rows: NDArray[np.integer[Any]]) -> None:
         while True:
@@ -168,7 +181,7 @@ class RemoteShards:
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
             fetched: list[Future[None]] = [
-                threads().submit(NOW, self._fetch, run) for run in self._runs(unknown)
+                submit(NOW, self._fetch, run) for run in self._runs(unknown)
             ]
             for future in fetched:
                 future.result()
@@ -413,9 +426,8 @@ class RemoteShards:
         if number in self._incomplete and (self._states.rows_of(number) == READY).all():
             with self._states.changed:
                 self._incomplete.discard(number)
-                num_bytes = sum(file.num_bytes for file in self._files)
-                fits = num_bytes <= self._cache.limit and not self._states.any_deleted
-                self.all_here = fits and not self._incomplete
+                is_whole = not (self._incomplete or self._states.any_deleted)
+                self.all_here = is_whole and self._fits
 
     def _shrink(self) -> None:
         """Keep the limit, and unmap shards whose files were deleted, here or by others."""

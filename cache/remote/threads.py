@@ -12,9 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-NUM_THREADS = 16
-"""Requests at once. At 20 ms a request and 8 MB each, 16 of them fill a line of 50 Gbit/s; rows of
-75 KB come at 800 a second."""
+ROW_THREADS = 32
+"""Requests for rows at once: at 20 ms each, rows of 75 KB come at 120 MB a second."""
+
+SHARD_THREADS = 8
+"""Requests for parts of whole shards at once: few, so that a row finds a free line."""
 
 NOW, SOON, LATER = range(3)
 """Urgency: a gather waits; rows that the order needs next; whole shards."""
@@ -23,21 +25,19 @@ NOW, SOON, LATER = range(3)
 class Threads:
     """Runs functions in daemon threads, the most urgent first, then in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int) -> None:
         """Start the threads."""
         self._numbers = itertools.count()
         self._queue: queue.PriorityQueue[tuple[int, int, Callable[[], None]]]
         self._queue = queue.PriorityQueue()
-        for number in range(NUM_THREADS):
-            threading.Thread(target=self._work, name=f"remote-{number}", daemon=True).start()
+        for _ in range(num_threads):
+            threading.Thread(target=self._work, name="patchcache-remote", daemon=True).start()
 
     def submit(self, urgency: int, function: Callable[..., object], *arguments: Any) -> Future[Any]:
         """Queue a call; its result, or its exception, is that of the future."""
         future: Future[Any] = Future()
 
         def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
             try:
                 future.set_result(function(*arguments))
             except BaseException as error:
@@ -54,19 +54,19 @@ class Threads:
             del call
 
 
-_of_process: dict[int, Threads] = {}
+_of_process: dict[bool, Threads] = {}
+"""The threads for whole shards, and those for rows."""
 
 _starting = threading.Lock()
 
 
-def threads() -> Threads:
-    """Return the threads of this process."""
-    process = os.getpid()
-    if process not in _of_process:
-        with _starting:
-            if process not in _of_process:
-                _of_process[process] = Threads()
-    return _of_process[process]
+def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Future[Any]:
+    """Run a function in a thread of this process; see `Threads.submit`."""
+    is_whole = urgency == LATER
+    with _starting:
+        if is_whole not in _of_process:
+            _of_process[is_whole] = Threads(SHARD_THREADS if is_whole else ROW_THREADS)
+    return _of_process[is_whole].submit(urgency, function, *arguments)
 
 
 def _after_fork() -> None:
