@@ -108,17 +108,26 @@ def _can_reach(address: str) -> bool:
 
 
 def _read(address: str, start: int, stop: int, most_bytes: int) -> bytes:
-    from urllib3.exceptions import MaxRetryError
+    from urllib3.exceptions import MaxRetryError, ProtocolError
     from urllib3.util import Retry
 
     retries = Retry(connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS)
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     try:
         response = _connections().request(
-            "GET", address, headers=headers, preload_content=False, retries=retries
+            "GET",
+            address,
+            headers=headers,
+            preload_content=False,
+            retries=retries,
+            timeout=network.READ_TIMEOUT,
         )
     except MaxRetryError as error:
-        raise error.reason or error from None
+        reason = error.reason or error
+        if isinstance(reason, ProtocolError) and isinstance(reason.args[-1], OSError):
+            reason = reason.args[-1]
+        # Its cause says what the system answered.
+        raise reason from reason.__cause__
     try:
         if response.status not in (200, 206):
             raise StatusError(response.status)
@@ -146,10 +155,7 @@ def _connections() -> "urllib3.PoolManager":
 
     with _opening:
         if os.getpid() not in _pools:
-            timeout = urllib3.Timeout(connect=network.READ_TIMEOUT, read=network.READ_TIMEOUT)
-            _pools[os.getpid()] = urllib3.PoolManager(
-                maxsize=ROW_THREADS + SHARD_THREADS, timeout=timeout, retries=False
-            )
+            _pools[os.getpid()] = urllib3.PoolManager(maxsize=ROW_THREADS + SHARD_THREADS)
     found: urllib3.PoolManager = _pools[os.getpid()]
     return found
 

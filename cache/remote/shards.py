@@ -13,9 +13,9 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,28 +150,30 @@ class RemoteShards:
             self.read_ahead(most.tolist())
             rows = rows[~np.isin(self._numbers_of(rows), most)]
         for run in self._runs(rows):
-            self._submit_later(SOON, run)
+            self._submit_later(SOON, RemoteShards._fetch, run)
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch whole shards, in this order; do not wait."""
         for number in numbers:
             rows = np.flatnonzero(self._states.rows_of(number) == UNKNOWN)
             for run in self._runs(rows + self._mapping.starts[number]):
-                self._submit_later(LATER, run)
+                self._submit_later(LATER, RemoteShards._fetch, run)
             if number in self._opened:
                 self._mapping.read_ahead(number, self._num_rows[number])
         self._touch(np.asarray(numbers, np.int64))
 
-    def _submit_later(self, urgency: int, run: slice) -> None:
+    def _submit_later(
+        self, urgency: int, action: Callable[["RemoteShards", Any], None], argument: Any
+    ) -> None:
         this = weakref.ref(self)
 
-        def fetch() -> None:
+        def act() -> None:
             # Whoever needs the rows meets the error again.
             with contextlib.suppress(PatchcacheError, OSError, Evicted):
                 if shards := this():
-                    shards._fetch(run)
+                    action(shards, argument)
 
-        submit(urgency, fetch)
+        submit(urgency, act)
 
     def _make_ready(self, rows: NDArray[np.integer[Any]]) -> None:
         while True:
@@ -231,8 +233,7 @@ class RemoteShards:
                 for part in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
                     if len(part):
                         self._request_rows(number, part)
-            if number in self._incomplete and (self._states.rows_of(number) == READY).all():
-                self._complete(number)
+            self._finish(number)
 
     def _open(self, number: int, *, may_request: bool = True) -> OpenedShard | None:
         """Map a shard that is in use, if it is not mapped; request its structure if needed."""
@@ -335,7 +336,7 @@ class RemoteShards:
                 self._cache.delete(self._files[number].sha256)
                 self._states.deleted([number])
                 raise Evicted
-            self._note_complete(number)
+        self._finish(number)
 
     def _request_rows(self, number: int, rows: NDArray[np.int64]) -> None:
         """Request rows that follow each other until their bytes are right."""
@@ -395,39 +396,47 @@ class RemoteShards:
             raise Evicted from None
         self._cache.note_rows(self._files[number].sha256, first, b"\1" * len(came))
 
+    def _finish(self, number: int) -> None:
+        """Complete a shard, in the background, once all of its rows are right."""
+        if number in self._incomplete and (self._states.rows_of(number) == READY).all():
+            if self._opened[number].is_part:
+                self._submit_later(LATER, RemoteShards._complete, number)
+            else:
+                self._note_complete(number)
+
     def _complete(self, number: int) -> None:
         """Hold a shard that has all rows against its sha256, and give it its final name."""
-        opened, file = self._opened[number], self._files[number]
-        with self._lock(number):
-            if number not in self._incomplete:
+        file = self._files[number]
+        with self._states.using(np.array([number]), wait=False), self._lock(number):
+            opened = self._opened[number]
+            if not opened.is_part:
                 return
             try:
-                found = sha256_of(opened.path) if opened.is_part else file.sha256
-                if found == file.sha256 and opened.is_part:
+                found = sha256_of(opened.path)
+                if found == file.sha256:
                     self._cache.complete(file.sha256)
-                    path = self._cache.file(file.sha256)
-                    self._opened[number] = OpenedShard(path, False, opened.identity, opened.offset)
             except FileNotFoundError:
                 self._states.deleted([number])
                 return
             if found == file.sha256:
+                path = self._cache.file(file.sha256)
+                self._opened[number] = replace(opened, path=path, is_part=False)
                 self._note_complete(number)
                 return
-        # Its rows are right, so it is damaged between them, maybe on its way.
-        self._num_refusals[number] = self._num_refusals.get(number, 0) + 1
-        if self._num_refusals[number] == MAX_COPIES:
-            self._refused[number] = self._corrupt(
-                number, f"its sha256 is {found}, {INDEX_FILE} has {file.sha256}"
-            )
-        self._cache.delete(file.sha256)
-        self._states.deleted([number])
+            # Its rows are right, so it is damaged between them, maybe on its way.
+            self._num_refusals[number] = self._num_refusals.get(number, 0) + 1
+            if self._num_refusals[number] == MAX_COPIES:
+                self._refused[number] = self._corrupt(
+                    number, f"its sha256 is {found}, {INDEX_FILE} has {file.sha256}"
+                )
+            self._cache.delete(file.sha256)
+            self._states.deleted([number])
 
     def _note_complete(self, number: int) -> None:
-        if number in self._incomplete and (self._states.rows_of(number) == READY).all():
-            with self._states.changed:
-                self._incomplete.discard(number)
-                is_whole = not (self._incomplete or self._states.any_deleted)
-                self.all_here = is_whole and self._fits
+        with self._states.changed:
+            self._incomplete.discard(number)
+            is_whole = not (self._incomplete or self._states.any_deleted)
+            self.all_here = is_whole and self._fits
 
     def _shrink(self) -> None:
         """Keep the limit, and unmap shards whose files were deleted, here or by others."""
