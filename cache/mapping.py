@@ -24,6 +24,9 @@ from .errors import CorruptShardError
 MAP_FIXED = 0x10
 """Flag that puts a mapping at a given address: <sys/mman.h> of Linux and macOS."""
 
+RESERVED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+"""Flags of addresses without memory."""
+
 MAP_FAILED = ctypes.c_void_p(-1).value
 
 HUGE_PAGE = 1 << 21
@@ -80,7 +83,9 @@ class FeatureMapping:
         unit = math.lcm(self._row_bytes, page) // self._row_bytes
         return np.array([(n // unit + 1) * unit for n in num_rows] or [unit], dtype=np.int64)
 
-    def attach(self, number: int, path: Path, *, num_bytes: int, offset: int, rows: int) -> None:
+    def attach(
+        self, number: int, path: Path, *, num_bytes: int, offset: int, rows: int
+    ) -> tuple[int, int] | None:
         """Map the features of a shard to their place.
 
         Args:
@@ -90,15 +95,19 @@ class FeatureMapping:
             offset: Bytes before the features in the file, a multiple of 4096.
             rows: Number of rows.
 
+        Returns:
+            Device and number of the file, which tell it from others of its name; None without rows.
+
         Raises:
             CorruptShardError: The file has another size.
             OSError: The system cannot map it; names the file.
         """
         if not rows:
-            return
+            return None
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            found = os.fstat(descriptor).st_size
+            status = os.fstat(descriptor)
+            found = status.st_size
             if found != num_bytes or offset + rows * self._row_bytes > found:
                 raise CorruptShardError(
                     f"{path}: has {found} bytes, had {num_bytes} when it was checked. Open the "
@@ -125,6 +134,17 @@ class FeatureMapping:
             # their other rows are needed.
             with contextlib.suppress(OSError):
                 self._advise(number, rows, mmap.MADV_HUGEPAGE)
+        return status.st_dev, status.st_ino
+
+    def detach(self, number: int, rows: int) -> None:
+        """Put zeros in the place of a shard's features: a deleted file's disk space is freed."""
+        start = self.rows.ctypes.data + int(self.starts[number]) * self._row_bytes
+        before = start % mmap.PAGESIZE
+        length = rows * self._row_bytes + before
+        flags = RESERVED | MAP_FIXED
+        if self._libc_mmap(start - before, length, mmap.PROT_READ, flags, -1, 0) == MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise OSError(ctypes.get_errno(), f"a shard cannot be unmapped: {reason}")
 
     def read_ahead(self, number: int, rows: int) -> None:
         """Ask the system to read an attached shard's features into memory; does not wait."""
@@ -145,9 +165,8 @@ def memory_bytes() -> int:
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     try:
-        return mmap.mmap(-1, num_bytes, flags=flags, prot=mmap.PROT_READ)
+        return mmap.mmap(-1, num_bytes, flags=RESERVED, prot=mmap.PROT_READ)
     except OSError as error:
         raise OSError(
             error.errno,

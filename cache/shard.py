@@ -11,6 +11,7 @@ import contextlib
 import functools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ class Shard:
     row_xxh3: NDArray[np.uint64]
 
 
-def hash_rows(rows: NDArray[Any]) -> NDArray[np.uint64]:
-    """Return xxh3_64 of the bytes of each entry of the first dimension: uint64 [N]."""
+def hash_rows(rows: NDArray[Any] | Sequence[NDArray[Any]]) -> NDArray[np.uint64]:
+    """Return xxh3_64 of the bytes of each array, or entry of the first dimension: uint64 [N]."""
     hashes = (xxhash.xxh3_64_intdigest(row.data) for row in rows)
     return np.fromiter(hashes, dtype="<u8", count=len(rows))
 

@@ -1,14 +1,16 @@
 """Reads features: opens a store and gathers batches.
 
 The features of all shards are mapped into one address range (`mapping`), each shard on its first
-use. Forked processes and threads share the mappings. A pickled store opens itself again.
+use. Forked processes and threads share the mappings. A pickled store opens itself again. Rows of a
+store behind a URL are fetched before they are read (`remote.shards`).
 
 Letters: B images asked for, N images of the store, P patches, D width of the vision tower.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial as partially
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from .errors import MissingImageError
 from .id_lookup import UNKNOWN, IdLookup
 from .layout import StoreLayout
 from .mapping import FeatureMapping
+from .remote.cache_folder import CacheFolder
+from .remote.shards import RemoteShards
 from .texts import first_few
 
 INT64_MAX = np.iinfo(np.int64).max
@@ -29,16 +33,29 @@ INT64_MAX = np.iinfo(np.int64).max
 class FeatureStore:
     """Read access to the features of a store."""
 
-    def __init__(self, root: str | Path, *, partial: bool = False) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        partial: bool = False,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
         """Open a store and check its spec, its index, and size and structure of its shards.
 
         Args:
-            root: Folder or fsspec URL. Each shard of a URL is copied here on its first use, and
-                its bytes are compared with the index; the copies are deleted with the store.
+            root: Folder or fsspec URL. Rows of a URL are fetched when they are needed, or with
+                their whole shard, held against the index, and kept in a folder of this machine.
             partial: Whether shards may be missing. Their images are then not in the store, and
                 `missing_shards` names them.
+            cache_dir: Keeps what was fetched, for all stores and processes; by default the
+                environment's PATCHCACHE_CACHE_DIR, or `~/.cache/patchcache`.
+            cache_bytes: Limit of that folder, beyond which the least recently used shards go, but
+                for those that one `gather` reads; by default the environment's PATCHCACHE_CACHE_GB,
+                or half of the free disk.
 
         Raises:
+            SettingsError: A URL of an unknown kind, or an impossible cache.
             IncompleteStoreError: A part is missing or is not what it should be.
             SpecMismatchError: Spec, index and shards are of different encoders.
             CorruptShardError: The index contradicts itself, or a shard is not what it says.
@@ -59,6 +76,20 @@ class FeatureStore:
         is_here = self._layout.is_here[index.shard_number]
         rows = self._mapping.starts[index.shard_number] + index.row
         self._lookup = IdLookup(index.image_ids[is_here], rows[is_here])
+        self._cache_arguments = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self._remote: RemoteShards | None = None
+        if self._layout.location.is_remote:
+            row_xxh3 = np.zeros(len(self._mapping.rows), np.uint64)
+            row_xxh3[rows] = index.row_xxh3
+            self._remote = RemoteShards(
+                self._layout.location,
+                self.spec,
+                self._layout.shards,
+                self._layout.num_rows,
+                self._mapping,
+                row_xxh3,
+                CacheFolder.open(cache_dir, cache_bytes),
+            )
         self._is_mapped = np.zeros(self.num_shards, dtype=bool)
         self._all_mapped = False
         self._locks: dict[int, threading.Lock] = {}
@@ -72,6 +103,11 @@ class FeatureStore:
     def num_shards(self) -> int:
         """Number of shard files that the index names."""
         return len(self._layout.shards)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the store is behind a URL."""
+        return self._layout.location.is_remote
 
     @property
     def num_bytes(self) -> int:
@@ -143,10 +179,9 @@ class FeatureStore:
                 f"out is {out.dtype} {out.shape}, wanted float16 {shape}, C-contiguous, aligned "
                 f"and writable"
             )
-        if not self._all_mapped:
-            self._map(self._shard_numbers(rows))
-        # All rows are in range: "clip" keeps numpy from gathering into a buffer first.
-        np.take(self._mapping.rows, rows, axis=0, out=out, mode="clip")
+        with contextlib.nullcontext() if self._all_mapped else self._readable(rows):
+            # All rows are in range: "clip" keeps numpy from gathering into a buffer first.
+            np.take(self._mapping.rows, rows, axis=0, out=out, mode="clip")
         return out
 
     def shards_of(self, image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -161,11 +196,31 @@ class FeatureStore:
         """Ask the system to bring whole shards into memory; does not wait for a local disk.
 
         Args:
-            shards: Numbers from `shards_of`. Shards of a URL are copied here before this returns.
+            shards: Numbers from `shards_of`. Shards of a URL are fetched in the background, in
+                this order; a `gather` waits for its own rows only.
         """
+        if self._remote:
+            self._remote.read_ahead(shards)
+            return
         self._map(np.asarray(shards, dtype=np.int64))
         for number in shards:
             self._mapping.read_ahead(number, self._layout.num_rows[number])
+
+    def prefetch_rows(self, image_ids: Sequence[int] | NDArray[np.int64]) -> None:
+        """Begin to fetch the features of some images of a URL; does not wait.
+
+        Shards of which most rows are wanted are fetched whole, after single rows.
+        Does nothing for a store on this machine: its system reads ahead. An error of the server is
+        that of the `gather` which needs the rows.
+
+        Args:
+            image_ids: B ids in any order; repeats are allowed.
+
+        Raises:
+            MissingImageError: An id is not in the store.
+        """
+        if self._remote and not self._all_mapped:
+            self._remote.prefetch(self._rows_of(image_ids))
 
     def verify(self, deep: bool = True) -> VerifyReport:
         """Check every file of the store against the index.
@@ -201,6 +256,17 @@ class FeatureStore:
     def _shard_numbers(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
         return np.searchsorted(self._mapping.starts, rows, side="right") - 1
 
+    @contextlib.contextmanager
+    def _readable(self, rows: NDArray[np.integer]) -> Iterator[None]:
+        """Have some rows of the mapping readable during the block."""
+        if not self._remote:
+            self._map(self._shard_numbers(rows))
+            yield
+            return
+        with self._remote.holding(rows):
+            yield
+        self._all_mapped = self._remote.all_here
+
     def _map(self, numbers: NDArray[np.int64]) -> None:
         """Map the shards that this process has not used yet."""
         wanted = numbers[~self._is_mapped[numbers]]
@@ -224,7 +290,8 @@ class FeatureStore:
     def __reduce__(self) -> tuple[Callable[..., "FeatureStore"], tuple[Any, ...]]:
         # By the absolute path: the process that unpickles may work in another folder.
         layout = self._layout
-        return partially(FeatureStore, partial=layout.partial), (layout.location.address,)
+        arguments = {"partial": layout.partial, **self._cache_arguments}
+        return partially(FeatureStore, **arguments), (layout.location.address,)
 
 
 def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from cache.cli.interrupts import without_interrupts
 from cache.errors import SettingsError
 from cache.files.atomic import CHUNK_BYTES, link_or_copy, replacing, write_text
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.download import check_free_space, download, problem
 from pipeline.images.zip_file import open_zip
 from pipeline.input_paths import matches, named_paths

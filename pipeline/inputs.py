@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.input_paths import named_paths
 from workspace.data_settings import DataSettings
 from workspace.errors import StageError

@@ -13,7 +13,7 @@ from cache.cli.command import command_parser, run_guarded
 from cache.errors import SettingsError
 from cache.files.atomic import write_text
 from cache.files.foreign import reading_foreign_file
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from cache.texts import one_line
 from pipeline.images.archives import ImageArchive
 from pipeline.images.names import IMAGE_SUFFIXES, ImageNameError, is_named_as_image

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import fsspec
 
@@ -16,20 +15,16 @@ from ..errors import (
     CorruptShardError,
     FormatVersionError,
     PatchcacheError,
-    SettingsError,
     UnreachableStoreError,
 )
 from ..files.atomic import path_in_errors, sha256_of
 from ..files.scratch import ScratchFolder
-from . import network
+from .direct import DirectRequests
 from .network import attempt
+from .urls import WEB, filesystem_of
 
 MAX_COPIES = 3
 """Most copies of a file until one is right: bits can flip on the way."""
-
-WEB = ("http://", "https://")
-
-HUB = "hf://"
 
 Check = Callable[[Path, int, str], None]
 """Refuses a damaged copy; called with its path, number of bytes, and sha256."""
@@ -48,6 +43,9 @@ class RemoteFolder:
         self._opened: dict[int, tuple[fsspec.AbstractFileSystem, str]] = {}
         self._sizes: dict[str, int] = {}
         self._is_reachable = True
+        self._direct = DirectRequests(self.url)
+        self.ignores_ranges = False
+        """Whether the server answered a request for a part of a file with the whole file."""
         self._files()
         self._folder = ScratchFolder()
         self.copies = self._folder.path
@@ -89,6 +87,40 @@ class RemoteFolder:
                 return None
             self._sizes[name] = int(found)
         return self._sizes[name]
+
+    def read(self, name: str, start: int, stop: int, num_bytes: int) -> tuple[int, bytes]:
+        """Request a part of a file.
+
+        Args:
+            name: Of the file.
+            start: Its first byte.
+            stop: The byte after its last.
+            num_bytes: Size of the whole file.
+
+        Returns:
+            Where the bytes begin in the file, and the bytes: those asked for, or the whole file
+            from a server that ignores ranges.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UnreachableStoreError: The server does not deliver it.
+        """
+
+        def request(files: fsspec.AbstractFileSystem, path: str) -> tuple[int, bytes]:
+            data = self._direct.read(files, path, start, stop, num_bytes)
+            if data is None:
+                # A file system without ranges of its own would read ahead.
+                options = {} if files.async_impl else {"cache_type": "none"}
+                data = files.cat_file(path, start=start, end=stop, **options)
+            if len(data) == stop - start:
+                return start, data
+            if len(data) == num_bytes:
+                self.ignores_ranges = True
+                return 0, data
+            raise ConnectionError(f"{len(data)} of {stop - start} bytes came")
+
+        found: tuple[int, bytes] = self._attempt(name, request)
+        return found
 
     def copy(self, name: str, most_bytes: int, check: Check) -> Path:
         """Return a checked copy of a file; it is made on first use.
@@ -175,42 +207,3 @@ class BoundedFile(io.BufferedWriter):
             raise CorruptShardError(f"more than {self._most_bytes} bytes came")
         with path_in_errors(self._path):
             return super().write(data)
-
-
-def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URL and the path in it; nothing is requested yet.
-
-    Raises:
-        SettingsError: A URL of a kind that cannot be read here.
-    """
-    try:
-        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(
-            _decoded(url), **_options(url)
-        )
-    except (ValueError, ImportError) as error:
-        raise SettingsError(f"{url}: cannot be read here: {error}") from None
-    return found
-
-
-def _options(url: str) -> dict[str, Any]:
-    if url.startswith(HUB):
-        # A cached file system would repeat its old listing, and a refusal after the login.
-        return {"skip_instance_cache": True}
-    if not url.startswith(WEB):
-        return {}
-    from aiohttp import ClientTimeout
-
-    # In place of aiohttp's five minutes for a whole file.
-    timeout = ClientTimeout(
-        total=None, sock_connect=network.READ_TIMEOUT, sock_read=network.READ_TIMEOUT
-    )
-    return {"client_kwargs": {"timeout": timeout}}
-
-
-def _decoded(url: str) -> str:
-    """Return a URL as its file system takes it: that of `file` takes no `%20` for a space."""
-    if not url.startswith("file://"):
-        return url
-    path = url.removeprefix("file://")
-    # An existing folder can have such signs in its name.
-    return url if Path(path).exists() else f"file://{unquote(path)}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,7 @@ from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, Patchcache
 from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
 from ..store_index import INDEX_FILE, ShardFile, check_own_hash
 from .copies import RemoteFolder
-
-URL = re.compile(r"[A-Za-z][\w+.-]*:")
-
-
-def is_url(path: str | Path) -> bool:
-    """Whether a path is an fsspec URL."""
-    return isinstance(path, str) and "://" in path and bool(URL.match(path))
+from .urls import is_url
 
 
 class Location:
@@ -33,9 +26,11 @@ class Location:
         self.is_remote = is_url(self.root)
         self.address = self.root if self.is_remote else str(Path(root).absolute())
         """The URL, or the absolute path, which holds when the working directory changes."""
-        self._remote = RemoteFolder(self.root) if self.is_remote else None
+        self.remote = RemoteFolder(self.root) if self.is_remote else None
+        """The folder of a URL."""
 
-    def _where(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """Return a file's path or URL, for error texts."""
         return f"{self.root.rstrip('/')}/{name}"
 
     def size(self, name: str) -> int | None:
@@ -46,12 +41,12 @@ class Location:
             UnreachableStoreError: The server cannot be asked.
         """
         try:
-            found = self._remote.size(name) if self._remote else self._local_size(name)
+            found = self.remote.size(name) if self.remote else self._local_size(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if found is None:
             raise IncompleteStoreError(
-                f"{self._where(name)}: not an ordinary file, or of unknown size. Put the file "
+                f"{self.where(name)}: not an ordinary file, or of unknown size. Put the file "
                 f"of the store in its place, or use a copy of the store on this machine."
             )
         return found
@@ -71,7 +66,7 @@ class Location:
         found = self.size(shard.name)
         if found is not None and found != shard.num_bytes:
             raise CorruptShardError(
-                f"{self._where(shard.name)}: has {found} bytes, the index says {shard.num_bytes}. "
+                f"{self.where(shard.name)}: has {found} bytes, the index says {shard.num_bytes}. "
                 f"{self.remedy}"
             )
 
@@ -98,13 +93,12 @@ class Location:
             raise self._missing(name)
         if most_bytes is not None and found > most_bytes:
             raise IncompleteStoreError(
-                f"{self._where(name)}: has {found} bytes, wanted at most {most_bytes}. "
-                f"{self.remedy}"
+                f"{self.where(name)}: has {found} bytes, wanted at most {most_bytes}. {self.remedy}"
             )
-        if not self._remote:
+        if not self.remote:
             return Path(self.address) / name
         try:
-            return self._copy(self._remote, name, found, sha256)
+            return self._copy(self.remote, name, found, sha256)
         except PatchcacheError:
             raise
         except FileNotFoundError:
@@ -118,8 +112,21 @@ class Location:
         """Return the path of a shard's readable file; the errors are those of `path`."""
         return self.path(shard.name, shard.num_bytes, shard.sha256)
 
+    def read(self, shard: ShardFile, start: int, stop: int) -> tuple[int, bytes]:
+        """Request bytes of a shard behind a URL; arguments and result of `RemoteFolder.read`.
+
+        Raises:
+            IncompleteStoreError: No such file.
+            UnreachableStoreError: The server does not deliver it.
+        """
+        assert self.remote is not None
+        try:
+            return self.remote.read(shard.name, start, stop, shard.num_bytes)
+        except FileNotFoundError:
+            raise self._missing(shard.name) from None
+
     def _copy(self, remote: RemoteFolder, name: str, num_bytes: int, sha256: str | None) -> Path:
-        where = self._where(name)
+        where = self.where(name)
 
         def check(copy: Path, found_bytes: int, found_sha256: str) -> None:
             if found_bytes != num_bytes:
@@ -150,7 +157,7 @@ class Location:
                 f"pull` or the extract stage makes data/features."
             )
         return IncompleteStoreError(
-            f"{self._where(name)}: missing, so this is no whole store. {remedy}"
+            f"{self.where(name)}: missing, so this is no whole store. {remedy}"
         )
 
     @contextlib.contextmanager
@@ -159,8 +166,8 @@ class Location:
         try:
             yield
         except PatchcacheError as error:
-            if self._remote:
-                copies, url = str(self._remote.copies), self._remote.url
+            if self.remote:
+                copies, url = str(self.remote.copies), self.remote.url
                 error.args = tuple(
                     str(text).replace(copies, url).replace(REMEDY, self.remedy)
                     for text in error.args

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from cache.errors import PatchcacheError, UnreachableStoreError
-from cache.remote.copies import WEB, filesystem_of
+from cache.remote.urls import WEB, filesystem_of
 from cache.remote.network import attempt
 from workspace.errors import StageError
 

@@ -12,8 +12,7 @@ from typing import Literal, Protocol
 from urllib.parse import unquote
 
 from cache.files.atomic import check_ordinary
-from cache.remote.copies import WEB, filesystem_of
-from cache.remote.location import is_url
+from cache.remote.urls import WEB, filesystem_of, is_url
 from pipeline.images.byte_file import ByteFile, LocalFile, RemoteFile, over_network
 from pipeline.images.folder import ImageFolder
 from pipeline.images.names import reading_image

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cache.remote.copies import filesystem_of
+from cache.remote.urls import filesystem_of
 from pipeline.images.byte_file import over_network
 from pipeline.images.names import (
     MAX_IMAGE_BYTES,

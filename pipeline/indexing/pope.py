@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.indexing.image_collection import ImageRow
 from pipeline.indexing.records import (
     AnnotationFile,

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from cache.files.atomic import check_ordinary, path_in_errors
 from cache.files.foreign import parse_json
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.images.names import ImageNameError, check_file_name
 from pipeline.images.zip_file import REMEDY
 from pipeline.indexing.texts.url import copy_of_url

@@ -39,8 +39,8 @@ def spec():
     )
 
 
-def random_rows(num_rows, seed=0):
-    values = np.random.default_rng(seed).standard_normal((num_rows, PATCHES, WIDTH))
+def random_rows(num_rows, seed=0, shape=(PATCHES, WIDTH)):
+    values = np.random.default_rng(seed).standard_normal((num_rows, *shape))
     return values.astype(np.float16)
 
 
@@ -87,7 +87,7 @@ def write_store(root, num_images, seed, spec, shard_rows=5):
     root.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     image_ids = np.sort(rng.choice(10**6, num_images, replace=False))
-    features = random_rows(num_images, seed)
+    features = random_rows(num_images, seed, (spec.patches, spec.width))
     plan = plan_shards(image_ids, image_ids.astype(np.uint64), spec.fingerprint, shard_rows)
     shards = []
     for planned in plan:
@@ -121,3 +121,11 @@ def write_table(root, spec, shards):
 @pytest.fixture
 def store(tmp_path, build_store):
     return build_store(tmp_path / "features")
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path_factory, monkeypatch):
+    """Each test has a folder of its own for shards of remote stores."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PATCHCACHE_CACHE_DIR", str(folder))
+    return folder

@@ -38,7 +38,7 @@ def mapped(monkeypatch):
 
     def attach(space, number, path, **where):
         names.append(path.name)
-        real(space, number, path, **where)
+        return real(space, number, path, **where)
 
     monkeypatch.setattr(FeatureMapping, "attach", attach)
     return names

@@ -79,8 +79,11 @@ class OtherImages:
         self, image_ids: NDArray[np.int64], out: NDArray[np.float16] | None = None
     ) -> NDArray[np.float16]:
         """Return the features of the other images, in the order asked: float16 [B, P, D]."""
+        return self._store.gather(self._ids_of_others(image_ids), out)
+
+    def _ids_of_others(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         others = [self._others[image_id] for image_id in np.asarray(image_ids).tolist()]
-        return self._store.gather(np.array(others, dtype=np.int64), out)
+        return np.array(others, dtype=np.int64)
 
     def shards_of(self, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the shard of each image itself, which decides a windowed order: int64 [B]."""
@@ -88,6 +91,11 @@ class OtherImages:
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Do nothing: the other images lie in any shard, so rows are read as they are gathered."""
+
+    def prefetch_rows(self, image_ids: NDArray[np.int64]) -> None:
+        """Begin to fetch the features of the other images, if the store is behind a URL."""
+        if self._store.is_remote:
+            self._store.prefetch_rows(self._ids_of_others(image_ids))
 
 
 def learned_features(

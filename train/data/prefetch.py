@@ -27,6 +27,12 @@ Result = TypeVar("Result")
 DEPTH = 2
 """Results prepared ahead: one ready, one in the making."""
 
+BATCHES_AHEAD = 8
+"""Batches whose rows are requested ahead: at 20 ms a request, 64 rows take two round trips."""
+
+MAX_BATCHES_KNOWN = 1 << 14
+"""Most batches of which a store is told at first: about an epoch of a million images."""
+
 
 class Features(Protocol):
     """A source of image features: a `FeatureStore`, or a stand-in."""
@@ -57,6 +63,9 @@ class StoredFeatures(Features, Protocol):
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Ask the system to bring whole shards into memory."""
+
+    def prefetch_rows(self, image_ids: NDArray[np.int64]) -> None:
+        """Begin to fetch the features of some images from a server, if they are behind a URL."""
 
 
 class Prefetcher(Generic[Item, Result]):
@@ -155,18 +164,24 @@ class FeatureBatches:
 
 
 class ShardReadahead:
-    """Asks the system to read whole shards some time before their rows are gathered."""
+    """Asks for features some time before they are gathered: for whole shards, or for rows."""
 
     def __init__(
         self, store: StoredFeatures, batches: Sequence[NDArray[np.int64]], distance: int
     ) -> None:
-        """Store the arguments; `distance` is the `read_ahead` of `FeatureBatches`."""
+        """Store the arguments; `distance` is the `read_ahead` of `FeatureBatches`.
+
+        Without a distance, rows are asked for: those of the next batches, and once those of all
+        batches, from which a store behind a URL learns of which shards most rows are wanted.
+        """
         self._store, self._batches, self._distance = store, batches, distance
         self._last_use: dict[int, float] = {}
         self._next = 0
 
     def advance_to(self, number: int) -> None:
-        """Request the shards up to `distance` batches after this one; batches come in order."""
+        """Request what is needed up to `distance` batches after this one; batches come in order."""
+        if not self._distance:
+            self._request_rows(number)
         while self._distance and self._next < min(number + self._distance, len(self._batches)):
             shards = np.unique(self._store.shards_of(self._batches[self._next])).tolist()
             # A shard unused for so long may have left the page cache.
@@ -176,6 +191,14 @@ class ShardReadahead:
             )
             self._last_use |= dict.fromkeys(shards, self._next)
             self._next += 1
+
+    def _request_rows(self, number: int) -> None:
+        is_first = not self._next
+        while self._next < min(number + BATCHES_AHEAD, len(self._batches)):
+            self._store.prefetch_rows(self._batches[self._next])
+            self._next += 1
+        if is_first and self._batches:
+            self._store.prefetch_rows(np.concatenate(self._batches[:MAX_BATCHES_KNOWN]))
 
 
 def gather_tensor(features: Features, image_ids: NDArray[np.int64], device: torch.device) -> Tensor:

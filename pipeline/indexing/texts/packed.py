@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.images.byte_file import ByteFile
 from pipeline.images.names import IMAGE_SUFFIXES, OTHER_SUFFIXES, is_visible
 from pipeline.images.parquet_file import PackedTable, holds_images

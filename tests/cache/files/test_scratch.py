@@ -18,7 +18,6 @@ OPENS = """
 import sys, time
 from cache import FeatureStore
 opened = FeatureStore(sys.argv[1])
-opened.read_ahead([0])
 print("open", flush=True)
 time.sleep(60)
 """
@@ -99,7 +98,7 @@ def test_a_killed_owners_folder_is_deleted_by_the_next_and_a_living_owners_stays
     mine = owner.path
     left = [temporary / name for name in folders(temporary) if name != mine.name]
     assert len(left) == 1
-    assert len(list(left[0].glob("*.h5"))) == 1
+    assert len(list(left[0].glob("*.parquet"))) == 1
     living.kill()
     living.wait()
     remove_abandoned(temporary)

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,8 +17,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
     wbufsize = -1
     disable_nagle_algorithm = True
 
-    def __init__(self, folder, faults, requests, connections, *arguments):
-        self.folder, self.faults, self.requests = folder, faults, requests
+    def __init__(self, folder, faults, requests, served, connections, *arguments):
+        self.folder, self.faults, self.requests, self.served = folder, faults, requests, served
         connections.append(arguments[0])
         super().__init__(*arguments)
 
@@ -34,8 +35,22 @@ class FaultyHandler(BaseHTTPRequestHandler):
         path = self.folder / name
         status = 200 if path.is_file() else 404
         body = path.read_bytes() if status == 200 else b""
+        headers = {}
+        if status == 200 and (asked := self.headers.get("Range")) and fault != "whole":
+            start, stop = (int(n) for n in asked.removeprefix("bytes=").split("-"))
+            stop = min(stop + 1, len(body))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
+            if fault == "slice":
+                # As if the answer to another request came.
+                start, stop = (n - argument for n in (start, stop))
+                start, stop = (start, stop) if start >= 0 else (0, stop - start)
+            status, body = 206, body[start:stop]
         if fault == "status":
             status, body = argument, b"no"
+        if fault == "short":
+            body = body[: len(body) // 2]
+        if fault == "delay":
+            time.sleep(argument)
         if fault == "flip" and with_body:
             body = bytearray(body)
             body[argument % len(body)] ^= 1
@@ -47,11 +62,13 @@ class FaultyHandler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
         self.end_headers()
         if with_body:
             cut = fault in ("cut", "stall")
             with contextlib.suppress(OSError):
+                self.served.append((name, len(body)))
                 self.wfile.write(body[: len(body) // 2] if cut else body)
                 self.wfile.flush()
                 if fault == "stall":
@@ -60,7 +77,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
     def next_fault(self, name, with_body):
         kind, argument, left = self.faults.get(name, (None, None, 0))
-        if left <= 0 or (kind in ("cut", "stall", "flip") and not with_body):
+        of_bodies = ("cut", "stall", "flip", "short", "slice", "whole", "delay")
+        if left <= 0 or (kind in of_bodies and not with_body):
             return None, None
         self.faults[name] = kind, argument, left - 1
         return kind, argument
@@ -79,8 +97,12 @@ class FaultServer:
     def __init__(self, folder):
         self.faults = {}
         self.requests = Counter()
+        self.served = []
+        """Name and number of bytes of each answer with a body, faults included."""
         self._connections = []
-        handler = partial(FaultyHandler, folder, self.faults, self.requests, self._connections)
+        handler = partial(
+            FaultyHandler, folder, self.faults, self.requests, self.served, self._connections
+        )
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.handle_error = lambda *arguments: None
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 
 
 @pytest.mark.parametrize(

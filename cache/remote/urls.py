@@ -1,0 +1,61 @@
+"""URLs of files: what is one, which kinds there are, and the file system behind each."""
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import fsspec
+
+from ..errors import SettingsError
+from . import network
+
+URL = re.compile(r"[A-Za-z][\w+.-]*:")
+
+WEB = ("http://", "https://")
+
+HUB = "hf://"
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is an fsspec URL."""
+    return isinstance(path, str) and "://" in path and bool(URL.match(path))
+
+
+def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URL and the path in it; nothing is requested yet.
+
+    Raises:
+        SettingsError: A URL of a kind that cannot be read here.
+    """
+    try:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(
+            _decoded(url), **_options(url)
+        )
+    except (ValueError, ImportError) as error:
+        raise SettingsError(f"{url}: cannot be read here: {error}") from None
+    return found
+
+
+def _options(url: str) -> dict[str, Any]:
+    if url.startswith(HUB):
+        # A cached file system would repeat its old listing, and a refusal after the login.
+        return {"skip_instance_cache": True}
+    if not url.startswith(WEB):
+        return {}
+    from aiohttp import ClientTimeout
+
+    # In place of aiohttp's five minutes for a whole file.
+    timeout = ClientTimeout(
+        total=None, sock_connect=network.READ_TIMEOUT, sock_read=network.READ_TIMEOUT
+    )
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def _decoded(url: str) -> str:
+    """Return a URL as its file system takes it: that of `file` takes no `%20` for a space."""
+    if not url.startswith("file://"):
+        return url
+    path = url.removeprefix("file://")
+    # An existing folder can have such signs in its name.
+    return url if Path(path).exists() else f"file://{unquote(path)}"
