@@ -100,8 +100,8 @@ NAMED_FAULTS = {
         ),
     ),
 }
-"""Exceptions that no status explains: of botocore without a login; and of huggingface_hub, as the Hub
-answers 401 and 404 for a private repository and for none."""
+"""Exceptions that no status explains: of botocore without a login; and of huggingface_hub, as the
+Hub answers 401 and 404 for a private repository and for none."""
 
 
 def attempt(

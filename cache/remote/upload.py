@@ -6,6 +6,7 @@ take other bytes under a name of the former store (of another encoder the spec, 
 the probe or a shard) is sent after the former index has been deleted: meanwhile there is no store.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -119,7 +120,7 @@ def _replace(
     changed = [f for f in missing if hashes.get(f.name, f.sha256) != f.sha256]
     added = [file for file in missing if file not in changed]
 
-    def send(file: ShardFile) -> ShardFile:
+    def send(file: ShardFile) -> None:
         claim.check()
         path = source.path(file.name, file.num_bytes, file.sha256)
         if sha256_of(path) != file.sha256:
@@ -127,7 +128,6 @@ def _replace(
                 f"{path}: its sha256 is not the one in {INDEX_FILE}. {source.remedy}"
             )
         destination.put(file.name, path)
-        return file
 
     total = sum(file.num_bytes for file in missing)
     with tqdm(desc="push", total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -218,43 +218,42 @@ def _is_of_store(name: str) -> bool:
     return bool(always or SHARD_NAME.fullmatch(name) or name == PROBE_FILE)
 
 
-def in_parallel(action: Callable[[Item], Item | None], items: Sequence[Item]) -> Iterator[Item]:
-    """Run an action on each item in threads; yield the results as they come.
+def in_parallel(action: Callable[[Item], object], items: Sequence[Item]) -> Iterator[Item]:
+    """Run an action on each item in threads; yield the items that are done.
 
-    After an error no further item is begun, and the error is raised when the others have ended. An
+    After an error no further item is begun, and the error is raised when the others are done. An
     interrupt does not wait for them: the threads end with the process.
     """
     todo: queue.SimpleQueue[Item] = queue.SimpleQueue()
     for item in items:
         todo.put(item)
-    results: queue.SimpleQueue[tuple[Item | None, BaseException | None]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+    errors: list[BaseException] = []
     stopped = threading.Event()
 
     def work() -> None:
-        while not stopped.is_set():
-            try:
+        with contextlib.suppress(queue.Empty):
+            while not stopped.is_set():
                 item = todo.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((action(item), None))
-            except BaseException as error:
-                results.put((None, error))
+                try:
+                    action(item)
+                except BaseException as error:
+                    errors.append(error)
+                    stopped.set()
+                else:
+                    done.put(item)
+        done.put(None)
 
-    count = min(NUM_THREADS, len(items))
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
-    for thread in threads:
-        thread.start()
+    working = min(NUM_THREADS, len(items))
+    for _ in range(working):
+        threading.Thread(target=work, daemon=True).start()
     try:
-        for _ in items:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            yield result  # type: ignore[misc]
-    except Exception:
-        stopped.set()
-        for thread in threads:
-            thread.join()
-        raise
+        while working:
+            if (item := done.get()) is None:
+                working -= 1
+            else:
+                yield item
     finally:
         stopped.set()
+    if errors:
+        raise errors[0]
