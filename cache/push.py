@@ -6,15 +6,6 @@ held before is whole until the new one is.
 
 from .cli.command import command_parser, run_guarded
 from .remote.upload import upload
-from .texts import human_size
-
-
-def push(root: str, url: str) -> None:
-    """Publish a store, and print what was sent; the errors are those of `upload`."""
-    done = upload(root, url)
-    sent = f"{done.num_sent} files sent ({human_size(done.bytes_sent)})"
-    deleted = f", {done.num_deleted} old files deleted" if done.num_deleted else ""
-    print(f"{url}: {done.num_images} images in {done.num_shards} shards, {sent}{deleted}")
 
 
 def main() -> None:
@@ -23,7 +14,7 @@ def main() -> None:
     parser.add_argument("root", help="folder of a store")
     parser.add_argument("url", help="fsspec URL: s3://, gs://, hf://buckets/, file:///, ...")
     arguments = parser.parse_args()
-    run_guarded(lambda: push(arguments.root, arguments.url))
+    run_guarded(lambda: print(upload(arguments.root, arguments.url)))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,9 @@ class ExtractSettings:
     max_failure_rate: float
     """Share of images, from 0 to 1, above which images that do not decode, or that an external
     store lacks, stop the stage."""
+    to: str | None = None
+    """An fsspec URL such as `s3://bucket/features`, where the finished store is published as well,
+    as `python -m cache.push` does. Null: nowhere."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:

@@ -22,6 +22,7 @@ from ..files.scratch import ScratchFolder
 from ..layout import StoreLayout
 from ..spec import SPEC_FILE, Spec
 from ..store_index import INDEX_FILE, PROBE_FILE, SHARD_NAME, ShardFile, StoreIndex
+from ..texts import human_size
 from .claim import CLAIM_FILE, Claim
 from .destination import PARTIAL, Destination
 from .location import Location
@@ -34,8 +35,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Upload:
-    """What an upload did."""
+    """What an upload did; as a text, one line."""
 
+    url: str
     num_images: int
     num_shards: int
     num_sent: int
@@ -43,6 +45,11 @@ class Upload:
     bytes_sent: int
     num_deleted: int
     """Files of a former store."""
+
+    def __str__(self) -> str:
+        sent = f"{self.num_sent} files sent ({human_size(self.bytes_sent)})"
+        deleted = f", {self.num_deleted} old files deleted" if self.num_deleted else ""
+        return f"{self.url}: {self.num_images} images in {self.num_shards} shards, {sent}{deleted}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def upload(root: str | Path, url: str) -> Upload:
         num_deleted = _delete_others(destination, claim, {file.name for file in files})
         claim.is_complete = True
     return Upload(
+        url=destination.url,
         num_images=len(index.image_ids),
         num_shards=len(index.shards),
         num_sent=len(sent),
