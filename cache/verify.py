@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .audit import VerifyReport, audit
 from .cli.command import command_parser, run_guarded
 from .dvc_objects import drop_damaged_objects
-from .errors import CorruptShardError
+from .errors import CorruptShardError, SettingsError
 from .remote.destination import Destination
 from .remote.location import Location
 from .spec import SPEC_FILE
@@ -27,10 +27,16 @@ def verify(root: str, deep: bool, repair: bool) -> None:
         repair: Delete damaged files, so that the extract stage makes exactly those again.
 
     Raises:
-        SettingsError: A store behind a URL that cannot be written is to be repaired.
+        SettingsError: The shards to repair are at a URL that cannot be written, or that a folder
+            names.
         CorruptShardError: There are problems.
     """
     location = Location(root)
+    if repair and location.origin:
+        raise SettingsError(
+            f"{root}: its shards are at {location.origin}. Repair the store there, then run the "
+            f"extract stage."
+        )
     target = Destination(root) if repair and location.is_remote else Path(root)
     with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
 
@@ -61,6 +67,8 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
         return ". No file is known to be damaged; each problem says what to do."
     if not (location.is_remote or Path(location.address).is_dir()):
         return "."
+    if location.origin:
+        return f". {location.remedy}"
     if location.is_remote:
         return (
             ". Push the store there again." if repair else ". --repair deletes damaged files there."
