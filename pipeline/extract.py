@@ -54,7 +54,7 @@ def extract(params: Params) -> None:
             # Refused now, and not after hours of encoding.
             check_writable(settings.to)
         if encoder_settings.model == EXTERNAL:
-            plan, spec = take_store(encoder_settings.pretrained, source, settings, stats)
+            plan, spec = take_store(encoder_settings, source, settings, stats)
         else:
             encoder = LazyEncoder(encoder_settings)
             plan, hashes = make_shards(source, data, encoder, settings, stats)

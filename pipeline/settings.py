@@ -81,11 +81,19 @@ class EncoderSettings:
     their last bits."""
     device: str
     """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices."""
+    stream: bool = False
+    """Of `model: external` with a URL: whether the shards stay there, and are read and checked when
+    they are needed, instead of being copied."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
             raise ValueError(f"layer is {self.layer}, wanted one counted from the end: -1, -2, ...")
         _check_at_least_one("batch_size", self.batch_size, most=MAX_BATCH)
+        if self.stream and not (self.model == EXTERNAL and "://" in self.pretrained):
+            raise ValueError(
+                f"stream is true, wanted model external and a URL in pretrained, not {self.model} "
+                f"and {self.pretrained}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
