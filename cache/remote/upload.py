@@ -162,6 +162,7 @@ def _replace(
             f"{destination.url}/{INDEX_FILE}: is not the one that was just written: another "
             f"program writes there. Stop it, and run the same command again."
         )
+    claim.confirm()
     return missing
 
 
@@ -209,8 +210,6 @@ def _delete_others(destination: Destination, claim: Claim, names: set[str]) -> i
     The index in place names none of them. Files whose names no store has are somebody's own.
     """
     others = [name for name in destination.list() if _is_of_store(name) and name not in names]
-    if others:
-        claim.confirm()
 
     def delete(name: str) -> None:
         claim.check()
@@ -257,10 +256,10 @@ def in_parallel(action: Callable[[Item], object], items: Sequence[Item]) -> Iter
         threading.Thread(target=work, daemon=True).start()
     try:
         while working:
-            if (item := done.get()) is None:
+            if (finished := done.get()) is None:
                 working -= 1
             else:
-                yield item
+                yield finished
     finally:
         stopped.set()
     if errors:

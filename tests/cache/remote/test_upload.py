@@ -509,6 +509,26 @@ def test_puts_of_a_sleeper_that_land_late_are_never_read_and_can_be_repaired(
     assert read_whole(SAME_URL) == content_of(other)
 
 
+def test_an_index_of_a_sleeper_that_lands_late_ends_in_an_error_and_can_be_repaired(
+    objects, small, tmp_path, build_store, monkeypatch
+):
+    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    other = build_store(tmp_path / "other", 15, seed=1)
+
+    def sleep(kind, path):
+        if kind == "put" and path.endswith(INDEX_FILE):
+            upload(other.root, SAME_URL)
+
+    One.before = sleep
+    with pytest.raises(CacheError, match=f"{URL}: {CLAIM_FILE}, the claim .* Run the same command"):
+        upload(small.root, URL)
+    One.before = None
+    with pytest.raises(IncompleteStoreError, match=r"\.h5: missing"):
+        FeatureStore(SAME_URL).gather(small.image_ids)
+    upload(small.root, URL)
+    assert read_whole(URL) == content_of(small)
+
+
 @pytest.mark.slow("lets many pairs of writers race")
 @pytest.mark.parametrize("kind", ["same", "other images", "encoded again"])
 def test_two_writers_at_once_end_in_one_whole_store(
