@@ -39,6 +39,8 @@ def inspect(root: str) -> None:
     if missing:
         names = first_few(missing, 3)
         print(f"not here     {len(missing)} of {store.num_shards} shards: {names}")
+    if store.origin:
+        print(f"shards at    {store.origin}")
     if len(store):
         print(f"image ids    {store.image_ids[0]} to {store.image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")

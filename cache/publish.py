@@ -12,6 +12,7 @@ import numpy as np
 from .files.atomic import link_or_copy, sha256_of, write_bytes
 from .plan import PlannedShard
 from .remote.location import Location
+from .remote.origin import ORIGIN_FILE, origin_json
 from .shard import open_shard
 from .spec import SPEC_FILE, Spec
 from .store_index import INDEX_FILE, PROBE_FILE, SHARD_NAME, ShardFile, StoreIndex
@@ -41,6 +42,7 @@ def publish(
     if probe:
         link_or_copy(probe, root / PROBE_FILE)
     index = _make_index(root, plan, spec, hashes, sha256_of(probe) if probe else None)
+    (root / ORIGIN_FILE).unlink(missing_ok=True)
     write_bytes(root / SPEC_FILE, spec.to_json())
     index.write(root / INDEX_FILE)
     _delete_others(root, {shard.name for shard in plan} | ({PROBE_FILE} if probe else set()))
@@ -57,9 +59,31 @@ def publish_copy(root: Path, source: Location, index: StoreIndex) -> None:
     probe = {} if index.probe_sha256 is None else {PROBE_FILE: index.probe_sha256}
     for file in index.shards:
         link_or_copy(source.shard_path(file), root / file.name)
+    (root / ORIGIN_FILE).unlink(missing_ok=True)
     for name in (*probe, SPEC_FILE, INDEX_FILE):
         link_or_copy(source.path(name, sha256=probe.get(name)), root / name)
     _delete_others(root, {file.name for file in index.shards} | probe.keys())
+
+
+def publish_origin(root: Path, source: Location, index: StoreIndex) -> None:
+    """Publish a store whose shards stay where they are, and delete files of the former content.
+
+    Args:
+        root: The store's folder.
+        source: The other store, at a URL; its spec and index have been checked.
+        index: Its index.
+
+    Raises:
+        SettingsError: A URL of a kind that shards are not read from in this way.
+    """
+    origin = origin_json(source.root)
+    probe = {} if index.probe_sha256 is None else {PROBE_FILE: index.probe_sha256}
+    # The former index names shards that are not at the URL.
+    (root / INDEX_FILE).unlink(missing_ok=True)
+    write_bytes(root / ORIGIN_FILE, origin)
+    for name in (*probe, SPEC_FILE, INDEX_FILE):
+        link_or_copy(source.path(name, sha256=probe.get(name)), root / name)
+    _delete_others(root, probe.keys())
 
 
 def _delete_others(root: Path, names: Set[str]) -> None:

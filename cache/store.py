@@ -100,6 +100,11 @@ class FeatureStore:
         return self.spec.fingerprint
 
     @property
+    def origin(self) -> str | None:
+        """URL that the shards of a folder are read from; None if they are in the folder."""
+        return self._layout.location.origin
+
+    @property
     def num_shards(self) -> int:
         """Number of shard files that the index names."""
         return len(self._layout.shards)

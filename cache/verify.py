@@ -12,7 +12,10 @@ from .audit import VerifyReport, audit
 from .cli.command import command_parser, run_guarded
 from .dvc_objects import drop_damaged_objects
 from .errors import CorruptShardError, SettingsError
+from .remote.destination import Destination
 from .remote.location import Location
+from .spec import SPEC_FILE
+from .store_index import INDEX_FILE
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:
@@ -24,12 +27,17 @@ def verify(root: str, deep: bool, repair: bool) -> None:
         repair: Delete damaged files, so that the extract stage makes exactly those again.
 
     Raises:
-        SettingsError: A store behind a URL cannot be repaired.
+        SettingsError: The shards to repair are at a URL that cannot be written, or that a folder
+            names.
         CorruptShardError: There are problems.
     """
     location = Location(root)
-    if repair and location.is_remote:
-        raise SettingsError(f"{root}: is not on this machine. Repair it where it is, or push it.")
+    if repair and location.origin:
+        raise SettingsError(
+            f"{root}: its shards are at {location.origin}. Repair the store there, then run the "
+            f"extract stage."
+        )
+    target = Destination(root) if repair and location.is_remote else Path(root)
     with tqdm(desc="verify", unit="B", unit_scale=True, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -40,7 +48,7 @@ def verify(root: str, deep: bool, repair: bool) -> None:
     for problem in report.problems:
         print(problem)
     if not report.ok:
-        deleted = delete_damaged(Path(root), report) if repair else []
+        deleted = delete_damaged(target, report) if repair else []
         counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(deleted)}"
         raise CorruptShardError(f"{counts}{_advice(location, report, repair)}")
     what = "all bytes are those that were written" if deep else "sizes and structure are right"
@@ -57,8 +65,12 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     if not report.bad_files:
         # A server that does not deliver, or another version of the format.
         return ". No file is known to be damaged; each problem says what to do."
+    if location.origin:
+        return f". {location.remedy}"
     if location.is_remote:
-        return ". Repair the store where it is, or push it there again."
+        return (
+            ". Push the store there again." if repair else ". --repair deletes damaged files there."
+        )
     if repair:
         return ". Run the extract stage."
     # A missing folder, or one that holds no store, has nothing to delete.
@@ -66,8 +78,17 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     return ". --repair deletes damaged files." if is_any else "."
 
 
-def delete_damaged(folder: Path, report: VerifyReport) -> list[str]:
-    """Delete the damaged files of a store, and return the names of those that existed."""
+def delete_damaged(folder: Path | Destination, report: VerifyReport) -> list[str]:
+    """Delete the damaged files of a store, and return the names of those that existed.
+
+    Behind a URL, spec and index stay: they are replaced when the store is pushed there again.
+    """
+    if isinstance(folder, Destination):
+        listed = folder.list().keys() - {SPEC_FILE, INDEX_FILE}
+        deleted = [name for name in report.bad_files if name in listed]
+        for name in deleted:
+            folder.delete(name)
+        return deleted
     deleted = [name for name in report.bad_files if (folder / name).exists()]
     for name in deleted:
         (folder / name).unlink()

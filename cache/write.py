@@ -111,7 +111,8 @@ def _checked_folder(folder: str | Path) -> Path:
     """Refuse a URL, and a folder that holds other files and neither a store nor its rows."""
     if "://" in str(folder):
         raise SettingsError(
-            f"{folder}: stores are written to folders. Write it here, then copy it."
+            f"{folder}: stores are written to folders. Write it here, then `python -m "
+            f"{__package__}.push` it there."
         )
     root = Path(folder)
     work = root / UNFINISHED

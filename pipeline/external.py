@@ -1,8 +1,9 @@
 """Takes a store that others wrote, such as one of `cache.write_store`, in place of encoding.
 
 The store is checked to its last byte and against the index of the workspace, then published as it
-is. A store with features of another file than the indexed one is refused: they would be trained on
-beside the texts of that file.
+is; or, with `encoder.stream`, without its shards, which are then checked when they are read. A
+store with features of another file than the indexed one is refused: they would be trained on beside
+the texts of that file.
 """
 
 from pathlib import Path
@@ -12,15 +13,16 @@ from tqdm import tqdm
 
 from cache.audit import audit
 from cache.errors import REMEDY, SettingsError
+from cache.layout import StoreLayout
 from cache.plan import PlannedShard
-from cache.publish import publish_copy
+from cache.publish import publish_copy, publish_origin
 from cache.remote.location import Location
 from cache.spec import Spec
 from cache.store_index import INDEX_FILE, StoreIndex
 from cache.texts import first_few
 from pipeline.encoding.stats import ExtractionStats
 from pipeline.images.source import ImageSource
-from pipeline.settings import ExtractSettings
+from pipeline.settings import EncoderSettings, ExtractSettings
 from workspace.errors import StageError
 from workspace.paths import FEATURES, IMAGES
 
@@ -29,12 +31,15 @@ KEY = "encoder.pretrained"
 
 
 def take_store(
-    root: str, source: ImageSource, settings: ExtractSettings, stats: ExtractionStats
+    encoder: EncoderSettings,
+    source: ImageSource,
+    settings: ExtractSettings,
+    stats: ExtractionStats,
 ) -> tuple[list[PlannedShard], Spec]:
     """Check a store and publish it as that of the workspace.
 
     Args:
-        root: Its folder or URL.
+        encoder: Names its folder or URL, and says whether its shards stay there.
         source: The indexed images.
         settings: Of the stage.
         stats: Updated with the images that the store lacks, as failures.
@@ -46,6 +51,13 @@ def take_store(
         SettingsError: The store is the one that would be replaced by it.
         StageError: It is damaged, lacks too many images, or has features of other files.
     """
+    root = encoder.pretrained
+    if encoder.stream:
+        layout, index = StoreLayout.open(root, partial=False)
+        _check_shards_exist(layout)
+        _check_images(index, root, source, settings, stats)
+        publish_origin(FEATURES, layout.location, index)
+        return _plan_of(index), layout.spec
     location = Location(root)
     if not location.is_remote and Path(root).resolve() == FEATURES.resolve():
         raise SettingsError(
@@ -57,6 +69,17 @@ def take_store(
     _check_images(index, root, source, settings, stats)
     publish_copy(FEATURES, location, index)
     return _plan_of(index), spec
+
+
+def _check_shards_exist(layout: StoreLayout) -> None:
+    """Refuse a store behind a URL that lacks a shard; the sizes of the others have been checked."""
+    sizes = {file.name: layout.location.size(file.name) for file in layout.shards}
+    missing = [name for name, size in sizes.items() if size is None]
+    if missing:
+        raise StageError(
+            f"{KEY}: {layout.location.root} lacks {len(missing)} of its {len(sizes)} shards: "
+            f"{first_few(missing)}. {layout.location.remedy}"
+        )
 
 
 def _check_files(location: Location) -> None:

@@ -4,7 +4,8 @@ Each shard is encoded into the work directory under a name that determines its c
 killed run continues where it stopped and a changed image costs one shard. The finished shards are
 then linked into `data/features/`, the index last. If every shard exists already, no image is
 opened, and the tower is not loaded unless its weights are named by a hub id. With
-`encoder.model: external` a store that exists is checked and published, and nothing is encoded.
+`encoder.model: external` a store that exists is checked and published, and nothing is encoded. The
+finished store is published to the URL of `extract.to` as well.
 """
 
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 from cache.files.atomic import sha256_of_pieces, write_json
 from cache.plan import PlannedShard, plan_shards
 from cache.publish import publish
+from cache.remote.upload import check_writable, upload
 from cache.spec import Spec
 from cache.texts import human_size
 from pipeline.encoding.lazy_encoder import LazyEncoder
@@ -48,14 +50,19 @@ def extract(params: Params) -> None:
     source = read_source()
     stats = ExtractionStats()
     with folder_lock(SHARDS):
+        if settings.to is not None:
+            # Refused now, and not after hours of encoding.
+            check_writable(settings.to)
         if encoder_settings.model == EXTERNAL:
-            plan, spec = take_store(encoder_settings.pretrained, source, settings, stats)
+            plan, spec = take_store(encoder_settings, source, settings, stats)
         else:
             encoder = LazyEncoder(encoder_settings)
             plan, hashes = make_shards(source, data, encoder, settings, stats)
             spec = encoder.spec
             publish(FEATURES, plan, SHARDS, spec, hashes, probe_path(spec))
-    write_report(plan, spec, stats, settings)
+        write_report(plan, spec, stats, settings)
+        if settings.to is not None:
+            print(f"extract: {upload(FEATURES, settings.to)}")
 
 
 def make_shards(

@@ -81,11 +81,19 @@ class EncoderSettings:
     their last bits."""
     device: str
     """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices."""
+    stream: bool = False
+    """Of `model: external` with a URL: whether the shards stay there, and are read and checked when
+    they are needed, instead of being copied."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
             raise ValueError(f"layer is {self.layer}, wanted one counted from the end: -1, -2, ...")
         _check_at_least_one("batch_size", self.batch_size, most=MAX_BATCH)
+        if self.stream and not (self.model == EXTERNAL and "://" in self.pretrained):
+            raise ValueError(
+                f"stream is true, wanted model external and a URL in pretrained, not {self.model} "
+                f"and {self.pretrained}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,9 @@ class ExtractSettings:
     max_failure_rate: float
     """Share of images, from 0 to 1, above which images that do not decode, or that an external
     store lacks, stop the stage."""
+    to: str | None = None
+    """An fsspec URL such as `s3://bucket/features`, where the finished store is published as well,
+    as `python -m cache.push` does. Null: nowhere."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.workers <= MAX_WORKERS:

@@ -40,6 +40,8 @@ NO_LAW = {
     "fetch.files.unpack": FETCHED,
     "llm.prompt": "which tokens stand around texts: tests/train/data/test_prompt_formats.py",
     "controls.trained_blind": "whether a stage trains anything: tests/train/test_control.py",
+    "encoder.stream": "where the shards lie: tests/pipeline/test_stream.py",
+    "extract.to": "where else the store goes: tests/pipeline/test_extract_to.py",
     "encoder.device": "where the work is done: tests/pipeline/encoding/test_devices.py",
 }
 """Settings that no law changes."""

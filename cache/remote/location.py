@@ -1,4 +1,6 @@
-"""The place of a store: a folder, or an fsspec URL whose files are copied to this machine."""
+"""The place of a store: a folder, an fsspec URL whose files are copied to this machine, or a folder
+whose shards are at a URL.
+"""
 
 import contextlib
 import os
@@ -8,8 +10,9 @@ from pathlib import Path
 
 from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
 from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
-from ..store_index import INDEX_FILE, ShardFile, check_own_hash
+from ..store_index import INDEX_FILE, SHARD_NAME, ShardFile, check_own_hash
 from .copies import RemoteFolder
+from .origin import read_origin
 from .urls import is_url
 
 
@@ -21,17 +24,27 @@ class Location:
 
         Raises:
             SettingsError: A URL of a kind that cannot be read here.
+            IncompleteStoreError: The folder's `origin.json` is damaged.
         """
         self.root = str(root)
-        self.is_remote = is_url(self.root)
-        self.address = self.root if self.is_remote else str(Path(root).absolute())
+        self.address = self.root if is_url(self.root) else str(Path(root).absolute())
         """The URL, or the absolute path, which holds when the working directory changes."""
-        self.remote = RemoteFolder(self.root) if self.is_remote else None
-        """The folder of a URL."""
+        self.origin = None if is_url(self.root) else read_origin(Path(root))
+        """URL of the shards, if those of a folder are elsewhere."""
+        url = self.root if is_url(self.root) else self.origin
+        self.is_remote = url is not None
+        """Whether the shards are at a URL."""
+        self.remote = RemoteFolder(url) if url is not None else None
+        """The folder of that URL."""
+
+    def _remote_of(self, name: str) -> RemoteFolder | None:
+        """Return the remote folder that a file is in; None for a file on this machine."""
+        return None if self.origin and not SHARD_NAME.fullmatch(name) else self.remote
 
     def where(self, name: str) -> str:
         """Return a file's path or URL, for error texts."""
-        return f"{self.root.rstrip('/')}/{name}"
+        root = self.origin if self.origin and self._remote_of(name) else self.root
+        return f"{root.rstrip('/')}/{name}"
 
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes; None when there is no such file.
@@ -41,7 +54,8 @@ class Location:
             UnreachableStoreError: The server cannot be asked.
         """
         try:
-            found = self.remote.size(name) if self.remote else self._local_size(name)
+            remote = self._remote_of(name)
+            found = remote.size(name) if remote else self._local_size(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         if found is None:
@@ -73,6 +87,8 @@ class Location:
     @property
     def remedy(self) -> str:
         """What to do about a damaged file."""
+        if self.origin:
+            return f"Push the store to {self.origin} again, then run the extract stage."
         return "Push the store there again." if self.is_remote else REMEDY
 
     def path(self, name: str, most_bytes: int | None = None, sha256: str | None = None) -> Path:
@@ -95,10 +111,11 @@ class Location:
             raise IncompleteStoreError(
                 f"{self.where(name)}: has {found} bytes, wanted at most {most_bytes}. {self.remedy}"
             )
-        if not self.remote:
+        remote = self._remote_of(name)
+        if not remote:
             return Path(self.address) / name
         try:
-            return self._copy(self.remote, name, found, sha256)
+            return self._copy(remote, name, found, sha256)
         except PatchcacheError:
             raise
         except FileNotFoundError:
@@ -148,10 +165,10 @@ class Location:
     def _missing(self, name: str) -> IncompleteStoreError:
         remedy = (
             "Check the address, or push the store there again."
-            if self.is_remote
+            if self._remote_of(name)
             else "Run `dvc pull`, or the extract stage."
         )
-        if not (self.is_remote or Path(self.address).is_dir()):
+        if not (self._remote_of(name) or Path(self.address).is_dir()):
             return IncompleteStoreError(
                 f"{self.root}: no such folder, so this is no whole store. Check its name; `dvc "
                 f"pull` or the extract stage makes data/features."

@@ -56,6 +56,15 @@ class Fault:
 
 
 NAMED_FAULTS = {
+    **dict.fromkeys(
+        ("NoCredentialsError", "PartialCredentialsError"),
+        Fault(
+            "no login is found on this machine",
+            "Log in as its provider says: for S3, `aws configure`, or AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY.",
+            is_temporary=False,
+        ),
+    ),
     "RepositoryNotFoundError": Fault(
         "the Hub shows no such repository to this login",
         "Check its name (hf://datasets/<owner>/<name>); if it is private, run `hf auth login`.",
@@ -91,8 +100,8 @@ NAMED_FAULTS = {
         ),
     ),
 }
-"""Exceptions of huggingface_hub whose status alone would mislead: the Hub answers 401 and 404 for a
-private repository and for none."""
+"""Exceptions that no status explains: of botocore without a login; and of huggingface_hub, as the
+Hub answers 401 and 404 for a private repository and for none."""
 
 
 def attempt(
@@ -160,6 +169,8 @@ def _fault_of_cause(chain: list[BaseException]) -> Fault:
     cause = chain[-1]
     if isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Fault("no such file", is_missing=True, is_temporary=False)
+    if isinstance(cause, NotImplementedError):
+        return Fault("files there can only be read", "Name another URL.", is_temporary=False)
     if isinstance(cause, PermissionError):
         return _refused(cause.strerror or describe(cause))
     if isinstance(cause, socket.gaierror):

@@ -25,6 +25,8 @@ NOT_RUN = {
     "git clone <repository> patchcache && cd patchcache": "another machine",
     "make .venv/installed && source .venv/bin/activate": "installs 6 GB",
     "jupyter nbconvert --to html --execute docs/patchcache.ipynb": "runs the demo",
+    "python -m cache.push data/features s3://bucket/features": "a bucket",
+    "python -m cache.verify s3://bucket/features": "a bucket",
     "hf auth login": "an account on the Hub",
     'hf upload me/photo-features data/features --repo-type dataset --delete "*.h5"': "the Hub",
     "hf upload me/photo-features data/features.card.md README.md --repo-type dataset": "the Hub",

@@ -48,6 +48,7 @@ def words(checkout, world) -> dict[str, str]:
     return {
         "photo.jpg": picture,
         "3021": "61",
+        "file:///mnt/team/features": f"file://{checkout.parent}/team/features",
         "OUT": str(checkout.parent / "exported"),
         "data/raw/annotations/captions_val2017.json": str(
             world / "annotations/captions_val2017.json"

@@ -1,4 +1,7 @@
+"""A store, and servers on this machine: one with faults, one that speaks the protocol of S3."""
+
 import dataclasses
+import itertools
 import os
 
 import fsspec
@@ -6,6 +9,15 @@ import pytest
 
 from cache.remote import network
 from tests.cache.remote.fault_server import FaultServer
+
+LOGIN = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
@@ -30,31 +42,36 @@ def server(wide):
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """The address of a server on this machine that speaks the protocol of S3."""
+    """The address of the server; this process and those that it starts use it as S3."""
     from moto.server import ThreadedMotoServer
 
-    running = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in LOGIN.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("NO_PROXY", ",".join(filter(None, [os.environ.get("NO_PROXY"), host])))
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield f"http://{host}:{port}"
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
 
 
 @pytest.fixture
-def s3(s3_server, monkeypatch, wide, request):
-    """URL of the store in a bucket of the server; the environment names both, and no other."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    fsspec.filesystem("s3").clear_instance_cache()
-    bucket = f"store-{abs(hash(request.node.nodeid)) % 10**9}"
-    files = fsspec.filesystem("s3")
-    files.mkdir(bucket)
+def s3(s3_server):
+    """The URL of a new bucket."""
+    url = f"s3://bucket-{next(NUMBERS)}"
+    fsspec.filesystem("s3").mkdir(url)
+    return url
+
+
+@pytest.fixture
+def s3_store(s3, wide):
+    """The URL of the store, in a bucket."""
     for path in wide.root.iterdir():
-        files.pipe_file(f"{bucket}/features/{path.name}", path.read_bytes())
-    yield f"s3://{bucket}/features"
-    fsspec.filesystem("s3").clear_instance_cache()
+        fsspec.filesystem("s3").pipe_file(f"{s3}/features/{path.name}", path.read_bytes())
+    return f"{s3}/features"

@@ -86,8 +86,8 @@ def is_complete(folder, built):
 # A server that works
 
 
-def test_a_store_in_s3_is_gathered_bit_for_bit_and_verified(s3, wide, cache_dir):
-    opened = FeatureStore(s3)
+def test_a_store_in_s3_is_gathered_bit_for_bit_and_verified(s3_store, wide, cache_dir):
+    opened = FeatureStore(s3_store)
     assert_epoch(opened, wide)
     until(lambda: is_complete(cache_dir, wide))
     assert opened.verify().ok

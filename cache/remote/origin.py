@@ -1,0 +1,63 @@
+"""`origin.json` of a store's folder: the URL that the shards are read from, in place of the folder.
+
+Spec, index and probe are in the folder; the index holds the bytes from the URL fast. The file can
+be anybody's, as every file of a store: it names a server that hands out files, and nothing else. A
+store that is itself read from a URL has none, whatever lies there.
+"""
+
+from pathlib import Path
+
+from ..errors import IncompleteStoreError, SettingsError
+from ..files.atomic import canonical_json, path_in_errors
+from ..files.foreign import parse_json
+from ..spec import MAX_JSON_BYTES
+from ..texts import one_line
+
+ORIGIN_FILE = "origin.json"
+
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "http", "https")
+"""Schemes of servers; `file` and chains of file systems would lead to files of this machine."""
+
+
+def origin_json(url: str) -> bytes:
+    """Return the content of the file.
+
+    Raises:
+        SettingsError: A URL of a kind that shards are not read from in this way.
+    """
+    if not _is_origin(url):
+        raise SettingsError(f"{url}: shards are read directly from {_kinds()} alone. Copy them.")
+    return canonical_json({"url": url})
+
+
+def read_origin(folder: Path) -> str | None:
+    """Return the URL that the shards of a folder are read from; None if they are in the folder.
+
+    Raises:
+        IncompleteStoreError: The file names no such URL.
+    """
+    path = folder / ORIGIN_FILE
+    if not path.is_file():
+        return None
+    with path_in_errors(path), path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES)
+    try:
+        values = parse_json(data.decode())
+    except (ValueError, RecursionError):
+        values = None
+    url = values.get("url") if isinstance(values, dict) else None
+    if not isinstance(url, str) or len(values) > 1 or not _is_origin(url):
+        raise IncompleteStoreError(
+            f"{path}: wanted one URL of {_kinds()}, found {one_line(ascii(values))}. Run the "
+            f"extract stage, or delete it if the shards are here."
+        )
+    return url
+
+
+def _is_origin(url: str) -> bool:
+    scheme, separator, rest = url.partition("://")
+    return scheme in SCHEMES and bool(separator and rest) and "::" not in url and url.isprintable()
+
+
+def _kinds() -> str:
+    return ", ".join(f"{scheme}://" for scheme in SCHEMES)
