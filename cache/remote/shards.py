@@ -331,11 +331,10 @@ class RemoteShards:
         came = [self._mapping.rows[row] for row in rows.tolist()]
         is_right = hash_rows(came) == self._hashes[rows]
         self._states.set_ready(rows[is_right])
-        if not opened.is_part:
-            if not is_right.all():
-                self._cache.delete(self._files[number].sha256)
-                self._states.deleted([number])
-                raise Evicted
+        if not (opened.is_part or is_right.all()):
+            self._cache.delete(self._files[number].sha256)
+            self._states.deleted([number])
+            raise Evicted
         self._finish(number)
 
     def _request_rows(self, number: int, rows: NDArray[np.int64]) -> None:
