@@ -21,7 +21,7 @@ class Bucket:
 
 
 class _WatchedFileSystem(MemoryFileSystem):
-    """An object store: a put replaces an object in one step."""
+    """An object store: a put replaces an object in one step; a folder if `in_halves`."""
 
     cachable = False
     bucket = Bucket()
@@ -29,6 +29,8 @@ class _WatchedFileSystem(MemoryFileSystem):
     """Called with the name and the path of each operation that has changed something."""
     before = None
     latency = None
+    in_halves = False
+    """Whether half a file can be seen while it is put."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -68,6 +70,10 @@ class _WatchedFileSystem(MemoryFileSystem):
     def pipe_file(self, path, value, mode="overwrite", **options):
         with self.operation("put", path):
             path = self._strip_protocol(path)
+            if self.in_halves:
+                self.store[path] = MemoryFile(self, path, bytes(value[: len(value) // 2]))
+                if self.after:
+                    type(self).after("half", path)
             self.store[path] = MemoryFile(self, path, bytes(value))
 
     def put_file(self, lpath, rpath, **options):
@@ -90,9 +96,10 @@ class Two(_WatchedFileSystem):
     protocol = "two"
 
 
-def new_bucket():
+def new_bucket(*, in_halves=False):
     """Empty the bucket, and forget all that was planned."""
     _WatchedFileSystem.bucket = Bucket()
+    _WatchedFileSystem.in_halves = in_halves
     for files in (One, Two):
         files.after = files.before = files.latency = None
         fsspec.register_implementation(files.protocol, files, clobber=True)

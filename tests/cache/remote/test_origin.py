@@ -17,6 +17,7 @@ from cache.remote.upload import upload
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
 from cache.verify import verify
+from cache.write import write_store
 from tests.cache.remote.fault_server import FaultServer
 
 
@@ -111,6 +112,11 @@ def test_shards_and_origin_replace_each_other(store, folder, tmp_path, build_sto
     assert not (folder / ORIGIN_FILE).exists()
     assert np.array_equal(FeatureStore(folder).gather(other.image_ids), other.features)
     publish(folder, server.url)
+    row = np.ones((store.spec.patches, store.spec.width), np.float16)
+    written = write_store(folder, store.spec, [(1, 2, row)])
+    assert written.origin is None
+    assert np.array_equal(written.gather([1]), [row])
+    publish(folder, server.url)
     assert not list(folder.glob("*.h5"))
     assert np.array_equal(FeatureStore(folder).gather(store.image_ids), store.features)
 
@@ -131,6 +137,7 @@ REFUSED = [
     "memory://x",
     "ssh://host/x",
     "simplecache::s3://a/b",
+    "s3://a::file:///etc",
     "filecache::file:///etc",
     "zip://x::https://a/b",
     "s3://a\nb",

@@ -57,9 +57,10 @@ def set_times(monkeypatch, look, settle, patience):
 @pytest.fixture(params=["object store", "folders"])
 def bucket(request, monkeypatch):
     """An empty bucket, where a put replaces an object, or a file is renamed."""
-    if request.param == "object store":
-        schemes = destination.OBJECT_STORES | {"one", "two"}
-        monkeypatch.setattr(destination, "OBJECT_STORES", schemes)
+    if request.param == "folders":
+        return new_bucket(in_halves=True)
+    schemes = destination.OBJECT_STORES | {"one", "two"}
+    monkeypatch.setattr(destination, "OBJECT_STORES", schemes)
     return new_bucket()
 
 
@@ -248,7 +249,7 @@ def test_a_reader_sees_the_old_store_or_the_new_one_at_every_moment(bucket, smal
     watching = threading.Lock()
 
     def look(kind, path):
-        if kind in ("put", "rename", "delete"):
+        if kind in ("half", "put", "rename", "delete"):
             with watching:
                 seen.append(read_whole(SAME_URL))
 
@@ -264,7 +265,7 @@ def test_a_reader_of_a_new_place_sees_no_store_until_it_is_whole(bucket, small):
     watching = threading.Lock()
 
     def look(kind, path):
-        if kind in ("put", "rename"):
+        if kind in ("half", "put", "rename"):
             with watching:
                 seen.append(read_whole(SAME_URL))
 
@@ -407,6 +408,30 @@ def test_a_shard_of_other_features_that_was_sent_before_is_sent_again(objects, s
     One.before = None
     assert shards_put(lambda: upload(small.root, URL)) == sorted(small.names)
     assert read_whole(URL) == content_of(small)
+
+
+def test_what_a_killed_writer_has_replaced_is_not_taken_for_what_was_there_before(
+    objects, small, tmp_path
+):
+    """Two encoders of the same images are stopped in turn, the second before it can say so."""
+    again = encoded_again(small, tmp_path / "again")
+    One.before = failing(PermissionError("no"), 10**6, re.compile("spec.json"))
+    with pytest.raises(UnreachableStoreError):
+        upload(again.root, URL)
+    killed = threading.Event()
+
+    def kill(kind, path):
+        if kind == "put" and path.endswith("spec.json"):
+            killed.set()
+        if killed.is_set():
+            raise PermissionError("killed")
+
+    One.before = kill
+    with pytest.raises(UnreachableStoreError):
+        upload(small.root, URL)
+    assert b'"writer":""' not in bucket_file(objects, CLAIM_FILE)
+    upload(again.root, SAME_URL)
+    assert read_whole(SAME_URL) == content_of(again)
 
 
 WRITER = """
