@@ -54,4 +54,4 @@ SOURCES = {
     "storage, transfer, requests": "S3 Standard in us-east-1, the list prices of many years "
     "(aws.amazon.com/s3/pricing, whose numbers could not be read in November 2026)",
 }
-"""Where the prices come from, and when they were read: as transcriptions of these pages had them."""
+"""Where the prices come from, and when they were read, from transcriptions of these pages."""

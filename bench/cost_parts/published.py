@@ -82,7 +82,8 @@ RUNS = (
         8,
         256,
         IMAGENET / 111.2,
-        "download, decoding and resizing, which are the limit: the network has less than half the operations of ViT-B/32",
+        "download, decoding and resizing, which are the limit: the network has less than half "
+        "the operations of ViT-B/32",
         RAY,
     ),
     Run(

@@ -38,13 +38,16 @@ from bench.cost_parts.sizes import (
     mean_shards,
     most_images,
 )
-from bench.cost_parts.work import tower_flops
+from bench.cost_parts.work import STAGES, tower_flops
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/scaling.md"
+TEMPLATE = Path(__file__).with_suffix(".md")
+"""The page, with names in place of its figures and tables."""
 
 SIZES = {"10 M": 10 * MILLION, "400 M": 400 * MILLION, "5 B": 5000 * MILLION}
-STAGES = ("stage 1", "stage 2")
+VECTOR_BYTES = 1536
+"""Of a pooled embedding of 768 float16 values."""
 RATES = read_rates()
 
 Cells = Iterable[object]
@@ -280,106 +283,77 @@ def _neighbour_row(run):
 
 def render() -> str:
     """Return the page."""
+    return TEMPLATE.read_text().format(**figures())
+
+
+def figures() -> dict[str, object]:
+    """Return what stands for the names in the template."""
     largest = result("large_index")["images"]["10000000"]
-    b32, l14, large = (extracted_images(tower, H100, RATES) for tower in TOWERS)
+    b32 = extracted_images(B32, H100, RATES)
     of_a_store = [layout(SIZES["5 B"], tower, RATES).images for tower in TOWERS]
     smallest, biggest = min(of_a_store), max(of_a_store)
     steps = result("step")["pretrain"]["median"]
-    return f"""# Past one machine: bytes, hours, prices
-
-What 10 million, 400 million and 5 billion images cost, and when they are better not cached. **Measured** figures come from `bench/results/` (two shared CPU cores); **computed** ones from the
-formulas of `bench/cost_model.py`; **published** ones from the page that is linked. Nothing here was run on more than one machine, or on a GPU. This page is made by
-`python -m tests.documents.measured_tables`.
-
-- **Bytes decide, not hours.** A million images are {two(1e6 * B32.row_bytes / 1e9)} GB with ViT-B/32 and {digits(1e6 * L14_336.row_bytes / 1e12)} TB with ViT-L/14-336. Making them costs ${two(extraction_price(B32, H100, RATES))} to ${two(extraction_price(L14_336, H100, RATES))}; a month in S3 costs ${two(storage_price(B32))} to ${two(storage_price(L14_336))}.
-- **Reading is easy.** One H100 that trains Phi-2 takes {two(read_bytes("stage 1", B32, H100) / 1e6)} MB/s (ViT-B/32) to {two(read_bytes("stage 1", L14_336, H100) / 1e6)} MB/s (ViT-L/14-336).
-- **Decoding is the limit of extraction with small towers**: an H100 would need {two(cores_needed(B32, H100, RATES))} cores with ViT-B/32, and {two(cores_needed(L14_336, H100, RATES))} with ViT-L/14-336.
-- **One store ends at {two(smallest / MILLION)} to {two(biggest / MILLION)} million images**, by limits of Linux and of memory; beyond that, stores lie side by side, which training does not read today.
-
-## Checked against the benchmarks
-
-Each prediction uses other measurements than the one beside it. The bytes of a shard and of a store are exact, and a test writes stores to show it.
-
-{checked()}
-
-The mixture's conversations are longer than COCO's captions, and the prediction counts records alike: it is the loosest one, and only says that the stage grows with its records. A shard has
-{mean_shard_rows(1024):.0f} rows on the mean for a `shard_rows` of 1,024, since no shard has more than twice that.
-
-## What is stored
-
-Computed; bytes of an index and memory from [large_index.json](../bench/results/large_index.json) and [scale.json](../bench/results/scale.json).
-
-{stores()}
-
-`shard_rows` stays at 1,024 up to {MAX_SHARDS:,} shards, and grows by powers of two as long as a mean shard has at most 600 MB, of which extraction holds up to twice as much in memory. Larger shards mean fewer files, mappings and requests;
-smaller ones mean less to encode again after a kill, less to send after a change, and an even end on many GPUs.
-
-## When one index.parquet is too much
-
-Ten million images have an index of {digits(largest["bytes"] / 1e6)} MB that is read in {two(largest["read_seconds"])} seconds (measured), so its size is not what ends it. Three limits come first:
-
-- **The footer.** It lists every shard ({two(largest["entry_bytes"] / largest["shards"])} bytes each) and every row group, and a reader refuses more than 16 MiB. The table shows where that is; more than 10,000 row groups, 655 million images, are always refused.
-  Writing is not refused: `shard_rows` has to be chosen before the first image is encoded.
-- **Mappings.** Linux gives a process 65,530 of them (`vm.max_map_count`), and a mapped shard takes two. The 32,311th shard of a store could not be mapped (measured); the error says "cannot be mapped: Cannot allocate memory".
-  `sysctl vm.max_map_count=1048576`, which Ubuntu 24.04 has from the start, moves that to half a million shards.
-- **Memory and start.** Every process that opens a store holds {two(RATES.open_bytes)} bytes an image, and {two(RATES.open_peak_bytes)} while it opens it. Planning takes {two(1e6 / RATES.planned_images)} seconds a million images.
-
-{limits()}
-
-What then: **stores side by side**, one for each range of image ids, each with its own `spec.json`, index and shards. One spec serves all of them, since it says what made the features and not of which images.
-What works today: a workspace for each range makes its store (`data` names its pictures); each store is verified, described, shared and replaced by itself; `FeatureStore` opens each, in one process or in many. What does not: the training stages take one
-store, so that training on several needs a loop of your own over `FeatureStore(path)`, in which every rank opens its share of the stores; no command joins or cuts stores; nothing checks that no image is in two of them.
-
-## Extraction
-
-Computed: operations of all blocks but the last, at {100 * BUSY:.0f} % of an H100's {H100.peak_flops / 1e12:.0f} TFLOP/s. {100 * BUSY:.0f} % is an assumption, between published inference of CLIP towers at 18 % (clip-retrieval on an A100, decoding included) and 59 % (timm on an RTX 4090, pixels on the GPU already).
-Measured: a core decodes {digits(RATES.decoded_images)} photographs of 640 x 480 a second ([encode_cpu.json](../bench/results/encode_cpu.json)), and hashes and writes {digits(RATES.written_bytes / 1e6)} MB/s ([extract.json](../bench/results/extract.json)).
-A machine is assumed to have {H100.cores} virtual CPUs for each H100, {A100.cores} for an A100, {L4.cores} for an L4.
-
-{extraction()}
-
-{wall_time()}
-
-{prices_of_extraction()}
-
-With ViT-B/32 {100 * b32 / encoded_images(B32, H100):.0f} % of an H100 is used, and a million images cost about the same on an L4. With ViT-L/14 every GPU is busy. Downloading the pictures is not counted: {digits(b32 * RATES.jpeg_bytes / 1e6)} MB/s of JPEGs for a GPU at {two(b32)} images a second.
-
-## Reading
-
-Computed: stage 1 with five captions an image, stage 2 with its conversations, packed, Phi-2, at {100 * BUSY:.0f} % of an H100; the last five columns are for an epoch over a million images.
-
-{reading()}
-
-Eight H100 take {two(8 * read_bytes("stage 1", L14_336, H100) / 1e9)} GB/s at most; this project reads {digits(result("read")["warm"]["median"]["FeatureBatches"] * B32.row_bytes / 1e9)} GB/s from memory and {digits(result("read")["cold"]["median"]["FeatureBatches"] * B32.row_bytes / 1e9)} GB/s from a disk on two cores ([read.json](../bench/results/read.json)).
-Rows that lie close are one request, so that a million requests are the most. Transfer within a region is free; to another one it costs more than a month of storage after {two(storage_price(B32) / transfer_price(B32))} epochs: copy the store once.
-
-## Where caching stops paying
-
-{worth()}
-
-- **Against S3, a cache needs {two(break_even_epochs(B32, H100, RATES, 1))} to {two(break_even_epochs(L14, H100, RATES, 1))} epochs a month** (prices alone, an H100, pictures at hand, one month). With four epochs in all, as in `configs/coco.yaml`, encoding at every step is cheaper than renting S3 for the features. On disks that are there anyway, a cache pays from the second epoch.
-- **On an H100 with Phi-2, CLIP is a small share of a step.** What a cache saves there is less the GPU than the decoding cores ({two(trained_images("stage 1", B32, H100) / RATES.decoded_images)} for each H100) and the pictures on every machine; and all runs see the same bits.
-- **On small machines and with small models it is the other way round**: on two CPU cores, CLIP at every step takes stage 1 from {steps["usual loop"]} to {steps["usual loop, with CLIP"]} captions a second ([step.json](../bench/results/step.json)), and a sweep of ten runs reads the same features ten times.
-- ViT-B/32's features have {two(B32.row_bytes / RATES.jpeg_bytes)} of the bytes of a photograph of 640 x 480 ({digits(RATES.jpeg_bytes / 1e3)} kB): an epoch reads less than from the pictures. Those of ViT-L/14-336 have {two(L14_336.row_bytes / RATES.jpeg_bytes)} times as many.
-
-What would shrink the features: averaging squares of 2 x 2 patches before they are stored, to a fourth (`projector.pool` averages what it reads, and the store stays whole; `write_store` takes features that were averaged before); a tower with fewer patches, as ViT-B/32 has a fifth of
-ViT-L/14's. float8 would halve them; the format has float16 alone. Compression [gains nothing](design-notes.md#the-store) on float16 features.
-
-## Neighbours
-
-Published by others, on their machines; none of it was repeated here. They keep a label or one vector of about 1.5 kB an image; this project keeps every patch, {two(B32.row_bytes / 1536)} to {two(L14_336.row_bytes / 1536)} times the bytes, so that their writing is not comparable. What is comparable is
-images a second of a GPU and of a core, beside {digits(RATES.decoded_images)} decoded images a second of a core here, and {two(encoded_images(L14, A100))} images a second computed for ViT-L/14 on an A100.
-
-{neighbours()}
-
-clip-retrieval's 312 on an A100 are {two(MILLION / 312 / 3600)} GPU hours a million images with ViT-L/14, where the table above computes {two(extraction_hours(MILLION, L14, A100, 1, RATES))}. Its 7,000 with ViT-B/32 on 8 A100, for one GPU alone 2,500, show the same limit as above: cores, not GPUs. A published run of Ray Data or Anyscale over LAION was not found.
-
-## Prices
-
-US dollars; list prices, rounded. They differ by a factor of four between providers, so read the ratios; `bench.cost_parts.prices` holds them in one dataclass.
-
-{prices()}
-"""
+    read = result("read")
+    batches = {kind: read[kind]["median"]["FeatureBatches"] for kind in ("warm", "cold")}
+    return {
+        "b32_gb": two(1e6 * B32.row_bytes / 1e9),
+        "l336_tb": digits(1e6 * L14_336.row_bytes / 1e12),
+        "b32_making": two(extraction_price(B32, H100, RATES)),
+        "l336_making": two(extraction_price(L14_336, H100, RATES)),
+        "b32_month": two(storage_price(B32)),
+        "l336_month": two(storage_price(L14_336)),
+        "b32_read": two(read_bytes("stage 1", B32, H100) / 1e6),
+        "l336_read": two(read_bytes("stage 1", L14_336, H100) / 1e6),
+        "b32_cores": two(cores_needed(B32, H100, RATES)),
+        "l336_cores": two(cores_needed(L14_336, H100, RATES)),
+        "smallest_store": two(smallest / MILLION),
+        "largest_store": two(biggest / MILLION),
+        "mean_rows": f"{mean_shard_rows(1024):.0f}",
+        "most_shards": f"{MAX_SHARDS:,}",
+        "index_mb": digits(largest["bytes"] / 1e6),
+        "index_seconds": two(largest["read_seconds"]),
+        "entry": two(largest["entry_bytes"] / largest["shards"]),
+        "open_bytes": two(RATES.open_bytes),
+        "open_peak_bytes": two(RATES.open_peak_bytes),
+        "plan_seconds": two(1e6 / RATES.planned_images),
+        "busy": f"{100 * BUSY:.0f}",
+        "h100_peak": f"{H100.peak_flops / 1e12:.0f}",
+        "decoded": digits(RATES.decoded_images),
+        "written": digits(RATES.written_bytes / 1e6),
+        "h100_cores": H100.cores,
+        "a100_cores": A100.cores,
+        "l4_cores": L4.cores,
+        "b32_used": f"{100 * b32 / encoded_images(B32, H100):.0f}",
+        "jpeg_rate": digits(b32 * RATES.jpeg_bytes / 1e6),
+        "b32_images": two(b32),
+        "eight": two(8 * read_bytes("stage 1", L14_336, H100) / 1e9),
+        "warm": digits(batches["warm"] * B32.row_bytes / 1e9),
+        "cold": digits(batches["cold"] * B32.row_bytes / 1e9),
+        "copies": two(storage_price(B32) / transfer_price(B32)),
+        "fewest_epochs": two(break_even_epochs(B32, H100, RATES, 1)),
+        "most_epochs": two(break_even_epochs(L14, H100, RATES, 1)),
+        "decoding_cores": two(trained_images("stage 1", B32, H100) / RATES.decoded_images),
+        "cached_rate": steps["usual loop"],
+        "clip_rate": steps["usual loop, with CLIP"],
+        "b32_jpegs": two(B32.row_bytes / RATES.jpeg_bytes),
+        "jpeg_kb": digits(RATES.jpeg_bytes / 1e3),
+        "l336_jpegs": two(L14_336.row_bytes / RATES.jpeg_bytes),
+        "b32_vectors": two(B32.row_bytes / VECTOR_BYTES),
+        "l336_vectors": two(L14_336.row_bytes / VECTOR_BYTES),
+        "l14_a100": two(encoded_images(L14, A100)),
+        "clip_retrieval_hours": two(MILLION / RUNS[0].images_per_second / 3600),
+        "a100_hours": two(extraction_hours(MILLION, L14, A100, 1, RATES)),
+        "checked": checked(),
+        "stores": stores(),
+        "limits": limits(),
+        "extraction": extraction(),
+        "wall_time": wall_time(),
+        "prices_of_extraction": prices_of_extraction(),
+        "reading": reading(),
+        "worth": worth(),
+        "neighbours": neighbours(),
+        "prices": prices(),
+    }
 
 
 def prices() -> str:
