@@ -26,7 +26,8 @@ from bench.cost_parts.sizes import (
 )
 from bench.cost_parts.work import tower_flops, training_flops
 from bench.gpu_parts.arithmetic import PEAK_FLOPS
-from bench.gpu_parts.goals import EXTRACTION, measured, rates_of
+from bench.gpu_parts.goals import EXTRACTION, rates_of
+from bench.gpu_parts.report import measured
 from bench.measure import RESULTS
 from bench.texts import CAPTIONS_AN_IMAGE
 
