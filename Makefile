@@ -49,6 +49,7 @@ bench: $(INSTALLED)
 	python -m bench.read
 	python -m bench.order
 	python -m bench.scale
+	python -m bench.large_index
 	python -m bench.verify
 	python -m bench.encode
 	python -m bench.index
@@ -59,6 +60,7 @@ bench: $(INSTALLED)
 	python -m bench.startup
 	python -m bench.full_size
 	python -m bench.demo
+	python -m tests.documents.measured_tables
 
 # On a machine with a GPU; with ARGUMENTS=--dry-run on any.
 bench-gpu: $(INSTALLED)

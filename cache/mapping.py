@@ -10,6 +10,7 @@ Letters: P patches, D width of the vision tower.
 
 import contextlib
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -128,6 +129,12 @@ class FeatureMapping:
             os.close(descriptor)
         if address == MAP_FAILED:
             reason = os.strerror(ctypes.get_errno())
+            if ctypes.get_errno() == errno.ENOMEM:
+                # Linux has no other number for a process with too many mappings.
+                reason += (
+                    ". A store needs two mappings a shard; `sysctl vm.max_map_count` shows how "
+                    "many a process may have"
+                )
             raise OSError(ctypes.get_errno(), f"cannot be mapped: {reason}", str(path))
         if self._in_huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
             # The first touch of a huge page reads 2 MB. That pays only if they stay in memory until

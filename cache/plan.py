@@ -13,6 +13,12 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from .errors import SettingsError
+
+MAX_SHARDS = 100_000
+"""Most shards of a store. The footer of its index lists them, 120 bytes each, beside 700 bytes for
+every 65,536 images, and a reader takes 16 MiB of it."""
+
 
 @dataclass(frozen=True)
 class PlannedShard:
@@ -55,6 +61,24 @@ def plan_shards(
         )
         for start, stop in _shard_ranges(image_ids, shard_rows)
     ]
+
+
+def check_num_shards(plan: list[PlannedShard], shard_rows: int) -> None:
+    """Refuse a plan with more shards than an index can list.
+
+    Args:
+        plan: Of `plan_shards`.
+        shard_rows: With which it was made.
+
+    Raises:
+        SettingsError: It has more than `MAX_SHARDS`.
+    """
+    if len(plan) > MAX_SHARDS:
+        times = -(-len(plan) // MAX_SHARDS)
+        raise SettingsError(
+            f"shard_rows is {shard_rows}, which makes {len(plan)} shards of these images, wanted "
+            f"at most {MAX_SHARDS} in a store. Raise it to {times * shard_rows} or more."
+        )
 
 
 def _shard_ranges(image_ids: NDArray[np.int64], shard_rows: int) -> Iterator[tuple[int, int]]:

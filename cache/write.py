@@ -22,7 +22,7 @@ from .errors import CacheError, InvalidFeaturesError, SettingsError
 from .files.atomic import sha256_of, sha256_of_pieces, write_bytes
 from .files.locks import exclusive_lock
 from .files.row_spool import RowSpool, intact_rows
-from .plan import PlannedShard, plan_shards
+from .plan import PlannedShard, check_num_shards, plan_shards
 from .publish import publish
 from .shard import shard_bytes
 from .spec import SPEC_FILE, Spec, check_same_spec
@@ -73,6 +73,7 @@ def write_store(
         SpecMismatchError: The folder has features of another spec.
         SettingsError: The folder is none that a store can be written to.
         CacheError: Another process writes the store.
+        SettingsError: `shard_rows` makes more shards than a store can have.
         OSError: The system cannot write; a full disk, for one.
     """
     root = _checked_folder(folder)
@@ -85,6 +86,7 @@ def write_store(
         with RowSpool(work, spec.patches, spec.width) as spool:
             _spool_rows(rows, spec, spool, work)
             plan = plan_shards(*spool.images(), spec.fingerprint, shard_rows)
+            check_num_shards(plan, shard_rows)
             if not plan:
                 raise InvalidFeaturesError(f"{root}: no row was given, wanted at least one.")
             hashes = _write_shards(plan, spec, spool, work)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cache.files.atomic import sha256_of_pieces, write_json
-from cache.plan import PlannedShard, plan_shards
+from cache.plan import PlannedShard, check_num_shards, plan_shards
 from cache.publish import publish
 from cache.remote.upload import check_writable, upload
 from cache.spec import Spec
@@ -93,6 +93,7 @@ def make_shards(
             encoder.spec.fingerprint,
             settings.shard_rows,
         )
+        check_num_shards(plan, settings.shard_rows)
         missing = recover_or_list_missing(plan, hashes, encoder.spec)
         prepare_probe(encoder, must_check=bool(missing))
         if not missing:

@@ -1,3 +1,4 @@
+import errno
 import mmap
 import os
 
@@ -6,7 +7,7 @@ import pytest
 
 from cache import mapping as module
 from cache.errors import CorruptShardError
-from cache.mapping import FeatureMapping
+from cache.mapping import MAP_FAILED, FeatureMapping
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -67,6 +68,15 @@ def test_a_mapping_that_the_system_refuses_is_an_error_that_names_the_file(tmp_p
     where = write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE + 1)
     with pytest.raises(OSError, match=r"cannot be mapped: Invalid argument: .*a'"):
         FeatureMapping([2], 4, 6).attach(0, tmp_path / "a", **where)
+
+
+def test_a_process_with_too_many_mappings_is_told_the_limit_of_the_system(tmp_path, monkeypatch):
+    where = write_rows(tmp_path / "a", random_rows(2, 4, 6), PAGE)
+    mapping = FeatureMapping([2], 4, 6)
+    monkeypatch.setattr(mapping, "_libc_mmap", lambda *arguments: MAP_FAILED)
+    monkeypatch.setattr("ctypes.get_errno", lambda: errno.ENOMEM)
+    with pytest.raises(OSError, match=r"sysctl vm\.max_map_count"):
+        mapping.attach(0, tmp_path / "a", **where)
 
 
 @pytest.mark.parametrize(("limit", "is_huge"), [("max", True), ("64", False), ("640000", True)])

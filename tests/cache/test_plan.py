@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from cache.plan import plan_shards
+from cache.errors import SettingsError
+from cache.plan import check_num_shards, plan_shards
 
 FINGERPRINT = "ab" * 32
 
@@ -147,3 +148,12 @@ def test_another_encoder_changes_every_key():
 
 def test_no_images_make_no_shards():
     assert plan(np.empty(0, np.int64), np.empty(0, np.uint64)) == []
+
+
+def test_a_plan_of_more_shards_than_an_index_lists_is_refused(monkeypatch):
+    monkeypatch.setattr("cache.plan.MAX_SHARDS", 100)
+    found = plan(*random_set(0), shard_rows=8)
+    assert len(found) > 200
+    with pytest.raises(SettingsError, match=r"shard_rows is 8, .* at most 100 .* to 24 or more"):
+        check_num_shards(found, 8)
+    check_num_shards(plan(*random_set(0), shard_rows=64), 64)
