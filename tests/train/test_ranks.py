@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from cache import FeatureStore
 from tests.conftest import write_store
 from tests.train.stage_server import ROOT, outcome
+from train import ranks
 from train.data.examples import Example
 from train.data.prompt_formats import phi_format
 from train.data.prompts import caption_turns
-from train.loop import ranks
-from train.loop.ranks import gather_of_ranks, sum_of_ranks
 from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.projector import seeded_projector
+from train.ranks import gather_of_ranks, sum_of_ranks
 from train.run import pick_device
 from train.settings import LlmSettings, LoraSettings
 from workspace.errors import StageError
