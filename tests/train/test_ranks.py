@@ -336,7 +336,7 @@ def test_torchrun_starts_killed_processes_again_and_the_run_ends_the_same(params
     def newest():
         return max((path.name for path in folder.glob("*/checkpoints/step-*")), default="")
 
-    end = time.monotonic() + 45
+    end = time.monotonic() + 300
     for rank in (1, 0):
         before = newest()
         while newest() == before:
@@ -344,7 +344,7 @@ def test_torchrun_starts_killed_processes_again_and_the_run_ends_the_same(params
             assert time.monotonic() < end
             time.sleep(0.01)
         os.kill(children_of(command.pid)[rank], signal.SIGKILL)
-    output, errors = command.communicate(timeout=120)
+    output, errors = command.communicate(timeout=300)
     assert command.returncode == 0, errors
     assert output.startswith("pretrain: 60 steps")
     for number in (1, 2):
