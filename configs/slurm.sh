@@ -11,7 +11,7 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 source .venv/bin/activate
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # This script runs on the first machine of the job.
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \

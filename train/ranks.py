@@ -19,9 +19,29 @@ from torch.distributed import DistError
 from cache.texts import one_line
 from workspace.errors import StageError
 
+NEW_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""Variable of torchrun's environment: 1 lets the processes find each other anew after a restart.
+
+Otherwise they read the addresses that the processes before them left in torchrun's store, and wait
+for half an hour (torch 2.15)."""
+
+
+def check_restarts() -> None:
+    """Refuse a torchrun whose restarts would hang.
+
+    Raises:
+        StageError: Names the variable to set.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise StageError(
+            f"torchrun --max-restarts {restarts}: processes that it starts again would wait for "
+            f"those that ended. Set {NEW_STORE}=1 in its environment, on every machine."
+        )
+
 
 def num_restarts() -> int:
-    """Return how often torchrun has restarted the processes of this run."""
+    """Return how often torchrun has restarted the processes of this machine."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 

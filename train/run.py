@@ -32,7 +32,7 @@ from cache.files.atomic import (
     write_text,
 )
 from cache.store_index import INDEX_FILE
-from train.ranks import check_same_inputs, naming_lost_ranks, num_restarts
+from train.ranks import check_restarts, check_same_inputs, naming_lost_ranks, num_restarts
 from train.remote_run import RemoteRun
 from train.settings import CONTROL, CheckpointSettings
 from workspace.clock import utc_now
@@ -330,8 +330,9 @@ def pick_device() -> torch.device:
     """Return this process's GPU, or the CPU; several processes form their group now.
 
     Raises:
-        StageError: Another process cannot be reached.
+        StageError: Another process cannot be reached, or could not after a restart.
     """
+    check_restarts()
     with naming_lost_ranks():
         # Without cpu=True, accelerate forms no group of several processes on CPUs.
         device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device

@@ -27,7 +27,7 @@ from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.projector import seeded_projector
-from train.ranks import gather_of_ranks, sum_of_ranks
+from train.ranks import NEW_STORE, gather_of_ranks, sum_of_ranks
 from train.run import pick_device
 from train.settings import LlmSettings, LoraSettings
 from workspace.errors import StageError
@@ -311,7 +311,7 @@ def torchrun():
         started.append(
             subprocess.Popen(
                 [*command, "-m", "train.pretrain"],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NEW_STORE: "1"},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
         )  # fmt: skip
