@@ -41,8 +41,16 @@ def check_restarts() -> None:
 
 
 def num_restarts() -> int:
-    """Return how often torchrun has restarted the processes of this machine."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    """Return how often torchrun has restarted the processes: the most that any of them knows.
+
+    The torchrun of a machine counts the deaths of its own processes alone.
+
+    Raises:
+        StageError: Another process has ended.
+    """
+    own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    with naming_lost_ranks():
+        return max(gather_object([own]))
 
 
 def sum_of_ranks(tensor: Tensor) -> Tensor:

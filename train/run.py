@@ -54,7 +54,7 @@ FINISHED = "finished_utc"
 """Provenance key: time of publication."""
 
 RESTARTS = "restarts"
-"""Provenance key: how often torchrun had restarted the processes of the run."""
+"""Provenance key: how often torchrun had restarted the processes, if at all."""
 
 CONTROL_OF = "control_of"
 """Entry of the identity and of the provenance of a control: the stage whose texts it learned."""
@@ -290,6 +290,7 @@ def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict
         device: Of the training.
         others: Further entries, under the names of `train.provenance`.
     """
+    restarts = num_restarts()
     return {
         "git_commit": git_commit(),
         "features_fingerprint": store.fingerprint,
@@ -298,7 +299,7 @@ def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "device": device_name(device),
         "processes": PartialState().num_processes,
-        **({RESTARTS: num_restarts()} if num_restarts() else {}),
+        **({RESTARTS: restarts} if restarts else {}),
     }
 
 

@@ -221,6 +221,17 @@ def test_an_error_of_the_process_itself_is_not_called_a_lost_process(
     assert ("another process of the run has ended" in str(caught.value)) == is_lost
 
 
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(StageError, match=rf"^torchrun --max-restarts 3: .* Set {NEW_STORE}=1"):
+        pick_device()
+    for name, value in (("USE_AGENT_STORE", "False"), ("MAX_RESTARTS", "0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"TORCHELASTIC_{name}", value)
+            assert pick_device().type == "cpu"
+
+
 def test_processes_that_cannot_form_their_group_end_with_a_line(monkeypatch):
     def fail(**named):
         raise torch.distributed.DistNetworkError("The client socket has timed out after 1000ms")
