@@ -118,12 +118,10 @@ class RunDirectory:
             return
         saving = params.section("checkpoints", CheckpointSettings)
         if saving.to:
-            outgoing = self._folder / "outgoing"
-            self.remote = RemoteRun(f"{saving.to}/{stage}/{key}", stage, saving.keep, outgoing)
-        if restarts := provenance.get(RESTARTS):
-            print(
-                f"{stage}: torchrun has restarted all processes, {restarts} so far", file=sys.stderr
-            )
+            url = f"{saving.to.rstrip('/')}/{stage}/{key}"
+            self.remote = RemoteRun(url, stage, saving.keep, self._folder / "outgoing")
+        if number := provenance.get(RESTARTS):
+            print(f"{stage}: restart {number} of all processes by torchrun", file=sys.stderr)
         if not self._folder.is_dir():
             _explain_fresh_start(stage, self._folder.parent, identity)
         shutil.rmtree(self.files, ignore_errors=True)
