@@ -50,7 +50,8 @@ def num_restarts() -> int:
     """
     own = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     with naming_lost_ranks():
-        return max(gather_object([own]))
+        counts: list[int] = gather_object([own])
+    return max(counts)
 
 
 def sum_of_ranks(tensor: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ def tensor_of_main(tensor: Tensor) -> Tensor:
     data = tensor.contiguous().reshape(-1).view(torch.uint8).to(PartialState().device)
     with naming_lost_ranks():
         data = broadcast(data)
-    return data.cpu().view(tensor.dtype).reshape(tensor.shape)
+    found: Tensor = data.cpu().view(tensor.dtype).reshape(tensor.shape)
+    return found
 
 
 def check_same_inputs(inputs: Mapping[str, Any]) -> None:

@@ -117,9 +117,11 @@ class RunDirectory:
         if not self.is_main:
             return
         saving = params.section("checkpoints", CheckpointSettings)
+        outgoing = self._folder / "outgoing"
+        shutil.rmtree(outgoing, ignore_errors=True)
         if saving.to:
             url = f"{saving.to.rstrip('/')}/{stage}/{key}"
-            self.remote = RemoteRun(url, stage, saving.keep, self._folder / "outgoing")
+            self.remote = RemoteRun(url, stage, saving.keep, outgoing)
         if number := provenance.get(RESTARTS):
             print(f"{stage}: restart {number} of all processes by torchrun", file=sys.stderr)
         if not self._folder.is_dir():
