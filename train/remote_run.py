@@ -93,7 +93,10 @@ class RemoteRun:
                 self._delete([n for n in self._names() if n <= path.name][: -self._keep])
             except (PatchcacheError, OSError) as error:
                 self._report(error, "Training goes on; the next checkpoint is sent in its place.")
-            path.unlink(missing_ok=True)
+            with self._lock:
+                # The state of a step can be saved twice.
+                if path != self._waiting:
+                    path.unlink(missing_ok=True)
 
     def wait(self) -> None:
         """Wait for a checkpoint on its way, for a limited time."""
