@@ -32,8 +32,11 @@ from cache.files.atomic import (
     write_text,
 )
 from cache.store_index import INDEX_FILE
-from train.settings import CONTROL
+from train.ranks import check_restarts, check_same_inputs, naming_lost_ranks, num_restarts
+from train.remote_run import RemoteRun
+from train.settings import CONTROL, CheckpointSettings
 from workspace.clock import utc_now
+from workspace.code_hash import code_hash, modules_of
 from workspace.errors import StageError
 from workspace.json_files import flatten, read_json
 from workspace.locks import folder_lock
@@ -49,6 +52,9 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "nu
 
 FINISHED = "finished_utc"
 """Provenance key: time of publication."""
+
+RESTARTS = "restarts"
+"""Provenance key: how often torchrun had restarted the processes, if at all."""
 
 CONTROL_OF = "control_of"
 """Entry of the identity and of the provenance of a control: the stage whose texts it learned."""
@@ -93,7 +99,11 @@ class RunDirectory:
             params: Settings.
             identity: See `run_identity`.
             provenance: See `provenance`.
+
+        Raises:
+            StageError: The processes of the run have different inputs.
         """
+        _check_processes(identity, provenance)
         self.stage = stage
         self.is_main = PartialState().is_main_process
         key = hashlib.sha256(canonical_json(identity)).hexdigest()[:12]
@@ -102,8 +112,18 @@ class RunDirectory:
         """The files to be published."""
         self.checkpoints = self._folder / "checkpoints"
         self._provenance = provenance
+        self.remote: RemoteRun | None = None
+        """The copy behind `checkpoints.to`, in the main process."""
         if not self.is_main:
             return
+        saving = params.section("checkpoints", CheckpointSettings)
+        outgoing = self._folder / "outgoing"
+        shutil.rmtree(outgoing, ignore_errors=True)
+        if saving.to:
+            url = f"{saving.to.rstrip('/')}/{stage}/{key}"
+            self.remote = RemoteRun(url, stage, saving.keep, outgoing)
+        if number := provenance.get(RESTARTS):
+            print(f"{stage}: restart {number} of all processes by torchrun", file=sys.stderr)
         if not self._folder.is_dir():
             _explain_fresh_start(stage, self._folder.parent, identity)
         shutil.rmtree(self.files, ignore_errors=True)
@@ -138,9 +158,12 @@ class RunDirectory:
         write_text(self.files / "history.csv", text.getvalue())
 
     def publish(self, metrics: dict[str, Any], report: Path) -> None:
-        """Write metrics and report, and replace an older run's files.
+        """Write metrics and report, replace an older run's files, and send the run to its URL.
 
         The checkpoints are deleted last: after a kill before that, the next start publishes again.
+
+        Raises:
+            StageError: The run is published here, but does not reach its URL.
         """
         write_json(self.files / "metrics.json", metrics)
         finished = {FINISHED: utc_now(), WEIGHTS: weights_of(self.files)}
@@ -164,7 +187,17 @@ class RunDirectory:
             _exchange(staged, target, old)
             shutil.rmtree(old, ignore_errors=True)
         write_json(report, metrics)
+        if self.remote:
+            self.remote.send_run(target)
         shutil.rmtree(self._folder)
+
+
+def _check_processes(identity: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Refuse processes, on whichever machines, that would not compute the same run."""
+    if PartialState().num_processes > 1:
+        paths = sorted(modules_of(("train.stages.captions", "train.stages.conversations")))
+        code = hashlib.sha256("".join(map(code_hash, paths)).encode()).hexdigest()
+        check_same_inputs({**identity, "code": code, **provenance.get("versions", {})})
 
 
 def _exchange(files: Path, target: Path, old: Path) -> None:
@@ -257,6 +290,7 @@ def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict
         device: Of the training.
         others: Further entries, under the names of `train.provenance`.
     """
+    restarts = num_restarts()
     return {
         "git_commit": git_commit(),
         "features_fingerprint": store.fingerprint,
@@ -265,6 +299,7 @@ def provenance(store: FeatureStore, device: torch.device, **others: Any) -> dict
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "device": device_name(device),
         "processes": PartialState().num_processes,
+        **({RESTARTS: restarts} if restarts else {}),
     }
 
 
@@ -293,9 +328,15 @@ def git_commit() -> str:
 
 
 def pick_device() -> torch.device:
-    """Return this process's GPU, or the CPU."""
-    # Without cpu=True, accelerate forms no group of several processes on CPUs.
-    device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
+    """Return this process's GPU, or the CPU; several processes form their group now.
+
+    Raises:
+        StageError: Another process cannot be reached, or could not after a restart.
+    """
+    check_restarts()
+    with naming_lost_ranks():
+        # Without cpu=True, accelerate forms no group of several processes on CPUs.
+        device: torch.device = PartialState(cpu=not torch.cuda.is_available()).device
     return device
 
 

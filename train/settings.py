@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from cache.remote.copies import WEB, filesystem_of
+from cache.remote.location import is_url
+
 CONTROL = "control"
 """Name of the run that learns from features of other images."""
 
@@ -55,7 +58,9 @@ class TrackingSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Section `checkpoints`: how often a run's state is saved; no influence on its result."""
+    """Section `checkpoints`: how often a run's state is saved, and where; no influence on its
+    result.
+    """
 
     every_steps: int
     """Optimizer steps between two checkpoints; one is also saved at the end and at a signal."""
@@ -63,9 +68,14 @@ class CheckpointSettings:
     """Most minutes between two checkpoints."""
     keep: int
     """Number of recent checkpoints that are kept."""
+    to: str | None = None
+    """An fsspec URL, such as `s3://bucket/folder`, to which checkpoints and the finished run are
+    copied, so that another machine can go on. `null`, the default: they stay on this machine."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "every_steps", "every_minutes", "keep")
+        if self.to is not None:
+            _check_writable_url("to", self.to)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +191,16 @@ def _check_positive(settings: object, *names: str) -> None:
         # Written so that NaN is refused too.
         if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"{name} is {getattr(settings, name)}, wanted more than 0")
+
+
+def _check_writable_url(name: str, url: str) -> None:
+    if not is_url(url) or url.startswith(WEB):
+        raise ValueError(
+            f"{name} is {url!r}, wanted a URL that can be written to, such as s3://bucket/folder "
+            f"or file:///mnt/shared"
+        )
+    # Raises for a kind of URL whose package is missing.
+    filesystem_of(url)
 
 
 def _check_at_most(settings: object, name: str, most: int) -> None:

@@ -19,6 +19,12 @@ NOT_RUN = {
     "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
     "accelerate launch --multi_gpu --num_processes 4 -m train.pretrain && "
     "dvc commit --force pretrain": "four GPUs",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 4 "
+    "--rdzv-backend c10d --rdzv-endpoint host:29500 "
+    "--max-restarts 3 -m train.pretrain": "two machines with four GPUs",
+    "accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank 0 "
+    "--main_process_ip host --main_process_port 29500 -m train.pretrain": "two machines",
+    "sbatch --nodes 2 --gpus-per-node 4 configs/slurm.sh pretrain": "a SLURM cluster",
     "nvidia-smi": "a GPU",
     "sudo apt-get update && sudo apt-get install --yes git make build-essential python3-dev "
     "python3-venv": "installs packages of the system",

@@ -118,8 +118,8 @@ class Command:
 
 
 def _serve():
-    for stage in STAGES:
-        importlib.import_module(f"train.{stage}")
+    for module in ("captions", "conversations"):
+        importlib.import_module(f"train.stages.{module}")
     for line in sys.stdin:
         asked = json.loads(line)
         if "wait" in asked:

@@ -112,3 +112,24 @@ def test_what_the_workspace_writes_is_allowed(workspace):
     assert params.section("pretrain", PretrainSettings).batch_captions == 8
     assert params.section("finetune", FinetuneSettings).lora.alpha == 8
     assert params.section("checkpoints", CheckpointSettings).keep == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("https://host/runs", "can be written to"),
+        ("http://host/runs", "can be written to"),
+        ("/mnt/shared", "can be written to"),
+        ("", "can be written to"),
+        ("nothing-like-it://runs", "cannot be read here"),
+    ],
+)
+def test_checkpoints_go_to_a_url_that_can_be_written_to(workspace, url, why):
+    with pytest.raises(SettingsError, match=rf"checkpoints.*{why}"):
+        workspace.params(checkpoints={"to": url}).section("checkpoints", CheckpointSettings)
+
+
+@pytest.mark.parametrize("to", [{}, {"to": None}, {"to": "file:///mnt/shared"}])
+def test_without_a_url_checkpoints_stay_here(workspace, to):
+    settings = workspace.params(checkpoints=to).section("checkpoints", CheckpointSettings)
+    assert settings.to == to.get("to")

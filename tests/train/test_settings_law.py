@@ -12,6 +12,7 @@ import train.loop.loop
 import train.loop.tracking
 import train.model.blocks
 import train.pretrain
+import train.remote_run
 from cache.errors import PatchcacheError, SettingsError
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
 from train.model.blocks import compile_blocks
@@ -76,6 +77,7 @@ CHANGES = {f"{stage}.{name}": value for stage in STAGES for name, value in LOOP_
     "checkpoints.every_steps": 2,
     "checkpoints.every_minutes": 1e-9,
     "checkpoints.keep": 1,
+    "checkpoints.to": "memory://runs",
     "tracking.wandb": "offline",
 }
 """A value of each setting that is not the one of `tests/conftest.py`."""
@@ -100,8 +102,8 @@ ONLY_ASKED_FOR = {"samples": "samples", "gradient_checkpointing": "saved"}
 """Settings that change no bit of what is learned, and what else they change: the texts that are
 generated, and the tensors that a step saves for its backward passes."""
 
-BESIDE_THE_RUN = ("checkpoints", "tracking")
-"""Sections that change nothing in what is learned."""
+BESIDE_THE_RUN = {"checkpoints": "checkpoints", "checkpoints.to": "sent", "tracking": "wandb"}
+"""Sections that change nothing in what is learned, and what else they, or one setting, change."""
 
 CASES = [
     (stage, leaf)
@@ -138,6 +140,7 @@ def observe(workspace, monkeypatch, other_model):
         "wandb": [],
         "samples": [],
         "checkpoints": [],
+        "sent": [],
         "passes": [],
         "saved": [],
         "compiled": [],
@@ -177,6 +180,13 @@ def observe(workspace, monkeypatch, other_model):
         requests["saved"].append(kept)
         return loss
 
+    put = train.remote_run.RemoteRun._put
+
+    def sent(self, path, name):
+        requests["sent"].append(name)
+        put(self, path, name)
+
+    monkeypatch.setattr(train.remote_run.RemoteRun, "_put", sent)
     monkeypatch.setattr(train.loop.tracking.wandb, "init", started)
     monkeypatch.setattr(train.loop.loop.Checkpoints, "save", saved)
     monkeypatch.setattr(train.loop.loop, "optimizer_step", stepped)
@@ -258,7 +268,7 @@ def test_a_setting_changes_what_is_learned_or_asked_for(observe, usual, stage, l
     assert found, "the setting is not wired to anything"
     section, name = leaf.partition(".")[::2]
     if section in BESIDE_THE_RUN:
-        assert found == {{"checkpoints": "checkpoints", "tracking": "wandb"}[section]}
+        assert found == {BESIDE_THE_RUN.get(leaf, BESIDE_THE_RUN[section])}
     elif name in ONLY_ROUNDING:
         assert ONLY_ROUNDING[name] in found
         for weight, before in usual[key]["weights"].items():

@@ -7,19 +7,22 @@ random choice are functions of the step and need no state.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cache.files.atomic import CHUNK_BYTES, canonical_json, replacing
 from cache.files.foreign import reading_foreign_file, writing_foreign_file
+from train.ranks import object_of_main, tensor_of_main
+from train.remote_run import RemoteRun
 from workspace.errors import StageError
 
 OPTIMIZER = "optimizer."
@@ -83,10 +86,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run; only the last few are kept."""
+    """The checkpoints of a run; only the last few are kept, here and behind a URL."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int, remote: RemoteRun | None = None) -> None:
+        self._folder, self._keep, self._remote = folder, keep, remote
 
     @property
     def paths(self) -> list[Path]:
@@ -117,20 +120,59 @@ class Checkpoints:
             newer.unlink()
         for old in self.paths[: -self._keep]:
             old.unlink()
+        if self._remote:
+            self._remote.send_checkpoint(path)
         return path
 
     def latest(self) -> Checkpoint | None:
-        """Read the newest intact checkpoint; damaged ones are reported and left in place.
+        """Read the newest intact checkpoint, from the URL if that has a newer one.
+
+        Damaged ones are reported and left in place.
 
         Raises:
             OSError: The system cannot read a file, which may be intact.
         """
-        for path in reversed(self.paths):
-            try:
-                return _read(path)
-            except StageError as error:
-                print(f"{error}; trying the one before", file=sys.stderr)
-        return None
+        found = _first_intact(reversed(self.paths))
+        if not self._remote:
+            return found
+        newest = found.path.name if found else ""
+        return _first_intact(self._remote.newer_checkpoints(newest, self._folder)) or found
+
+    def latest_for_all(self) -> Checkpoint | None:
+        """Let the main process read the newest intact checkpoint, and give it to all processes.
+
+        The others need no access to its file. Tensors are sent one by one.
+
+        Raises:
+            OSError: The system cannot read a file, which may be intact.
+            StageError: Another process has ended.
+        """
+        if PartialState().num_processes == 1:
+            return self.latest()
+        found = self.latest() if PartialState().is_main_process else None
+        header = found and (found.path, found.step, found.progress, _shapes(found.tensors))
+        header = object_of_main(header)
+        if header is None:
+            return None
+        path, step, progress, shapes = header
+        tensors = {
+            name: tensor_of_main(found.tensors[name] if found else torch.empty(shape, dtype=dtype))
+            for name, (dtype, shape) in shapes.items()
+        }
+        return found or Checkpoint(path, step, progress, tensors)
+
+
+def _first_intact(paths: Iterable[Path]) -> Checkpoint | None:
+    for path in paths:
+        try:
+            return _read(path)
+        except StageError as error:
+            print(f"{error}; trying the one before", file=sys.stderr)
+    return None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def _read(path: Path) -> Checkpoint:

@@ -21,12 +21,12 @@ from train.loop.checkpoint import Checkpoint, Checkpoints
 from train.loop.history import History
 from train.loop.interrupt import StopRequest
 from train.loop.pass_size import with_pass_size
-from train.loop.ranks import sum_of_ranks, wait_for_ranks
 from train.loop.setup import TrainingSetup
 from train.loop.step import StepData, optimizer_step
 from train.loop.tracking import Tracker
 from train.loop.validation import samples, validation_loss
 from train.model.preflight import check_first_logits
+from train.ranks import sum_of_ranks
 from train.run import RunDirectory
 from train.settings import CheckpointSettings
 from workspace.errors import StageError
@@ -57,7 +57,11 @@ def train(
             f"Captions come from data.train.captions, conversations from data.instruct; "
             f"reports/index.json says how many of them were kept."
         )
-    metrics = _Training(setup, saving, run, tracker).run()
+    try:
+        metrics = _Training(setup, saving, run, tracker).run()
+    finally:
+        if run.remote:
+            run.remote.wait()
     if run.is_main:
         print(
             f"{run.stage}: {metrics['steps']} steps, loss {metrics['loss']:.3f}, "
@@ -75,10 +79,8 @@ class _Training:
         self._saving, self._run, self._tracker = saving, run, tracker
         self._setup, self._plan = setup, setup.plan()
         self._history = History(run, tracker)
-        self._checkpoints = Checkpoints(run.checkpoints, saving.keep)
-        found = self._checkpoints.latest()
-        # No process writes a checkpoint before all have read this one.
-        wait_for_ranks()
+        self._checkpoints = Checkpoints(run.checkpoints, saving.keep, run.remote)
+        found = self._checkpoints.latest_for_all()
         self._completed_steps = self._restore(found) if found else 0
         stored = found.progress.get(PASS_SIZE) if found else None
         self._setup = with_pass_size(setup, run.stage, stored)

@@ -18,9 +18,9 @@ from torch import Tensor
 from train.data.examples import Example
 from train.data.packing import image_length
 from train.data.prompts import tokenize
-from train.loop.ranks import gather_of_ranks
 from train.loop.setup import TrainingSetup
 from train.loop.step import StepData
+from train.ranks import gather_of_ranks
 from workspace.errors import StageError
 
 SIZES = tuple(512 * 2**octave * quarter // 4 for octave in range(6) for quarter in (4, 5, 6, 7))

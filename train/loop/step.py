@@ -25,8 +25,8 @@ from train.data.packing import (
 )
 from train.data.prefetch import Features
 from train.data.prompts import PromptFormat, tokenize
-from train.loop.ranks import sum_of_ranks
 from train.model.captioner import CaptionModel
+from train.ranks import sum_of_ranks
 from workspace.errors import StageError
 
 SMALL_SCALE = 64

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import (
@@ -28,6 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 from cache.texts import one_line
 from train.data.packing import PackedBatch
+from train.ranks import gather_of_ranks
 
 NAME = "packed"
 """Name under which transformers knows this attention."""
@@ -242,7 +242,7 @@ def _in_all_processes(works: bool, device: torch.device) -> bool:
     """Return whether it works in every process: they pack the same passes, so all use one mask."""
     if PartialState().num_processes == 1:
         return works
-    everywhere: Tensor = gather(torch.tensor([works], device=device))
+    everywhere = gather_of_ranks(torch.tensor([works], device=device))
     if works and not everywhere.all():
         print("FlexAttention fails in another process, SDPA is used", file=sys.stderr)
     return bool(everywhere.all())

@@ -32,6 +32,7 @@ class Run:
 
     stage = "test"
     is_main = True
+    remote = None
 
     def __init__(self, folder):
         self.checkpoints = folder

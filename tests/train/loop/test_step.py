@@ -1,12 +1,14 @@
 import dataclasses
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import train.loop.step
 from tests.train.images import logits_of
 from train.data.examples import Example
 from train.data.packing import PADDING
@@ -98,6 +100,26 @@ def test_counts_are_those_of_the_texts(build, prompt_format, row_tokens, pass_to
     assert data.num_positions == sum(int((b.image_numbers != PADDING).sum()) for b in batches)
     assert data.num_slots == sum(batch.token_ids.numel() for batch in batches)
     assert data.num_cut == 0
+
+
+@pytest.mark.parametrize(("row_tokens", "pass_tokens"), BUDGETS)
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_a_process_reads_the_features_of_its_own_passes_alone(
+    build, store, monkeypatch, row_tokens, pass_tokens, num_processes
+):
+    gathered, gather = [], store.gather
+    monkeypatch.setattr(store, "gather", lambda ids: gathered.extend(ids.tolist()) or gather(ids))
+    for rank in range(num_processes):
+        processes = SimpleNamespace(num_processes=num_processes, process_index=rank)
+        monkeypatch.setattr(train.loop.step, "PartialState", lambda p=processes: p)
+        before = len(gathered)
+        data = build(MANY, row_tokens=row_tokens, pass_tokens=pass_tokens)
+        assert len(data.image_ids) == len(MANY), "every process packs the whole step"
+        own = gathered[before:]
+        assert own
+        assert len(own) == sum(len(batch.patches_NPD) for batch in data.batches)
+    # No image is cut into two passes, so no row is read twice.
+    assert sorted(gathered) == [example.image_id for example in MANY]
 
 
 def test_padding_is_counted_as_computed_but_not_as_read(build):

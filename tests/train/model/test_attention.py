@@ -378,7 +378,8 @@ def test_on_a_gpu_blocks_are_used_where_they_work_with_the_models_own_heads(
 def test_all_processes_use_one_form(monkeypatch, capsys, works, elsewhere):
     module = train.model.attention
     monkeypatch.setattr(module, "PartialState", lambda: SimpleNamespace(num_processes=2))
-    monkeypatch.setattr(module, "gather", lambda own: torch.cat([own, torch.tensor([elsewhere])]))
+    both = lambda own: torch.cat([own, torch.tensor([elsewhere])])  # noqa: E731
+    monkeypatch.setattr(module, "gather_of_ranks", both)
     assert module._in_all_processes(works, torch.device("cpu")) == (works and elsewhere)
     assert ("another process" in capsys.readouterr().err) == (works and not elsewhere)
 

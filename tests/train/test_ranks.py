@@ -1,5 +1,6 @@
 """A stage on two processes is the stage on one, but for the order of sums."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,24 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train.run
 from cache import FeatureStore
 from tests.conftest import write_store
 from tests.train.stage_server import ROOT, outcome
+from train import ranks
 from train.data.examples import Example
 from train.data.prompt_formats import phi_format
 from train.data.prompts import caption_turns
-from train.loop import ranks
-from train.loop.ranks import gather_of_ranks, sum_of_ranks
 from train.loop.step import build_step, mean_loss, optimizer_step
 from train.model.captioner import CaptionModel
 from train.model.language_model import add_lora, load_language_model, load_tokenizer
 from train.model.projector import seeded_projector
+from train.ranks import NEW_STORE, gather_of_ranks, sum_of_ranks
 from train.run import pick_device
 from train.settings import LlmSettings, LoraSettings
 from workspace.errors import StageError
@@ -44,14 +47,19 @@ def free_port():
 
 def start_ranks(server, what, number=2, **environment):
     """Start the processes that `torchrun --nproc-per-node` would."""
-    shared = {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": free_port()} | environment
-    return [
-        server.start(
-            what, **{k: str(v) for k, v in shared.items()}, RANK=str(rank), LOCAL_RANK=str(rank)
-        )
-        for rank in range(number)
-    ]
+    return start_in(server, what, [Path.cwd()] * number, **environment)
+
+
+def start_in(server, what, folders, **environment):
+    """Start one process in each of some folders, as if each folder were on a machine of its own."""
+    shared = {"WORLD_SIZE": len(folders), "LOCAL_WORLD_SIZE": len(folders)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | environment
+    started = []
+    for rank, folder in enumerate(folders):
+        own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+        with contextlib.chdir(folder):
+            started.append(server.start(what, **{k: str(v) for k, v in own.items()}))
+    return started
 
 
 def end_all(commands):
@@ -192,6 +200,7 @@ def test_two_processes_that_are_stopped_go_on_together(server, params, number):
     [
         (torch.distributed.DistNetworkError("Broken pipe"), True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer"), True),
+        (RuntimeError("Gloo connectFullMesh failed with connection refused"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
@@ -212,6 +221,68 @@ def test_an_error_of_the_process_itself_is_not_called_a_lost_process(
     assert ("another process of the run has ended" in str(caught.value)) == is_lost
 
 
+def test_restarts_that_would_hang_are_refused(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(StageError, match=rf"^torchrun --max-restarts 3: .* Set {NEW_STORE}=1"):
+        pick_device()
+    for name, value in (("USE_AGENT_STORE", "False"), ("MAX_RESTARTS", "0")):
+        with monkeypatch.context() as patch:
+            patch.setenv(f"TORCHELASTIC_{name}", value)
+            assert pick_device().type == "cpu"
+
+
+def test_processes_that_cannot_form_their_group_end_with_a_line(monkeypatch):
+    def fail(**named):
+        raise torch.distributed.DistNetworkError("The client socket has timed out after 1000ms")
+
+    monkeypatch.setattr(train.run, "PartialState", fail)
+    with pytest.raises(StageError, match=r"or cannot be reached .*has timed out"):
+        pick_device()
+
+
+@pytest.fixture
+def machines(params, workspace, tmp_path):
+    """Two folders with the same inputs, as of two machines that share none."""
+    params(epochs=20, log_every_steps=1000, validate_every_steps=1000)
+    other = tmp_path / "other machine"
+    shutil.copytree(workspace.root, other, ignore=lambda *_: [other.name])
+    return [workspace.root, other]
+
+
+def test_machines_without_a_shared_folder_go_on_from_the_checkpoint_of_the_first(server, machines):
+    assert end_all(start_ranks(server, "finetune")) == [0, 0]
+    wanted = outcome("finetune")
+    shutil.rmtree("runs/finetune")
+    ranks = start_in(server, "finetune", machines)
+    folder = Path(".work/runs/finetune")
+    assert ranks[0].until(lambda: list(folder.glob("*/checkpoints/step-*")))
+    for rank in ranks:
+        rank.signal(signal.SIGKILL)
+    end_all(ranks)
+    ranks = start_in(server, "finetune", machines)
+    assert end_all(ranks) == [0, 0], [rank.output for rank in ranks]
+    assert ranks[0].output.startswith("finetune: going on after step ")
+    assert outcome("finetune") == wanted
+    assert not (machines[1] / "runs/finetune").exists()
+    assert not (machines[1] / ".work/runs").exists()
+
+
+def test_machines_with_different_inputs_are_refused_by_every_process(server, machines):
+    settings = machines[1] / "params.yaml"
+    text = settings.read_text()
+    settings.write_text(text.replace('"seed": 0', '"seed": 1'))
+    assert settings.read_text() != text
+    ranks = start_in(server, "finetune", machines)
+    assert end_all(ranks) == [1, 1]
+    for rank in ranks:
+        assert rank.output.startswith(
+            "error: the processes of the run have different inputs: seed is 0 in process 0 ("
+        )
+        assert ", but 1 in process 1 (" in rank.output
+        assert rank.output.count("\n") == 1
+
+
 def test_a_second_job_is_refused_and_the_reason_is_said_once(server, params):
     params(epochs=5)
     first = server.start("pretrain")
@@ -226,16 +297,71 @@ def test_a_second_job_is_refused_and_the_reason_is_said_once(server, params):
     assert "Traceback" not in ranks[1].output
 
 
-def test_torchrun_is_the_way_to_start_them(params, server):
-    params(epochs=1)
+def children_of(pid):
+    """Return the processes that torchrun has started, by their rank."""
+    found = {}
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            with contextlib.suppress(OSError):
+                parent = int(place.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+                environment = place.joinpath("environ").read_bytes().split(b"\0")
+                ranks = [e.partition(b"=")[2] for e in environment if e.startswith(b"RANK=")]
+                if parent == pid and ranks:
+                    found[int(ranks[0])] = int(place.name)
+    return found
+
+
+@pytest.fixture
+def torchrun():
+    """Start a stage on two processes with torchrun's own command."""
+    started = []
+
+    def start(*options):
+        command = [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"]
+        command += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--nproc-per-node=2", *options]
+        started.append(
+            subprocess.Popen(
+                [*command, "-m", "train.pretrain"],
+                env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", NEW_STORE: "1"},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+def test_torchrun_starts_killed_processes_again_and_the_run_ends_the_same(params, server, torchrun):
+    """First the second process is killed, then the main one, each after a new checkpoint."""
+    params(epochs=20, log_every_steps=1000, validate_every_steps=1000)
     assert end_all(start_ranks(server, "pretrain")) == [0, 0]
     wanted = outcome("pretrain")
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "train.pretrain"],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("pretrain: 3 steps")
+    shutil.rmtree("runs/pretrain")
+    command = torchrun("--max-restarts=2")
+    folder = Path(".work/runs/pretrain")
+
+    def newest():
+        return max((path.name for path in folder.glob("*/checkpoints/step-*")), default="")
+
+    end = time.monotonic() + 300
+    for rank in (1, 0):
+        before = newest()
+        while newest() == before:
+            assert command.poll() is None, command.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(children_of(command.pid)[rank], signal.SIGKILL)
+    output, errors = command.communicate(timeout=300)
+    assert command.returncode == 0, errors
+    assert output.startswith("pretrain: 60 steps")
+    for number in (1, 2):
+        assert f"pretrain: restart {number} of all processes by torchrun\n" in errors
+    assert errors.count("pretrain: going on after step ") == 2
+    assert "Traceback" not in errors
     assert outcome("pretrain") == wanted
+    assert json.loads(Path("runs/pretrain/provenance.json").read_text())["restarts"] == 2
+    assert {path.name for path in folder.iterdir()} == {".lock"}
