@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,6 +26,9 @@ ENVIRONMENT = {
 
 MIN_STORE_BYTES = 128 << 20
 """Least memory of Ray's object store here; Ray itself refuses less than 75 MiB."""
+
+ANSWER_SECONDS = 10.0
+"""How long the first node of a cluster may take to answer."""
 
 
 def import_ray() -> ModuleType:
@@ -89,10 +93,12 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
     from ray.exceptions import RayError
 
     python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Signals reach the processes of Ray through this one alone.
-    with without_interrupts():
+    # Signals reach the processes that Ray starts through this one alone. A cluster may not answer.
+    with contextlib.nullcontext() if address else without_interrupts():
         handler = signal.getsignal(signal.SIGTERM)
         try:
+            if address:
+                _check_answers(address)
             ray.init(
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -101,9 +107,18 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
             )
         except (RayError, RuntimeError, ValueError, OSError) as error:
             raise _no_connection(address, str(error)) from None
+        except SystemExit:
+            # Ray's handler of SIGTERM.
+            raise KeyboardInterrupt from None
         finally:
-            # Ray's handler would end this process without a word.
             signal.signal(signal.SIGTERM, handler)
+
+
+def _check_answers(address: str) -> None:
+    """Raise an OSError if nothing answers at host:port; Ray itself would wait for long."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
 
 
 def _shut_down() -> None:

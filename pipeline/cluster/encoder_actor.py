@@ -20,7 +20,6 @@ from pipeline.encoding.encode import ShardEncoder
 from pipeline.encoding.encoder import Encoder, load_encoder
 from pipeline.encoding.probe import Probe, check_probe
 from pipeline.encoding.stats import ExtractionStats
-from pipeline.encoding.work_folder import write_with_hash
 from workspace.errors import StageError
 
 Pieces = list[NDArray[np.uint8]]
@@ -95,7 +94,7 @@ class EncoderActor:
             self._encoder,
             stats,
             progress=lambda count: None,
-            write=write_with_hash if self._shares_folder else keep,
+            write=None if self._shares_folder else keep,
         )
         decoded = decode_ahead(self._holder, self._batches.batches_of(shard_number), window)
         encoded = self._torch.submit(lambda: list(encoder.encoded_shards(decoded))).result()

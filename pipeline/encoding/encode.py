@@ -41,7 +41,7 @@ class ShardEncoder:
         encoder: Encoder,
         stats: ExtractionStats,
         progress: Callable[[int], object],
-        write: Write = write_with_hash,
+        write: Write | None = None,
     ) -> None:
         """Prepare to encode.
 
@@ -50,13 +50,13 @@ class ShardEncoder:
             encoder: The vision tower on the device.
             stats: Updated while shards are encoded.
             progress: Called with the number of images of each batch that was decoded.
-            write: Takes each finished shard.
+            write: Takes each finished shard; by default it is written with its hash.
         """
         self._job = job
         self._encoder = encoder
         self._stats = stats
         self._progress = progress
-        self._write_file = write
+        self._write_file = write or write_with_hash
 
     def run(self) -> None:
         """Decode, encode and write all shards of the job.
