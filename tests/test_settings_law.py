@@ -40,7 +40,7 @@ NO_LAW = {
     "fetch.files.unpack": FETCHED,
     "llm.prompt": "which tokens stand around texts: tests/train/data/test_prompt_formats.py",
     "controls.trained_blind": "whether a stage trains anything: tests/train/test_control.py",
-    "encoder.device": "where the work is done: tests/pipeline/encoding/test_devices.py",
+    "encoder.device": "where the work is done: tests/pipeline/encoding/test_engines.py",
 }
 """Settings that no law changes."""
 

@@ -19,6 +19,11 @@ NOT_RUN = {
     "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
     "accelerate launch --multi_gpu --num_processes 4 -m train.pretrain && "
     "dvc commit --force pretrain": "four GPUs",
+    "ray get-auth-token --generate && RAY_AUTH_MODE=token ray start --head --port=6379": (
+        "leaves a server; tests/pipeline/cluster starts clusters"
+    ),
+    "RAY_AUTH_MODE=token ray start --address=192.0.2.10:6379": "another machine",
+    "RAY_AUTH_MODE=token RAY_ADDRESS=auto python -m pipeline.extract": "a cluster",
     "nvidia-smi": "a GPU",
     "sudo apt-get update && sudo apt-get install --yes git make build-essential python3-dev "
     "python3-venv": "installs packages of the system",
