@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import os
-import secrets
 import time
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import psutil
 import pytest
 
 from cache.plan import plan_shards
+from pipeline.cluster.connection import import_ray
 from pipeline.encoding.batches import Job
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.probe import encode_probe_images, serialize_probe
@@ -29,22 +29,22 @@ QUICK_LOSS = {
 
 
 @pytest.fixture(scope="package")
-def cluster(tmp_path_factory):
+def cluster():
     """A cluster whose first node has one CPU, and which wants a token."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        from ray.cluster_utils import Cluster
+    ray = import_ray()
+    # Ray reads the mode as it is imported, which another test may have done; the token stays that
+    # of the process, because Ray keeps it.
+    ray._private.authentication.authentication_token_setup.enable_token_auth_by_default()
+    from ray.cluster_utils import Cluster
 
-        made = Cluster(
-            initialize_head=True,
-            head_node_args={**NODE, "_system_config": QUICK_LOSS, "include_dashboard": False},
-        )
-        try:
-            yield made
-        finally:
-            made.shutdown()
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={**NODE, "_system_config": QUICK_LOSS, "include_dashboard": False},
+    )
+    try:
+        yield made
+    finally:
+        made.shutdown()
 
 
 @pytest.fixture
