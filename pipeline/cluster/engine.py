@@ -8,6 +8,7 @@ started in its place; nodes that join are used.
 import contextlib
 import math
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ MAX_TRIES = 3
 
 POLL_SECONDS = 1.0
 """How often the nodes of the cluster are looked at."""
+
+PATIENCE_SECONDS = 60.0
+"""After how long the stage says that it waits for a first encoder."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ class _Run:
         """Encode every shard of the job."""
         import ray
 
+        patience = time.monotonic() + PATIENCE_SECONDS
         while self._waiting or any(encoder.shards for encoder in self._encoders.values()):
             self._start_encoders()
             self._hand_out()
@@ -210,6 +215,10 @@ class _Run:
             }
             for reference in ray.wait(list(calls), timeout=POLL_SECONDS)[0]:
                 self._finish(calls[reference], reference)
+                patience = math.inf
+            if time.monotonic() > patience:
+                print("extract: no encoder has started yet; is the cluster in use?", flush=True)
+                patience = math.inf
 
     def _start_encoders(self) -> None:
         """Start an encoder in every place that lacks one, but not more than there are shards."""
