@@ -54,6 +54,7 @@ bench: $(INSTALLED)
 	python -m bench.encode
 	python -m bench.index
 	python -m bench.extract
+	python -m bench.ray_engine
 	python -m bench.step
 	python -m bench.step_llama
 	python -m bench.generate

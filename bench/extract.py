@@ -86,7 +86,8 @@ def bare_loop() -> None:
     from torch.utils.data import DataLoader, Dataset
 
     from cache.plan import plan_shards
-    from pipeline.encoding.encode import PREFETCH_BATCHES, BatchDecoder
+    from pipeline.encoding.batches import BatchDecoder
+    from pipeline.encoding.encode import PREFETCH_BATCHES
     from pipeline.encoding.encoder import load_encoder
     from pipeline.images.source import open_images, read_source
     from pipeline.settings import EncoderSettings, ExtractSettings
@@ -99,7 +100,7 @@ def bare_loop() -> None:
     encoder = load_encoder(params.section("encoder", EncoderSettings))
     fingerprint = encoder.spec.fingerprint
     plan = plan_shards(source.image_ids, source.source_xxh3, fingerprint, settings.shard_rows)
-    decoder = BatchDecoder(plan, source, encoder)
+    decoder = BatchDecoder(plan, source, encoder.spec)
 
     class Pixels(Dataset[torch.Tensor]):
         """Batches as torch's loader passes them on: in shared memory."""

@@ -23,6 +23,7 @@ from cache.texts import human_size
 from pipeline.encoding.lazy_encoder import LazyEncoder
 from pipeline.encoding.stats import ExtractionStats
 from pipeline.encoding.work_folder import (
+    delete_unfinished,
     probe_path,
     recover_shards,
     verified_hash,
@@ -50,6 +51,7 @@ def extract(params: Params) -> None:
     source = read_source()
     stats = ExtractionStats()
     with folder_lock(SHARDS):
+        delete_unfinished(SHARDS)
         if settings.to is not None:
             # Refused now, and not after hours of encoding.
             check_writable(settings.to)
@@ -60,7 +62,7 @@ def extract(params: Params) -> None:
             plan, hashes = make_shards(source, data, encoder, settings, stats)
             spec = encoder.spec
             publish(FEATURES, plan, SHARDS, spec, hashes, probe_path(spec))
-        write_report(plan, spec, stats, settings)
+        write_report(plan, spec, stats)
         if settings.to is not None:
             print(f"extract: {upload(FEATURES, settings.to)}")
 
@@ -185,8 +187,8 @@ def encode(
 ) -> None:
     """Encode shards into the work directory."""
     # Imports torch.
-    from pipeline.encoding.devices import encode_job
-    from pipeline.encoding.encode import Job
+    from pipeline.encoding.batches import Job
+    from pipeline.encoding.engines import encode_job
 
     allowed = int(settings.max_failure_rate * len(source.image_ids))
     job = Job(
@@ -197,6 +199,7 @@ def encode(
         probe=probe_path(encoder.spec),
         folder=SHARDS,
         workers=settings.workers,
+        engine=settings.engine,
         max_failures=allowed - len(stats.failures),
     )
     started = time.perf_counter()
@@ -204,15 +207,13 @@ def encode(
     stats.elapsed += time.perf_counter() - started
 
 
-def write_report(
-    plan: list[PlannedShard], spec: Spec, stats: ExtractionStats, settings: ExtractSettings
-) -> None:
+def write_report(plan: list[PlannedShard], spec: Spec, stats: ExtractionStats) -> None:
     """Write the report of the run, and print its main numbers."""
     images = sum(len(shard.image_ids) for shard in plan)
     encoded = len(stats.encoded_shards.keys() & {shard.name for shard in plan})
     rate = stats.images_encoded / stats.elapsed if stats.elapsed else 0.0
     phases = ("decode", "encode", "hash", "write")
-    busy = stats.busy_shares(settings.workers)
+    busy = stats.busy_shares()
     shares = {phase: busy.get(phase, 0.0) for phase in phases}
     report = {
         "images": images,

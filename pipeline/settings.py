@@ -16,6 +16,9 @@ EXTERNAL = "external"
 TRANSFORMERS, TIMM = "hf:", "timm:"
 """How a `model` begins that transformers or timm loads instead of open_clip."""
 
+Engine = Literal["auto", "local", "ray"]
+"""How the shards are distributed to processes."""
+
 MAX_BATCH = 4096
 """Limit of `batch_size`, which decides the memory of a forward pass."""
 
@@ -80,7 +83,8 @@ class EncoderSettings:
     """Images per forward pass, at most 4096. Part of the features' identity, because it decides
     their last bits."""
     device: str
-    """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices."""
+    """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices. On
+    a Ray cluster that RAY_ADDRESS names: "auto", "cpu" or "cuda", on all its nodes."""
     stream: bool = False
     """Of `model: external` with a URL: whether the shards stay there, and are read and checked when
     they are needed, instead of being copied."""
@@ -101,9 +105,12 @@ class ExtractSettings:
     """Section `extract`: how the shards are made."""
 
     workers: int
-    """Number of decoding processes; 0 decodes in the encoding process."""
-    engine: Literal["local"]
-    """How the shards are distributed to processes."""
+    """Number of decoding processes; 0 decodes in the encoding process. A cluster that RAY_ADDRESS
+    names decodes on every CPU instead."""
+    engine: Engine
+    """How the shards are distributed: "local" is one process on one device. "ray" takes all
+    devices, of this machine or of the cluster that RAY_ADDRESS names. "auto" is ray if there are
+    several devices or RAY_ADDRESS is set, else local. No engine changes a byte of a store."""
     shard_rows: int
     """Mean number of rows in a shard; the largest holds twice as many."""
     max_failure_rate: float

@@ -42,7 +42,7 @@ NO_LAW = {
     "controls.trained_blind": "whether a stage trains anything: tests/train/test_control.py",
     "encoder.stream": "where the shards lie: tests/pipeline/test_stream.py",
     "extract.to": "where else the store goes: tests/pipeline/test_extract_to.py",
-    "encoder.device": "where the work is done: tests/pipeline/encoding/test_devices.py",
+    "encoder.device": "where the work is done: tests/pipeline/encoding/test_engines.py",
 }
 """Settings that no law changes."""
 

@@ -17,9 +17,9 @@ import xxhash
 from bench.extract import jpeg
 from bench.gpu_parts.report import Row
 from cache.plan import plan_shards
-from pipeline.encoding.devices import encode_job
-from pipeline.encoding.encode import Job
+from pipeline.encoding.batches import Job
 from pipeline.encoding.encoder import load_encoder
+from pipeline.encoding.engines import encode_job
 from pipeline.images.archives import ImageArchive
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings
@@ -79,16 +79,17 @@ def encode_files(settings: EncoderSettings, num_images: int) -> Row:
             source=source,
             settings=settings,
             spec=spec,
-            # Read by the processes of further devices.
+            # Read by the encoders of a cluster alone.
             probe=folder / "probe",
             folder=folder / "shards",
             workers=workers,
+            engine="local",
             max_failures=0,
         )
         started = time.perf_counter()
         stats = encode_job(job, encoder)
         stats.elapsed = time.perf_counter() - started
-    shares = stats.busy_shares(workers)
+    shares = stats.busy_shares()
     return {
         "images_per_second": round(stats.images_encoded / stats.elapsed, 1),
         "workers": workers,

@@ -1,7 +1,6 @@
 """The statistics of an extraction: counts, failures, and where the time went."""
 
 import contextlib
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ class ExtractionStats:
     """Seconds of wall time."""
     devices: int = 1
     """Number of devices that encoded side by side."""
+    decoders: int = 1
+    """Number of processes that decoded side by side."""
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds of decode, encode, hash and write, each summed over all processes."""
 
@@ -34,6 +35,7 @@ class ExtractionStats:
         for name, seconds in other.seconds.items():
             self.seconds[name] += seconds
         self.devices = max(self.devices, other.devices)
+        self.decoders = max(self.decoders, other.decoders)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -42,14 +44,13 @@ class ExtractionStats:
         yield
         self.seconds[phase] += time.perf_counter() - started
 
-    def busy_shares(self, workers: int) -> dict[str, float]:
+    def busy_shares(self) -> dict[str, float]:
         """Return the share of the wall time that each phase was busy, from 0 to 1.
 
         The phase near 1 is the bottleneck.
         """
-        lanes = {"decode": self.devices * max(1, math.ceil(workers / self.devices))}
         return {
-            phase: seconds / (self.elapsed * lanes.get(phase, self.devices))
+            phase: seconds / (self.elapsed * (self.decoders if phase == "decode" else self.devices))
             for phase, seconds in sorted(self.seconds.items())
         }
 

@@ -47,6 +47,12 @@ def write_with_hash(path: Path, pieces: Sequence[bytes | memoryview], digest: st
     write_bytes(path, *pieces)
 
 
+def delete_unfinished(folder: Path) -> None:
+    """Delete the temporary files of killed writers; the caller holds the lock of the folder."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def verified_hash(path: Path) -> str | None:
     """Return the sha256 of a finished file; None if it is missing, or damaged, which is printed."""
     if not path.exists() or not hash_path(path).exists():

@@ -9,7 +9,9 @@ place, then its path there; see `pipeline.images.places` for shards and tables.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from cache.remote.location import is_url
 from pipeline.images.names import ImageNameError, check_file_name, plain_name
 from pipeline.images.places import ImageFiles, Place, open_places
 from workspace.data_settings import ImagePath
@@ -45,6 +47,11 @@ class ImageArchive:
     def has(self, file_name: str) -> bool:
         """Whether a file has exactly this full name."""
         return any(self._holders(plain_name(file_name)))
+
+    def missing_paths(self) -> list[str]:
+        """Return the places that this machine does not have, URLs left out."""
+        paths = [place.path for place in self._places if not is_url(place.path)]
+        return [path for path in paths if not Path(path).exists()]
 
     def names(self, file_name: str) -> list[str]:
         """Return the full names of all files with the base name of `file_name`.

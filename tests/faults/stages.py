@@ -119,7 +119,7 @@ def _verify() -> None:
 
 MODULES = (
     "demo.world", "pipeline.fetch", "pipeline.index", "pipeline.extract",
-    "pipeline.encoding.devices", "train.pretrain", "train.finetune", "train.control",
+    "pipeline.encoding.engines", "train.pretrain", "train.finetune", "train.control",
     "eval.evaluate", "eval.export", "cache.verify",
 )  # fmt: skip
 

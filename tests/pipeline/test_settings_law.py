@@ -10,7 +10,12 @@ from pipeline.settings import EncoderSettings, ExtractSettings
 from tests.pipeline.conftest import TINY
 from tests.settings_law import ODD_NUMBERS, leaves
 
-pytestmark = pytest.mark.slow("encodes once for each setting")
+pytestmark = [
+    pytest.mark.slow("encodes once for each setting"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 CHANGES = {
     "encoder.model": "wider.json",
@@ -23,7 +28,7 @@ CHANGES = {
 }
 """A value of each setting that is not the one of `tests/pipeline/conftest.py`."""
 
-CHANGES_NOTHING = {"extract.workers": 1}
+CHANGES_NOTHING = {"extract.workers": 1, "extract.engine": "ray"}
 """Settings that must not change a byte of the store."""
 
 BAD_IMAGE = 7

@@ -12,8 +12,10 @@ import xxhash
 from cache.files.atomic import sha256_of
 from cache.plan import plan_shards
 from cache.shard import open_shard
+from pipeline.encoding import batches
 from pipeline.encoding import encode as module
-from pipeline.encoding.encode import Job, ShardEncoder
+from pipeline.encoding.batches import Job
+from pipeline.encoding.encode import ShardEncoder
 from pipeline.encoding.encoder import load_encoder
 from pipeline.encoding.stats import ExtractionStats
 from pipeline.images.archives import ImageArchive
@@ -57,7 +59,7 @@ def plan(source, encoder):
 
 @pytest.fixture
 def run(source, encoder, settings, tmp_path):
-    def encoded(shards, workers=0, max_failures=0, taken=None, progress=lambda count: None):
+    def encoded(shards, workers=0, max_failures=0, progress=lambda count: None):
         stats = ExtractionStats()
         job = Job(
             shards=shards,
@@ -67,11 +69,10 @@ def run(source, encoder, settings, tmp_path):
             probe=tmp_path / "probe",
             folder=tmp_path / "shards",
             workers=workers,
+            engine="local",
             max_failures=max_failures,
         )
-        ShardEncoder(job, encoder, stats, progress).run(
-            range(len(shards)) if taken is None else taken
-        )
+        ShardEncoder(job, encoder, stats, progress).run()
         return stats
 
     return encoded
@@ -188,7 +189,7 @@ def test_a_dead_decoding_process_gives_one_line(run, plan, monkeypatch):
     def die(*args):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(module, "decode_for", die)
+    monkeypatch.setattr(batches, "decode_for", die)
     with pytest.raises(StageError, match=r"a decoding process died.*extract.workers") as caught:
         run(plan, workers=1)
     assert "\n" not in str(caught.value)
@@ -219,7 +220,8 @@ def test_seconds_are_counted(run, plan):
     assert set(stats.seconds) == {"decode", "encode", "hash", "write"}
     assert min(stats.seconds.values()) > 0
     stats.elapsed = 2 * max(stats.seconds.values())
-    shares = stats.busy_shares(workers=2)
+    stats.decoders = 2
+    shares = stats.busy_shares()
     assert max(shares.values()) <= 0.5
     assert shares["decode"] == stats.seconds["decode"] / stats.elapsed / 2
 
@@ -228,12 +230,6 @@ def test_progress_counts_every_image_once(run, plan, images):
     done = []
     run(plan, progress=done.append)
     assert sum(done) == len(images)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_only_the_shards_taken_are_encoded_and_no_more_are_asked_for(run, plan, tmp_path, workers):
-    stats = run(plan, workers, taken=iter([3, 0]))
-    assert set(stats.encoded_shards) == {plan[3].name, plan[0].name} == names(tmp_path / "shards")
 
 
 def test_the_next_batch_is_submitted_before_the_result_of_the_last(run, plan, encoder, monkeypatch):

@@ -16,6 +16,7 @@ from cache.store_index import INDEX_FILE, PROBE_FILE
 from pipeline.encoding import work_folder as module
 from pipeline.encoding.work_folder import (
     PULLED,
+    delete_unfinished,
     hash_path,
     probe_path,
     recover_shards,
@@ -68,6 +69,14 @@ def test_a_file_that_holds_other_bytes_than_were_meant_is_never_finished(capsys)
     write_with_hash(path, [bytes(7)], hashlib.sha256(b"content").hexdigest())
     assert verified_hash(path) is None
     assert "again" in capsys.readouterr().out
+
+
+def test_what_killed_writers_left_goes_and_finished_files_stay():
+    write_with_hash(SHARDS / "a.h5", [b"a"], sha256_of_pieces([b"a"]))
+    before = sorted(SHARDS.iterdir())
+    (SHARDS / ".b.h5.partial").write_bytes(b"b")
+    delete_unfinished(SHARDS)
+    assert sorted(SHARDS.iterdir()) == before
 
 
 def test_a_partial_file_is_not_finished():

@@ -1,0 +1,1 @@
+"""Extraction on a Ray cluster: of this machine's devices, or of several machines."""
