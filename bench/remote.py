@@ -58,10 +58,8 @@ class Sizes:
     """Later epochs are begun for so long."""
 
 
-CHUNK_ROWS = 891
-"""Rows of a chunk of LitData: workers that share a chunk would read all of it for every few rows."""
-FULL = Sizes(rows=10 * CHUNK_ROWS, rounds=3, later_seconds=1.0)
-QUICK = Sizes(rows=2 * CHUNK_ROWS, rounds=1, later_seconds=0.1)
+FULL = Sizes(rows=8192, rounds=3, later_seconds=1.0)
+QUICK = Sizes(rows=2048, rounds=1, later_seconds=0.1)
 
 Runs = dict[str, dict[int, list[Run]]]
 """Of each reader with each number of worker processes, a run a round."""

@@ -10,6 +10,7 @@ Letters: B rows of a batch, P patches, D width of the vision tower.
 """
 
 import importlib
+import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -102,6 +103,32 @@ def open_ours(order: str, source: Source, workers: int) -> Epochs:
     return epoch
 
 
+def write_litdata(folder: Path, features: Rows) -> None:
+    """Write chunks of as many rows as our shards have: of whole batches.
+
+    A chunk that two worker processes share is read as a whole for every few of its rows, and in few
+    chunks that would be the rule.
+    """
+    np.save(folder / "source.npy", features)
+    # It sets the start method for the whole process.
+    start_method = multiprocessing.get_start_method()
+    importlib.import_module("litdata").optimize(
+        fn=partial(row_of, folder / "source.npy"),
+        inputs=list(range(len(features))),
+        output_dir=str(folder / "chunks"),
+        chunk_size=SHARD_ROWS,
+        num_workers=1,
+        verbose=False,
+    )
+    multiprocessing.set_start_method(start_method, force=True)
+    (folder / "source.npy").unlink()
+
+
+def row_of(path: Path, row: int) -> Tensor:
+    """Return one row of an npy file; LitData calls it in another process."""
+    return torch.from_numpy(np.load(path, mmap_mode="r")[row].copy())
+
+
 def open_litdata(source: Source, workers: int) -> Epochs:
     """LitData: chunks, shuffled, copied by obstore."""
     module = importlib.import_module("litdata")
@@ -122,6 +149,10 @@ def open_streaming(source: Source, workers: int) -> Epochs:
     rows = module.StreamingDataset(
         remote=source.url, local=str(source.cache), shuffle=True, batch_size=BATCH
     )
+    # Forked workers would share the connection that read the index: over plain HTTP one then takes
+    # the bytes of another.
+    for stream in rows.streams:
+        stream._downloader.clean_up()
     loader = DataLoader(rows, BATCH, num_workers=workers, persistent_workers=workers > 0)
     return lambda number: Unpacked(loader, COLUMN, ROW_SHAPE)
 
@@ -200,8 +231,10 @@ def open_zarr(source: Source, workers: int) -> Epochs:
         endpoint=source.endpoint,
         client_options={"allow_http": True},
     )
-    # Of its requests at once: 10 unless it is told.
-    module.config.set({"async.concurrency": BATCH})
+    # The second is of its requests at once: 10 unless it is told.
+    module.config.set(
+        {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "async.concurrency": BATCH}
+    )
     array = module.open_array(module.storage.ObjectStore(store, read_only=True), mode="r")
     return at_random(source, lambda ids: np.asarray(array.oindex[ids]))
 
@@ -264,7 +297,7 @@ def our_readers(name: str, order: str) -> dict[str, RemoteReader]:
 READERS: dict[str, RemoteReader] = {
     **our_readers(WINDOWED, "windowed"),
     **our_readers(GLOBAL, "global"),
-    LITDATA: RemoteReader("litdata", "litdata/chunks", peers.litdata, open_litdata, WORKERS),
+    LITDATA: RemoteReader("litdata", "litdata/chunks", write_litdata, open_litdata, WORKERS),
     STREAMING: RemoteReader("streaming", "mds", peers.streaming, open_streaming, WORKERS),
     "webdataset": RemoteReader("webdataset", "tar", peers.webdataset, open_webdataset, WORKERS),
     "Lance": RemoteReader("lance", "rows.lance", write_lance, open_lance, keeps=False),
