@@ -286,6 +286,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     # Several peers hand out what they mapped or read; nobody writes into it.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # A process uses Lance after its fork only.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    warnings.filterwarnings("ignore", message="with_row_id is not supported")
     rows = QUICK_ROWS if arguments.quick else ROWS
     rounds = {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS}
     if arguments.quick:

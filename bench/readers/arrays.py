@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from bench.readers.contender import (
@@ -20,7 +19,6 @@ from bench.readers.contender import (
     Batch,
     Contender,
     Rows,
-    as_it_is,
     loader_contenders,
     random_loader,
     write_apart,
@@ -58,30 +56,19 @@ class ZarrRows(Dataset[Rows]):
         return values
 
 
-class ZarrBatches(ZarrRows):
-    """The same, a batch at a time: zarrs leaves rows that are not neighbours to zarr-python."""
-
-    def __getitems__(self, rows: list[int]) -> Tensor:
-        """Return the batch that torch's loader asks for: float16 [B, P, D]."""
-        return torch.from_numpy(self.array.oindex[np.asarray(rows)])
-
-
 def zarrs(folder: Path, features: Rows) -> dict[str, Contender]:
-    """Zarrs under zarr-python: a row at a time, which it does itself, and `oindex` of a batch."""
+    """The codecs of zarrs under zarr-python, a row at a time.
+
+    Rows that are not neighbours are left to zarr-python: `oindex` of a batch was ten times slower.
+    """
     importlib.import_module("zarrs")
     path = str(folder / "rows.zarr")
     write_apart(partial(_write_zarr, path, features))
-
-    def by_row(workers: int) -> Any:
-        return random_loader(ZarrRows(path, len(features)), workers)
-
-    def by_batch(workers: int) -> Any:
-        return random_loader(ZarrBatches(path, len(features)), workers, collate_fn=as_it_is)
-
-    return {
-        **loader_contenders("zarrs in a DataLoader", folder, by_row),
-        **loader_contenders("zarr-python in a DataLoader, oindex", folder, by_batch, False),
-    }
+    return loader_contenders(
+        "zarrs in a DataLoader",
+        folder,
+        lambda workers: random_loader(ZarrRows(path, len(features)), workers),
+    )
 
 
 def _write_zarr(path: str, features: Rows) -> None:
