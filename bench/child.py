@@ -71,10 +71,15 @@ def run_measured(
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=environment)
     anonymous = pid = status = 0
-    while not pid:
-        time.sleep(0.02)
-        anonymous = max(anonymous, _anonymous_kib(process.pid))
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    try:
+        while not pid:
+            time.sleep(0.02)
+            anonymous = max(anonymous, _anonymous_kib(process.pid))
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
     # Waited for here, for the usage of this one process; Popen has to be told.
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started

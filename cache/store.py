@@ -145,6 +145,7 @@ class FeatureStore:
             )
         if not self._all_mapped:
             self._map(self._shard_numbers(rows))
+        self._mapping.request(rows)
         # All rows are in range: "clip" keeps numpy from gathering into a buffer first.
         np.take(self._mapping.rows, rows, axis=0, out=out, mode="clip")
         return out

@@ -138,7 +138,13 @@ def embedding_reader(folder: Path, features: Rows) -> dict[str, Contender]:
         reader = module.NumpyReader(str(folder))
         whole = reader.count - reader.count % BATCH
         while True:
-            for batch, _ in reader(batch_size=BATCH, end=whole, show_progress=False):
-                yield torch.from_numpy(batch).view(-1, *features.shape[1:])
+            batches = reader(batch_size=BATCH, end=whole, show_progress=False)
+            try:
+                for batch, _ in batches:
+                    yield torch.from_numpy(batch).view(-1, *features.shape[1:])
+            finally:
+                # Left in the middle, its threads wait for ever.
+                for _ in batches:
+                    pass
 
     return {"embedding-reader, in order": Contender(in_order, folder, is_loader=False)}
