@@ -112,7 +112,8 @@ def webdataset(folder: Path, features: Rows) -> dict[str, Contender]:
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
 
     def shuffled(workers: int) -> Iterable[Tensor]:
-        rows = module.WebDataset(urls, shardshuffle=len(urls)).shuffle(SHUFFLE_BUFFER)
+        tars = module.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
+        rows = tars.shuffle(SHUFFLE_BUFFER)
         batches = rows.decode().to_tuple("npy").batched(BATCH, partial=False)
         loader = module.WebLoader(
             batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0

@@ -27,7 +27,7 @@ READERS = {
     "MosaicML StreamingDataset": "MosaicML StreamingDataset",
     "safetensors by slices, DataLoader": "safetensors slices in a DataLoader",
     "Lance, `take` in a DataLoader": "Lance take in a DataLoader",
-    "Lance's `LanceDataset` (whole batches shuffled)": "Lance LanceDataset, whole batches shuffled",
+    "Lance, LanceDataset (shuffles batches)": "Lance LanceDataset, whole batches shuffled",
     "TensorStore, Zarr v3 with shards": "TensorStore, zarr3",
     "zarrs, Zarr v3 with shards, DataLoader": "zarrs in a DataLoader",
     "Grain over ArrayRecord": "Grain over ArrayRecord",
@@ -40,20 +40,21 @@ FORMATS = {
     "patchcache": ("FeatureBatches", "one copy out of a mapping", "byte for byte",
                    "fingerprint; refused on mixing", "its shard", "new shards"),
     "Arrow (Hugging Face)": ("HF datasets, torch format", "map, through Arrow arrays", "yes",
-                             "hash of the code, in the cache's name", "the data set", "whole files"),
+                             "hash of the code, in the cache's name", "the data set",
+                             "whole files"),
     "one big HDF5": (USUAL, "a call a row, or a map if contiguous",
                      "if times and versions are pinned", "if somebody wrote it down", "the file",
                      "the file"),
     "one npy a file": ("one npy a file in a DataLoader", "a file a row", "yes", "no", "its file",
                        "123,287 files"),
-    "safetensors": ("safetensors slices in a DataLoader", "a copy out of a map, a call a row", "yes",
-                    "if somebody wrote it down", "its file", "files"),
+    "safetensors": ("safetensors slices in a DataLoader", "a copy out of a map, a call a row",
+                    "yes", "if somebody wrote it down", "its file", "files"),
     "Lance": ("Lance take in a DataLoader", "a read a row, in threads", "no: random file names",
               "versions of the table", "its row, in a new file", "new files"),
     "Zarr v3, sharded": ("TensorStore, zarr3", "a read a row, in threads", "yes",
                          "if somebody wrote it down", "its shard", "shards"),
-    "ArrayRecord": ("Grain over ArrayRecord", "a read a row", "by order of writing", "no", "its file",
-                    "files"),
+    "ArrayRecord": ("Grain over ArrayRecord", "a read a row", "by order of writing", "no",
+                    "its file", "files"),
     "LitData": ("LitData", "a chunk a row, decode", "by order of writing", "no", "the data set",
                 "chunks"),
     "webdataset (tar)": ("webdataset", "none: in order, through a buffer", "by order of writing",
@@ -75,6 +76,8 @@ STEPS = {
     "`dvc repro`, nothing changed": "repro",
 }
 
+FIGURES = ("seconds", "rows_per_second", "peak_anonymous_gib")
+
 
 @cache
 def result(name: str):
@@ -82,10 +85,10 @@ def result(name: str):
 
 
 def contender(name: str) -> str | None:
-    """The name in the result file of a reader, with the number of workers that suits it best warm."""
+    """The name in the result file of a reader: with the number of workers that suits it best."""
     warm = result("read")["warm"]["median"]
-    names = [found for found in (name, f"{name}, 0 workers", f"{name}, 2 workers") if found in warm]
-    return max(names, key=warm.__getitem__, default=None)
+    names = (name, f"{name}, 0 workers", f"{name}, 2 workers")
+    return max((found for found in names if found in warm), key=warm.__getitem__, default=None)
 
 
 def shown(value: float) -> str:
@@ -125,20 +128,11 @@ def table_of_formats() -> list[str]:
 
 
 def table_of_full_size() -> list[str]:
-    found, rows = result("full_coco"), []
+    rows = []
     for label, step in STEPS.items():
-        figures = found[step]
-        rows.append(
-            [
-                label,
-                shown(figures["seconds"]),
-                shown(figures["rows_per_second"]) if "rows_per_second" in figures else "",
-                shown(figures["peak_anonymous_gib"] * 2**30 / 1e9)
-                if "peak_anonymous_gib" in figures
-                else "",
-            ]
-        )
-    return as_table(["123,287 images", "seconds", "rows/s", "own memory, GB"], rows)
+        figures = result("full_coco")[step]
+        rows.append([label, *(shown(figures[key]) if key in figures else "" for key in FIGURES)])
+    return as_table(["123,287 images", "seconds", "rows/s", "own memory, GiB"], rows)
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> list[str]:
