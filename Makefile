@@ -45,13 +45,14 @@ lint: $(INSTALLED)
 # The other loaders, beside what is locked: never instead of it, whatever they declare.
 bench: $(INSTALLED)
 	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-bench.txt
-	pytest tests/bench/test_datasets.py
+	pytest tests/bench/test_datasets.py tests/bench/test_readers.py
 	python -m bench.read
 	python -m bench.order
 	python -m bench.scale
 	python -m bench.verify
 	python -m bench.encode
 	python -m bench.index
+	python -m bench.full_coco
 	python -m bench.extract
 	python -m bench.step
 	python -m bench.step_llama

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +112,13 @@ def measure_store(folder: Path) -> dict[str, dict[str, Any]]:
     found["extract"] = {"seconds": round(child.seconds, 2), **child.memory()}
     shutil.rmtree(folder / "made")
     pages.sync(folder / FEATURES)
-    readers = {
-        "open": (full_store.open_store,),
-        "verify": (full_store.verify,),
-        "gather": (full_store.gather,),
-        **{f"epoch, {order}": (full_store.epoch_in_order, order) for order in ORDERS},
+    readers: dict[str, tuple[Callable[..., dict[str, float]], tuple[str, ...]]] = {
+        "open": (full_store.open_store, ()),
+        "verify": (full_store.verify, ()),
+        "gather": (full_store.gather, ()),
+        **{f"epoch, {order}": (full_store.epoch_in_order, (order,)) for order in ORDERS},
     }
-    for name, (function, *arguments) in readers.items():
+    for name, (function, arguments) in readers.items():
         pages.drop(folder / FEATURES)
         with limited(READER_BYTES) as group:
             taken = call_measured(function, *arguments, folder=folder, group=group)

@@ -130,7 +130,7 @@ class FeatureMapping:
         """Ask the system to read an attached shard's features into memory; does not wait."""
         self._advise(number, rows, mmap.MADV_WILLNEED)
 
-    def request(self, rows: NDArray[np.int64]) -> None:
+    def request(self, rows: NDArray[np.integer]) -> None:
         """Ask the system for rows that are read next, all at once; does not wait.
 
         Of a store that does not fit the memory each touch may read from the disk: without this a

@@ -121,7 +121,8 @@ class SafetensorsRows(Dataset[Tensor]):
         file, place = divmod(row, FILE_ROWS)
         if file not in self._slices:
             # Opened on first use, in each process.
-            self._slices[file] = safe_open(self._paths[file], "pt").get_slice(COLUMN)
+            opened: Any = safe_open(self._paths[file], "pt")
+            self._slices[file] = opened.get_slice(COLUMN)
         values: Tensor = self._slices[file][place]
         return values
 

@@ -9,6 +9,7 @@ import multiprocessing
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def embedding_reader(folder: Path, features: Rows) -> dict[str, Contender]:
 
     It is told which files there are: its own pattern for them is one that fsspec now refuses.
     """
-    module = importlib.import_module("embedding_reader.numpy_reader")
+    module: Any = importlib.import_module("embedding_reader.numpy_reader")
     for number, part in enumerate(parts_of(features)):
         np.save(folder / f"{number:05}.npy", part.reshape(len(part), -1))
 
