@@ -44,8 +44,10 @@ ROWS, QUICK_ROWS = 16384, 1024
 WARM_ROUNDS, COLD_ROUNDS = 5, 3
 WARM_SECONDS, COLD_SECONDS = 0.6, 1.5
 """How long batches are read in a run; a cold run ends when all rows were read, too."""
-SKIPPED = 8
+SKIPPED = 32
 """Batches at the start of a warm run that are not timed: more than any loader makes ahead."""
+EXIT_SECONDS = 20.0
+"""How long a process may take to end."""
 CPU = torch.device("cpu")
 
 GATHER, SOURCE, LIMIT = "FeatureStore.gather", "FeatureBatches", "array in memory, np.take"
@@ -158,6 +160,9 @@ class Reader:
         with contextlib.suppress(OSError):
             self._pipe.send(False)
         self._pipe.close()
+        self._process.join(EXIT_SECONDS)
+        # A library's threads may keep it from ending.
+        self._process.kill()
         self._process.join()
 
     def _receive(self) -> Any:
