@@ -33,7 +33,15 @@ from bench import pages
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_least, interleaved, medians, print_goals, print_table, summary
 from bench.peers import PEERS
-from bench.readers.contender import BATCH, FORK, PREPARE_ERRORS, Batch, Contender, forever
+from bench.readers.contender import (
+    BATCH,
+    FORK,
+    PREPARE_ERRORS,
+    Batch,
+    Contender,
+    end,
+    forever,
+)
 from bench.stores import SPEC, make_store, random_rows
 from cache import FeatureStore
 from cache.files.foreign import describe
@@ -46,8 +54,6 @@ WARM_SECONDS, COLD_SECONDS = 0.6, 1.5
 """How long batches are read in a run; a cold run ends when all rows were read, too."""
 SKIPPED = 32
 """Batches at the start of a warm run that are not timed: more than any loader makes ahead."""
-EXIT_SECONDS = 20.0
-"""How long a process may take to end."""
 CPU = torch.device("cpu")
 
 GATHER, SOURCE, LIMIT = "FeatureStore.gather", "FeatureBatches", "array in memory, np.take"
@@ -160,10 +166,7 @@ class Reader:
         with contextlib.suppress(OSError):
             self._pipe.send(False)
         self._pipe.close()
-        self._process.join(EXIT_SECONDS)
-        # A library's threads may keep it from ending.
-        self._process.kill()
-        self._process.join()
+        end(self._process)
 
     def _receive(self) -> Any:
         try:

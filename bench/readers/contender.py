@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ WORKERS = (0, 2)
 """Each complete loader runs in the main process, and with two worker processes."""
 
 FORK = multiprocessing.get_context("fork")
+
+EXIT_SECONDS = 20.0
+"""How long a process may take to end."""
 
 Rows = NDArray[np.float16]
 Batch = NDArray[Any] | Tensor
@@ -73,9 +77,16 @@ def write_apart(write: Callable[[], object]) -> None:
         failed = pipe.recv()
     except EOFError:
         failed = "its process ended without an answer"
-    process.join()
+    end(process)
     if failed:
         raise RuntimeError(failed)
+
+
+def end(process: ForkProcess) -> None:
+    """Wait for a process that has nothing to do any more; a library's threads may keep it up."""
+    process.join(EXIT_SECONDS)
+    process.kill()
+    process.join()
 
 
 def _report(write: Callable[[], object], pipe: Connection) -> None:

@@ -32,8 +32,8 @@ def parsed(row_shape: tuple[int, ...], record: bytes) -> Rows:
 def grain(folder: Path, features: Rows) -> dict[str, Contender]:
     """Grain: its tutorial on ArrayRecord, with shuffle and map of a MapDataset.
 
-    Threads read rows ahead (`to_iter_dataset`), in worker processes too (`mp_prefetch`). Batches are
-    made of what they read: 500 batches ahead, its default, would be 2.4 GB in each process.
+    Threads read rows ahead (`to_iter_dataset`), in worker processes too (`mp_prefetch`); batches
+    are made of these. The default, 500 elements ahead, would be 2.4 GB of batches a process.
     """
     module = importlib.import_module("grain")
     records = importlib.import_module("array_record.python.array_record_module")
