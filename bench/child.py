@@ -1,13 +1,14 @@
 """Runs Python in a process of its own, and records the time and the memory that it takes.
 
-Two peaks of memory are taken: `peak_gib` is ru_maxrss, which counts the pages of mapped files (the
-system can drop these at any time); `peak_anonymous_gib` leaves them out, and is the largest of a
-reading every 20 ms.
+Two peaks of memory are read every 20 ms: `peak_gib` is VmHWM, which counts the pages of mapped files
+(the system can drop these at any time); `peak_anonymous_gib` leaves them out. ru_maxrss would begin
+with the memory of the process that starts this one.
 """
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -70,20 +71,18 @@ def run_measured(
         command = group.command(command)
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, env=environment)
-    anonymous = pid = status = 0
+    peak = anonymous = 0
     try:
-        while not pid:
+        while process.poll() is None:
             time.sleep(0.02)
-            anonymous = max(anonymous, _anonymous_kib(process.pid))
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            peak = _kib(process.pid, "VmHWM") or peak
+            anonymous = max(anonymous, _kib(process.pid, "RssAnon"))
     except BaseException:
         process.kill()
         process.wait()
         raise
-    # Waited for here, for the usage of this one process; Popen has to be told.
-    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
-    return Child(process.returncode, seconds, usage.ru_maxrss / 2**20, anonymous / 2**20)
+    return Child(process.returncode, seconds, peak / 2**20, anonymous / 2**20)
 
 
 def call_measured(
@@ -116,8 +115,8 @@ def answer(module: str, function: str, *arguments: str) -> None:
     Path(ANSWER).write_text(json.dumps(call(*arguments)))
 
 
-def _anonymous_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1])
-    return 0
+def _kib(pid: int, figure: str) -> int:
+    """Return a figure of a process; 0 of one that has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(rf"^{figure}:\s+(\d+) kB", status, re.M)
+    return int(found[1]) if found else 0
