@@ -45,7 +45,7 @@ lint: $(INSTALLED)
 # The other loaders, beside what is locked: never instead of it, whatever they declare.
 bench: $(INSTALLED)
 	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-bench.txt
-	pytest tests/bench/test_datasets.py
+	pytest tests/bench/test_datasets.py tests/bench/test_readers.py
 	python -m bench.read
 	python -m bench.remote
 	python -m bench.order
@@ -54,6 +54,7 @@ bench: $(INSTALLED)
 	python -m bench.verify
 	python -m bench.encode
 	python -m bench.index
+	python -m bench.full_coco
 	python -m bench.extract
 	python -m bench.ray_engine
 	python -m bench.step

@@ -1,8 +1,8 @@
 """Makes what training starts from, as large as COCO 2017 and LLaVA-Instruct-150K, without pictures.
 
 The annotation files are in the official layouts, and `pipeline.index` itself makes the tables of
-them. Texts are random words of the demo's language, as long as the real texts; pictures are one
-small JPEG over and over, told apart by what follows its end; features are random.
+them. Texts are random words of the demo's language, as long as the real texts; pictures are a
+few small JPEGs over and over, told apart by what follows its end; features are random.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from ruamel.yaml import YAML
 
 from bench.stores import SPEC, make_random_store
@@ -54,6 +54,9 @@ COCO = DataSize(
 )
 """With LLaVA-Instruct's 157,712 conversations."""
 
+PICTURE_SIZE = (128, 96)
+"""Pixels."""
+
 CAPTION_WORDS = (8, 15)
 TURNS = {"conversation": (3, 6), "detail": (1, 1), "complex": (1, 1)}
 QUESTION_WORDS = (6, 16)
@@ -75,8 +78,8 @@ def make_workspace(folder: Path, size: DataSize) -> None:
     store.rename(folder / "data/features")
 
 
-def write_inputs(folder: Path, size: DataSize) -> None:
-    """Make pictures, annotation files and settings in an empty folder."""
+def write_inputs(folder: Path, size: DataSize, num_pictures: int = 1) -> None:
+    """Make pictures, some of them different, annotation files and settings in an empty folder."""
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(sum(size.images.values()))
     image_ids = {
@@ -84,12 +87,13 @@ def write_inputs(folder: Path, size: DataSize) -> None:
         "val": np.sort(shuffled[size.images["train"] :]),
     }
     words = demo_words()
+    pictures = [draw_picture(rng) for _ in range(num_pictures)]
     raw = folder / "raw"
     raw.mkdir()
     for split, ids in image_ids.items():
         captions = captions_file(rng, words, ids, size.captions[split])
         write_json(raw / f"captions_{split}.json", captions)
-        write_pictures(raw / f"{split}.zip", ids)
+        write_pictures(raw / f"{split}.zip", ids, pictures)
     write_json(raw / "instruct.json", list(conversations(rng, words, image_ids["train"], size)))
     write_settings(folder)
 
@@ -151,13 +155,26 @@ def file_name(image_id: int) -> str:
     return f"{image_id:012}.jpg"
 
 
-def write_pictures(path: Path, image_ids: Iterable[int], mark: str = "") -> None:
-    """Write a zip of one small picture under many names; no two files of a mark are alike."""
-    picture = io.BytesIO()
-    Image.new("RGB", (64, 48)).save(picture, "JPEG")
+def draw_picture(rng: Random) -> bytes:
+    """Return the JPEG of some coloured ellipses."""
+    image = Image.new("RGB", PICTURE_SIZE)
+    draw = ImageDraw.Draw(image)
+    for _ in range(20):
+        corners = np.sort(rng.integers(0, PICTURE_SIZE, (2, 2)), axis=0)
+        draw.ellipse(corners.reshape(-1).tolist(), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    data = io.BytesIO()
+    image.save(data, "JPEG")
+    return data.getvalue()
+
+
+def write_pictures(
+    path: Path, image_ids: Iterable[int], pictures: Sequence[bytes], mark: str = ""
+) -> None:
+    """Write a zip of a few pictures under many names; no two files of a mark are alike."""
     with zipfile.ZipFile(path, "w") as archive:
-        for image_id in image_ids:
-            archive.writestr(file_name(image_id), picture.getvalue() + f"{mark}{image_id}".encode())
+        for number, image_id in enumerate(image_ids):
+            data = pictures[number % len(pictures)] + f"{mark}{image_id}".encode()
+            archive.writestr(file_name(image_id), data)
 
 
 def write_settings(folder: Path) -> None:

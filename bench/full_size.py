@@ -7,22 +7,16 @@ a temporary folder, when it is missing (5.6 GB). With --quick it is a small one,
 temporary folder, whatever MODEL is. Settings are those of configs/coco.yaml but for
 the number and size of the steps; every stage is a fresh process, as a user starts it.
 
-Two peaks of memory are taken of each process: `peak_gib` is ru_maxrss, which counts the pages of
-mapped files (the checkpoint's, which the system can drop at any time); `peak_anonymous_gib` leaves
-them out, and is the largest of a reading every 20 ms.
+`peak_gib` and `peak_anonymous_gib` are those of `bench.child`.
 """
 
 import argparse
 import csv
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ruamel.yaml import YAML
 
+from bench.child import ROOT, Child, call_measured, run_measured
 from bench.command import benchmark_parser, run_benchmark
 from bench.make_phi2 import PHI2, SHARD_BYTES, write_phi
 from bench.stores import make_random_store
-from cache.files.atomic import write_json
 from pipeline.indexing.tables import SCHEMAS
 from train.model.fingerprint import language_model_fingerprint
 from train.model.language_model import load_language_model, load_tokenizer
 from train.run import pick_device
 from train.settings import LlmSettings
-
-ROOT = Path(__file__).parents[1]
 
 STEPS = 3
 """Of a stage; there is a validation after the second, and one step after that."""
@@ -73,65 +65,17 @@ TURNS = (
 """Of every image: LLaVA's conversations have about as many words."""
 
 
-@dataclass(frozen=True)
-class Child:
-    """What a process took."""
-
-    exit_code: int
-    seconds: float
-    peak_gib: float
-    peak_anonymous_gib: float
-
-    def memory(self) -> dict[str, float]:
-        """Return the two peaks, for a result file."""
-        return {
-            "peak_gib": round(self.peak_gib, 2),
-            "peak_anonymous_gib": round(self.peak_anonymous_gib, 2),
-        }
-
-
-def run_measured(arguments: list[str], folder: Path, checkout: Path = ROOT) -> Child:
-    """Run Python in a folder, with the code of a checkout, and watch its memory."""
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=folder, env=environment)
-    anonymous = pid = status = 0
-    while not pid:
-        time.sleep(0.02)
-        anonymous = max(anonymous, _anonymous_kib(process.pid))
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-    # Waited for here, for the usage of this one process; Popen has to be told.
-    process.returncode = os.waitstatus_to_exitcode(status)
-    seconds = time.perf_counter() - started
-    return Child(process.returncode, seconds, usage.ru_maxrss / 2**20, anonymous / 2**20)
-
-
-def _anonymous_kib(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1])
-    return 0
-
-
-def load(model: str, out: str) -> None:
-    """Load the language model as training does, and write the seconds to a file; in a child."""
+def load(model: str) -> dict[str, float]:
+    """Load the language model as training does; return the seconds of it and of its fingerprint."""
     settings = LlmSettings(model=model, quantize="nf4", dtype="bf16")
     started = time.perf_counter()
     language_model = load_language_model(settings, pick_device())
     loaded = time.perf_counter()
     language_model_fingerprint(language_model, load_tokenizer(settings))
-    named = time.perf_counter()
-    seconds = {"seconds": round(loaded - started, 1), "fingerprint_seconds": named - loaded}
-    write_json(Path(out), seconds)
-
-
-def measure_load(model: Path, folder: Path) -> dict[str, float]:
-    """Load the language model in a fresh process."""
-    code = "import sys; from bench.full_size import load; load(*sys.argv[1:])"
-    child = run_measured(["-c", code, str(model), "load.json"], folder)
-    _check(child, "load")
-    found: dict[str, float] = json.loads((folder / "load.json").read_text())
-    return {name: round(value, 2) for name, value in found.items()} | child.memory()
+    return {
+        "seconds": loaded - started,
+        "fingerprint_seconds": time.perf_counter() - loaded,
+    }
 
 
 def write_index(folder: Path, num_train: int) -> None:
@@ -178,7 +122,7 @@ def run_stage(
     params[stage] |= few
     yaml.dump(params, folder / "params.yaml")
     child = run_measured(["-m", f"train.{stage}"], folder)
-    _check(child, stage)
+    child.check(stage)
     with (folder / "runs" / stage / "history.csv").open() as file:
         rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
     metrics = json.loads((folder / "runs" / stage / "metrics.json").read_text())
@@ -211,15 +155,10 @@ def measure_model(folder: Path, model: Path) -> dict[str, Any]:
     most = STEPS * BATCH["finetune"][1]
     (folder / "data").mkdir()
     make_random_store(folder / "made", most + 2).rename(folder / "data/features")
-    result: dict[str, Any] = {"load": measure_load(model, folder)}
+    result: dict[str, Any] = {"load": call_measured(load, model, folder=folder)}
     for stage in BATCH:
         result[stage] = measure_stage(folder, model, stage)
     return result
-
-
-def _check(child: Child, what: str) -> None:
-    if child.exit_code:
-        raise RuntimeError(f"{what}: exit code {child.exit_code}, after {child.seconds:.0f} s")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.child import run_measured
 from bench.coco_sized import (
     COCO,
     QUESTION_WORDS,
@@ -27,13 +28,13 @@ from bench.coco_sized import (
     DataSize,
     Random,
     demo_words,
+    draw_picture,
     file_name,
     sentence,
     write_inputs,
     write_pictures,
 )
 from bench.command import benchmark_parser, run_benchmark
-from bench.full_size import run_measured
 from cache.files.atomic import write_json
 
 ROUNDS = 2
@@ -77,11 +78,11 @@ def mixture(
 def make_mixture(folder: Path, divisor: int) -> None:
     """Make pictures, conversations and settings of a mixture in an empty folder."""
     rng = np.random.default_rng(0)
-    names, places = {}, []
+    picture, names, places = draw_picture(rng), {}, []
     for place, (_, count) in MIX.items():
         image_ids = range(1, count // divisor + 1)
         zip_name = place.replace("/", "_") + ".zip"
-        write_pictures(folder / zip_name, image_ids, mark=place)
+        write_pictures(folder / zip_name, image_ids, [picture], mark=place)
         names[place] = [file_name(image_id) for image_id in image_ids]
         places.append({"path": zip_name, "prefix": place})
     write_json(folder / "mix.json", list(mixture(rng, demo_words(), names, divisor)))
@@ -103,8 +104,7 @@ def measure_size(folder: Path, checkouts: list[Path], rounds: int) -> dict[str, 
             for output in ("data", "reports", ".work"):
                 shutil.rmtree(folder / output, ignore_errors=True)
             child = run_measured(["-m", "pipeline.index"], folder, checkout)
-            if child.exit_code:
-                raise RuntimeError(f"index of {checkout} ended with {child.exit_code}")
+            child.check(f"index of {checkout}")
             runs[str(checkout)].append({"seconds": child.seconds, **child.memory()})
     report = json.loads((folder / "reports/index.json").read_text())
     result: dict[str, Any] = {

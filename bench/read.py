@@ -16,7 +16,6 @@ round before; batches that were made ahead of a run are not timed.
 
 import argparse
 import contextlib
-import multiprocessing
 import tempfile
 import time
 import warnings
@@ -33,7 +32,16 @@ from numpy.typing import NDArray
 from bench import pages
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_least, interleaved, medians, print_goals, print_table, summary
-from bench.peers import BATCH, PEERS, Batch, Contender, forever
+from bench.peers import PEERS
+from bench.readers.contender import (
+    BATCH,
+    FORK,
+    PREPARE_ERRORS,
+    Batch,
+    Contender,
+    end,
+    forever,
+)
 from bench.stores import SPEC, make_store, random_rows
 from cache import FeatureStore
 from cache.files.foreign import describe
@@ -44,10 +52,9 @@ ROWS, QUICK_ROWS = 16384, 1024
 WARM_ROUNDS, COLD_ROUNDS = 5, 3
 WARM_SECONDS, COLD_SECONDS = 0.6, 1.5
 """How long batches are read in a run; a cold run ends when all rows were read, too."""
-SKIPPED = 8
+SKIPPED = 32
 """Batches at the start of a warm run that are not timed: more than any loader makes ahead."""
 CPU = torch.device("cpu")
-FORK = multiprocessing.get_context("fork")
 
 GATHER, SOURCE, LIMIT = "FeatureStore.gather", "FeatureBatches", "array in memory, np.take"
 OF_LIMIT, OF_PEER = 0.9, 8.0
@@ -55,20 +62,9 @@ OF_LIMIT, OF_PEER = 0.9, 8.0
 
 LIBRARIES = (
     *("h5py", "numpy", "pyarrow", "torch"),
-    *("datasets", "litdata", "mosaicml-streaming", "webdataset"),
+    *("datasets", "litdata", "mosaicml-streaming", "webdataset", "embedding-reader", "pylance"),
+    *("safetensors", "zarr", "zarrs", "tensorstore", "grain", "array-record"),
 )
-
-PREPARE_ERRORS = (
-    ImportError,
-    OSError,
-    RuntimeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-)
-"""What a library that does not fit the others raises when it is imported or first used."""
 
 
 def epochs(rows: int) -> Iterator[list[NDArray[np.int64]]]:
@@ -170,7 +166,7 @@ class Reader:
         with contextlib.suppress(OSError):
             self._pipe.send(False)
         self._pipe.close()
-        self._process.join()
+        end(self._process)
 
     def _receive(self) -> Any:
         try:
@@ -211,7 +207,8 @@ def check_batch(batch: Batch) -> None:
     found = np.asarray(batch)
     different = len({row.tobytes() for row in found[:, 0, :8]})
     shape = (BATCH, SPEC.patches, SPEC.width)
-    if found.dtype != np.float16 or found.shape != shape or different != BATCH:
+    is_float = found.dtype in (np.float16, np.float32)
+    if not is_float or found.shape != shape or different != BATCH:
         raise ValueError(f"a batch is {found.dtype} {found.shape} of {different} rows")
 
 
@@ -297,6 +294,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     # Several peers hand out what they mapped or read; nobody writes into it.
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    # A process uses Lance after its fork only.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    warnings.filterwarnings("ignore", message="with_row_id is not supported")
     rows = QUICK_ROWS if arguments.quick else ROWS
     rounds = {"warm": WARM_ROUNDS, "cold": COLD_ROUNDS}
     if arguments.quick:

@@ -14,7 +14,7 @@ import errno
 import math
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +39,8 @@ MAX_RESERVED_BYTES = 1 << 45
 HUGE_SHARE = 0.5
 """A store is read in huge pages if it needs at most this share of the memory."""
 
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-"""Bytes that a container may use, or "max"."""
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux keeps limits of memory, and where it names the groups of this process."""
 
 
 class FeatureMapping:
@@ -157,18 +157,50 @@ class FeatureMapping:
         """Ask the system to read an attached shard's features into memory; does not wait."""
         self._advise(number, rows, mmap.MADV_WILLNEED)
 
+    def request(self, rows: NDArray[np.integer]) -> None:
+        """Ask the system for rows that are read next, all at once; does not wait.
+
+        Of a store that does not fit the memory each touch may read from the disk: without this a
+        page or two at a time, or megabytes around them.
+
+        Args:
+            rows: Positions in `rows`, of attached shards.
+        """
+        if not self._in_huge_pages:
+            for row in rows.tolist():
+                self._advise_rows(row, 1, mmap.MADV_WILLNEED)
+
     def _advise(self, number: int, rows: int, advice: int) -> None:
-        start = self._skipped + int(self.starts[number]) * self._row_bytes
+        self._advise_rows(int(self.starts[number]), rows, advice)
+
+    def _advise_rows(self, first: int, rows: int, advice: int) -> None:
+        start = self._skipped + first * self._row_bytes
         before = start % mmap.PAGESIZE
         self._reserved.madvise(advice, start - before, rows * self._row_bytes + before)
 
 
 def memory_bytes() -> int:
     """Return the bytes of memory that this process can use: the machine's, or its container's."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):
-        return min(physical, int(CGROUP_LIMIT.read_text()))
-    return physical
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _limit_files():
+        # Absent where a container sees its own group as the root; "max" without a limit.
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(path.read_text()))
+    return min(limits)
+
+
+def _limit_files() -> Iterator[Path]:
+    """Yield the files of this process's control groups, and of those above, that limit memory."""
+    groups = [("", "/")]
+    with contextlib.suppress(OSError):
+        lines = OWN_GROUPS.read_text().splitlines()
+        groups += [(kind, group) for _, kind, group in (line.split(":", 2) for line in lines)]
+    for kind, group in groups:
+        # Version 2 has one hierarchy; version 1 has one for memory.
+        if kind in ("", "memory"):
+            name = "memory.limit_in_bytes" if kind else "memory.max"
+            own = Path(group.lstrip("/"))
+            yield from (CONTROL_GROUPS / kind / part / name for part in (own, *own.parents))
 
 
 def _reserve(num_bytes: int) -> mmap.mmap:

@@ -185,6 +185,7 @@ class FeatureStore:
                 f"and writable"
             )
         with contextlib.nullcontext() if self._all_mapped else self._readable(rows):
+            self._mapping.request(rows)
             # All rows are in range: "clip" keeps numpy from gathering into a buffer first.
             np.take(self._mapping.rows, rows, axis=0, out=out, mode="clip")
         return out

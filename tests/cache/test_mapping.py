@@ -84,13 +84,33 @@ def test_a_store_that_fits_half_of_the_memory_is_read_in_huge_pages(
     tmp_path, monkeypatch, limit, is_huge
 ):
     (tmp_path / "memory.max").write_text(limit)
-    monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(module, "CONTROL_GROUPS", tmp_path)
     advised = []
     monkeypatch.setattr(FeatureMapping, "_advise", lambda self, *advice: advised.append(advice))
     where = write_rows(tmp_path / "a", random_rows(300, 4, 6), PAGE)
     mapping = FeatureMapping([300], 4, 6)
     mapping.attach(0, tmp_path / "a", **where)
     assert advised == [(0, 300, mmap.MADV_HUGEPAGE)] * is_huge
+
+
+@pytest.mark.parametrize(("limit", "is_asked"), [("max", False), ("64", True)])
+def test_rows_of_a_store_that_does_not_fit_the_memory_are_asked_for_before_they_are_read(
+    tmp_path, monkeypatch, limit, is_asked
+):
+    (tmp_path / "memory.max").write_text(limit)
+    monkeypatch.setattr(module, "CONTROL_GROUPS", tmp_path)
+    mapping = FeatureMapping([300], 4, 6)
+    rows = random_rows(300, 4, 6)
+    mapping.attach(0, tmp_path / "a", **write_rows(tmp_path / "a", rows, PAGE))
+    advised = []
+    monkeypatch.setattr(
+        FeatureMapping, "_advise_rows", lambda self, *advice: advised.append(advice)
+    )
+    mapping.request(np.array([7, 2, 7]))
+    assert advised == [(row, 1, mmap.MADV_WILLNEED) for row in (7, 2, 7)] * is_asked
+    monkeypatch.undo()
+    mapping.request(np.arange(300))
+    assert np.array_equal(mapping.rows[:300], rows)
 
 
 def test_a_system_without_huge_pages_is_no_error(tmp_path, monkeypatch):
@@ -104,11 +124,29 @@ def test_a_system_without_huge_pages_is_no_error(tmp_path, monkeypatch):
     assert np.array_equal(mapping.rows[:300], rows)
 
 
-def test_the_memory_of_a_container_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "CGROUP_LIMIT", tmp_path / "memory.max")
+@pytest.mark.parametrize(
+    ("groups", "file"),
+    [
+        ("", "memory.max"),
+        ("0::/\n", "memory.max"),
+        ("0::/user.slice/run-1.scope\n", "user.slice/run-1.scope/memory.max"),
+        ("0::/user.slice/run-1.scope\n", "user.slice/memory.max"),
+        ("4:memory:/jobs/7\n1:cpu:/\n0::/\n", "memory/jobs/7/memory.limit_in_bytes"),
+        ("4:memory:/jobs/7\n1:cpu:/\n0::/\n", "memory/jobs/memory.limit_in_bytes"),
+        ("4:memory:/docker/ab\n", "memory/memory.limit_in_bytes"),
+    ],
+)
+def test_the_memory_of_a_control_group_and_of_those_above_counts(
+    tmp_path, monkeypatch, groups, file
+):
+    (tmp_path / "own").write_text(groups)
+    monkeypatch.setattr(module, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(module, "OWN_GROUPS", tmp_path / "own")
     machine = module.memory_bytes()
     assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (tmp_path / "memory.max").write_text("1048576\n")
+    limit = tmp_path / file
+    limit.parent.mkdir(parents=True, exist_ok=True)
+    limit.write_text("1048576\n")
     assert module.memory_bytes() == 2**20
-    (tmp_path / "memory.max").write_text("max\n")
+    limit.write_text("max\n")
     assert module.memory_bytes() == machine

@@ -13,20 +13,6 @@ from tests.documents.pages import PAGES, ROOT, all_blocks
 TEXT = "\n".join(page.read_text() for page in PAGES)
 PROSE = " ".join(TEXT.split())
 
-CONTENDERS = {
-    "`FeatureStore.gather` into a buffer": "FeatureStore.gather",
-    "`FeatureBatches`, into torch": "FeatureBatches",
-    "array in memory, `numpy.take` (the limit)": "array in memory, np.take",
-    "Hugging Face datasets, torch format": "HF datasets, torch format, 0 workers",
-    "h5py in a DataLoader, 0 workers": "h5py in a DataLoader, 0 workers",
-    "h5py in a DataLoader, 2 workers": "h5py in a DataLoader, 2 workers",
-    "LitData": "LitData, 2 workers",
-    "one npy a file, DataLoader": "one npy a file in a DataLoader, 0 workers",
-    "webdataset": "webdataset, 2 workers",
-    "MosaicML StreamingDataset": "MosaicML StreamingDataset, 2 workers",
-}
-"""What the table of readers shows to the contender in the result file."""
-
 LOOPS = {
     "ours": "ours",
     "ours: an image's captions behind one copy of its patches": "ours",
@@ -35,16 +21,6 @@ LOOPS = {
     "usual loop, texts of like length together": "usual loop, by length",
     "the same with CLIP at every step": "usual loop, with CLIP",
     "naive loop: CLIP, then a pass a token without cache, no EOS": "student's loop",
-}
-
-OTHER_READERS = {
-    "patchcache": "FeatureBatches",
-    "Arrow (Hugging Face)": "HF datasets, torch format, 0 workers",
-    "one big HDF5": "h5py in a DataLoader, 0 workers",
-    "one npy a file": "one npy a file in a DataLoader, 0 workers",
-    "LitData": "LitData, 2 workers",
-    "webdataset (tar)": "webdataset, 2 workers",
-    "MDS (MosaicML)": "MosaicML StreamingDataset, 2 workers",
 }
 
 
@@ -81,30 +57,6 @@ def agrees(shown, value):
 )
 def test_a_figure_is_compared_as_it_is_rounded(shown, value, fits):
     assert agrees(shown, value) is fits
-
-
-def test_the_table_of_readers_is_that_of_the_result_file():
-    rows = table(TEXT, "| 64 random rows a batch ")
-    assert {row[0] for row in rows} == CONTENDERS.keys()
-    for label, *figures in rows:
-        for kind, shown in zip(("warm", "cold"), figures, strict=True):
-            value = result("read")[kind]["median"].get(CONTENDERS[label])
-            assert agrees(shown, value) if shown else value is None, f"{label}, {kind}: {value}"
-
-
-def test_a_peer_has_the_number_of_workers_that_suits_it_best():
-    warm = result("read")["warm"]["median"]
-    for label, contender in CONTENDERS.items():
-        if "workers" in contender and "workers" not in label:
-            name = contender[: -len(", 0 workers")]
-            assert warm[contender] == max(warm[f"{name}, {n} workers"] for n in (0, 2))
-
-
-def test_the_rates_of_the_format_page_are_those_of_the_result_file():
-    rows = table(TEXT, "| | random rows ")
-    assert {row[0] for row in rows} == OTHER_READERS.keys()
-    for row in rows:
-        assert agrees(row[2], result("read")["warm"]["median"][OTHER_READERS[row[0]]]), row
 
 
 @pytest.mark.parametrize(
