@@ -22,8 +22,7 @@ import numpy as np
 
 from bench.command import benchmark_parser, run_benchmark
 from bench.measure import at_least, print_goals
-from bench.peers import BATCH, Rows
-from bench.read import PREPARE_ERRORS
+from bench.readers.contender import BATCH, PREPARE_ERRORS, Rows
 from bench.remote_readers import LITDATA, LOCAL, READERS, STREAMING, WINDOWED
 from bench.remote_runs import Run, run_reader, sorted_ends
 from bench.s3_server import BUCKET, Network, Server, serving

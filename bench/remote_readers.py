@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench import peers
-from bench.peers import BATCH, COLUMN, WORKERS, Batch, Rows, Unpacked
+from bench.readers import streams
+from bench.readers.contender import BATCH, COLUMN, WORKERS, Batch, Rows, Unpacked
 from bench.stores import SHARD_ROWS, SPEC, make_store
 from cache import FeatureStore
 from train.data.order import global_order, windowed_order
@@ -164,7 +164,7 @@ def open_webdataset(source: Source, workers: int) -> Epochs:
     bucket = source.url.removeprefix("s3://")
     urls = [f"{source.endpoint}/{bucket}/{name}" for name in source.names]
     rows = module.WebDataset(urls, shardshuffle=len(urls), cache_dir=str(source.cache))
-    batches = rows.shuffle(peers.SHUFFLE_BUFFER).decode().to_tuple("npy").batched(BATCH)
+    batches = rows.shuffle(streams.SHUFFLE_BUFFER).decode().to_tuple("npy").batched(BATCH)
     loader = module.WebLoader(
         batches, batch_size=None, num_workers=workers, persistent_workers=workers > 0
     )
@@ -283,8 +283,8 @@ READERS: dict[str, RemoteReader] = {
     **our_readers(WINDOWED, "windowed"),
     **our_readers(GLOBAL, "global"),
     LITDATA: RemoteReader("litdata", "litdata/chunks", write_litdata, open_litdata, WORKERS),
-    STREAMING: RemoteReader("streaming", "mds", peers.streaming, open_streaming, WORKERS),
-    "webdataset": RemoteReader("webdataset", "tar", peers.webdataset, open_webdataset, WORKERS),
+    STREAMING: RemoteReader("streaming", "mds", streams.streaming, open_streaming, WORKERS),
+    "webdataset": RemoteReader("webdataset", "tar", streams.webdataset, open_webdataset, WORKERS),
     "Lance": RemoteReader("lance", "rows.lance", write_lance, open_lance, keeps=False),
     "tensorstore": RemoteReader("tensorstore", "zarr", write_zarr, open_tensorstore, keeps=False),
     "embedding-reader": RemoteReader(

@@ -24,8 +24,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 
-from bench.peers import Batch
-from bench.read import PREPARE_ERRORS
+from bench.readers.contender import PREPARE_ERRORS, Batch
 from bench.remote_readers import READERS, Source
 from bench.s3_server import BUCKET, Server
 from bench.stores import SPEC

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from cache.errors import PatchcacheError, UnreachableStoreError
 from cache.files.atomic import canonical_json, link_or_copy, replacing, sha256_of, write_bytes
-from cache.remote.copies import filesystem_of
 from cache.remote.network import attempt
+from cache.remote.urls import filesystem_of
 from workspace.errors import StageError
 
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}\.safetensors")

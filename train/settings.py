@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache.remote.copies import WEB, filesystem_of
-from cache.remote.location import is_url
+from cache.remote.urls import WEB, filesystem_of, is_url
 
 CONTROL = "control"
 """Name of the run that learns from features of other images."""

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 import fsspec
 
 from ..errors import SettingsError, UnreachableStoreError
-from .copies import HUB, filesystem_of
-from .location import is_url
 from .network import attempt
+from .urls import HUB, filesystem_of, is_url
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
 """Schemes whose puts replace an object in one step."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cache.remote.location import is_url
+from cache.remote.urls import is_url
 from pipeline.images.names import ImageNameError, check_file_name, plain_name
 from pipeline.images.places import ImageFiles, Place, open_places
 from workspace.data_settings import ImagePath

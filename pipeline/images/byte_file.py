@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from cache.errors import PatchcacheError, UnreachableStoreError
-from cache.remote.urls import WEB, filesystem_of
 from cache.remote.network import attempt
+from cache.remote.urls import WEB, filesystem_of
 from workspace.errors import StageError
 
 BUFFER_BYTES = 1 << 18
