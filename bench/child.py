@@ -1,8 +1,8 @@
 """Runs Python in a process of its own, and records the time and the memory that it takes.
 
-Two peaks of memory are read every 20 ms: `peak_gib` is VmHWM, which counts the pages of mapped files
-(the system can drop these at any time); `peak_anonymous_gib` leaves them out. ru_maxrss would begin
-with the memory of the process that starts this one.
+Two peaks of memory are read every 20 ms: `peak_gib` is VmHWM, which counts the pages of mapped
+files (the system can drop these at any time); `peak_anonymous_gib` leaves them out. ru_maxrss would
+begin with the memory of the process that starts this one.
 """
 
 import importlib
