@@ -6,6 +6,7 @@ begin with the memory of the process that starts this one.
 """
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -94,7 +95,7 @@ def call_measured(
     """Call a function in a process of its own.
 
     Args:
-        function: Of a module, by whose name the process finds it; its result is written as JSON.
+        function: Of a module of this package; its result is written as JSON.
         arguments: Of the function, which gets texts.
         folder: The working directory; the result passes through a file there.
         group: Limits the memory of the process.
@@ -102,7 +103,9 @@ def call_measured(
     Returns:
         What the function returned, and the two peaks of memory.
     """
-    names = [function.__module__, function.__name__, *map(str, arguments)]
+    # The module of a command that runs is called __main__.
+    module = f"{__package__}.{Path(inspect.getfile(function)).stem}"
+    names = [module, function.__name__, *map(str, arguments)]
     child = run_measured(["-c", CALL, *names], folder, group=group)
     child.check(function.__name__)
     found: dict[str, float] = json.loads((folder / ANSWER).read_text())

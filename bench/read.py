@@ -313,8 +313,8 @@ def main() -> None:
         "read",
         measure,
         benchmark_parser(__doc__),
-        minutes=6,
-        quick_seconds=60,
+        minutes=11,
+        quick_seconds=90,
         libraries=LIBRARIES,
     )
 

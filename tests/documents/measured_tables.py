@@ -138,7 +138,7 @@ def table_of_full_size() -> list[str]:
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
+    lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
