@@ -10,6 +10,7 @@ Letters: B images asked for, N images of the store, P patches, D width of the vi
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial as partially
 from pathlib import Path
@@ -76,7 +77,7 @@ class FeatureStore:
         is_here = self._layout.is_here[index.shard_number]
         rows = self._mapping.starts[index.shard_number] + index.row
         self._lookup = IdLookup(index.image_ids[is_here], rows[is_here])
-        self._cache_arguments = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self._cache_arguments: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
         self._remote: RemoteShards | None = None
         if self._layout.location.is_remote:
             row_xxh3 = np.zeros(len(self._mapping.rows), np.uint64)
@@ -90,6 +91,7 @@ class FeatureStore:
                 row_xxh3,
                 CacheFolder.open(cache_dir, cache_bytes),
             )
+            weakref.finalize(self, self._remote.close)
         self._is_mapped = np.zeros(self.num_shards, dtype=bool)
         self._all_mapped = False
         self._locks: dict[int, threading.Lock] = {}
@@ -296,8 +298,10 @@ class FeatureStore:
     def __reduce__(self) -> tuple[Callable[..., "FeatureStore"], tuple[Any, ...]]:
         # By the absolute path: the process that unpickles may work in another folder.
         layout = self._layout
-        arguments = {"partial": layout.partial, **self._cache_arguments}
-        return partially(FeatureStore, **arguments), (layout.location.address,)
+        arguments = self._cache_arguments
+        return partially(FeatureStore, partial=layout.partial, **arguments), (
+            layout.location.address,
+        )
 
 
 def _checked_ids(image_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,1 +1,1 @@
-"""Stores behind URLs: places, copies, and retries over a network."""
+"""Stores behind URLs: places, requests, retries, and the folder that keeps their shards."""

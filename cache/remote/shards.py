@@ -101,6 +101,7 @@ class RemoteShards:
         self._fits = sum(file.num_bytes for file in files) <= cache.limit
         self._touched = np.zeros(len(files))
         self._incomplete = {number for number, rows in enumerate(num_rows) if rows}
+        self._is_closed = False
         self.all_here = False
         """Whether every row was checked and stays mapped: nothing is left to do before a read."""
         this = weakref.ref(self)
@@ -143,13 +144,13 @@ class RemoteShards:
 
         A shard of which most rows are wanted is fetched whole, if the store fits the cache.
         """
-        rows = np.unique(rows[self._states.of_row[rows] == UNKNOWN])
+        unknown = np.unique(rows[self._states.of_row[rows] == UNKNOWN]).astype(np.int64)
         if self._fits:
-            numbers, counts = np.unique(self._numbers_of(rows), return_counts=True)
+            numbers, counts = np.unique(self._numbers_of(unknown), return_counts=True)
             most = numbers[counts >= WHOLE_SHARE * np.array(self._num_rows)[numbers]]
             self.read_ahead(most.tolist())
-            rows = rows[~np.isin(self._numbers_of(rows), most)]
-        for run in self._runs(rows):
+            unknown = unknown[~np.isin(self._numbers_of(unknown), most)]
+        for run in self._runs(unknown):
             self._submit_later(SOON, RemoteShards._fetch, run)
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
@@ -162,22 +163,24 @@ class RemoteShards:
                 self._mapping.read_ahead(number, self._num_rows[number])
         self._touch(np.asarray(numbers, np.int64))
 
+    def close(self) -> None:
+        """Drop what is queued; nobody reads any more."""
+        self._is_closed = True
+
     def _submit_later(
         self, urgency: int, action: Callable[["RemoteShards", Any], None], argument: Any
     ) -> None:
-        this = weakref.ref(self)
-
         def act() -> None:
             # Whoever needs the rows meets the error again.
             with contextlib.suppress(PatchcacheError, OSError, Evicted):
-                if shards := this():
-                    action(shards, argument)
+                if not self._is_closed:
+                    action(self, argument)
 
         submit(urgency, act)
 
     def _make_ready(self, rows: NDArray[np.integer[Any]]) -> None:
         while True:
-            missing = np.unique(rows[self._states.of_row[rows] != READY])
+            missing = np.unique(rows[self._states.of_row[rows] != READY]).astype(np.int64)
             if not len(missing):
                 return
             self._check_local(missing)

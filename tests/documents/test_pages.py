@@ -49,6 +49,8 @@ def words(checkout, world) -> dict[str, str]:
         "photo.jpg": picture,
         "3021": "61",
         "file:///mnt/team/features": f"file://{checkout.parent}/team/features",
+        "s3://bucket/features": (checkout / "data/features").as_uri(),
+        "/scratch/shards": str(checkout.parent / "shards"),
         "OUT": str(checkout.parent / "exported"),
         "data/raw/annotations/captions_val2017.json": str(
             world / "annotations/captions_val2017.json"

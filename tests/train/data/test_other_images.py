@@ -79,3 +79,15 @@ def test_a_view_has_the_shards_of_the_images_themselves(store):
 def test_a_view_requests_no_shard_ahead(store, monkeypatch):
     monkeypatch.setattr(FeatureStore, "read_ahead", lambda *_: pytest.fail("reads for nothing"))
     OtherImages(store, TRAIN, VALIDATION, seed=0).read_ahead([0])
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_view_fetches_the_rows_of_the_other_images_from_a_url_alone(
+    store, monkeypatch, is_remote
+):
+    asked = []
+    monkeypatch.setattr(FeatureStore, "is_remote", is_remote)
+    monkeypatch.setattr(FeatureStore, "prefetch_rows", lambda store, ids: asked.extend(ids))
+    view = OtherImages(store, TRAIN, VALIDATION, seed=0)
+    view.prefetch_rows(TRAIN[:3])
+    assert asked == [view._others[image_id] for image_id in TRAIN[:3].tolist()] * is_remote

@@ -3,6 +3,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 from cache import FeatureStore
 from cache.errors import MissingImageError
-from train.data.prefetch import DEPTH, Prefetcher, FeatureBatches, ShardReadahead, gather_tensor
+from train.data.prefetch import (
+    BATCHES_AHEAD,
+    DEPTH,
+    FeatureBatches,
+    Prefetcher,
+    ShardReadahead,
+    gather_tensor,
+)
 
 CPU = torch.device("cpu")
 
@@ -128,13 +136,16 @@ class Recorded:
     """A store of four shards of ten images that notes what is asked of it."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.rows = [], []
 
     def shards_of(self, image_ids):
         return np.asarray(image_ids) // 10
 
     def read_ahead(self, shards):
         self.asked += shards
+
+    def prefetch_rows(self, image_ids):
+        self.rows.append(image_ids.tolist())
 
 
 def test_shards_are_asked_for_once_and_some_batches_before_their_use():
@@ -157,10 +168,36 @@ def test_a_shard_of_the_next_epoch_is_asked_for_again():
     assert store.asked == [0, 1, 2, 3] * 3
 
 
-def test_without_a_distance_nothing_is_asked_for():
+def test_without_a_distance_the_rows_of_the_next_batches_are_asked_for_once():
     store = Recorded()
-    ShardReadahead(store, [np.arange(5)], 0).advance_to(0)
+    batches = [np.array([number, number + 1]) for number in range(20)]
+    ahead = ShardReadahead(store, batches, 0)
+    known = []
+    for number in range(len(batches)):
+        ahead.advance_to(number)
+        known.append(len(store.rows))
+    whole = np.concatenate(batches).tolist()
     assert store.asked == []
+    # After the first ones, the store learns of all.
+    assert store.rows[BATCHES_AHEAD] == whole
+    store.rows.remove(whole)
+    assert store.rows == [batch.tolist() for batch in batches]
+    assert known == [min(number + BATCHES_AHEAD, 20) + 1 for number in range(20)]
+
+
+def test_no_batches_ask_for_nothing():
+    store = Recorded()
+    ShardReadahead(store, [], 0).advance_to(0)
+    assert store.rows == store.asked == []
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_a_store_behind_a_url_gives_the_same_batches(store, tmp_path, distance):
+    batches = random_batches(store)
+    remote = FeatureStore(Path(store.root).absolute().as_uri(), cache_dir=tmp_path / "shards")
+    plain = list(FeatureBatches(store, batches, CPU))
+    far = list(FeatureBatches(remote, batches, CPU, read_ahead=distance))
+    assert all(torch.equal(a, b) for a, b in zip(plain, far, strict=True))
 
 
 def test_reading_ahead_changes_no_feature(store):
