@@ -68,9 +68,8 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     if location.origin:
         return f". {location.remedy}"
     if location.is_remote:
-        return (
-            ". Push the store there again." if repair else ". --repair deletes damaged files there."
-        )
+        delete = "" if repair else "Delete damaged files there, by --repair if it can be written. "
+        return f". {delete}Push the store there again."
     if repair:
         return ". Run the extract stage."
     # A missing folder, or one that holds no store, has nothing to delete.

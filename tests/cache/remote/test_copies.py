@@ -273,7 +273,11 @@ def test_a_fault_of_the_network_is_no_damage(store, server, fault, error, reason
     ("fault", "advice"),
     [
         (("status", 403), "No file is known to be damaged; each problem says what to do."),
-        (("flip", 3), "Repair the store where it is, or push it there again."),
+        (
+            ("flip", 3),
+            "Delete damaged files there, by --repair if it can be written. Push the store there "
+            "again.",
+        ),
     ],
 )
 def test_verify_of_a_server_says_what_can_be_done_there(store, server, fault, advice):
