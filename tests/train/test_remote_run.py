@@ -135,7 +135,12 @@ def stopped(monkeypatch, params):
     """Stop the stage after step 5, whose checkpoint is saved and sent; then lose the machine."""
 
     def stop(url):
-        real, calls = train.loop.loop.optimizer_step, []
+        real, put, calls = train.loop.loop.optimizer_step, RemoteRun._put, []
+
+        def slow(self, path, name):
+            # The command waits for the last one.
+            time.sleep(0.3 * ("00005" in name))
+            put(self, path, name)
 
         def signalling(*arguments, **named):
             calls.append(1)
@@ -144,6 +149,7 @@ def stopped(monkeypatch, params):
             return real(*arguments, **named)
 
         with monkeypatch.context() as patch:
+            patch.setattr(RemoteRun, "_put", slow)
             patch.setattr(train.loop.loop, "optimizer_step", signalling)
             with pytest.raises(KeyboardInterrupt):
                 pretrain(params(url))
