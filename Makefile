@@ -47,6 +47,7 @@ bench: $(INSTALLED)
 	pip install --quiet --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-bench.txt
 	pytest tests/bench/test_datasets.py
 	python -m bench.read
+	python -m bench.remote
 	python -m bench.order
 	python -m bench.scale
 	python -m bench.verify

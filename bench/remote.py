@@ -40,11 +40,12 @@ OF_PEER, OF_LOCAL = 2.0, 0.95
 LOCAL_ONLY = {
     "safetensors": "opens local paths only: a remote file is copied as a whole first",
     "grain": "its sources of records open local paths",
+    "zarrs": "from an object store zarr-python does its work: 4 ms of a processor for each chunk",
 }
 """Readers of `bench.read` that do not read from S3 by themselves, and why."""
 LIBRARIES = (
     *("boto3", "s3fs", "obstore", "numpy", "torch", "litdata", "mosaicml-streaming"),
-    *("webdataset", "pylance", "zarr", "tensorstore", "embedding-reader"),
+    *("webdataset", "pylance", "tensorstore", "embedding-reader"),
 )
 
 

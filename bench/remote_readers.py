@@ -2,8 +2,8 @@
 
 Each writes its files once into a folder, which is then served, and reads them epoch by epoch. Ours
 reads in both orders. LitData, MosaicML Streaming and webdataset shuffle chunks, then rows within
-them, and keep the chunks on the local disk. Lance, Zarr and tensorstore fetch rows at random each
-time, a few batches at once; embedding-reader fetches large pieces in order. What they need is in
+them, and keep the chunks on the local disk. Lance and tensorstore (Zarr v3) fetch rows at random each time, a
+few batches at once; embedding-reader fetches large pieces in order. What they need is in
 requirements-bench.txt, and imported only when it is used.
 
 Letters: B rows of a batch, P patches, D width of the vision tower.
@@ -222,25 +222,8 @@ def write_zarr(folder: Path, features: Rows) -> None:
     array[:] = features
 
 
-def open_zarr(source: Source, workers: int) -> Epochs:
-    """zarr-python: random rows of one array, by obstore."""
-    del workers
-    module, stores = importlib.import_module("zarr"), importlib.import_module("obstore.store")
-    store = stores.from_url(
-        source.url,
-        endpoint=source.endpoint,
-        client_options={"allow_http": True},
-    )
-    # The second is of its requests at once: 10 unless it is told.
-    module.config.set(
-        {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "async.concurrency": BATCH}
-    )
-    array = module.open_array(module.storage.ObjectStore(store, read_only=True), mode="r")
-    return at_random(source, lambda ids: np.asarray(array.oindex[ids]))
-
-
 def open_tensorstore(source: Source, workers: int) -> Epochs:
-    """The same array by tensorstore, which remembers where the chunks of a shard lie."""
+    """Zarr v3 by tensorstore: random rows of one array."""
     del workers
     bucket, _, path = source.url.removeprefix("s3://").partition("/")
     place = {"driver": "s3", "bucket": bucket, "path": f"{path}/", "endpoint": source.endpoint}
@@ -301,7 +284,6 @@ READERS: dict[str, RemoteReader] = {
     STREAMING: RemoteReader("streaming", "mds", peers.streaming, open_streaming, WORKERS),
     "webdataset": RemoteReader("webdataset", "tar", peers.webdataset, open_webdataset, WORKERS),
     "Lance": RemoteReader("lance", "rows.lance", write_lance, open_lance, keeps=False),
-    "zarr-python": RemoteReader("zarr", "zarr", write_zarr, open_zarr, keeps=False),
     "tensorstore": RemoteReader("tensorstore", "zarr", write_zarr, open_tensorstore, keeps=False),
     "embedding-reader": RemoteReader(
         "embedding_reader", "npy", write_npy, open_embedding_reader, keeps=False

@@ -73,6 +73,11 @@ class Server:
         """Of the endpoint; the bucket is `BUCKET`."""
 
     @property
+    def process_id(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
+    @property
     def environment(self) -> dict[str, str]:
         """Variables with which clients of AWS's own and of Apache's libraries find the server."""
         return ACCESS | {"AWS_ENDPOINT_URL": self.url, "AWS_ALLOW_HTTP": "true"}
@@ -333,7 +338,9 @@ def _entry(folder: Path, name: str, delimiter: str, encoded: str) -> str:
 
 
 def _xml(name: str, inside: str, status: HTTPStatus = HTTPStatus.OK) -> _Answer:
-    opening = f'{name} xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
+    # Clients look for the parts of an error outside of any namespace.
+    is_error = status >= HTTPStatus.BAD_REQUEST
+    opening = name if is_error else f'{name} xmlns="http://s3.amazonaws.com/doc/2006-03-01/"'
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<{opening}>{inside}</{name}>'
     return _Answer(status, {"Content-Type": "application/xml"}, body.encode())
 
