@@ -2,9 +2,9 @@
 
 Each writes its files once into a folder, which is then served, and reads them epoch by epoch. Ours
 reads in both orders. LitData, MosaicML Streaming and webdataset shuffle chunks, then rows within
-them, and keep the chunks on the local disk. Lance and tensorstore (Zarr v3) fetch rows at random each time, a
-few batches at once; embedding-reader fetches large pieces in order. What they need is in
-requirements-bench.txt, and imported only when it is used.
+them, and keep the chunks on the local disk. Lance and tensorstore (Zarr v3) fetch rows at random
+each time, a few batches at once; embedding-reader fetches large pieces in order. What they need is
+in requirements-bench.txt, and imported only when it is used.
 
 Letters: B rows of a batch, P patches, D width of the vision tower.
 """
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -252,8 +253,9 @@ def open_embedding_reader(source: Source, workers: int) -> Epochs:
     del workers
     files = fsspec.url_to_fs(source.url)[0], [f"{source.url}/{name}" for name in source.names]
     # Its own listing asks for the pattern `folder**/*.npy`, which today's fsspec refuses.
-    importlib.import_module("embedding_reader.numpy_reader").get_file_list = lambda *_: files
-    reader = importlib.import_module("embedding_reader").EmbeddingReader(source.url, "npy")
+    module: Any = importlib.import_module("embedding_reader.numpy_reader")
+    module.get_file_list = lambda *_: files
+    reader = module.NumpyReader(source.url)
 
     def epoch(number: int) -> Iterator[Rows]:
         for values, _ in reader(batch_size=SHARD_ROWS, show_progress=False):

@@ -227,13 +227,14 @@ class _Connection:
         try:
             while sent < length:
                 piece = min(length - sent, PIECE_BYTES if rate else length)
+                if rate:
+                    # When a connection of that rate would have its last byte.
+                    due = started + (sent + piece) / rate
+                    time.sleep(max(0.0, due - time.perf_counter()))
                 done = os.sendfile(self._socket.fileno(), descriptor, offset + sent, piece)
                 if not done:
                     raise OSError(f"{path} became shorter")
                 sent += done
-                if rate:
-                    # A piece is late rather than early, the first one too.
-                    time.sleep(max(0.0, started + sent / rate - time.perf_counter()))
         finally:
             os.close(descriptor)
 
