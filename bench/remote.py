@@ -25,7 +25,7 @@ from bench.measure import at_least, print_goals
 from bench.peers import BATCH, Rows
 from bench.read import PREPARE_ERRORS
 from bench.remote_readers import LITDATA, LOCAL, READERS, STREAMING, WINDOWED
-from bench.remote_runs import PROCESSES, Run, run_reader, sorted_ends
+from bench.remote_runs import Run, run_reader, sorted_ends
 from bench.s3_server import BUCKET, Network, Server, serving
 from bench.stores import SPEC, random_rows
 from cache.files.foreign import describe
@@ -154,7 +154,6 @@ def print_network(network: str, summaries: dict[str, dict[str, Any]]) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure and print; return what the result file says."""
     sizes = QUICK if arguments.quick else FULL
-    PROCESSES.set_forkserver_preload(["bench.remote_runs"])
     failed: dict[str, str] = {}
     networks: dict[str, Any] = {}
     goals: dict[str, Any] = {}

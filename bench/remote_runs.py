@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
 
@@ -120,6 +120,7 @@ def run_reader(
 
 
 def _run(task: Task, server: Server) -> Run:
+    PROCESSES.set_forkserver_preload([__name__])
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=_read, args=(task, theirs))
     process.start()
