@@ -124,6 +124,7 @@ def _run(task: Task, server: Server) -> Run:
     ours, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=_read, args=(task, theirs))
     process.start()
+    assert process.pid is not None
     theirs.close()
     try:
         _receive(ours)
@@ -144,7 +145,8 @@ def _run(task: Task, server: Server) -> Run:
         process.join(END_SECONDS)
         # What is left of it or of its workers; it leads a group of its own.
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
 
 
