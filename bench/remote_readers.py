@@ -114,7 +114,7 @@ def write_litdata(folder: Path, features: Rows) -> None:
     # It sets the start method for the whole process.
     start_method = multiprocessing.get_start_method()
     importlib.import_module("litdata").optimize(
-        fn=partial(row_of, folder / "source.npy"),
+        fn=partial(streams.tensor_of, folder / "source.npy"),
         inputs=list(range(len(features))),
         output_dir=str(folder / "chunks"),
         chunk_size=SHARD_ROWS,
@@ -123,11 +123,6 @@ def write_litdata(folder: Path, features: Rows) -> None:
     )
     multiprocessing.set_start_method(start_method, force=True)
     (folder / "source.npy").unlink()
-
-
-def row_of(path: Path, row: int) -> Tensor:
-    """Return one row of an npy file; LitData calls it in another process."""
-    return torch.from_numpy(np.load(path, mmap_mode="r")[row].copy())
 
 
 def open_litdata(source: Source, workers: int) -> Epochs:

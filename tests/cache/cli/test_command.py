@@ -183,7 +183,7 @@ def test_every_command_has_the_same_frame():
             text = path.read_text()
             if path != ROOT / "cache/cli/command.py":
                 assert "ArgumentParser(" not in text, path
-            if "__main__" in text and path.stem != "command":
+            if '== "__main__"' in text and path.stem != "command":
                 assert re.search("run_guarded|run_stage|run_benchmark", text), path
 
 
