@@ -49,19 +49,19 @@ def assert_right(url, built):
     assert np.array_equal(FeatureStore(url).gather(built.image_ids), built.features)
 
 
-def test_s3_and_the_web_are_read_over_plain_connections(s3, server, wide, fetched, by_file_system):
-    assert_right(s3, wide)
+def test_s3_and_the_web_are_read_over_plain_connections(s3_store, server, wide, fetched, by_file_system):
+    assert_right(s3_store, wide)
     assert any("Signature" in address for address, _, _ in fetched)
     assert by_file_system == []
 
 
-def test_an_address_is_signed_once_in_a_while(s3, wide, monkeypatch):
+def test_an_address_is_signed_once_in_a_while(s3_store, wide, monkeypatch):
     signed = []
     real = S3FileSystem.sign
     monkeypatch.setattr(
         S3FileSystem, "sign", lambda files, path, **o: signed.append(path) or real(files, path, **o)
     )
-    folder = RemoteFolder(s3)
+    folder = RemoteFolder(s3_store)
     name = wide.names[0]
     size = (wide.root / name).stat().st_size
     for _ in range(3):
@@ -91,11 +91,11 @@ REASONS = {
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_a_plain_request_does_not_get_the_file_system_gets(
-    s3, wide, monkeypatch, by_file_system, reason
+    s3_store, wide, monkeypatch, by_file_system, reason
 ):
     with monkeypatch.context() as patch:
         REASONS[reason](patch)
-        assert_right(s3, wide)
+        assert_right(s3_store, wide)
     assert by_file_system
 
 
