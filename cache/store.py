@@ -77,9 +77,11 @@ class FeatureStore:
         is_here = self._layout.is_here[index.shard_number]
         rows = self._mapping.starts[index.shard_number] + index.row
         self._lookup = IdLookup(index.image_ids[is_here], rows[is_here])
-        self._cache_arguments: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes}
+        self._cache_arguments: dict[str, Any] = {}
         self._remote: RemoteShards | None = None
         if self._layout.location.is_remote:
+            cache = CacheFolder.open(cache_dir, cache_bytes)
+            self._cache_arguments = {"cache_dir": cache.path, "cache_bytes": cache.limit}
             row_xxh3 = np.zeros(len(self._mapping.rows), np.uint64)
             row_xxh3[rows] = index.row_xxh3
             self._remote = RemoteShards(
@@ -89,7 +91,7 @@ class FeatureStore:
                 self._layout.num_rows,
                 self._mapping,
                 row_xxh3,
-                CacheFolder.open(cache_dir, cache_bytes),
+                cache,
             )
             weakref.finalize(self, self._remote.close)
         self._is_mapped = np.zeros(self.num_shards, dtype=bool)
