@@ -139,7 +139,7 @@ def stopped(monkeypatch, params):
 
         def slow(self, path, name):
             # The command waits for the last one.
-            time.sleep(0.3 * ("00005" in name))
+            time.sleep(1.0 * ("00005" in name))
             put(self, path, name)
 
         def signalling(*arguments, **named):
