@@ -85,7 +85,7 @@ def job(make_workspace, monkeypatch):
     return job, encoder
 
 
-def wait_until(done, seconds=90):
+def wait_until(done, seconds=180):
     deadline = time.monotonic() + seconds
     while not (found := done()):
         assert time.monotonic() < deadline
