@@ -49,7 +49,9 @@ def assert_right(url, built):
     assert np.array_equal(FeatureStore(url).gather(built.image_ids), built.features)
 
 
-def test_s3_and_the_web_are_read_over_plain_connections(s3_store, server, wide, fetched, by_file_system):
+def test_s3_and_the_web_are_read_over_plain_connections(
+    s3_store, server, wide, fetched, by_file_system
+):
     assert_right(s3_store, wide)
     assert any("Signature" in address for address, _, _ in fetched)
     assert by_file_system == []

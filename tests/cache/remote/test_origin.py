@@ -14,6 +14,7 @@ from cache.remote import claim, network
 from cache.remote.location import Location
 from cache.remote.origin import ORIGIN_FILE, origin_json, read_origin
 from cache.remote.upload import upload
+from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
 from cache.verify import verify
@@ -66,10 +67,10 @@ def test_shards_are_read_from_s3(store, s3, tmp_path):
 def test_another_store_at_the_url_is_never_read_for_the_one_that_was_published(store, folder):
     path = store.root / store.names[1]
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[open_shard(path, store.spec).offset] ^= 1
     path.write_bytes(data)
     opened = FeatureStore(folder)
-    with pytest.raises(CorruptShardError, match=r"its sha256 is .* then run the extract stage"):
+    with pytest.raises(CorruptShardError, match="then run the extract stage"):
         opened.gather(store.image_ids)
 
 
