@@ -4,9 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache.remote.copies import WEB, filesystem_of
-from cache.remote.location import is_url
-
 CONTROL = "control"
 """Name of the run that learns from features of other images."""
 
@@ -194,6 +191,10 @@ def _check_positive(settings: object, *names: str) -> None:
 
 
 def _check_writable_url(name: str, url: str) -> None:
+    # These import libraries that most commands need not load.
+    from cache.remote.copies import WEB, filesystem_of
+    from cache.remote.location import is_url
+
     if not is_url(url) or url.startswith(WEB):
         raise ValueError(
             f"{name} is {url!r}, wanted a URL that can be written to, such as s3://bucket/folder "
