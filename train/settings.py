@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache.remote.urls import WEB, filesystem_of, is_url
+from cache.errors import SettingsError
 
 CONTROL = "control"
 """Name of the run that learns from features of other images."""
@@ -193,13 +193,15 @@ def _check_positive(settings: object, *names: str) -> None:
 
 
 def _check_writable_url(name: str, url: str) -> None:
-    if not is_url(url) or url.startswith(WEB):
-        raise ValueError(
-            f"{name} is {url!r}, wanted a URL that can be written to, such as s3://bucket/folder "
-            f"or file:///mnt/shared"
-        )
-    # Raises for a kind of URL whose package is missing.
-    filesystem_of(url)
+    # Imports fsspec, which most commands need not load.
+    from cache.remote.urls import check_writable, filesystem_of
+
+    try:
+        check_writable(url)
+        # Refuses a kind of URL whose package is missing.
+        filesystem_of(url)
+    except SettingsError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_at_most(settings: object, name: str, most: int) -> None:

@@ -13,16 +13,12 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from ..errors import SettingsError, UnreachableStoreError
+from ..errors import UnreachableStoreError
 from .network import attempt
-from .urls import HUB, filesystem_of, is_url
+from .urls import check_writable, filesystem_of
 
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
 """Schemes whose puts replace an object in one step."""
-
-READ_ONLY = frozenset({"http", "https", "data", "git", "github", "tar", "zip", "reference"})
-
-BUCKET = f"{HUB}buckets/"
 
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 """Name of a file that is being put, where it is renamed afterwards."""
@@ -42,9 +38,9 @@ class Destination:
         self.url = url.rstrip("/")
         self.writer = uuid.uuid4().hex
         """Distinguishes this writer from any other."""
-        scheme = _checked_scheme(url)
+        check_writable(url)
         self._files, self._folder = filesystem_of(self.url)
-        self._is_object_store = scheme in OBJECT_STORES
+        self._is_object_store = url.partition("://")[0].lower() in OBJECT_STORES
 
     def prepare(self) -> None:
         """Make the folder, where there are folders; a bucket is never made.
@@ -157,26 +153,3 @@ class Destination:
             if error.filename is None:
                 error.filename = where
             raise
-
-
-def _checked_scheme(url: str) -> str:
-    """Return the scheme of a URL that can be written.
-
-    Raises:
-        SettingsError: Says what can be written instead.
-    """
-    scheme = url.partition("://")[0].lower()
-    wanted = (
-        "Wanted a URL that can be written, such as s3://bucket/folder, gs://bucket/folder, "
-        "hf://buckets/owner/name or file:///mnt/folder."
-    )
-    if not is_url(url):
-        raise SettingsError(f"{url}: is no URL. {wanted}")
-    if scheme == "hf" and not url.startswith(BUCKET):
-        raise SettingsError(
-            f"{url}: a repository of the Hub takes a store in one commit, by `hf upload` (see "
-            f"docs/sharing.md). {wanted}"
-        )
-    if scheme in READ_ONLY or "::" in url:
-        raise SettingsError(f"{url}: can only be read. {wanted}")
-    return scheme

@@ -16,10 +16,37 @@ WEB = ("http://", "https://")
 
 HUB = "hf://"
 
+BUCKET = f"{HUB}buckets/"
+
+READ_ONLY = frozenset({"http", "https", "data", "git", "github", "tar", "zip", "reference"})
+"""Schemes of URLs that cannot be written."""
+
 
 def is_url(path: str | Path) -> bool:
     """Whether a path is an fsspec URL."""
     return isinstance(path, str) and "://" in path and bool(URL.match(path))
+
+
+def check_writable(url: str) -> None:
+    """Refuse a URL of a kind that cannot be written; nothing is requested.
+
+    Raises:
+        SettingsError: Says what can be written instead.
+    """
+    scheme = url.partition("://")[0].lower()
+    wanted = (
+        "Wanted a URL that can be written, such as s3://bucket/folder, gs://bucket/folder, "
+        "hf://buckets/owner/name or file:///mnt/folder."
+    )
+    if not is_url(url):
+        raise SettingsError(f"{url}: is no URL. {wanted}")
+    if scheme == "hf" and not url.startswith(BUCKET):
+        raise SettingsError(
+            f"{url}: a repository of the Hub takes a store in one commit, by `hf upload` (see "
+            f"docs/sharing.md). {wanted}"
+        )
+    if scheme in READ_ONLY or "::" in url:
+        raise SettingsError(f"{url}: can only be read. {wanted}")
 
 
 def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
