@@ -6,7 +6,7 @@ Each contender runs in a process of its own that stays, with Ray started and one
 the clock, whose seconds are told beside. The local engine and the Ray engine keep their towers
 loaded. Ray Data starts its actors, and loads the tower, in each run: beside it stands the Ray
 engine that does so too. The bare script decodes and encodes the same images with the same code,
-and drops the features. Memory is that of a contender's processes together, once more without the clock.
+and drops the features. Memory is that of a contender's processes together, in one more round.
 """
 
 import argparse
