@@ -2,20 +2,23 @@
 
     python -m bench.ray_engine
 
-Each contender runs in a process of its own that stays: the tower is loaded and Ray is started
-before the clock, whose seconds are told beside. Work is timed from the first image to the last
-shard; the bare script decodes and encodes the same images with the same code, and drops the
-features. Memory is that of a contender's processes together, once more without the clock.
+Each contender runs in a process of its own that stays, with Ray started and one round done before
+the clock, whose seconds are told beside. The local engine and the Ray engine keep their towers
+loaded. Ray Data starts its actors, and loads the tower, in each run: beside it stands the Ray
+engine that does so too. The bare script decodes and encodes the same images with the same code,
+and drops the features. Memory is that of a contender's processes together, in one more round.
 """
 
 import argparse
 import contextlib
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,28 +44,29 @@ NUM_IMAGES, QUICK_IMAGES = 768, 128
 SHARD_ROWS = 128
 ROUNDS = 5
 WATCH_SECONDS = 0.2
-LOCAL, RAY, BARE = "local engine", "Ray engine", "bare Ray Data"
-GOALS = {LOCAL: 0.9, BARE: 0.95}
-"""Wanted of the Ray engine's images a second, as a share of each."""
+LOCAL, RAY = "local engine", "Ray engine"
+ANEW, BARE = "Ray engine, encoders started anew", "bare Ray Data, which starts them anew"
+GOALS = ((RAY, LOCAL, 0.9), (ANEW, BARE, 0.95))
+"""What the images a second of one are to be at least, as a share of the other's."""
 
 
 SERVE = "import sys; from bench.ray_engine import serve; serve(*sys.argv[1:])"
 
 
-def make_job(folder: Path, num_images: int, engine: str, encoder: Encoder) -> Job:
-    """Return images as one job, whose shards are written to a folder of the engine."""
-    source = make_images(folder / f"{engine}.zip", num_images)
+def make_job(folder: Path, num_images: int, name: str, encoder: Encoder) -> Job:
+    """Return images as one job, whose shards are written to a folder of that name."""
+    source = make_images(folder / f"{name}.zip", num_images)
     spec = encoder.spec
-    probe = folder / f"{engine}.probe"
+    probe = folder / f"{name}.probe"
     probe.write_bytes(serialize_probe(encode_probe_images(encoder), spec))
-    (folder / engine).mkdir(exist_ok=True)
+    (folder / name).mkdir(exist_ok=True)
     return Job(
         shards=plan_shards(source.image_ids, source.source_xxh3, spec.fingerprint, SHARD_ROWS),
         source=source,
         settings=tower_settings(MODEL, "fp32", torch.device("cpu")),
         spec=spec,
         probe=probe,
-        folder=folder / engine,
+        folder=folder / name,
         workers=CPUS,
         engine="local",
         max_failures=0,
@@ -76,8 +80,6 @@ def local_engine(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
 
 def ray_engine(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
     """Yield the work of the Ray engine; its encoders stay loaded between rounds."""
-    from collections import deque
-
     from pipeline.cluster.connection import connected
     from pipeline.cluster.engine import _marked, _Run, _store_bytes, local_places
 
@@ -92,6 +94,22 @@ def ray_engine(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
         run.close()
 
 
+def ray_engine_anew(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
+    """Yield the work of the Ray engine, whose encoders start in each round."""
+    from pipeline.cluster.connection import connected
+    from pipeline.cluster.engine import _marked, _Run, _store_bytes, local_places
+
+    with connected(None, CPUS, _store_bytes(job, CPUS)), _marked(job) as cluster_job:
+
+        def work() -> None:
+            stats = ExtractionStats()
+            run = _Run(cluster_job, local_places(job), stats, lambda count: None)
+            with contextlib.closing(run):
+                run.encode_all()
+
+        yield work
+
+
 def bare_ray_data(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
     """Yield the work of a Ray Data script: tasks decode batches, a pool of one actor encodes."""
     import ray
@@ -99,7 +117,8 @@ def bare_ray_data(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
 
     from pipeline.cluster.connection import connected
 
-    threads = torch.get_num_threads()
+    settings, threads = job.settings, torch.get_num_threads()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     with connected(None, CPUS, 512 << 20):
         ray.data.DataContext.get_current().enable_progress_bars = False
         decoder = ray.put(BatchDecoder(job.shards, job.source, job.spec))
@@ -112,7 +131,7 @@ def bare_ray_data(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
         class Forward:
             def __init__(self) -> None:
                 torch.set_num_threads(threads)
-                self.encoder = load_encoder(job.settings)
+                self.encoder = load_encoder(settings)
 
             def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
                 features = [self.encoder.encode(torch.tensor(p)) for p in batch["pixels"]]
@@ -130,13 +149,13 @@ def bare_ray_data(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
         yield work
 
 
-CONTENDERS = {LOCAL: local_engine, RAY: ray_engine, BARE: bare_ray_data}
+CONTENDERS = {LOCAL: local_engine, RAY: ray_engine, ANEW: ray_engine_anew, BARE: bare_ray_data}
 
 
 def serve(name: str, folder: str, num_images: str) -> None:
     """Answer each line of stdin with the seconds that the work took; a contender's process."""
     encoder = load_encoder(tower_settings(MODEL, "fp32", torch.device("cpu")))
-    job = make_job(Path(folder), int(num_images), name.partition(" ")[0], encoder)
+    job = make_job(Path(folder), int(num_images), name.replace(" ", "-"), encoder)
     with contextlib.contextmanager(CONTENDERS[name])(job, encoder) as work:
         work()
         print("ready", flush=True)
@@ -215,8 +234,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     median = medians(rates)
     print_table("ray_engine", "images", median)
     goals = {
-        f"share of the {other}'s images a second": at_least(wanted, median[RAY] / median[other])
-        for other, wanted in GOALS.items()
+        f"images a second, {name} of {other}": at_least(wanted, median[name] / median[other])
+        for name, other, wanted in GOALS
     }
     print_goals(goals)
     print(f"  seconds until the first work was done: {first}; peak MiB: {peaks}")
