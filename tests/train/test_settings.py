@@ -117,10 +117,10 @@ def test_what_the_workspace_writes_is_allowed(workspace):
 @pytest.mark.parametrize(
     ("url", "why"),
     [
-        ("https://host/runs", "can be written to"),
-        ("http://host/runs", "can be written to"),
-        ("/mnt/shared", "can be written to"),
-        ("", "can be written to"),
+        ("https://host/runs", "that can be written"),
+        ("http://host/runs", "that can be written"),
+        ("/mnt/shared", "that can be written"),
+        ("", "that can be written"),
         ("nothing-like-it://runs", "cannot be read here"),
     ],
 )
