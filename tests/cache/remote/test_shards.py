@@ -271,8 +271,7 @@ def test_a_shard_that_is_damaged_between_its_rows_is_refused_with_both_hashes(se
     path = wide.root / wide.names[1]
     opened, shard = FeatureStore(server.url), open_shard(path, wide.spec)
     right, data = sha256_of(path), bytearray(path.read_bytes())
-    end_of_ids = bytes(data).rfind(shard.image_ids.tobytes()) + shard.image_ids.nbytes
-    data[end_of_ids + 8] ^= 1
+    data[shard.offset - 1] ^= 1
     path.write_bytes(data)
 
     def refuses():
@@ -432,20 +431,30 @@ def test_what_a_killed_process_fetched_is_not_fetched_again(server, wide, tmp_pa
     assert before > 5 * row
 
 
-def gather_in_child(opened, image_ids, queue):
-    queue.put(opened.gather(image_ids))
+def gather_in_child(opened, image_ids, sender):
+    sender.send_bytes(opened.gather(image_ids).tobytes())
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_child_fetches_for_itself(server, wide):
+    """Also what a thread of its parent was about to fetch."""
     opened = FeatureStore(server.url)
-    opened.gather(wide.image_ids[:5])
-    opened.read_ahead(range(4))
+    largest = int(np.argmax(opened._layout.num_rows))
+    opened.gather(wide.image_ids[opened.shards_of(wide.image_ids) != largest])
+    released, num_answers = threading.Event(), len(server.served)
+    server.fail(opened._layout.shards[largest].name, "stall", released, times=1)
+    opened.read_ahead([largest])
+    until(lambda: len(server.served) > num_answers)
     context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    child = context.Process(target=gather_in_child, args=(opened, wide.image_ids, queue))
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=gather_in_child, args=(opened, wide.image_ids, sender))
     child.start()
-    assert np.array_equal(queue.get(), wide.features)
+    has_come = receiver.poll(LIMIT)
+    released.set()
+    if not has_come:
+        child.kill()
+    assert has_come
+    assert receiver.recv_bytes() == wide.features.tobytes()
     child.join(LIMIT)
     assert child.exitcode == 0
     assert_epoch(opened, wide)
