@@ -158,6 +158,9 @@ def _fault_of_status(status: int) -> Fault:
 
 def _fault_of_cause(chain: list[BaseException]) -> Fault:
     cause = chain[-1]
+    if isinstance(cause, KeyError) and len(chain) > 1:
+        # A file system in memory looks names up.
+        cause = chain[-2]
     if isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Fault("no such file", is_missing=True, is_temporary=False)
     if isinstance(cause, PermissionError):
