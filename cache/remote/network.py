@@ -167,9 +167,9 @@ def _fault_of_status(status: int) -> Fault:
 
 def _fault_of_cause(chain: list[BaseException]) -> Fault:
     cause = chain[-1]
-    if isinstance(cause, KeyError) and isinstance(chain[0], FileNotFoundError):
-        # Of a file system in memory, which has no other cause.
-        cause = chain[0]
+    if isinstance(cause, KeyError) and len(chain) > 1:
+        # A file system in memory looks names up.
+        cause = chain[-2]
     if isinstance(cause, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Fault("no such file", is_missing=True, is_temporary=False)
     if isinstance(cause, NotImplementedError):

@@ -66,6 +66,7 @@ def test_an_exception_says_what_it_means(error, reason):
         FileNotFoundError("x"),
         NotADirectoryError("x"),
         with_cause(FileNotFoundError("x"), ForeignError(status=404)),
+        with_cause(FileNotFoundError("x"), KeyError("x")),
         ForeignError(response={"ResponseMetadata": {"HTTPStatusCode": 404}}),
     ],
 )
