@@ -16,7 +16,7 @@ from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import ROOT
 
-SYSTEM = {"apt-get", "git", "nvidia-smi", "source", "sudo"}
+SYSTEM = {"apt-get", "export", "git", "nvidia-smi", "sbatch", "source", "sudo"}
 """Programs that the project does not bring."""
 
 

@@ -19,7 +19,8 @@ NOT_RUN = {
     "torchrun --nproc-per-node 4 -m train.finetune && dvc commit --force finetune": "four GPUs",
     "accelerate launch --multi_gpu --num_processes 4 -m train.pretrain && "
     "dvc commit --force pretrain": "four GPUs",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 4 "
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "for the next command",
+    "torchrun --nnodes 2 --nproc-per-node 4 "
     "--rdzv-backend c10d --rdzv-endpoint host:29500 "
     "--max-restarts 3 -m train.pretrain": "two machines with four GPUs",
     "accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank 0 "
