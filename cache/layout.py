@@ -3,6 +3,7 @@
 Reads and checks; `store` maps and gathers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .remote.location import Location
+from .remote.threads import NOW, submit
 from .shard import Shard, open_shard
 from .spec import Spec
 from .store_index import INDEX_FILE, ShardFile, StoreIndex
@@ -96,10 +98,18 @@ def check_shard(location: Location, spec: Spec, index: StoreIndex, number: int) 
 
 
 def _read_index(location: Location, spec: Spec, partial: bool) -> StoreIndex:
-    def check_file(file: ShardFile) -> None:
-        if not (partial or location.is_remote):
-            # Refuses a missing shard, whose size would bound nothing.
-            location.path(file.name)
-        location.check_size(file)
+    def check_files(files: Sequence[ShardFile]) -> None:
+        if location.is_remote:
+            # One listing may tell all sizes; of a web server each is asked for, many at once.
+            for file in files[:1]:
+                location.check_size(file)
+            for asked in [submit(NOW, location.check_size, file) for file in files[1:]]:
+                asked.result()
+            return
+        for file in files:
+            if not partial:
+                # Refuses a missing shard, whose size would bound nothing.
+                location.path(file.name)
+            location.check_size(file)
 
-    return StoreIndex.read(location.path(INDEX_FILE), spec, check_file)
+    return StoreIndex.read(location.path(INDEX_FILE), spec, check_files)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,14 +154,17 @@ class StoreIndex:
 
     @classmethod
     def read(
-        cls, path: Path, spec: Spec, check_file: Callable[[ShardFile], None] = lambda file: None
+        cls,
+        path: Path,
+        spec: Spec,
+        check_files: Callable[[Sequence[ShardFile]], None] = lambda files: None,
     ) -> "StoreIndex":
         """Read and check an index.
 
         Args:
             path: Of the file.
             spec: Of the store.
-            check_file: Refuses a shard file of another size than the index says. Called before any
+            check_files: Refuses a shard file of another size than the index says. Called before any
                 row is read, since the sizes bound the number of rows.
 
         Raises:
@@ -176,8 +179,7 @@ class StoreIndex:
         # As a dictionary, each name is in memory once and not a million times.
         with open_parquet(path, SCHEMA, refuse, read_dictionary=["shard"]) as file:
             fingerprint, shards, probe_sha256 = _read_header(file, path, spec)
-            for shard in shards:
-                check_file(shard)
+            check_files(shards)
             arrays = _read_arrays(file, shards, path)
         # Arrow keeps freed memory for its next use.
         pa.default_memory_pool().release_unused()

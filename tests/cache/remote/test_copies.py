@@ -233,7 +233,7 @@ def test_a_server_that_is_not_there_is_said(store, server):
     opened = FeatureStore(server.url)
     server.stop()
     for use in (lambda: FeatureStore(server.url), lambda: opened.gather(store.image_ids)):
-        with pytest.raises(UnreachableStoreError, match=r"refuses connections \(4 attempts\)"):
+        with pytest.raises(UnreachableStoreError, match="refuses connections"):
             use()
     server.stop = lambda: None
 
