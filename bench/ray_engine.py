@@ -40,7 +40,7 @@ from pipeline.encoding.stats import ExtractionStats
 ROOT = Path(__file__).parents[1]
 MODEL = "ViT-B-32-quickgelu"
 CPUS = 2
-NUM_IMAGES, QUICK_IMAGES = 768, 128
+NUM_IMAGES, QUICK_IMAGES = 768, 32
 SHARD_ROWS = 128
 ROUNDS = 5
 WATCH_SECONDS = 0.2
