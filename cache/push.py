@@ -11,7 +11,7 @@ from .remote.upload import upload
 def main() -> None:
     """Read the command line and publish."""
     parser = command_parser(__doc__)
-    parser.add_argument("root", help="folder of a store")
+    parser.add_argument("root", help="folder or fsspec URL of a store")
     parser.add_argument("url", help="fsspec URL: s3://, gs://, hf://buckets/, file:///, ...")
     arguments = parser.parse_args()
     run_guarded(lambda: print(upload(arguments.root, arguments.url)))
