@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -12,18 +13,24 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from dvc.cli.parser import get_main_parser
 from huggingface_hub.cli.hf import app as hub_command_line
+from ray.scripts.scripts import cli as ray_command_line
 from torch.distributed.run import get_args_parser as get_torchrun_parser
 
 from tests.documents.pages import ROOT
 
-SYSTEM = {"apt-get", "export", "git", "nvidia-smi", "sbatch", "source", "sudo"}
+SYSTEM = {"apt-get", "export", "git", "nvidia-smi", "sbatch", "scp", "source", "ssh", "sudo"}
 """Programs that the project does not bring."""
+
+
+VARIABLE = re.compile(r"[A-Z_]+=")
+"""A word that sets a variable for the command behind it."""
 
 
 def check_line(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """Check commands that are joined by `&&`."""
     for command in line.split(" && "):
-        check_command(monkeypatch, *shlex.split(command))
+        words = shlex.split(command)
+        check_command(monkeypatch, *itertools.dropwhile(VARIABLE.match, words))
 
 
 def check_command(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> None:
@@ -50,17 +57,19 @@ def check_command(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str
     elif program == "jupyter":
         assert (ROOT / arguments[-1]).is_file()
     elif program == "hf":
-        check_hub_command(*arguments)
+        check_click_command(hub_command_line, *arguments)
+    elif program == "ray":
+        check_click_command(ray_command_line, *arguments)
     elif program not in SYSTEM:
         assert (program, arguments[0]) == ("python", "-m"), f"{program}: no way to check it"
         check_module(monkeypatch, *arguments[1:])
 
 
-def check_hub_command(*arguments: str) -> None:
-    """Fail if the Hub's command line would refuse the arguments."""
-    # An unknown command would be looked for among extensions.
-    assert arguments[0] in hub_command_line.list_commands(click.Context(hub_command_line))
-    context = hub_command_line.make_context("hf", list(arguments))
+def check_click_command(command_line: click.Group, *arguments: str) -> None:
+    """Fail if a command line that is made with click would refuse the arguments."""
+    # An unknown command of the Hub would be looked for among extensions.
+    assert arguments[0] in command_line.list_commands(click.Context(command_line))
+    context = command_line.make_context(command_line.name, list(arguments))
     while isinstance(context.command, click.Group):
         rest = [*context._protected_args, *context.args]
         name, command, rest = context.command.resolve_command(context, rest)

@@ -26,9 +26,11 @@ NOT_RUN = {
     "accelerate launch --multi_gpu --num_machines 2 --num_processes 8 --machine_rank 0 "
     "--main_process_ip host --main_process_port 29500 -m train.pretrain": "two machines",
     "sbatch --nodes 2 --gpus-per-node 4 configs/slurm.sh pretrain": "a SLURM cluster",
-    "ray get-auth-token --generate && RAY_AUTH_MODE=token ray start --head --port=6379": (
+    "ray get-auth-token --generate && "
+    "RAY_AUTH_MODE=token ray start --head --port=6379 --disable-usage-stats": (
         "leaves a server; tests/pipeline/cluster starts clusters"
     ),
+    "ssh node mkdir -p .ray && scp ~/.ray/auth_token node:.ray/": "another machine",
     "RAY_AUTH_MODE=token ray start --address=192.0.2.10:6379": "another machine",
     "RAY_AUTH_MODE=token RAY_ADDRESS=auto python -m pipeline.extract": "a cluster",
     "nvidia-smi": "a GPU",
