@@ -268,7 +268,7 @@ class FeatureStore:
 
     @contextlib.contextmanager
     def _readable(self, rows: NDArray[np.integer]) -> Iterator[None]:
-        """Have some rows of the mapping readable during the block."""
+        """Keep rows mapped inside the `with` block; remote ones are fetched and checked first."""
         if not self._remote:
             self._map(self._shard_numbers(rows))
             yield

@@ -2,8 +2,8 @@
 
 A shard is named by the sha256 of its bytes: stores and processes share what is equal. While it
 arrives it is `<sha256>.h5.part`, a sparse file, with one byte a row in `<sha256>.rows`, 1 once the
-row's bytes were written. The least recently used shards go when there are too many bytes; who has
-mapped a deleted file can go on reading it.
+row's bytes were written. The least recently used shards are deleted beyond the limit; a process
+that has mapped a deleted file keeps reading it.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 A file system that signs addresses (S3, Google, Azure) makes one for each file, and a web server's
 file has one. Threads then read with urllib3: its processor time for a byte is less than half of
-that of the asynchronous clients. What such a request does not get, the file system gets.
+that of the asynchronous clients. If a direct request is refused, fsspec makes it.
 """
 
 import os
@@ -61,7 +61,7 @@ class DirectRequests:
             most_bytes: Most bytes to take from a server that ignores ranges.
 
         Returns:
-            What came; None where the file system has to ask.
+            The bytes; None if the request must go through fsspec.
 
         Raises:
             StatusError: The server refuses the range.

@@ -1,8 +1,8 @@
 """`origin.json` of a store's folder: the URL that the shards are read from, in place of the folder.
 
-Spec, index and probe are in the folder; the index holds the bytes from the URL fast. The file can
-be anybody's, as every file of a store: it names a server that hands out files, and nothing else. A
-store that is itself read from a URL has none, whatever lies there.
+Spec, index and probe are in the folder; hashes in the local index pin the bytes at the URL. The
+file can be anybody's, as every file of a store: it names a server that hands out files, and nothing
+else. A store that is itself read from a URL has none, whatever lies there.
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 """Shards of a store behind a URL: fetched row by row or whole, checked, kept on this machine.
 
-What does not hold features (a few KB at both ends of a shard) comes first, and is checked as that
-of any shard; then ranges of rows, each held against its hash in the index before it is written. A
-shard whose rows are all there is held against its sha256. A row that was here before this process
-is held against its hash on its first use, since a crash may have left anything.
+The metadata at both ends of a shard is fetched first and validated like a local shard's; then
+ranges of rows, each checked against its hash in the index before it is written. A shard whose rows
+are all there is checked against its sha256. A row that was here before this process is checked
+against its hash on its first use, since a crash may have left anything.
 
 Letters: N rows of a shard.
 """
@@ -116,7 +116,7 @@ class RemoteShards:
 
     @contextlib.contextmanager
     def holding(self, rows: NDArray[np.integer[Any]]) -> Iterator[None]:
-        """Have some rows of `mapping.rows` readable during the block.
+        """Fetch and check rows of `mapping.rows`, and keep them mapped inside the `with` block.
 
         Raises:
             IncompleteStoreError: A shard is missing.
@@ -171,7 +171,7 @@ class RemoteShards:
         self, urgency: int, action: Callable[["RemoteShards", Any], None], argument: Any
     ) -> None:
         def act() -> None:
-            # Whoever needs the rows meets the error again.
+            # The `gather` that needs these rows raises the error.
             with contextlib.suppress(PatchcacheError, OSError, Evicted):
                 if not self._is_closed:
                     action(self, argument)
@@ -244,7 +244,7 @@ class RemoteShards:
             return found
         lock = self._lock(number)
         if not lock.acquire(blocking=may_request):
-            # Another thread is at it.
+            # Another thread is opening this shard.
             return None
         try:
             found = self._opened.get(number) or self._open_local(number)
