@@ -1,9 +1,9 @@
-"""What it costs to make, keep and read the features of many images, from what was measured here.
+"""Cost model for making, storing and reading the features of many images, from measured rates.
 
 Bytes follow from the shape of a tower. Seconds of a CPU come from the result files of this folder.
 Seconds of a GPU are operations over a share of the data sheet's rate: computed, until a result file
 of `bench.gpu` is there to check them. `predictions` holds the model against the benchmarks, and
-docs/scaling.md carries it on.
+docs/scaling.md shows the results.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,18 @@ from bench.gpu_parts.report import measured
 from bench.measure import RESULTS
 from bench.texts import CAPTIONS_AN_IMAGE
 
-BUSY = 0.4
-"""Share of the data sheet's rate that a GPU reaches, as in docs/gpu.md. Published inference of CLIP
-towers has 0.18 (clip-retrieval, A100) to 0.59 (timm, RTX 4090, pixels already on the GPU)."""
+MFU = 0.4
+"""Model FLOPs utilization: the share of the data sheet's rate that a GPU reaches, as in
+docs/gpu.md. Published inference of CLIP towers has 0.18 (clip-retrieval, A100) to 0.59 (timm, RTX
+4090, pixels already on the GPU)."""
 
 MILLION = 1_000_000
 GB = 1e9
 
 
-def encoded_images(tower: Tower, gpu: Gpu, busy: float = BUSY) -> float:
+def encoded_images(tower: Tower, gpu: Gpu, mfu: float = MFU) -> float:
     """Return the images a second of the tower's forward pass on a GPU."""
-    return busy * gpu.peak_flops / tower_flops(tower)
+    return mfu * gpu.peak_flops / tower_flops(tower)
 
 
 def core_seconds(tower: Tower, rates: Rates) -> float:
@@ -92,9 +93,9 @@ def transfer_price(tower: Tower, prices: Prices = PRICES) -> float:
     return MILLION * tower.row_bytes / GB * prices.egress_gb
 
 
-def trained_images(stage: str, tower: Tower, gpu: Gpu, busy: float = BUSY) -> float:
+def trained_images(stage: str, tower: Tower, gpu: Gpu, mfu: float = MFU) -> float:
     """Return the images a second that one GPU trains Phi-2 with, each with all its texts."""
-    return busy * gpu.peak_flops / training_flops(stage, tower)
+    return mfu * gpu.peak_flops / training_flops(stage, tower)
 
 
 def read_bytes(stage: str, tower: Tower, gpu: Gpu) -> float:

@@ -55,7 +55,7 @@ class Sizes:
     rows: int
     rounds: int
     later_seconds: float
-    """Later epochs are begun for so long."""
+    """Seconds in which further epochs are started."""
 
 
 FULL = Sizes(rows=8192, rounds=3, later_seconds=1.0)

@@ -65,7 +65,7 @@ class Task:
     workers: int
     source: Source
     later_seconds: float
-    """Later epochs are begun for so long."""
+    """Seconds in which further epochs are started."""
     environment: dict[str, str]
     ends: Path
     """File of `sorted_ends` of all rows."""
@@ -93,7 +93,7 @@ def run_reader(
         folder: Holds the served folder `BUCKET`, and `ends.npy` from `sorted_ends`.
         server: Serves the former.
         rows: Number of rows.
-        later_seconds: Later epochs are begun for so long.
+        later_seconds: Seconds in which further epochs are started.
 
     Raises:
         RuntimeError: The reader fails, takes too long, or gives other rows than were written.

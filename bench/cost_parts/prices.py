@@ -28,7 +28,8 @@ H100 = Gpu("H100", PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 4.0, 2.7, 24)
 A100 = Gpu("A100", PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 2.8, 1.4, 12)
 L4 = Gpu("L4", PEAK_FLOPS["NVIDIA L4"], 0.8, 0.4, 4)
 GPUS = (H100, A100, L4)
-"""Rounded list prices of an hour; CPUs of AWS's p5, p4de and g6.xlarge, which their hours pay."""
+"""Rounded list prices of an hour; CPUs of AWS's p5, p4de and g6.xlarge, which are included in the
+hourly price."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ ID_BYTES = HASH_BYTES = 8
 OVERHEAD_BYTES = HEAD_BYTES + 2 * ALIGNMENT + ALIGNMENT
 """What a shard has besides its rows: two ends of a dataset fill half of their page on average."""
 
-MAX_SHARDS = 16_000
+MAX_PLANNED_SHARDS = 16_000
 """Most shards of a planned store. Linux allows a process 65,530 mappings unless it is told
 otherwise, a mapped shard takes two of them, and half is left for everything else."""
 
@@ -164,11 +164,11 @@ def plan_stores(images: int, tower: Tower) -> StorePlan:
     largest = USUAL_SHARD_ROWS * 2.0 ** math.floor(
         math.log2(MAX_SHARD_BYTES / (mean_shard_rows(USUAL_SHARD_ROWS) * tower.row_bytes))
     )
-    most = min(MAX_IMAGES, int(MAX_SHARDS * mean_shard_rows(int(largest))))
+    most = min(MAX_IMAGES, int(MAX_PLANNED_SHARDS * mean_shard_rows(int(largest))))
     stores = math.ceil(images / most)
     each = math.ceil(images / stores)
     shard_rows = min(USUAL_SHARD_ROWS, int(largest))
-    while mean_shards(each, shard_rows) > MAX_SHARDS:
+    while mean_shards(each, shard_rows) > MAX_PLANNED_SHARDS:
         shard_rows *= 2
     return StorePlan(
         stores,

@@ -1,4 +1,4 @@
-"""What a way of reading is to `bench.read`, and what several ways of reading share.
+"""The interface of a reader in `bench.read`, and shared helpers.
 
 Letters: B rows of a batch, P patches, D width of the vision tower.
 """
@@ -147,7 +147,7 @@ def random_loader(dataset: Any, workers: int, **options: Any) -> DataLoader[Any]
 
 
 def as_it_is(batch: Tensor) -> Tensor:
-    """Collate nothing: the data set returned a batch."""
+    """Identity collate: the data set already returns batches."""
     return batch
 
 
