@@ -103,7 +103,7 @@ def call_measured(
     Returns:
         What the function returned, and the two peaks of memory.
     """
-    # The module of a command that runs is called __main__.
+    # The module of a command that runs has another name.
     module = f"{__package__}.{Path(inspect.getfile(function)).stem}"
     names = [module, function.__name__, *map(str, arguments)]
     child = run_measured(["-c", CALL, *names], folder, group=group)

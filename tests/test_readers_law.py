@@ -28,6 +28,7 @@ from eval.systems.pope_files import read_answers, read_labels
 from pipeline.download import _Partial
 from train.provenance import read_provenance
 from train.run import RunDirectory
+from workspace.settings import Params
 
 DEEPER_THAN_PYTHON = 2_000
 """JSON may be so deep that it is parsed, and a function that calls itself cannot follow."""
@@ -198,7 +199,8 @@ def of_download():
 
 
 def of_unfinished_run():
-    params = SimpleNamespace(text="")
+    saving = {"every_steps": 1, "every_minutes": 1.0, "keep": 1}
+    params = Params(Path("params.yaml"), "", {"checkpoints": saving})
     run = RunDirectory("pretrain", params, {"seed": 0}, {})
     run.checkpoints.mkdir()
     (run.checkpoints / "step-00000001.safetensors").touch()
