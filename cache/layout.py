@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .remote.location import Location
 from .remote.threads import NOW, submit
-from .shard import Shard, open_shard
+from .shard import USUAL_OFFSET, Shard, open_shard
 from .spec import Spec
 from .store_index import INDEX_FILE, ShardFile, StoreIndex
 
@@ -59,8 +59,8 @@ class StoreLayout:
 
     @property
     def usual_offset(self) -> int:
-        """The largest offset of features in a checked shard; 0 if none was checked."""
-        return max(self._offsets.values(), default=0)
+        """The largest offset of features in a checked shard; that of our files if none was."""
+        return max(self._offsets.values(), default=USUAL_OFFSET)
 
     def offset_of(self, number: int, index: StoreIndex | None = None) -> int:
         """Return where a shard's features start, in bytes; the shard is checked at the first call.

@@ -38,6 +38,9 @@ from .texts import first_few, one_line
 ALIGNMENT = 4096
 """The file offset of the features is a multiple of this: a page of memory, in bytes."""
 
+USUAL_OFFSET = 3 * ALIGNMENT
+"""Where features start in the files of `write_shard`: after superblock, root group and spec."""
+
 LIBRARY_VERSIONS = ("v110", "v110")
 """Lower and upper bound of the file format, so that every HDF5 library writes equal bytes."""
 

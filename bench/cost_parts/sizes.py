@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 
 from cache.files.parquet import MAX_ENTRIES, MAX_FOOTER_BYTES
-from cache.shard import ALIGNMENT
+from cache.shard import ALIGNMENT, USUAL_OFFSET
 from cache.store_index import READ_ROWS
 
-HEAD_BYTES = 3 * ALIGNMENT
+HEAD_BYTES = USUAL_OFFSET
 """Before the features: superblock, root group and the spec."""
 
 ID_BYTES = HASH_BYTES = 8

@@ -9,7 +9,7 @@ import pytest
 import xxhash
 
 from cache.errors import CorruptShardError, PatchcacheError, SpecMismatchError, UnsafeShardError
-from cache.shard import hash_rows, open_shard, shard_bytes, write_shard
+from cache.shard import USUAL_OFFSET, hash_rows, open_shard, shard_bytes, write_shard
 
 TYPES = {"features": "<f2", "image_id": "<i8", "row_xxh3": "<u8"}
 
@@ -100,6 +100,7 @@ def test_features_start_on_a_page(tmp_path, spec, num_rows, patches, width):
     rows = np.ones((num_rows, patches, width), np.float16)
     write_shard(tmp_path / "a.h5", spec, np.arange(num_rows), rows)
     found = open_shard(tmp_path / "a.h5", spec)
+    assert found.offset == USUAL_OFFSET
     assert found.offset % 4096 == 0
     data = (tmp_path / "a.h5").read_bytes()
     assert data[found.offset : found.offset + rows.nbytes] == rows.tobytes()
