@@ -122,7 +122,6 @@ class Claim:
         self._seen = now
 
     def _take(self) -> None:
-        self._destination.prepare()
         found = self._read()
         if found and found.writer:
             found = self._watch(found)

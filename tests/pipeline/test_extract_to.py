@@ -63,7 +63,7 @@ REFUSED = [
     ("https://example.org/features", SettingsError, "can only be read"),
     ("hf://datasets/me/photos", SettingsError, "hf upload"),
     ("data/copy", SettingsError, "is no URL"),
-    ("file:///proc/features", UnreachableStoreError, "file:///proc/features: "),
+    ("file:///proc/features", UnreachableStoreError, "file:///proc/features/writing.json: "),
 ]
 
 
