@@ -16,10 +16,7 @@ import fsspec
 from ..errors import UnreachableStoreError
 from ..files.atomic import replacing
 from .network import attempt
-from .urls import check_writable, filesystem_of
-
-OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
-"""Schemes whose puts replace an object in one step."""
+from .urls import OBJECT_STORES, check_writable, filesystem_of
 
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 """Name of a file that is being put, where it is renamed afterwards."""

@@ -62,7 +62,7 @@ class Former:
     """Name to sha256 of its shards and its probe; None if there is no index that can be read."""
 
 
-def check_writable(url: str) -> None:
+def try_to_write(url: str) -> None:
     """Refuse a URL that a store cannot be published to, by writing a small file there.
 
     Raises:

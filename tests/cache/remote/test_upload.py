@@ -29,7 +29,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import claim, destination, network
 from cache.remote.claim import CLAIM_FILE
-from cache.remote.upload import check_writable, in_parallel, upload
+from cache.remote.upload import in_parallel, try_to_write, upload
 from cache.shard import open_shard, write_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, PROBE_FILE, StoreIndex
@@ -55,18 +55,16 @@ def set_times(monkeypatch, look, settle, patience):
 
 
 @pytest.fixture(params=["object store", "folders"])
-def bucket(request, monkeypatch):
+def bucket(request):
     """An empty bucket, where a put replaces an object, or a file is renamed."""
     if request.param == "folders":
         return new_bucket(in_halves=True)
-    schemes = destination.OBJECT_STORES | {"one", "two"}
-    monkeypatch.setattr(destination, "OBJECT_STORES", schemes)
-    return new_bucket()
+    return request.getfixturevalue("objects")
 
 
 @pytest.fixture
 def objects(monkeypatch):
-    monkeypatch.setattr(destination, "OBJECT_STORES", destination.OBJECT_STORES | {"one", "two"})
+    monkeypatch.setattr(destination, "OBJECT_STORES", ("one", "two"))
     return new_bucket()
 
 
@@ -394,7 +392,7 @@ def test_what_was_sent_before_an_error_is_not_sent_again(bucket, small):
     One.before = None
     there = bucket.names() & set(small.names)
     assert there
-    check_writable(URL)
+    try_to_write(URL)
     assert shards_put(lambda: upload(small.root, URL)) == sorted(set(small.names) - there)
     assert read_whole(URL) == content_of(small)
     assert CLAIM_FILE not in bucket.names()
@@ -619,7 +617,7 @@ def test_a_claim_that_is_none_is_refused(objects, small):
     ],
 )
 def test_a_url_that_cannot_be_written_is_refused(small, url, text):
-    for refused in (lambda: upload(small.root, url), lambda: check_writable(url)):
+    for refused in (lambda: upload(small.root, url), lambda: try_to_write(url)):
         with pytest.raises(SettingsError, match=f"^{re.escape(url)}: .*{text}"):
             refused()
 
@@ -631,7 +629,7 @@ def test_a_bucket_that_is_not_there_is_one_line_and_is_not_made(s3, small):
 
 
 def test_a_check_of_a_url_leaves_nothing(bucket):
-    check_writable(URL)
+    try_to_write(URL)
     assert bucket.names() == set()
 
 
