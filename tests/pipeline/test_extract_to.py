@@ -100,7 +100,7 @@ sys.exit("fsspec" in sys.modules)
 def test_a_place_where_another_one_writes_is_refused_before_encoding(
     workspace, folder, monkeypatch
 ):
-    for name, seconds in (("LOOK", 0.01), ("RENEW", 0.0), ("PATIENCE", 5.0)):
+    for name, seconds in (("POLL", 0.01), ("RENEW", 0.0), ("EXPIRY", 5.0)):
         monkeypatch.setattr(claim, f"{name}_SECONDS", seconds)
     with (
         claim.Claim(claim.Destination(f"file://{folder}")),

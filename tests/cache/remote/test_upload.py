@@ -45,13 +45,13 @@ SHARD = re.compile(r"[0-9a-f]{16}\.h5")
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(network, "BACK_OFF", (0.0, 0.0, 0.0))
-    set_times(monkeypatch, look=0.02, settle=0.0, patience=0.2)
+    set_times(monkeypatch, poll=0.02, settle=0.0, expiry=0.2)
 
 
-def set_times(monkeypatch, look, settle, patience):
-    monkeypatch.setattr(claim, "LOOK_SECONDS", look)
+def set_times(monkeypatch, poll, settle, expiry):
+    monkeypatch.setattr(claim, "POLL_SECONDS", poll)
     monkeypatch.setattr(claim, "SETTLE_SECONDS", settle)
-    monkeypatch.setattr(claim, "PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(claim, "EXPIRY_SECONDS", expiry)
 
 
 @pytest.fixture(params=["object store", "folders"])
@@ -435,7 +435,7 @@ def test_what_a_killed_writer_has_replaced_is_not_taken_for_what_was_there_befor
 WRITER = """
 import sys, time
 from cache.remote import claim, destination, upload
-claim.LOOK_SECONDS, claim.SETTLE_SECONDS, claim.RENEW_SECONDS = 0.05, 0.1, 0.1
+claim.POLL_SECONDS, claim.SETTLE_SECONDS, claim.RENEW_SECONDS = 0.05, 0.1, 0.1
 upload.NUM_THREADS = 1
 put = destination.Destination.put
 def slow(self, name, content):
@@ -451,7 +451,7 @@ upload.upload(sys.argv[1], sys.argv[2])
 def test_a_killed_writer_is_taken_over_and_only_missing_shards_are_sent(
     s3, store, monkeypatch, capsys
 ):
-    set_times(monkeypatch, look=0.1, settle=0.2, patience=1.0)
+    set_times(monkeypatch, poll=0.1, settle=0.2, expiry=1.0)
     url = f"{s3}/features"
     files = fsspec.filesystem("s3")
     writer = subprocess.Popen(
@@ -504,7 +504,7 @@ def test_a_writer_that_slept_too_long_stops_and_the_other_store_is_whole(
     objects, small, tmp_path, build_store, monkeypatch, number
 ):
     """It sleeps after each of its changes in turn; the other one takes over and ends."""
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     upload(build_store(tmp_path / "old", 15, seed=2).root, URL)
     other = build_store(tmp_path / "other", 15, seed=1)
     stopped = Stopped(One, number, lambda: upload(other.root, SAME_URL))
@@ -519,7 +519,7 @@ def test_puts_of_a_sleeper_that_land_late_are_never_read_and_can_be_repaired(
     objects, small, tmp_path, monkeypatch, number
 ):
     """Both stores have shards of the same names, with other features."""
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     other = encoded_again(small, tmp_path / "other")
     stopped = Stopped(One, number, lambda: upload(other.root, SAME_URL))
     with contextlib.suppress(CacheError):
@@ -535,7 +535,7 @@ def test_puts_of_a_sleeper_that_land_late_are_never_read_and_can_be_repaired(
 def test_an_index_of_a_sleeper_that_lands_late_ends_in_an_error_and_can_be_repaired(
     objects, small, tmp_path, build_store, monkeypatch
 ):
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     other = build_store(tmp_path / "other", 15, seed=1)
 
     def sleep(kind, path):
@@ -557,7 +557,7 @@ def test_an_index_of_a_sleeper_that_lands_late_ends_in_an_error_and_can_be_repai
 def test_two_writers_at_once_end_in_one_whole_store(
     objects, small, tmp_path, build_store, monkeypatch, kind
 ):
-    set_times(monkeypatch, look=0.1, settle=0.5, patience=5.0)
+    set_times(monkeypatch, poll=0.1, settle=0.5, expiry=5.0)
     other = {
         "same": lambda: small,
         "other images": lambda: build_store(tmp_path / "other", 15, seed=1),
