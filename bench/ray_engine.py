@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,32 +79,21 @@ def local_engine(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
 
 def ray_engine(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
     """Yield the work of the Ray engine; its encoders stay loaded between rounds."""
-    from pipeline.cluster.connection import connected
-    from pipeline.cluster.engine import _marked, _Run, _store_bytes, local_places
+    from pipeline.cluster.engine import cluster_run
 
-    with connected(None, CPUS, _store_bytes(job, CPUS)), _marked(job) as cluster_job:
-        run = _Run(cluster_job, local_places(job), ExtractionStats(), lambda count: None)
-
-        def work() -> None:
-            run._waiting = deque(range(len(job.shards)))
-            run.encode_all()
-
-        yield work
-        run.close()
+    with cluster_run(job, None, ExtractionStats(), lambda count: None) as run:
+        yield run.encode_all
 
 
 def ray_engine_anew(job: Job, encoder: Encoder) -> Iterator[Callable[[], object]]:
     """Yield the work of the Ray engine, whose encoders start in each round."""
-    from pipeline.cluster.connection import connected
-    from pipeline.cluster.engine import _marked, _Run, _store_bytes, local_places
+    from pipeline.cluster.engine import cluster_run
 
-    with connected(None, CPUS, _store_bytes(job, CPUS)), _marked(job) as cluster_job:
+    with cluster_run(job, None, ExtractionStats(), lambda count: None) as run:
 
         def work() -> None:
-            stats = ExtractionStats()
-            run = _Run(cluster_job, local_places(job), stats, lambda count: None)
-            with contextlib.closing(run):
-                run.encode_all()
+            run.encode_all()
+            run.close()
 
         yield work
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .remote.location import Location
-from .remote.threads import NOW, submit
+from .remote.threads import GATHER, submit
 from .shard import USUAL_OFFSET, Shard, open_shard
 from .spec import Spec
 from .store_index import INDEX_FILE, ShardFile, StoreIndex
@@ -103,7 +103,7 @@ def _read_index(location: Location, spec: Spec, partial: bool) -> StoreIndex:
             # One listing may tell all sizes; of a web server each is asked for, many at once.
             for file in files[:1]:
                 location.check_size(file)
-            for asked in [submit(NOW, location.check_size, file) for file in files[1:]]:
+            for asked in [submit(GATHER, location.check_size, file) for file in files[1:]]:
                 asked.result()
             return
         for file in files:

@@ -273,7 +273,7 @@ class FeatureStore:
             self._map(self._shard_numbers(rows))
             yield
             return
-        with self._remote.holding(rows):
+        with self._remote.readable(rows):
             yield
         self._all_mapped = self._remote.all_here
 

@@ -24,6 +24,7 @@ from .files.locks import exclusive_lock
 from .files.row_spool import RowSpool, intact_rows
 from .plan import PlannedShard, check_num_shards, plan_shards
 from .publish import publish
+from .remote.urls import is_url
 from .shard import shard_bytes
 from .spec import SPEC_FILE, Spec, check_same_spec
 from .store import FeatureStore
@@ -111,7 +112,7 @@ def unfinished_ids(folder: str | Path) -> NDArray[np.int64]:
 
 def _checked_folder(folder: str | Path) -> Path:
     """Refuse a URL, and a folder that holds other files and neither a store nor its rows."""
-    if "://" in str(folder):
+    if is_url(folder):
         raise SettingsError(
             f"{folder}: stores are written to folders. Write it here, then `python -m "
             f"{__package__}.push` it there."

@@ -17,7 +17,7 @@ import numpy as np
 from cache.files.atomic import sha256_of_pieces, write_json
 from cache.plan import PlannedShard, check_num_shards, plan_shards
 from cache.publish import publish
-from cache.remote.upload import check_writable, upload
+from cache.remote.upload import try_to_write, upload
 from cache.spec import Spec
 from cache.texts import human_size
 from pipeline.encoding.lazy_encoder import LazyEncoder
@@ -54,7 +54,7 @@ def extract(params: Params) -> None:
         delete_unfinished(SHARDS)
         if settings.to is not None:
             # Refused now, and not after hours of encoding.
-            check_writable(settings.to)
+            try_to_write(settings.to)
         if encoder_settings.model == EXTERNAL:
             plan, spec = take_store(encoder_settings, source, settings, stats)
         else:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from workspace.data_settings import check_share
+from workspace.data_settings import check_share, check_writable_url
 
 RANDOM = "random"
 """The value of `pretrained` that stands for untrained weights."""
@@ -86,18 +86,27 @@ class EncoderSettings:
     """"auto" is every GPU, or the CPU if there is none; a list with commas uses several devices. On
     a Ray cluster that RAY_ADDRESS names: "auto", "cpu" or "cuda", on all its nodes."""
     stream: bool = False
-    """Of `model: external` with a URL: whether the shards stay there, and are read and checked when
-    they are needed, instead of being copied."""
+    """Of `model: external` with a URL of an object store, the Hub or a web server: whether the
+    shards stay there, and are read and checked when they are needed, instead of being copied."""
 
     def __post_init__(self) -> None:
         if self.layer >= 0:
             raise ValueError(f"layer is {self.layer}, wanted one counted from the end: -1, -2, ...")
         _check_at_least_one("batch_size", self.batch_size, most=MAX_BATCH)
-        if self.stream and not (self.model == EXTERNAL and "://" in self.pretrained):
+        if self.stream:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        # Imports fsspec, which most commands need not load.
+        from cache.remote.origin import origin_json
+        from cache.remote.urls import is_url
+
+        if self.model != EXTERNAL or not is_url(self.pretrained):
             raise ValueError(
                 f"stream is true, wanted model external and a URL in pretrained, not {self.model} "
                 f"and {self.pretrained}"
             )
+        origin_json(self.pretrained)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +114,8 @@ class ExtractSettings:
     """Section `extract`: how the shards are made."""
 
     workers: int
-    """Number of decoding processes; 0 decodes in the encoding process. A cluster that RAY_ADDRESS
-    names decodes on every CPU instead."""
+    """Number of decoding processes; 0 decodes in the encoding process; with `ray`, 0 is 1. A
+    cluster that RAY_ADDRESS names decodes on every CPU instead."""
     engine: Engine
     """How the shards are distributed: "local" is one process on one device. "ray" takes all
     devices, of this machine or of the cluster that RAY_ADDRESS names. "auto" is ray if there are
@@ -125,6 +134,8 @@ class ExtractSettings:
             raise ValueError(f"workers is {self.workers}, wanted 0 to {MAX_WORKERS}")
         _check_at_least_one("shard_rows", self.shard_rows)
         check_share("max_failure_rate", self.max_failure_rate)
+        if self.to is not None:
+            check_writable_url("to", self.to)
 
 
 def _check_at_least_one(name: str, value: int, most: float = math.inf) -> None:

@@ -1,4 +1,5 @@
-"""What the processes of a run exchange: sums, objects, tensors, and whether they do the same work.
+"""Collectives of a distributed run (sum, gather, broadcast), and the check that all ranks have the
+same inputs.
 
 The processes may be on several machines, without a shared folder.
 """

@@ -1,21 +1,18 @@
 """The copy of a run behind an fsspec URL: its checkpoints, and at the end its files.
 
-A machine that vanishes loses the steps since the last checkpoint that was sent. The network decides
-nothing else: a checkpoint that cannot be sent is reported, and training goes on.
+A machine that vanishes loses the steps since the last checkpoint that was sent. A failed upload of
+a checkpoint is reported and training continues; a failed upload of the finished run is an error.
 """
 
-import contextlib
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 
-from cache.errors import PatchcacheError, UnreachableStoreError
-from cache.files.atomic import canonical_json, link_or_copy, replacing, sha256_of, write_bytes
-from cache.remote.network import attempt
-from cache.remote.urls import filesystem_of
+from cache.errors import PatchcacheError
+from cache.files.atomic import canonical_json, link_or_copy, sha256_of
+from cache.remote.destination import Destination
 from workspace.errors import StageError
 
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}\.safetensors")
@@ -26,8 +23,6 @@ MANIFEST = "manifest.json"
 
 LAST_SECONDS = 60.0
 """Most seconds that the end of a command waits for a checkpoint on its way."""
-
-Result = TypeVar("Result")
 
 
 class RemoteRun:
@@ -43,6 +38,7 @@ class RemoteRun:
             outgoing: Local folder for checkpoints on their way.
         """
         self.url = url
+        self._there = Destination(url)
         self._stage, self._keep, self._outgoing = stage, keep, outgoing
         self._lock = threading.Lock()
         self._waiting: Path | None = None
@@ -60,7 +56,7 @@ class RemoteRun:
         """
         try:
             for newer in reversed([n for n in self._names() if n > name]):
-                self._get(newer, folder / newer)
+                self._there.get(newer, folder / newer)
                 print(f"{self._stage}: fetched {self.url}/{newer}", file=sys.stderr)
                 yield folder / newer
         except PatchcacheError as error:
@@ -89,8 +85,9 @@ class RemoteRun:
                     self._thread = None
                     return
             try:
-                self._put(path, path.name)
-                self._delete([n for n in self._names() if n <= path.name][: -self._keep])
+                self._there.put(path.name, path)
+                for old in [n for n in self._names() if n <= path.name][: -self._keep]:
+                    self._there.delete(old)
             except (PatchcacheError, OSError) as error:
                 self._report(error, "Training goes on; the next checkpoint is sent in its place.")
             with self._lock:
@@ -124,13 +121,13 @@ class RemoteRun:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        manifest = self._outgoing / MANIFEST
         try:
             for name in hashes:
-                self._put(folder / name, f"run/{name}")
-            write_bytes(manifest, canonical_json(hashes))
-            self._put(manifest, f"run/{MANIFEST}")
-            self._delete(self._names())
+                self._there.put(f"run/{name}", folder / name)
+            self._there.put(f"run/{MANIFEST}", canonical_json(hashes))
+            # Also parts of those that a machine was sending when it vanished.
+            for name in filter(CHECKPOINT_NAME.search, self._there.list()):
+                self._there.delete(name)
         except (PatchcacheError, OSError) as error:
             raise StageError(
                 f"the run is finished and published in {folder}, but could not be sent: {error} "
@@ -139,45 +136,7 @@ class RemoteRun:
 
     def _names(self) -> list[str]:
         """Return the names of the checkpoints there, oldest first."""
-
-        def find(files: Any, place: str) -> list[str]:
-            # A listing of before must not be repeated.
-            files.invalidate_cache()
-            with contextlib.suppress(FileNotFoundError):
-                return [str(path).rpartition("/")[2] for path in files.ls(place, detail=False)]
-            return []
-
-        return sorted(filter(CHECKPOINT_NAME.fullmatch, self._do("", find)))
-
-    def _get(self, name: str, path: Path) -> None:
-        with replacing(path) as temporary:
-            self._do(name, lambda files, place: files.get_file(place, str(temporary)))
-
-    def _put(self, path: Path, name: str) -> None:
-        def put(files: Any, place: str) -> None:
-            # File systems with real folders want the folder first.
-            files.makedirs(place.rpartition("/")[0], exist_ok=True)
-            files.put_file(str(path), place)
-
-        self._do(name, put)
-
-    def _delete(self, names: list[str]) -> None:
-        for name in names:
-            self._do(name, lambda files, place: files.rm_file(place))
-
-    def _do(self, name: str, action: Callable[[Any, str], Result]) -> Result:
-        """Do something with a file there, or with the folder, with retries.
-
-        Raises:
-            PatchcacheError: It cannot be done.
-            OSError: This machine cannot read or store the file.
-        """
-        files, folder = filesystem_of(self.url)
-        place, url = (f"{root}/{name}".rstrip("/") for root in (folder, self.url))
-        try:
-            return attempt(lambda: action(files, place), url)
-        except FileNotFoundError:
-            raise UnreachableStoreError(f"{url}: no such file, folder or bucket.") from None
+        return sorted(filter(CHECKPOINT_NAME.fullmatch, self._there.list()))
 
     def _report(self, error: Exception, outcome: str) -> None:
         """Print a failure, once for each kind of it."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from cache.errors import SettingsError
+from workspace.data_settings import check_writable_url
 
 CONTROL = "control"
 """Name of the run that learns from features of other images."""
@@ -74,7 +74,7 @@ class CheckpointSettings:
     def __post_init__(self) -> None:
         _check_positive(self, "every_steps", "every_minutes", "keep")
         if self.to is not None:
-            _check_writable_url("to", self.to)
+            check_writable_url("to", self.to)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,18 +190,6 @@ def _check_positive(settings: object, *names: str) -> None:
         # Written so that NaN is refused too.
         if not 0 < getattr(settings, name) < math.inf:
             raise ValueError(f"{name} is {getattr(settings, name)}, wanted more than 0")
-
-
-def _check_writable_url(name: str, url: str) -> None:
-    # Imports fsspec, which most commands need not load.
-    from cache.remote.urls import check_writable, filesystem_of
-
-    try:
-        check_writable(url)
-        # Refuses a kind of URL whose package is missing.
-        filesystem_of(url)
-    except SettingsError as error:
-        raise ValueError(f"{name}: {error}") from None
 
 
 def _check_at_most(settings: object, name: str, most: int) -> None:

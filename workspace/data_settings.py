@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cache.errors import SettingsError
+
 Split = Literal["train", "val", "test"]
 """Splits of the images: `test` exists with Karpathy's split alone."""
 
@@ -114,3 +116,16 @@ def check_share(name: str, value: float) -> None:
     """Raise a ValueError unless a setting is from 0 to 1."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is {value}, wanted a share from 0 to 1")
+
+
+def check_writable_url(name: str, url: str) -> None:
+    """Raise a ValueError unless a setting is a URL of a kind that can be written here."""
+    # Imports fsspec, which most commands need not load.
+    from cache.remote.urls import check_writable, filesystem_of
+
+    try:
+        check_writable(url)
+        # Refuses a kind of URL whose package is missing.
+        filesystem_of(url)
+    except SettingsError as error:
+        raise ValueError(f"{name}: {error}") from None

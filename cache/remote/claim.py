@@ -1,9 +1,8 @@
-"""The claim on a destination, `writing.json`: one writer at a time, without a lock on the server.
+"""A claim on a destination (`writing.json`): one writer at a time, without locks of the server.
 
-No request of fsspec is conditional everywhere, so a claim is put, and counts if it still stands
-after a pause that is longer than the time in which every writer looks at its own. A writer that
-finds another's claim in place of its own stops. A claim that does not change for a while is of a
-writer that was killed, and is taken over. No clock is compared with another machine's.
+fsspec has no conditional write for every store. A writer therefore puts its claim, waits longer
+than the interval in which other writers look, and continues only if the claim is unchanged. A claim
+that is not renewed for 45 s has expired and is taken over. Clocks of machines are never compared.
 
 The claim also says which files have been sent, with their sha256: the next writer does not send
 them again.
@@ -26,17 +25,17 @@ from .destination import Destination
 
 CLAIM_FILE = "writing.json"
 
-LOOK_SECONDS = 2.0
+POLL_SECONDS = 2.0
 """Time between two looks of a writer at its claim."""
 
 SETTLE_SECONDS = 3.0
-"""Time for which a new claim must stand: longer than `LOOK_SECONDS`."""
+"""Time for which a new claim must stand: longer than `POLL_SECONDS`."""
 
 RENEW_SECONDS = 10.0
 """Time between two changes of a claim."""
 
-PATIENCE_SECONDS = 45.0
-"""Time without a change after which a claim is a killed writer's."""
+EXPIRY_SECONDS = 45.0
+"""Time without a change after which a claim has expired."""
 
 MAX_BYTES = 1 << 26
 """Most bytes of a claim that are read: the names and hashes of half a million shards."""
@@ -110,7 +109,7 @@ class Claim:
         """
         if self._lost:
             raise self._lost
-        if time.monotonic() - self._seen > PATIENCE_SECONDS / 2:
+        if time.monotonic() - self._seen > EXPIRY_SECONDS / 2:
             self.confirm()
 
     def confirm(self) -> None:
@@ -122,7 +121,6 @@ class Claim:
         self._seen = now
 
     def _take(self) -> None:
-        self._destination.prepare()
         found = self._read()
         if found and found.writer:
             found = self._watch(found)
@@ -146,7 +144,7 @@ class Claim:
     def _look(self) -> None:
         """Look at the claim again and again, and renew it."""
         renewed = time.monotonic()
-        while not self._end.wait(LOOK_SECONDS):
+        while not self._end.wait(POLL_SECONDS):
             try:
                 self.confirm()
                 if time.monotonic() - renewed > RENEW_SECONDS and not self._end.is_set():
@@ -167,12 +165,12 @@ class Claim:
         """
         print(
             f"{self._destination.url}: {found.who} began to write there at {found.since}; waiting "
-            f"up to {PATIENCE_SECONDS:.0f} s for a sign of it",
+            f"up to {EXPIRY_SECONDS:.0f} s for a sign of it",
             flush=True,
         )
-        last = time.monotonic() + PATIENCE_SECONDS
+        last = time.monotonic() + EXPIRY_SECONDS
         while time.monotonic() < last:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
             again = self._read()
             if again is None or not again.writer:
                 return again
@@ -208,7 +206,7 @@ def _note_of(data: bytes, where: str) -> Note:
     """Read a claim, which is data from outside.
 
     Raises:
-        CacheError: It is none.
+        CacheError: The file is no claim.
     """
     try:
         values = parse_json(data.decode())

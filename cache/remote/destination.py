@@ -1,5 +1,5 @@
-"""The folder behind an fsspec URL that a store is published to: its files are listed, put, read
-back and deleted.
+"""The folder behind an fsspec URL that a store or a run is published to: its files are listed, put,
+read back and deleted.
 
 A file appears whole under its name. An object store replaces an object in one step; elsewhere a
 file is put under another name and renamed.
@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 import fsspec
 
 from ..errors import UnreachableStoreError
+from ..files.atomic import replacing
 from .network import attempt
-from .urls import check_writable, filesystem_of
-
-OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf"})
-"""Schemes whose puts replace an object in one step."""
+from .urls import OBJECT_STORES, check_writable, filesystem_of
 
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 """Name of a file that is being put, where it is renamed afterwards."""
@@ -41,15 +39,6 @@ class Destination:
         check_writable(url)
         self._files, self._folder = filesystem_of(self.url)
         self._is_object_store = url.partition("://")[0].lower() in OBJECT_STORES
-
-    def prepare(self) -> None:
-        """Make the folder, where there are folders; a bucket is never made.
-
-        Raises:
-            UnreachableStoreError: The server cannot be reached, or refuses.
-        """
-        if not self._is_object_store:
-            self._attempt("", lambda files, path: files.makedirs(path.rstrip("/"), exist_ok=True))
 
     def list(self) -> dict[str, int]:
         """Return the size of every file of the folder by its name; empty if there is no folder.
@@ -87,11 +76,25 @@ class Destination:
 
         return self._attempt(name, content)
 
-    def put(self, name: str, content: Path | bytes) -> None:
-        """Put a file, which replaces one of its name in one step.
+    def get(self, name: str, path: Path) -> None:
+        """Fetch a file.
 
         Args:
             name: Of the file.
+            path: Where it appears whole.
+
+        Raises:
+            UnreachableStoreError: The server does not deliver it.
+            OSError: This machine cannot store it.
+        """
+        with replacing(path) as local:
+            self._attempt(name, lambda files, there: files.get_file(there, str(local)), path.parent)
+
+    def put(self, name: str, content: Path | bytes) -> None:
+        """Put a file, which replaces one of its name in one step; a bucket is never made.
+
+        Args:
+            name: Of the file; the folders of `a/b` are made where there are folders.
             content: A local file, or the bytes.
 
         Raises:
@@ -100,8 +103,11 @@ class Destination:
         """
 
         def sent(files: fsspec.AbstractFileSystem, path: str) -> None:
-            partial = f".{name}.{self.writer}.partial"
-            target = path if self._is_object_store else f"{self._folder}/{partial}"
+            target = path
+            if not self._is_object_store:
+                folder, _, last = path.rpartition("/")
+                files.makedirs(folder, exist_ok=True)
+                target = f"{folder}/.{last}.{self.writer}.partial"
             if isinstance(content, Path):
                 files.put_file(str(content), target)
             else:

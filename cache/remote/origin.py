@@ -12,10 +12,11 @@ from ..files.atomic import canonical_json, path_in_errors
 from ..files.foreign import parse_json
 from ..spec import MAX_JSON_BYTES
 from ..texts import one_line
+from .urls import OBJECT_STORES
 
 ORIGIN_FILE = "origin.json"
 
-SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf", "http", "https")
+SCHEMES = (*OBJECT_STORES, "http", "https")
 """Schemes of servers; `file` and chains of file systems would lead to files of this machine."""
 
 
@@ -26,7 +27,10 @@ def origin_json(url: str) -> bytes:
         SettingsError: A URL of a kind that shards are not read from in this way.
     """
     if not _is_origin(url):
-        raise SettingsError(f"{url}: shards are read directly from {_kinds()} alone. Copy them.")
+        raise SettingsError(
+            f"{url}: shards are read directly from {_kinds()} alone. Copy them to one of these, "
+            f"or set encoder.stream: false."
+        )
     return canonical_json({"url": url})
 
 

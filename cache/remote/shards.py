@@ -33,7 +33,7 @@ from .cache_folder import CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import LATER, NOW, SOON, submit
+from .threads import GATHER, PREFETCH, WHOLE_SHARD, submit
 
 REQUEST_BYTES = 8 << 20
 """Most bytes of a request: enough that its round trip counts for little, few enough that a lost
@@ -115,7 +115,7 @@ class RemoteShards:
         self._states = RowStates(len(row_xxh3), mapping.starts, num_rows, unmap)
 
     @contextlib.contextmanager
-    def holding(self, rows: NDArray[np.integer[Any]]) -> Iterator[None]:
+    def readable(self, rows: NDArray[np.integer[Any]]) -> Iterator[None]:
         """Fetch and check rows of `mapping.rows`, and keep them mapped inside the `with` block.
 
         Raises:
@@ -151,14 +151,14 @@ class RemoteShards:
             self.read_ahead(most.tolist())
             unknown = unknown[~np.isin(self._numbers_of(unknown), most)]
         for run in self._runs(unknown):
-            self._submit_later(SOON, RemoteShards._fetch, run)
+            self._submit_later(PREFETCH, RemoteShards._fetch, run)
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch whole shards, in this order; do not wait."""
         for number in numbers:
             rows = np.flatnonzero(self._states.rows_of(number) == UNKNOWN)
             for run in self._runs(rows + self._mapping.starts[number]):
-                self._submit_later(LATER, RemoteShards._fetch, run)
+                self._submit_later(WHOLE_SHARD, RemoteShards._fetch, run)
             if number in self._opened:
                 self._mapping.read_ahead(number, self._num_rows[number])
         self._touch(np.asarray(numbers, np.int64))
@@ -186,7 +186,7 @@ class RemoteShards:
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
             fetched: list[Future[None]] = [
-                submit(NOW, self._fetch, run) for run in self._runs(unknown)
+                submit(GATHER, self._fetch, run) for run in self._runs(unknown)
             ]
             for future in fetched:
                 future.result()
@@ -255,7 +255,7 @@ class RemoteShards:
             if not found:
                 raise Evicted
             for at, data in pieces:
-                self._adopt(number, found, at, data)
+                self._store_valid_rows(number, found, at, data)
         finally:
             lock.release()
         return found
@@ -354,12 +354,12 @@ class RemoteShards:
                     time.sleep(network.BACK_OFF[attempt - 2])
                 first, last = rows[[0, -1]] - self._mapping.starts[number]
                 start, stop = (opened.offset + int(n) * self._row_bytes for n in (first, last + 1))
-                self._adopt(number, opened, *self._location.read(file, start, stop))
+                self._store_valid_rows(number, opened, *self._location.read(file, start, stop))
             rows = rows[self._states.of_row[rows] != READY]
             if len(rows):
                 raise self._corrupt(number, f"{len(rows)} rows have another hash than {INDEX_FILE}")
 
-    def _adopt(self, number: int, opened: OpenedShard, at: int, data: bytes) -> None:
+    def _store_valid_rows(self, number: int, opened: OpenedShard, at: int, data: bytes) -> None:
         """Write those rows to a part that are missing and whose bytes are right.
 
         Args:
@@ -402,7 +402,7 @@ class RemoteShards:
         """Complete a shard, in the background, once all of its rows are right."""
         if number in self._incomplete and (self._states.rows_of(number) == READY).all():
             if self._opened[number].is_part:
-                self._submit_later(LATER, RemoteShards._complete, number)
+                self._submit_later(WHOLE_SHARD, RemoteShards._complete, number)
             else:
                 self._note_complete(number)
 

@@ -18,11 +18,11 @@ ROW_THREADS = 32
 SHARD_THREADS = 8
 """Requests for parts of whole shards at once: few, so that a row finds a free line."""
 
-NOW, SOON, LATER = range(3)
+GATHER, PREFETCH, WHOLE_SHARD = range(3)
 """Urgency: a gather waits; rows that the order needs next; whole shards."""
 
 
-class Threads:
+class PriorityThreads:
     """Runs functions in daemon threads, the most urgent first, then in order."""
 
     def __init__(self, num_threads: int) -> None:
@@ -50,22 +50,22 @@ class Threads:
         while True:
             _, _, call = self._queue.get()
             call()
-            # What it refers to must not live until the next call comes.
+            # Release the closure now, not when the next call arrives.
             del call
 
 
-_of_process: dict[bool, Threads] = {}
+_of_process: dict[bool, PriorityThreads] = {}
 """The threads for whole shards, and those for rows."""
 
 _starting = threading.Lock()
 
 
 def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Future[Any]:
-    """Run a function in a thread of this process; see `Threads.submit`."""
-    is_whole = urgency == LATER
+    """Run a function in a thread of this process; see `PriorityThreads.submit`."""
+    is_whole = urgency == WHOLE_SHARD
     with _starting:
         if is_whole not in _of_process:
-            _of_process[is_whole] = Threads(SHARD_THREADS if is_whole else ROW_THREADS)
+            _of_process[is_whole] = PriorityThreads(SHARD_THREADS if is_whole else ROW_THREADS)
     return _of_process[is_whole].submit(urgency, function, *arguments)
 
 

@@ -53,7 +53,7 @@ class Upload:
 
 
 @dataclass(frozen=True)
-class Former:
+class PublishedStore:
     """The store that the destination holds."""
 
     spec: bytes | None = None
@@ -62,7 +62,7 @@ class Former:
     """Name to sha256 of its shards and its probe; None if there is no index that can be read."""
 
 
-def check_writable(url: str) -> None:
+def try_to_write(url: str) -> None:
     """Refuse a URL that a store cannot be published to, by writing a small file there.
 
     Raises:
@@ -166,7 +166,7 @@ def _replace(
     return missing
 
 
-def _read_former(destination: Destination) -> Former:
+def _read_former(destination: Destination) -> PublishedStore:
     """Read spec and index of the destination.
 
     Raises:
@@ -174,7 +174,7 @@ def _read_former(destination: Destination) -> Former:
     """
     spec, index = destination.read(SPEC_FILE), destination.read(INDEX_FILE)
     if index is None:
-        return Former(spec)
+        return PublishedStore(spec)
     if spec is None:
         raise CacheError(
             f"{destination.url}: holds an {INDEX_FILE} and no {SPEC_FILE}, so that is no part of a "
@@ -187,9 +187,9 @@ def _read_former(destination: Destination) -> Former:
             read = StoreIndex.read(path, Spec.from_json(spec, destination.url))
         except CacheError:
             # Damaged, or of another version of the format: it is replaced.
-            return Former(spec, index)
+            return PublishedStore(spec, index)
     probe = {} if read.probe_sha256 is None else {PROBE_FILE: read.probe_sha256}
-    return Former(spec, index, {file.name: file.sha256 for file in read.shards} | probe)
+    return PublishedStore(spec, index, {file.name: file.sha256 for file in read.shards} | probe)
 
 
 def _check_listed(destination: Destination, files: list[ShardFile]) -> None:

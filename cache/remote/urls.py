@@ -18,6 +18,9 @@ HUB = "hf://"
 
 BUCKET = f"{HUB}buckets/"
 
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf")
+"""Schemes of servers whose puts replace an object in one step."""
+
 READ_ONLY = frozenset({"http", "https", "data", "git", "github", "tar", "zip", "reference"})
 """Schemes of URLs that cannot be written."""
 
@@ -42,8 +45,8 @@ def check_writable(url: str) -> None:
         raise SettingsError(f"{url}: is no URL. {wanted}")
     if scheme == "hf" and not url.startswith(BUCKET):
         raise SettingsError(
-            f"{url}: a repository of the Hub takes a store in one commit, by `hf upload` (see "
-            f"docs/sharing.md). {wanted}"
+            f"{url}: a repository of the Hub is written in commits, by `hf upload`; name a bucket "
+            f"({BUCKET}owner/name)."
         )
     if scheme in READ_ONLY or "::" in url:
         raise SettingsError(f"{url}: can only be read. {wanted}")

@@ -30,6 +30,13 @@ MIN_STORE_BYTES = 128 << 20
 ANSWER_SECONDS = 10.0
 """How long the first node of a cluster may take to answer."""
 
+START = "Start it (docs/data.md)"
+TOKEN_OR_START = (
+    "Set RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token, RAY_AUTH_TOKEN or the file of "
+    "RAY_AUTH_TOKEN_PATH, if it wants one; start it (docs/data.md) if it does not run"
+)
+"""Advice after a failure of Ray, whose own reason does not tell a wrong token from others."""
+
 
 def import_ray() -> ModuleType:
     """Return the package ray.
@@ -39,8 +46,6 @@ def import_ray() -> ModuleType:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Ray started here asks all its processes for a token. Its own would be the same in each run.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -71,6 +76,10 @@ def connected(address: str | None, num_cpus: int, store_bytes: int) -> Iterator[
             f"RAY_ADDRESS is {address}, the address of Ray Client, wanted host:port of the first "
             f"node. Run this command on a machine of the cluster, with RAY_ADDRESS=auto."
         )
+    if not address:
+        # Ray started here asks all its processes for a token. Its own would be the same in each
+        # run. A cluster's token can be in a file, which the variable would hide.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import_ray()
     # A socket's path has at most 107 characters, so that the folder is not in the workspace.
     with tempfile.TemporaryDirectory(prefix="patchcache-", ignore_cleanup_errors=True) as folder:
@@ -92,13 +101,13 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
     import ray
     from ray.exceptions import RayError
 
+    if address:
+        _check_answers(address)
     python_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Signals reach the processes that Ray starts through this one alone. A cluster may not answer.
     with contextlib.nullcontext() if address else without_interrupts():
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            if address:
-                _check_answers(address)
             ray.init(
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -106,7 +115,7 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
                 **options,
             )
         except (RayError, RuntimeError, ValueError, OSError) as error:
-            raise _no_connection(address, str(error)) from None
+            raise _no_connection(address, str(error), TOKEN_OR_START) from None
         except SystemExit:
             # Ray's handler of SIGTERM.
             raise KeyboardInterrupt from None
@@ -115,10 +124,17 @@ def _init(address: str | None, options: dict[str, Any]) -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raise an OSError if nothing answers at host:port; Ray itself would wait for long."""
+    """Refuse a host:port where nothing answers; Ray itself would wait for long.
+
+    Raises:
+        StageError: Nothing answers.
+    """
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
-        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        try:
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise _no_connection(address, str(error)) from None
 
 
 def _shut_down() -> None:
@@ -128,20 +144,15 @@ def _shut_down() -> None:
         ray.shutdown()
 
 
-def _no_connection(address: str | None, reason: str) -> StageError:
+def _no_connection(address: str | None, reason: str, advice: str = START) -> StageError:
     if not address:
         return StageError(
             f"extract: Ray does not start on this machine: {_first_line(reason)}. Set "
             f"extract.engine: local to encode with one device."
         )
-    if "auth" in reason.lower():
-        return StageError(
-            f"RAY_ADDRESS: the Ray cluster at {address} refuses this process: it wants its token. "
-            f"Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH as its nodes do."
-        )
     return StageError(
-        f"RAY_ADDRESS: no connection to a Ray cluster at {address}: {_first_line(reason)}. Start "
-        f"it (docs/data.md), or unset RAY_ADDRESS to encode on this machine."
+        f"RAY_ADDRESS: no connection to a Ray cluster at {address}: {_first_line(reason)}. "
+        f"{advice}, or unset RAY_ADDRESS to encode on this machine."
     )
 
 

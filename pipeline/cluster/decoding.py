@@ -34,7 +34,8 @@ class ClusterJob:
     workspace: Path
     """The driver's working directory, absolute."""
     marker: Path
-    """A file in the job's folder, absolute; who reads its content there shares the folder."""
+    """A file in the job's folder, absolute; a process that reads the same content there shares the
+    folder."""
     marker_content: str
 
     def enter(self) -> None:

@@ -36,17 +36,17 @@ SHARDS_IN_FLIGHT = 3
 """Shards that an encoder has at one time."""
 
 MAX_TRIES = 3
-"""How often a shard is begun, and an encoder started in one place, until the stage gives up."""
+"""How often a shard is begun, and an encoder started in one slot, until the stage gives up."""
 
 POLL_SECONDS = 1.0
-"""How often the nodes of the cluster are looked at."""
+"""Seconds between two looks at the list of nodes."""
 
-PATIENCE_SECONDS = 60.0
-"""After how long the stage says that it waits for a first encoder."""
+HINT_SECONDS = 60.0
+"""Seconds without a loaded encoder after which the stage prints a hint."""
 
 
 @dataclass(frozen=True)
-class Place:
+class EncoderSlot:
     """Where an encoder runs."""
 
     node_id: str
@@ -81,11 +81,27 @@ def encode_on_cluster(
         StageError: As `ShardEncoder.run`; or the cluster cannot be reached, an encoder does not
             reproduce the features of this machine, or a shard was lost too often.
     """
+    with cluster_run(job, address, stats, progress) as run:
+        run.encode_all()
+
+
+@contextlib.contextmanager
+def cluster_run(
+    job: Job,
+    address: str | None,
+    stats: ExtractionStats,
+    progress: Callable[[int], object],
+) -> "Iterator[ClusterRun]":
+    """Hold a cluster and the encoders of a job there; arguments and errors as `encode_on_cluster`.
+
+    Yields:
+        The run, which has not begun.
+    """
     num_cpus = max(1, job.workers)
     with connected(address, num_cpus, _store_bytes(job, num_cpus)), _marked(job) as cluster_job:
-        places = cluster_places(job.settings.device) if address else local_places(job)
-        with contextlib.closing(_Run(cluster_job, places, stats, progress)) as run:
-            run.encode_all()
+        slots = cluster_slots(job.settings.device) if address else local_slots(job)
+        with contextlib.closing(ClusterRun(cluster_job, slots, stats, progress)) as run:
+            yield run
 
 
 def _store_bytes(job: Job, num_cpus: int) -> int:
@@ -107,18 +123,18 @@ def _marked(job: Job) -> Iterator[ClusterJob]:
         marker.unlink(missing_ok=True)
 
 
-def local_places(job: Job) -> Callable[[], list[Place]]:
-    """Return a function of the places on this machine: one for each device of the settings."""
+def local_slots(job: Job) -> Callable[[], list[EncoderSlot]]:
+    """Return a function of the slots on this machine: one for each device of the settings."""
     import ray
 
     node_id = ray.get_runtime_context().get_node_id()
     devices = [str(device) for device in resolve_devices(job.settings.device)]
-    places = [Place(node_id, "of this machine", d, n, 0) for n, d in enumerate(devices)]
-    return lambda: places
+    slots = [EncoderSlot(node_id, "of this machine", d, n, 0) for n, d in enumerate(devices)]
+    return lambda: slots
 
 
-def cluster_places(device: str) -> Callable[[], list[Place]]:
-    """Return a function of the places that the cluster has at the moment.
+def cluster_slots(device: str) -> Callable[[], list[EncoderSlot]]:
+    """Return a function of the slots that the cluster has at the moment.
 
     Args:
         device: "auto" means every GPU, or CPUs if the cluster has no GPU now.
@@ -134,7 +150,9 @@ def cluster_places(device: str) -> Callable[[], list[Place]]:
     if device == "auto":
         device = "cuda" if any(_count(node, "GPU") for node in _nodes()) else "cpu"
     return lambda: [
-        Place(node["NodeID"], node["NodeManagerAddress"], device, number, int(device == "cuda"))
+        EncoderSlot(
+            node["NodeID"], node["NodeManagerAddress"], device, number, int(device == "cuda")
+        )
         for node in _nodes()
         for number in range(_num_encoders(node, device))
     ]
@@ -166,7 +184,7 @@ def _count(node: dict[str, Any], resource: str) -> int:
 class _Encoder:
     """An encoder, and what it was asked to do."""
 
-    place: Place
+    slot: EncoderSlot
     actor: Any
     loading: Any
     """Reference of the first call; None once it is done."""
@@ -174,25 +192,25 @@ class _Encoder:
     """Shard number by the reference of the call."""
 
 
-class _Run:
+class ClusterRun:
     """The state of a job on the cluster."""
 
     def __init__(
         self,
         cluster_job: ClusterJob,
-        places: Callable[[], list[Place]],
+        slots: Callable[[], list[EncoderSlot]],
         stats: ExtractionStats,
         progress: Callable[[int], object],
     ) -> None:
         import ray
 
-        self._job, self._places = cluster_job.job, places
+        self._job, self._slots = cluster_job.job, slots
         self._stats, self._progress = stats, progress
         self._probe = read_probe(self._job.probe, self._job.spec)
         self._holder = [ray.put(cluster_job)]
-        self._waiting = deque(range(len(self._job.shards)))
-        self._tries: Counter[int | Place] = Counter()
-        self._encoders: dict[Place, _Encoder] = {}
+        self._waiting: deque[int] = deque()
+        self._tries: Counter[int | EncoderSlot] = Counter()
+        self._encoders: dict[EncoderSlot, _Encoder] = {}
 
     def close(self) -> None:
         """End all encoders."""
@@ -200,10 +218,11 @@ class _Run:
             self._drop(encoder)
 
     def encode_all(self) -> None:
-        """Encode every shard of the job."""
+        """Encode every shard of the job; again, if it was done: the encoders stay until `close`."""
         import ray
 
-        patience = time.monotonic() + PATIENCE_SECONDS
+        self._waiting.extend(range(len(self._job.shards)))
+        patience = time.monotonic() + HINT_SECONDS
         while self._waiting or any(encoder.shards for encoder in self._encoders.values()):
             self._start_encoders()
             self._hand_out()
@@ -221,22 +240,22 @@ class _Run:
                 patience = math.inf
 
     def _start_encoders(self) -> None:
-        """Start an encoder in every place that lacks one, but not more than there are shards."""
-        places = self._places()
-        if not places:
+        """Start an encoder in every slot that lacks one, but not more than there are shards."""
+        slots = self._slots()
+        if not slots:
             raise StageError(
                 f"encoder.device is {self._job.settings.device}, and the Ray cluster has no node "
                 f"with such a device, or has it no more. Finished shards are kept; start a node, "
                 f"and run again."
             )
         useful = len(self._waiting) + sum(bool(e.shards) for e in self._encoders.values())
-        for place in places:
-            if place not in self._encoders and len(self._encoders) < useful:
-                self._encoders[place] = self._start(place)
+        for slot in slots:
+            if slot not in self._encoders and len(self._encoders) < useful:
+                self._encoders[slot] = self._start(slot)
         self._stats.devices = max(self._stats.devices, len(self._encoders))
         self._stats.decoders = max(self._stats.decoders, _num_cpus())
 
-    def _start(self, place: Place) -> _Encoder:
+    def _start(self, slot: EncoderSlot) -> _Encoder:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -245,14 +264,14 @@ class _Run:
         # The CPUs are left to the tasks that decode.
         actor_class = ray.remote(
             num_cpus=0,
-            num_gpus=place.num_gpus,
+            num_gpus=slot.num_gpus,
             max_concurrency=SHARDS_IN_FLIGHT,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(place.node_id, soft=False),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(slot.node_id, soft=False),
         )(EncoderActor)
         actor = actor_class.remote()
         num_threads = torch.get_num_threads()
-        loading = actor.load.remote(self._holder, place.device, num_threads, self._probe)
-        return _Encoder(place, actor, loading)
+        loading = actor.load.remote(self._holder, slot.device, num_threads, self._probe)
+        return _Encoder(slot, actor, loading)
 
     def _hand_out(self) -> None:
         """Give shards to the loaded encoders, first to those that have fewest."""
@@ -289,17 +308,17 @@ class _Run:
         self._progress(len(shard.image_ids))
 
     def _lose(self, encoder: _Encoder, lost: "_Lost") -> None:
-        if self._encoders.get(encoder.place) is not encoder:
+        if self._encoders.get(encoder.slot) is not encoder:
             # Another of its calls said so.
             return
         self._drop(encoder)
         self._waiting.extendleft(sorted(encoder.shards.values(), reverse=True))
-        begun: list[int | Place] = [*encoder.shards.values()] or [encoder.place]
+        begun: list[int | EncoderSlot] = [*encoder.shards.values()] or [encoder.slot]
         self._tries.update(begun)
         if max(self._tries[what] for what in begun) == MAX_TRIES:
             names = [self._job.shards[number].name for number in encoder.shards.values()]
             raise StageError(
-                f"extract: {encoder.place} died{' with ' if names else ''}{', '.join(names)}, "
+                f"extract: {encoder.slot} died{' with ' if names else ''}{', '.join(names)}, "
                 f"after {MAX_TRIES} tries: {lost}. Finished shards are kept; check the memory of "
                 f"that node, and run again."
             )
@@ -309,7 +328,7 @@ class _Run:
         import ray
         from ray.exceptions import RayError
 
-        del self._encoders[encoder.place]
+        del self._encoders[encoder.slot]
         with contextlib.suppress(RayError):
             ray.kill(encoder.actor)
 

@@ -1,11 +1,15 @@
 """`extract.to`: the finished store is published to a URL as well, and a URL that cannot be written
 is refused before anything is encoded."""
 
+import subprocess
+import sys
+
 import pytest
 
 from cache import CacheError, FeatureStore, SettingsError, UnreachableStoreError
 from cache.remote import claim, network
-from cache.remote.upload import check_writable
+from cache.remote.upload import try_to_write
+from pipeline.settings import ExtractSettings
 from tests.pipeline.test_external import write_rows
 
 
@@ -63,7 +67,7 @@ REFUSED = [
     ("https://example.org/features", SettingsError, "can only be read"),
     ("hf://datasets/me/photos", SettingsError, "hf upload"),
     ("data/copy", SettingsError, "is no URL"),
-    ("file:///proc/features", UnreachableStoreError, "file:///proc/features: "),
+    ("file:///proc/features", UnreachableStoreError, "file:///proc/features/writing.json: "),
 ]
 
 
@@ -77,10 +81,26 @@ def test_a_url_that_cannot_be_written_is_refused_before_encoding(workspace, url,
     assert not workspace.features.exists()
 
 
+@pytest.mark.parametrize(("url", "line"), [(url, line) for url, _, line in REFUSED[:3]])
+def test_reading_the_settings_refuses_a_url_that_cannot_be_written(url, line):
+    with pytest.raises(ValueError, match=rf"^to: {url}: .*{line}"):
+        ExtractSettings(workers=0, engine="local", shard_rows=1, max_failure_rate=0, to=url)
+
+
+def test_settings_without_a_url_do_not_load_file_systems():
+    code = """
+import sys
+from pipeline.settings import ExtractSettings
+ExtractSettings(workers=0, engine="local", shard_rows=1, max_failure_rate=0)
+sys.exit("fsspec" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_a_place_where_another_one_writes_is_refused_before_encoding(
     workspace, folder, monkeypatch
 ):
-    for name, seconds in (("LOOK", 0.01), ("RENEW", 0.0), ("PATIENCE", 5.0)):
+    for name, seconds in (("POLL", 0.01), ("RENEW", 0.0), ("EXPIRY", 5.0)):
         monkeypatch.setattr(claim, f"{name}_SECONDS", seconds)
     with (
         claim.Claim(claim.Destination(f"file://{folder}")),
@@ -88,7 +108,7 @@ def test_a_place_where_another_one_writes_is_refused_before_encoding(
     ):
         workspace.run()
     assert not list(workspace.finished.glob("*.h5"))
-    check_writable(f"file://{folder}")
+    try_to_write(f"file://{folder}")
 
 
 def test_after_a_fault_the_store_is_here_and_the_next_run_sends_the_rest(

@@ -109,11 +109,11 @@ def test_a_server_that_is_gone_is_one_line(workspace, server):
     [
         ({"pretrained": "mine"}, "encoder: stream is true, wanted model external and a URL"),
         ({"model": "tiny-vit.json"}, "encoder: stream is true, wanted model external and a URL"),
-        ({"pretrained": "file://{}/mine"}, "shards are read directly from s3://"),
+        ({"pretrained": "file:///mine"}, r"encoder: file:///mine: .* set encoder\.stream: false\."),
     ],
 )
 def test_what_cannot_be_streamed_is_refused(workspace, changes, line):
-    workspace.encoder |= {key: value.format(workspace.root) for key, value in changes.items()}
+    workspace.encoder |= changes
     with pytest.raises(SettingsError, match=line):
         workspace.run()
     assert not list(workspace.root.glob("data/features/*"))

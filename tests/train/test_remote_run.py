@@ -9,12 +9,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from moto.server import ThreadedMotoServer
 
 import train.loop.loop
 import train.remote_run
 from cache.files.atomic import sha256_of
 from cache.remote import network
+from cache.remote.destination import Destination
 from tests.train.stage_server import outcome
 from train.pretrain import pretrain
 from train.remote_run import RemoteRun
@@ -135,12 +137,12 @@ def stopped(monkeypatch, params):
     """Stop the stage after step 5, whose checkpoint is saved and sent; then lose the machine."""
 
     def stop(url):
-        real, put, calls = train.loop.loop.optimizer_step, RemoteRun._put, []
+        real, put, calls = train.loop.loop.optimizer_step, Destination.put, []
 
-        def slow(self, path, name):
+        def slow(self, name, content):
             # The command waits for the last one.
             time.sleep(1.0 * ("00005" in name))
-            put(self, path, name)
+            put(self, name, content)
 
         def signalling(*arguments, **named):
             calls.append(1)
@@ -149,7 +151,7 @@ def stopped(monkeypatch, params):
             return real(*arguments, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(RemoteRun, "_put", slow)
+            patch.setattr(Destination, "put", slow)
             patch.setattr(train.loop.loop, "optimizer_step", signalling)
             with pytest.raises(KeyboardInterrupt):
                 pretrain(params(url))
@@ -245,15 +247,15 @@ def send(remote, folder, step):
 def test_training_waits_for_no_upload_and_a_newer_checkpoint_overtakes(
     remote, tmp_path, monkeypatch
 ):
-    is_open, sent, put = [], [], RemoteRun._put
+    is_open, sent, put = [], [], Destination.put
 
-    def slow(self, path, name):
+    def slow(self, name, content):
         while not is_open:
             time.sleep(0.001)
         sent.append(name)
-        put(self, path, name)
+        put(self, name, content)
 
-    monkeypatch.setattr(RemoteRun, "_put", slow)
+    monkeypatch.setattr(Destination, "put", slow)
     send(remote, tmp_path, 1)
     while remote._waiting:
         time.sleep(0.001)
@@ -268,11 +270,11 @@ def test_training_waits_for_no_upload_and_a_newer_checkpoint_overtakes(
 def test_the_end_of_a_command_waits_for_a_limited_time(remote, tmp_path, monkeypatch, capsys):
     is_open = []
 
-    def stuck(self, path, name):
+    def stuck(self, name, content):
         while not is_open:
             time.sleep(0.001)
 
-    monkeypatch.setattr(RemoteRun, "_put", stuck)
+    monkeypatch.setattr(Destination, "put", stuck)
     monkeypatch.setattr(train.remote_run, "LAST_SECONDS", 0.05)
     send(remote, tmp_path, 1)
     remote.wait()
@@ -287,3 +289,45 @@ def test_the_last_few_are_kept_there_and_no_newer_one_is_deleted(remote, tmp_pat
         remote.wait()
     left = sorted(path.name for path in tmp_path.glob("place/*"))
     assert left == [f"step-{step:08}.safetensors" for step in (2, 3, 9)]
+
+
+def test_a_bucket_that_is_not_there_is_one_line_and_is_not_made(bucket, tmp_path, capsys):
+    remote = RemoteRun("s3://no-such-bucket/a/run", "pretrain", 2, tmp_path / "outgoing")
+    assert not list(remote.newer_checkpoints("", tmp_path))
+    for step in (1, 2):
+        send(remote, tmp_path, step)
+        remote.wait()
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(
+        "pretrain: s3://no-such-bucket/a/run/step-00000001.safetensors: there is"
+    )
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished/metrics.json").write_text("{}")
+    with pytest.raises(StageError, match="there is no such bucket"):
+        remote.send_run(tmp_path / "finished")
+    assert not fsspec.filesystem("s3").exists("s3://no-such-bucket")
+
+
+def test_a_checkpoint_or_a_file_of_the_run_appears_whole(remote, tmp_path, monkeypatch):
+    class Cut(BaseException):
+        pass
+
+    def cut(self, source, target, **options):
+        Path(target).write_bytes(b"half")
+        raise Cut
+
+    folder = tmp_path / "finished"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/weights").write_bytes(b"whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "put_file", cut)
+        with pytest.raises(Cut):
+            remote.send_run(folder)
+        with pytest.raises(Cut):
+            remote._there.put("step-00000001.safetensors", folder / "adapter/weights")
+    there = tmp_path / "place"
+    assert not (there / "run/adapter/weights").exists()
+    assert not (there / "step-00000001.safetensors").exists()
+    remote.send_run(folder)
+    assert (there / "run/adapter/weights").read_bytes() == b"whole"
+    assert not list(there.glob("*.partial")), "what is left of a checkpoint is deleted"

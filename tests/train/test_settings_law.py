@@ -12,8 +12,8 @@ import train.loop.loop
 import train.loop.tracking
 import train.model.blocks
 import train.pretrain
-import train.remote_run
 from cache.errors import PatchcacheError, SettingsError
+from cache.remote.destination import Destination
 from tests.settings_law import ODD_NUMBERS, leaves, merged, section_with
 from train.model.blocks import compile_blocks
 from train.settings import (
@@ -180,13 +180,13 @@ def observe(workspace, monkeypatch, other_model):
         requests["saved"].append(kept)
         return loss
 
-    put = train.remote_run.RemoteRun._put
+    put = Destination.put
 
-    def sent(self, path, name):
+    def sent(self, name, content):
         requests["sent"].append(name)
-        put(self, path, name)
+        put(self, name, content)
 
-    monkeypatch.setattr(train.remote_run.RemoteRun, "_put", sent)
+    monkeypatch.setattr(Destination, "put", sent)
     monkeypatch.setattr(train.loop.tracking.wandb, "init", started)
     monkeypatch.setattr(train.loop.loop.Checkpoints, "save", saved)
     monkeypatch.setattr(train.loop.loop, "optimizer_step", stepped)

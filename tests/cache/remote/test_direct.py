@@ -120,9 +120,9 @@ def test_a_file_system_without_ranges_does_not_read_ahead(wide):
 
 
 def test_urgent_calls_overtake_others():
-    pool, order, go = threads.Threads(1), [], threading.Event()
-    pool.submit(threads.NOW, go.wait, 10)
-    calls = [(threads.SOON, 1), (threads.SOON, 2), (threads.NOW, 3)]
+    pool, order, go = threads.PriorityThreads(1), [], threading.Event()
+    pool.submit(threads.GATHER, go.wait, 10)
+    calls = [(threads.PREFETCH, 1), (threads.PREFETCH, 2), (threads.GATHER, 3)]
     futures = [pool.submit(urgency, order.append, number) for urgency, number in calls]
     go.set()
     for future in futures:
@@ -132,7 +132,7 @@ def test_urgent_calls_overtake_others():
 
 def test_an_error_is_that_of_the_future():
     with pytest.raises(ZeroDivisionError):
-        threads.submit(threads.NOW, lambda: 1 / 0).result(10)
+        threads.submit(threads.GATHER, lambda: 1 / 0).result(10)
 
 
 def test_a_store_that_nobody_uses_goes_at_once_though_shards_are_queued(server, wide):
@@ -145,6 +145,6 @@ def test_a_store_that_nobody_uses_goes_at_once_though_shards_are_queued(server, 
     del opened
     gc.collect()
     released.set()
-    threads.submit(threads.LATER, lambda: None).result(30)
+    threads.submit(threads.WHOLE_SHARD, lambda: None).result(30)
     asked = sum(server.requests["GET", name] for name in wide.names)
     assert asked - before <= 4 * threads.SHARD_THREADS < 4 * len(wide.names)

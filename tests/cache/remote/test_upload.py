@@ -29,7 +29,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import claim, destination, network
 from cache.remote.claim import CLAIM_FILE
-from cache.remote.upload import check_writable, in_parallel, upload
+from cache.remote.upload import in_parallel, try_to_write, upload
 from cache.shard import open_shard, write_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, PROBE_FILE, StoreIndex
@@ -45,28 +45,26 @@ SHARD = re.compile(r"[0-9a-f]{16}\.h5")
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
     monkeypatch.setattr(network, "BACK_OFF", (0.0, 0.0, 0.0))
-    set_times(monkeypatch, look=0.02, settle=0.0, patience=0.2)
+    set_times(monkeypatch, poll=0.02, settle=0.0, expiry=0.2)
 
 
-def set_times(monkeypatch, look, settle, patience):
-    monkeypatch.setattr(claim, "LOOK_SECONDS", look)
+def set_times(monkeypatch, poll, settle, expiry):
+    monkeypatch.setattr(claim, "POLL_SECONDS", poll)
     monkeypatch.setattr(claim, "SETTLE_SECONDS", settle)
-    monkeypatch.setattr(claim, "PATIENCE_SECONDS", patience)
+    monkeypatch.setattr(claim, "EXPIRY_SECONDS", expiry)
 
 
 @pytest.fixture(params=["object store", "folders"])
-def bucket(request, monkeypatch):
+def bucket(request):
     """An empty bucket, where a put replaces an object, or a file is renamed."""
     if request.param == "folders":
         return new_bucket(in_halves=True)
-    schemes = destination.OBJECT_STORES | {"one", "two"}
-    monkeypatch.setattr(destination, "OBJECT_STORES", schemes)
-    return new_bucket()
+    return request.getfixturevalue("objects")
 
 
 @pytest.fixture
 def objects(monkeypatch):
-    monkeypatch.setattr(destination, "OBJECT_STORES", destination.OBJECT_STORES | {"one", "two"})
+    monkeypatch.setattr(destination, "OBJECT_STORES", ("one", "two"))
     return new_bucket()
 
 
@@ -394,7 +392,7 @@ def test_what_was_sent_before_an_error_is_not_sent_again(bucket, small):
     One.before = None
     there = bucket.names() & set(small.names)
     assert there
-    check_writable(URL)
+    try_to_write(URL)
     assert shards_put(lambda: upload(small.root, URL)) == sorted(set(small.names) - there)
     assert read_whole(URL) == content_of(small)
     assert CLAIM_FILE not in bucket.names()
@@ -437,7 +435,7 @@ def test_what_a_killed_writer_has_replaced_is_not_taken_for_what_was_there_befor
 WRITER = """
 import sys, time
 from cache.remote import claim, destination, upload
-claim.LOOK_SECONDS, claim.SETTLE_SECONDS, claim.RENEW_SECONDS = 0.05, 0.1, 0.1
+claim.POLL_SECONDS, claim.SETTLE_SECONDS, claim.RENEW_SECONDS = 0.05, 0.1, 0.1
 upload.NUM_THREADS = 1
 put = destination.Destination.put
 def slow(self, name, content):
@@ -453,7 +451,7 @@ upload.upload(sys.argv[1], sys.argv[2])
 def test_a_killed_writer_is_taken_over_and_only_missing_shards_are_sent(
     s3, store, monkeypatch, capsys
 ):
-    set_times(monkeypatch, look=0.1, settle=0.2, patience=1.0)
+    set_times(monkeypatch, poll=0.1, settle=0.2, expiry=1.0)
     url = f"{s3}/features"
     files = fsspec.filesystem("s3")
     writer = subprocess.Popen(
@@ -506,7 +504,7 @@ def test_a_writer_that_slept_too_long_stops_and_the_other_store_is_whole(
     objects, small, tmp_path, build_store, monkeypatch, number
 ):
     """It sleeps after each of its changes in turn; the other one takes over and ends."""
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     upload(build_store(tmp_path / "old", 15, seed=2).root, URL)
     other = build_store(tmp_path / "other", 15, seed=1)
     stopped = Stopped(One, number, lambda: upload(other.root, SAME_URL))
@@ -521,7 +519,7 @@ def test_puts_of_a_sleeper_that_land_late_are_never_read_and_can_be_repaired(
     objects, small, tmp_path, monkeypatch, number
 ):
     """Both stores have shards of the same names, with other features."""
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     other = encoded_again(small, tmp_path / "other")
     stopped = Stopped(One, number, lambda: upload(other.root, SAME_URL))
     with contextlib.suppress(CacheError):
@@ -537,7 +535,7 @@ def test_puts_of_a_sleeper_that_land_late_are_never_read_and_can_be_repaired(
 def test_an_index_of_a_sleeper_that_lands_late_ends_in_an_error_and_can_be_repaired(
     objects, small, tmp_path, build_store, monkeypatch
 ):
-    set_times(monkeypatch, look=0.01, settle=0.02, patience=0.1)
+    set_times(monkeypatch, poll=0.01, settle=0.02, expiry=0.1)
     other = build_store(tmp_path / "other", 15, seed=1)
 
     def sleep(kind, path):
@@ -559,7 +557,7 @@ def test_an_index_of_a_sleeper_that_lands_late_ends_in_an_error_and_can_be_repai
 def test_two_writers_at_once_end_in_one_whole_store(
     objects, small, tmp_path, build_store, monkeypatch, kind
 ):
-    set_times(monkeypatch, look=0.1, settle=0.5, patience=5.0)
+    set_times(monkeypatch, poll=0.1, settle=0.5, expiry=5.0)
     other = {
         "same": lambda: small,
         "other images": lambda: build_store(tmp_path / "other", 15, seed=1),
@@ -619,7 +617,7 @@ def test_a_claim_that_is_none_is_refused(objects, small):
     ],
 )
 def test_a_url_that_cannot_be_written_is_refused(small, url, text):
-    for refused in (lambda: upload(small.root, url), lambda: check_writable(url)):
+    for refused in (lambda: upload(small.root, url), lambda: try_to_write(url)):
         with pytest.raises(SettingsError, match=f"^{re.escape(url)}: .*{text}"):
             refused()
 
@@ -631,7 +629,7 @@ def test_a_bucket_that_is_not_there_is_one_line_and_is_not_made(s3, small):
 
 
 def test_a_check_of_a_url_leaves_nothing(bucket):
-    check_writable(URL)
+    try_to_write(URL)
     assert bucket.names() == set()
 
 

@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -31,9 +32,10 @@ QUICK_LOSS = {
 @pytest.fixture(scope="package")
 def cluster():
     """A cluster whose first node has one CPU, and which wants a token."""
+    # Ray keeps the first token of a process, which another test may have set.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = import_ray()
-    # Ray reads the mode as it is imported, which another test may have done; the token stays that
-    # of the process, because Ray keeps it.
+    # Ray reads the mode as it is imported, which another test may have done.
     ray._private.authentication.authentication_token_setup.enable_token_auth_by_default()
     from ray.cluster_utils import Cluster
 

@@ -32,9 +32,40 @@ def test_an_address_where_nothing_answers_is_named(monkeypatch):
         connect("127.0.0.1:9")
 
 
-def test_a_refused_token_names_the_variables():
-    error = connection._no_connection("head:6379", "Unauthenticated: RPC error: InvalidAuthToken")
-    assert "RAY_AUTH_MODE=token" in str(error)
+@pytest.mark.slow("starts a Ray cluster")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_token_file_of_the_home_folder_connects_and_another_token_is_explained(
+    cluster, tmp_path
+):
+    code = """
+import sys
+from cache.cli.command import run_guarded
+from pipeline.cluster.connection import connected
+
+def connect():
+    with connected(sys.argv[1], 1, 0):
+        print("connected")
+
+run_guarded(connect)
+"""
+    variables = environment(
+        HOME=str(tmp_path), RAY_AUTH_MODE="token", RAY_NUM_REDIS_GET_RETRIES="1"
+    )
+    token = variables.pop("RAY_AUTH_TOKEN")
+    (tmp_path / ".ray").mkdir()
+
+    def connect_with(held):
+        (tmp_path / ".ray/auth_token").write_text(held)
+        command = [sys.executable, "-c", code, cluster.address]
+        return subprocess.run(
+            command, env=variables, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    done = connect_with(token)
+    assert done.stdout == "connected\n", done.stderr
+    said = connect_with("0" * 64).stderr.splitlines()[-1]
+    assert f"no connection to a Ray cluster at {cluster.address}: " in said
+    assert "Set RAY_AUTH_MODE=token, and its token in ~/.ray/auth_token" in said
 
 
 @pytest.mark.slow("starts Ray")

@@ -14,7 +14,7 @@ import pytest
 
 from cache.errors import SettingsError
 from pipeline.cluster import engine
-from pipeline.cluster.engine import SHARDS_IN_FLIGHT, Place, cluster_places
+from pipeline.cluster.engine import SHARDS_IN_FLIGHT, EncoderSlot, cluster_slots
 from pipeline.encoding.engines import encode_job
 from pipeline.encoding.probe import encode_probe_images, serialize_probe
 from tests.pipeline.cluster.conftest import (
@@ -201,14 +201,14 @@ def test_a_batch_that_kills_its_process_stops_the_stage(job, second_node):
 
 def test_a_shard_that_is_lost_again_and_again_stops_the_stage(job, monkeypatch):
     job, _ = job
-    run = engine._Run.__new__(engine._Run)
+    run = engine.ClusterRun.__new__(engine.ClusterRun)
     run._job, run._tries, run._encoders, run._waiting = job, Counter(), {}, deque([2])
-    monkeypatch.setattr(run, "_drop", lambda encoder: run._encoders.pop(encoder.place))
-    place = Place("", "10.0.0.3", "cpu", 0, 0)
+    monkeypatch.setattr(run, "_drop", lambda encoder: run._encoders.pop(encoder.slot))
+    slot = EncoderSlot("", "10.0.0.3", "cpu", 0, 0)
 
     def lose():
-        encoder = engine._Encoder(place, None, None, {"a": run._waiting.popleft()})
-        run._encoders[place] = encoder
+        encoder = engine._Encoder(slot, None, None, {"a": run._waiting.popleft()})
+        run._encoders[slot] = encoder
         run._lose(encoder, engine._Lost("memory"))
 
     lose()
@@ -222,7 +222,7 @@ def test_a_shard_that_is_lost_again_and_again_stops_the_stage(job, monkeypatch):
 
 def test_devices_of_one_machine_are_refused_for_a_cluster():
     with pytest.raises(SettingsError, match=r"^encoder\.device is cuda:0,cuda:1"):
-        cluster_places("cuda:0,cuda:1")
+        cluster_slots("cuda:0,cuda:1")
 
 
 @pytest.mark.parametrize(
