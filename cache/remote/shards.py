@@ -33,7 +33,7 @@ from .cache_folder import CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import LATER, NOW, SOON, submit
+from .threads import LATER, NOW, SOON, ExitError, submit, uninterrupted
 
 REQUEST_BYTES = 8 << 20
 """Most bytes of a request: enough that its round trip counts for little, few enough that a lost
@@ -172,7 +172,7 @@ class RemoteShards:
     ) -> None:
         def act() -> None:
             # Whoever needs the rows meets the error again.
-            with contextlib.suppress(PatchcacheError, OSError, Evicted):
+            with contextlib.suppress(PatchcacheError, OSError, Evicted, ExitError):
                 if not self._is_closed:
                     action(self, argument)
 
@@ -291,7 +291,8 @@ class RemoteShards:
 
     def _checked(self, number: int, path: Path) -> Shard:
         """Check a file's structure, and its row hashes, which are not features."""
-        shard = open_shard(path, self._spec)
+        with uninterrupted():
+            shard = open_shard(path, self._spec)
         start = self._mapping.starts[number]
         if not np.array_equal(shard.row_xxh3, self._hashes[start:][: self._num_rows[number]]):
             raise CorruptShardError(f"{path}: its row hashes are not those in {INDEX_FILE}.")

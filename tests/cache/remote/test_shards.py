@@ -488,6 +488,41 @@ def test_an_interpreter_ends_while_shards_are_on_their_way(server, wide):
     assert done.stderr == ""
 
 
+EXIT = """
+import sys, threading, time, h5py
+from h5py._objects import phil
+from cache import FeatureStore
+from cache.remote import shards
+
+inside, real = threading.Event(), shards.open_shard
+
+def open_shard(*arguments):
+    with phil:
+        inside.set()
+        time.sleep(0.3)
+        return real(*arguments)
+
+shards.open_shard = open_shard
+left = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+store = FeatureStore(sys.argv[1])
+store.read_ahead(range(store.num_shards))
+assert inside.wait(20)
+"""
+"""At the end threads are within HDF5, whose lock `left` needs to be closed."""
+
+
+def test_an_interpreter_ends_while_shards_are_opened(server, wide):
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT, server.url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_outage_ends_with_one_line(server, wide, monkeypatch):
     opened = FeatureStore(server.url)
     opened.gather(wide.image_ids[:3])
