@@ -1,8 +1,11 @@
 """Rows and shards of remote stores: right under every fault, fetched once, kept on this machine."""
 
 import contextlib
+import errno
 import multiprocessing
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +20,12 @@ from cache.errors import (
     CorruptShardError,
     IncompleteStoreError,
     PatchcacheError,
+    SettingsError,
     UnreachableStoreError,
 )
 from cache.files.atomic import sha256_of
 from cache.remote import network, shards
+from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
@@ -376,6 +381,73 @@ def test_another_process_may_delete_what_is_read(server, wide, cache_dir):
     for path in cache_dir.glob("*.part"):
         path.unlink(missing_ok=True)
     assert_epoch(opened, wide)
+    assert_epoch(FeatureStore(server.url), wide)
+
+
+def test_the_folder_may_be_deleted_at_any_time(server, wide, cache_dir):
+    opened = FeatureStore(server.url)
+    for ids in np.array_split(wide.image_ids, 8):
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        assert np.array_equal(opened.gather(ids), wanted(wide, ids))
+    assert_epoch(opened, wide)
+
+
+@contextlib.contextmanager
+def failing_writes(monkeypatch, number, times):
+    """Let so many writes of rows fail with a system error."""
+    left, real = [number] * times, CacheFolder.note_rows
+
+    def note_rows(*arguments):
+        if left:
+            code = left.pop()
+            raise OSError(code, os.strerror(code))
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheFolder, "note_rows", note_rows)
+        yield
+
+
+def test_a_full_disk_is_relieved_of_shards_that_are_not_in_use(
+    server, wide, cache_dir, monkeypatch
+):
+    opened = FeatureStore(server.url)
+    shard = [open_shard(wide.root / name, wide.spec) for name in wide.names[:2]]
+    opened.gather(shard[0].image_ids)
+    with failing_writes(monkeypatch, errno.ENOSPC, 1):
+        opened.gather(shard[1].image_ids[:1])
+    assert not list(cache_dir.glob(f"{sha256_of(shard[0].path)}*"))
+    assert_epoch(opened, wide)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [
+        (errno.ENOSPC, OSError, f"No space left on device, .* bytes .*{GIGABYTES_VARIABLE}"),
+        (errno.EROFS, SettingsError, f"cannot be written .*{FOLDER_VARIABLE}"),
+    ],
+)
+def test_a_folder_that_takes_no_bytes_is_one_line(
+    server, wide, cache_dir, monkeypatch, number, error, text
+):
+    opened = FeatureStore(server.url)
+    with (
+        failing_writes(monkeypatch, number, 10**6),
+        pytest.raises(error, match=f"{cache_dir}.*{text}|{text}.*{cache_dir}") as caught,
+    ):
+        opened.gather(wide.image_ids)
+    assert "\n" not in str(caught.value)
+    assert_epoch(opened, wide)
+
+
+def test_a_folder_with_all_bytes_may_be_read_only(server, wide, cache_dir, monkeypatch):
+    FeatureStore(server.url).gather(wide.image_ids)
+    until(lambda: is_complete(cache_dir, wide))
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
     assert_epoch(FeatureStore(server.url), wide)
 
 
