@@ -63,6 +63,8 @@ class CacheFolder:
     """In bytes."""
     _written: float = field(default=math.inf, init=False)
     """Bytes since the folder was last measured."""
+    _turn_of: int = field(default=0, init=False)
+    """Number of this process while no other deletes shards, else 0."""
 
     @classmethod
     def open(cls, path: str | Path | None, num_bytes: int | None) -> "CacheFolder":
@@ -140,12 +142,26 @@ class CacheFolder:
         raise FileNotFoundError(errno.ENOENT, "its folder is deleted again and again", str(path))
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclude other processes and threads that rename or delete shards."""
-        # Flock, since it excludes threads too; unlocked, since a child may have inherited it.
-        with self._create(self.path / ".lock", "ab") as lock:
+    def turn(self) -> Iterator[None]:
+        """Wait until no other process has the turn; nobody else deletes shards in the block."""
+        with self.locked(".turn"):
+            self._turn_of = os.getpid()
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+            finally:
+                self._turn_of = 0
+
+    @contextlib.contextmanager
+    def locked(self, name: str = ".lock", *, wait: bool = True) -> Iterator[None]:
+        """Exclude other processes and threads, by default those that rename or delete shards.
+
+        Raises:
+            BlockingIOError: Another holds the lock, and `wait` is false.
+        """
+        # Flock, since it excludes threads too; unlocked, since a child may have inherited it.
+        with self._create(self.path / name, "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -221,6 +237,8 @@ class CacheFolder:
     def shrink(self, in_use: Set[str], limit: int | None = None) -> Set[str]:
         """Delete the least recently used shards if there are more bytes than the limit.
 
+        Nothing is deleted while another process has the `turn`.
+
         Args:
             in_use: The sha256 of shards to keep, even beyond the limit.
             limit: In place of that of the folder.
@@ -228,6 +246,16 @@ class CacheFolder:
         Returns:
             The sha256 of the shards that are left.
         """
+        if self._turn_of == os.getpid():
+            return self._shrink(in_use, limit)
+        try:
+            with self.locked(".turn", wait=False):
+                return self._shrink(in_use, limit)
+        except BlockingIOError:
+            self._written = 0
+            return _shards_in(self.path).keys()
+
+    def _shrink(self, in_use: Set[str], limit: int | None) -> Set[str]:
         with self.locked():
             self._written = 0
             limit = self.limit if limit is None else limit

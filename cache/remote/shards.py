@@ -127,15 +127,20 @@ class RemoteShards:
             OSError: This machine cannot store them.
         """
         numbers = np.unique(self._numbers_of(rows))
-        for _ in range(MAX_OPENINGS):
-            with self._states.using(numbers, wait=True):
-                try:
-                    self._make_ready(rows)
-                except Evicted:
-                    continue
-                self._touch(numbers)
-                yield
-                return
+        for attempt in range(MAX_OPENINGS):
+            with contextlib.ExitStack() as turn:
+                if attempt:
+                    # Processes that use more than the limit at once go one after the other.
+                    turn.enter_context(self._cache.turn())
+                with self._states.using(numbers, wait=True):
+                    try:
+                        self._make_ready(rows)
+                    except Evicted:
+                        continue
+                    turn.close()
+                    self._touch(numbers)
+                    yield
+                    return
         raise IncompleteStoreError(
             f"{self._cache.path}: shards of {self._location.root} were deleted, or damaged, "
             f"{MAX_OPENINGS} times while they were used. Check the disk, or allow more bytes."

@@ -178,6 +178,17 @@ def test_the_lock_excludes_threads(folder):
     thread.join(10)
 
 
+def test_nobody_else_deletes_during_a_turn(folder):
+    other = CacheFolder.open(folder.path, LIMIT)
+    for number in range(8):
+        put(folder, number, age=number)
+    with folder.turn():
+        assert len(other.shrink(set())) == 8
+        assert len(folder.shrink(set())) == 4
+    put(folder, 9, 10**6)
+    assert sha(9) not in other.shrink(set())
+
+
 def test_it_is_measured_again_after_a_share_of_the_limit(folder):
     assert folder.wrote(1)
     folder.shrink(set())

@@ -375,6 +375,26 @@ def test_threads_read_right_rows_while_shards_are_deleted(server, wide):
     assert not any(reader.is_alive() for reader in readers)
 
 
+def test_stores_that_together_use_more_than_the_limit_wait_for_each_other(server, wide):
+    failed = []
+
+    def read(opened):
+        try:
+            for _ in range(3):
+                assert np.array_equal(opened.gather(wide.image_ids), wide.features)
+        except BaseException as error:
+            failed.append(error)
+
+    stores = [FeatureStore(server.url, cache_bytes=1) for _ in range(4)]
+    readers = [threading.Thread(target=read, args=(opened,)) for opened in stores]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(2 * LIMIT)
+    assert not failed
+    assert not any(reader.is_alive() for reader in readers)
+
+
 def test_another_process_may_delete_what_is_read(server, wide, cache_dir):
     opened = FeatureStore(server.url)
     opened.gather(wide.image_ids[::2])
