@@ -65,6 +65,10 @@ NAMED_FAULTS = {
             is_temporary=False,
         ),
     ),
+    **dict.fromkeys(
+        ("BadStatusLine", "LineTooLong", "UnknownProtocol"),
+        Fault("the server does not speak HTTP", "Check the address and its port."),
+    ),
     "RepositoryNotFoundError": Fault(
         "the Hub shows no such repository to this login",
         "Check its name (hf://datasets/<owner>/<name>); if it is private, run `hf auth login`.",
@@ -100,8 +104,8 @@ NAMED_FAULTS = {
         ),
     ),
 }
-"""Exceptions that no status explains: of botocore without a login; and of huggingface_hub, as the
-Hub answers 401 and 404 for a private repository and for none."""
+"""Exceptions that no status explains: of botocore without a login, of http.client, and of
+huggingface_hub, as the Hub answers 401 and 404 for a private repository and for none."""
 
 
 def attempt(
