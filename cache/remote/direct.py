@@ -31,10 +31,6 @@ RENEW_SECONDS = 300.0
 
 MAX_REDIRECTS = 5
 
-LEAST_RATE = 16e3
-"""Bytes a second, beyond the first `network.READ_TIMEOUT` seconds of a request, below which it
-fails."""
-
 
 class StatusError(Exception):
     """An answer that is an HTTP error; `network.fault_of` reads its status."""
@@ -185,10 +181,10 @@ class TimedReader(io.RawIOBase):
         Raises:
             TimeoutError: The server is too slow, or silent.
         """
-        most = network.READ_TIMEOUT + self._num_bytes / LEAST_RATE
+        most = network.longest(self._num_bytes)
         if time.monotonic() - self._began > most:
             raise TimeoutError(f"{self._num_bytes} bytes in {most:.0f} seconds")
-        count: int = self._reader.readinto(target) or 0  # type: ignore[attr-defined]
+        count: int = self._reader.readinto(target) or 0
         self._num_bytes += count
         return count
 
@@ -204,7 +200,7 @@ class TimedResponse(HTTPResponse):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         """Read nothing yet."""
         super().__init__(*arguments, **options)
-        self.fp = io.BufferedReader(TimedReader(self.fp.detach()))  # type: ignore[attr-defined]
+        self.fp = io.BufferedReader(TimedReader(self.fp.detach()))
 
 
 _pools: dict[int, Any] = {}
@@ -212,8 +208,8 @@ _pools: dict[int, Any] = {}
 _opening = threading.Lock()
 
 
-def _timed(kind: type) -> type:
-    return type("TimedConnection", (kind,), {"response_class": TimedResponse})
+def _timed(kind: Any) -> type:
+    return type("TimedConnection", (kind.ConnectionCls,), {"response_class": TimedResponse})
 
 
 def _connections() -> "urllib3.PoolManager":
@@ -224,7 +220,7 @@ def _connections() -> "urllib3.PoolManager":
         if os.getpid() not in _pools:
             pool = urllib3.PoolManager(maxsize=ROW_THREADS + SHARD_THREADS)
             pool.pool_classes_by_scheme = {
-                scheme: type("TimedPool", (kind,), {"ConnectionCls": _timed(kind.ConnectionCls)})
+                scheme: type("TimedPool", (kind,), {"ConnectionCls": _timed(kind)})
                 for scheme, kind in pool.pool_classes_by_scheme.items()
             }
             _pools[os.getpid()] = pool

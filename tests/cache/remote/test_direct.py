@@ -13,6 +13,7 @@ import pytest
 from s3fs import S3FileSystem
 from urllib3.exceptions import ReadTimeoutError, SSLError
 
+from cache.errors import UnreachableStoreError
 from cache.remote import direct, network, threads
 from cache.remote.copies import RemoteFolder
 from cache.store import FeatureStore
@@ -138,6 +139,17 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, wide,
         direct._read(f"{server.url}/{name}", 0, 1000, most_bytes=1000)
     assert time.monotonic() - started < 5
     assert network.fault_of(caught.value).reason == "no answer in time"
+
+
+def test_a_file_system_that_gets_a_byte_now_and_then_is_not_waited_for(server, wide, monkeypatch):
+    monkeypatch.setattr(direct, "_can_reach", lambda address: False)
+    monkeypatch.setattr(network, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(network, "LEAST_RATE", 1e6)
+    name = wide.names[0]
+    folder = RemoteFolder(server.url)
+    server.fail(name, "drip", 0.05)
+    with pytest.raises(UnreachableStoreError, match="no answer in time"):
+        folder.read(name, 0, 1000, (wide.root / name).stat().st_size)
 
 
 def test_what_does_not_speak_http_is_called_so(monkeypatch):
