@@ -71,8 +71,8 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
         return f". {location.remedy}"
     if location.is_remote:
         # Spec and index are replaced by a push.
-        is_any = not repair and set(report.bad_files) - {SPEC_FILE, INDEX_FILE}
-        delete = "Delete damaged files there, by --repair if it can be written. " if is_any else ""
+        shards = set() if repair else set(report.bad_files) - {SPEC_FILE, INDEX_FILE}
+        delete = "Delete damaged files there, by --repair if it can be written. " if shards else ""
         return f". {delete}Push the store there again."
     if repair:
         return ". Run the extract stage."
