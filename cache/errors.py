@@ -16,6 +16,8 @@
 Each text says what was checked, what was wanted, what was found, where, and what to do.
 """
 
+from .texts import without_passwords
+
 REMEDY = (
     f"Run `dvc pull`, or `python -m {__package__}.verify --repair` on its folder and the extract "
     f"stage."
@@ -27,6 +29,9 @@ class PatchcacheError(Exception):
     """Base of all errors that the project raises on purpose; `exit_code` is a command's."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return without_passwords(super().__str__())
 
 
 class SettingsError(PatchcacheError, ValueError):
@@ -52,7 +57,7 @@ class MissingImageError(CacheError, KeyError):
 
     def __str__(self) -> str:
         # KeyError would print the repr of the text.
-        return str(self.args[0]) if self.args else ""
+        return without_passwords(str(self.args[0])) if self.args else ""
 
 
 class CorruptShardError(CacheError, ValueError):

@@ -52,8 +52,8 @@ class FeatureStore:
             cache_dir: Keeps what was fetched, for all stores and processes; by default the
                 environment's PATCHCACHE_CACHE_DIR, or `~/.cache/patchcache`.
             cache_bytes: Limit of that folder, beyond which the least recently used shards go, but
-                for those that one `gather` reads; by default the environment's PATCHCACHE_CACHE_GB,
-                or half of the free disk.
+                for those that one `gather` reads, in any process; by default the environment's
+                PATCHCACHE_CACHE_GB, or half of the free disk.
 
         Raises:
             SettingsError: A URL of an unknown kind, or an impossible cache.

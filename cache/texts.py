@@ -9,6 +9,9 @@ from typing import Any
 MAX_LINE = 300
 """Characters of a text of unknown length that an error repeats."""
 
+LOGIN = re.compile(r"(?<=://)([^/\s:@]*):[^/\s@]*@")
+"""User and password in a URL."""
+
 MARKUP = re.compile(r"[!#$&*:<>@\[-`{|}~]|(?<=[wW])\.")
 """Characters that start markup, links or formulas within a line of Markdown."""
 
@@ -19,6 +22,11 @@ def one_line(text: object) -> str:
     """Return a text with its white space reduced to single spaces, cut to `MAX_LINE`."""
     line = " ".join(str(text).split())
     return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}..."
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with `***` in place of each password in a URL."""
+    return LOGIN.sub(r"\1:***@", text)
 
 
 def first_few(values: Iterable[object], most: int = 5) -> str:

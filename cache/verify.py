@@ -16,6 +16,7 @@ from .remote.destination import Destination
 from .remote.location import Location
 from .spec import SPEC_FILE
 from .store_index import INDEX_FILE
+from .texts import without_passwords
 
 
 def verify(root: str, deep: bool, repair: bool) -> None:
@@ -46,13 +47,14 @@ def verify(root: str, deep: bool, repair: bool) -> None:
 
         report = audit(location, deep=deep, progress=progress)
     for problem in report.problems:
-        print(problem)
+        print(without_passwords(problem))
     if not report.ok:
         deleted = delete_damaged(target, report) if repair else []
         counts = f"{root}: problems: {len(report.problems)}, files deleted: {len(deleted)}"
         raise CorruptShardError(f"{counts}{_advice(location, report, repair)}")
     what = "all bytes are those that were written" if deep else "sizes and structure are right"
-    print(f"{root}: {report.num_images} images in {report.num_shards} shards, {what}")
+    place = without_passwords(root)
+    print(f"{place}: {report.num_images} images in {report.num_shards} shards, {what}")
 
 
 def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
@@ -68,7 +70,9 @@ def _advice(location: Location, report: VerifyReport, repair: bool) -> str:
     if location.origin:
         return f". {location.remedy}"
     if location.is_remote:
-        delete = "" if repair else "Delete damaged files there, by --repair if it can be written. "
+        # Spec and index are replaced by a push.
+        shards = set() if repair else set(report.bad_files) - {SPEC_FILE, INDEX_FILE}
+        delete = "Delete damaged files there, by --repair if it can be written. " if shards else ""
         return f". {delete}Push the store there again."
     if repair:
         return ". Run the extract stage."

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from ..errors import PatchcacheError
-from ..texts import one_line
+from ..texts import one_line, without_passwords
 from .interrupts import INTERRUPTED, INTERRUPTED_MESSAGE, handle_interrupts, ignore_interrupts
 
 MEMORY_ADVICE = (
@@ -98,7 +98,7 @@ def _report(error: OSError) -> int:
 
 def _fail(message: str, exit_code: int) -> int:
     # A file's name can hold line breaks, and codes that steer a terminal.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in without_passwords(message))
     # A closed stderr must not change the exit code.
     with contextlib.suppress(OSError):
         print(f"error: {line}", file=sys.stderr)

@@ -7,6 +7,7 @@ that has mapped a deleted file keeps reading it.
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -17,13 +18,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SettingsError
 from ..files.atomic import path_in_errors
+from ..files.foreign import describe
 from ..files.locks import NO_LOCKS
+from ..texts import printable
 
 FOLDER_VARIABLE, GIGABYTES_VARIABLE = "PATCHCACHE_CACHE_DIR", "PATCHCACHE_CACHE_GB"
 
@@ -36,6 +40,13 @@ KEPT_SHARE = 0.9
 
 CHECK_SHARE = 0.01
 """After this share of the limit was written, the folder is measured."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+MAX_MAKINGS = 10
+"""Most attempts to make a folder that is deleted again and again."""
 
 OLD_SECONDS = 3600.0
 """Age at which a file that is no shard was left by a killed process."""
@@ -52,6 +63,8 @@ class CacheFolder:
     """In bytes."""
     _written: float = field(default=math.inf, init=False)
     """Bytes since the folder was last measured."""
+    _turn_of: int = field(default=0, init=False)
+    """Number of this process while no other deletes shards, else 0."""
 
     @classmethod
     def open(cls, path: str | Path | None, num_bytes: int | None) -> "CacheFolder":
@@ -65,14 +78,16 @@ class CacheFolder:
             SettingsError: An impossible limit, or a path that is no folder.
         """
         folder = Path(path or os.environ.get(FOLDER_VARIABLE) or _default_folder()).absolute()
+        limit = _limit_in_bytes(num_bytes)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
+        except (OSError, ValueError) as error:
+            is_file = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "is no folder" if is_file else f"cannot be made ({describe(error)})"
             raise SettingsError(
-                f"{folder}: is no folder, wanted one for shards of remote stores. Set "
+                f"{printable(str(folder))}: {reason}, wanted one for shards of remote stores. Set "
                 f"{FOLDER_VARIABLE}, or cache_dir."
             ) from None
-        limit = _limit_in_bytes(num_bytes)
         if limit is None:
             held = sum(size for _, size, _ in _shards_in(folder).values())
             limit = int(FREE_SHARE * (shutil.disk_usage(folder).free + held))
@@ -91,12 +106,62 @@ class CacheFolder:
         return self.path / f"{sha256}.rows"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Exclude other processes and threads that rename or delete shards."""
-        # Flock, since it excludes threads too; unlocked, since a child may have inherited it.
-        with (self.path / ".lock").open("a") as lock:
+    def errors_explained(self) -> Iterator[None]:
+        """Say of a folder that takes no bytes what to do.
+
+        Raises:
+            SettingsError: Writing is refused.
+            OSError: The disk is full, or another failure of the system.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}, though shards of remote stores may take {self.limit} bytes "
+                    f"there. Free some, or set {GIGABYTES_VARIABLE} or {FOLDER_VARIABLE}",
+                    str(self.path),
+                ) from None
+            if error.errno in NOT_WRITABLE:
+                raise SettingsError(
+                    f"{self.path}: cannot be written ({error.strerror}), and does not hold all "
+                    f"that is read. Set {FOLDER_VARIABLE}, or cache_dir."
+                ) from None
+            raise
+
+    def _create(self, path: Path, mode: str) -> IO[bytes]:
+        """Open a file of the folder, which may be deleted at any time, to write it."""
+        for _ in range(MAX_MAKINGS):
+            with (
+                self.errors_explained(),
+                contextlib.suppress(FileNotFoundError, FileExistsError),
+            ):
+                self.path.mkdir(parents=True, exist_ok=True)
+                return path.open(mode)
+        raise FileNotFoundError(errno.ENOENT, "its folder is deleted again and again", str(path))
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Wait until no other process has the turn; nobody else deletes shards in the block."""
+        with self.locked(".turn"):
+            self._turn_of = os.getpid()
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+            finally:
+                self._turn_of = 0
+
+    @contextlib.contextmanager
+    def locked(self, name: str = ".lock", *, wait: bool = True) -> Iterator[None]:
+        """Exclude other processes and threads, by default those that rename or delete shards.
+
+        Raises:
+            BlockingIOError: Another holds the lock, and `wait` is false.
+        """
+        # Flock, since it excludes threads too; unlocked, since a child may have inherited it.
+        with self._create(self.path / name, "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -111,11 +176,13 @@ class CacheFolder:
         """Yield a sparse file, to be given its structure; it becomes the part at the end.
 
         Raises:
+            SettingsError: The folder cannot be written.
+            FileNotFoundError: The file was deleted meanwhile.
             OSError: The disk has no room for the shard; names the file.
         """
         temporary = self.path / f".{sha256}.{os.getpid()}.{time.monotonic_ns()}"
         try:
-            with path_in_errors(temporary), temporary.open("wb") as file:
+            with path_in_errors(temporary), self._create(temporary, "wb") as file:
                 file.truncate(num_bytes)
             yield temporary
             with self.locked():
@@ -167,23 +234,37 @@ class CacheFolder:
         self._written += num_bytes
         return self._written > CHECK_SHARE * self.limit
 
-    def shrink(self, in_use: Set[str]) -> Set[str]:
+    def shrink(self, in_use: Set[str], limit: int | None = None) -> Set[str]:
         """Delete the least recently used shards if there are more bytes than the limit.
+
+        Nothing is deleted while another process has the `turn`.
 
         Args:
             in_use: The sha256 of shards to keep, even beyond the limit.
+            limit: In place of that of the folder.
 
         Returns:
             The sha256 of the shards that are left.
         """
+        if self._turn_of == os.getpid():
+            return self._shrink(in_use, limit)
+        try:
+            with self.locked(".turn", wait=False):
+                return self._shrink(in_use, limit)
+        except BlockingIOError:
+            self._written = 0
+            return _shards_in(self.path).keys()
+
+    def _shrink(self, in_use: Set[str], limit: int | None) -> Set[str]:
         with self.locked():
             self._written = 0
+            limit = self.limit if limit is None else limit
             shards = _shards_in(self.path)
             total = sum(num_bytes for _, num_bytes, _ in shards.values())
-            if total <= self.limit:
+            if total <= limit:
                 return shards.keys()
             for sha256, (_, num_bytes, _) in sorted(shards.items(), key=lambda item: item[1]):
-                if total > KEPT_SHARE * self.limit and sha256 not in in_use:
+                if total > KEPT_SHARE * limit and sha256 not in in_use:
                     self._unlink(sha256)
                     del shards[sha256]
                     total -= num_bytes
@@ -194,7 +275,7 @@ class CacheFolder:
 def _shards_in(folder: Path) -> dict[str, tuple[float, int, str]]:
     """Return time of the last use, bytes on the disk, and sha256 of each shard, by sha256."""
     found: dict[str, tuple[float, int, str]] = defaultdict(lambda: (0.0, 0, ""))
-    with os.scandir(folder) as entries:
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             if match := FILE.fullmatch(entry.name):
                 with contextlib.suppress(FileNotFoundError):

@@ -20,7 +20,7 @@ from ..errors import (
 from ..files.atomic import path_in_errors, sha256_of
 from ..files.scratch import ScratchFolder
 from .direct import DirectRequests
-from .network import attempt
+from .network import attempt, longest
 from .urls import WEB, filesystem_of
 
 MAX_COPIES = 3
@@ -110,7 +110,8 @@ class RemoteFolder:
             data = self._direct.read(files, path, start, stop, num_bytes)
             if data is None:
                 # A file system without ranges of its own would read ahead.
-                options = {} if files.async_impl else {"cache_type": "none"}
+                slow = {"timeout": longest(num_bytes)}
+                options = slow if files.async_impl else {"cache_type": "none"}
                 data = files.cat_file(path, start=start, end=stop, **options)
             if len(data) == stop - start:
                 return start, data

@@ -5,10 +5,12 @@ file has one. Threads then read with urllib3: its processor time for a byte is l
 that of the asynchronous clients. If a direct request is refused, fsspec makes it.
 """
 
+import io
 import os
 import threading
 import time
 import urllib.request
+from http.client import HTTPException, HTTPResponse
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -70,8 +72,14 @@ class DirectRequests:
         address = self._address(files, path)
         if address is None:
             return None
+        from urllib3.exceptions import SSLError
+
         try:
             return _read(address, start, stop, most_bytes)
+        except SSLError:
+            # The file system can have certificates of its own, as by AWS_CA_BUNDLE.
+            self._is_usable = False
+            return None
         except StatusError as error:
             if error.status in (400, *network.REFUSALS):
                 # A signature that the server does not take, or a login that only `files` has.
@@ -111,7 +119,14 @@ def _read(address: str, start: int, stop: int, most_bytes: int) -> bytes:
     from urllib3.exceptions import MaxRetryError, ProtocolError
     from urllib3.util import Retry
 
-    retries = Retry(connect=0, read=0, status=0, other=0, redirect=MAX_REDIRECTS)
+    retries = Retry(
+        connect=0,
+        read=0,
+        status=0,
+        other=0,
+        redirect=MAX_REDIRECTS,
+        respect_retry_after_header=False,
+    )
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
     try:
         response = _connections().request(
@@ -124,13 +139,18 @@ def _read(address: str, start: int, stop: int, most_bytes: int) -> bytes:
         )
     except MaxRetryError as error:
         reason = error.reason or error
-        if isinstance(reason, ProtocolError) and isinstance(reason.args[-1], OSError):
+        if isinstance(reason, ProtocolError) and isinstance(
+            reason.args[-1], OSError | HTTPException
+        ):
             reason = reason.args[-1]
         # Its cause says what the system answered.
         raise reason from reason.__cause__
     try:
         if response.status not in (200, 206):
             raise StatusError(response.status)
+        came = response.headers.get("Content-Range", "")
+        if came and not came.startswith(f"bytes {start}-{stop - 1}/"):
+            raise ConnectionError(f"{came!r} came in place of bytes {start}-{stop - 1}")
         most = stop - start if response.status == 206 else most_bytes
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and int(length) > most:
@@ -144,9 +164,52 @@ def _read(address: str, start: int, stop: int, most_bytes: int) -> bytes:
         response.close()
 
 
+class TimedReader(io.RawIOBase):
+    """Bytes of a socket; those of a server that sends too few in a second end with an error."""
+
+    def __init__(self, reader: io.RawIOBase) -> None:
+        """Begin to count."""
+        self._reader, self._began, self._num_bytes = reader, time.monotonic(), 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """Read what is there, at least a byte but at the end.
+
+        Raises:
+            TimeoutError: The server is too slow, or silent.
+        """
+        most = network.longest(self._num_bytes)
+        if time.monotonic() - self._began > most:
+            raise TimeoutError(f"{self._num_bytes} bytes in {most:.0f} seconds")
+        count: int = self._reader.readinto(target) or 0
+        self._num_bytes += count
+        return count
+
+    def close(self) -> None:
+        """Close the socket's reader."""
+        self._reader.close()
+        super().close()
+
+
+class TimedResponse(HTTPResponse):
+    """A response whose head and body are read by a `TimedReader`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """Read nothing yet."""
+        super().__init__(*arguments, **options)
+        self.fp = io.BufferedReader(TimedReader(self.fp.detach()))
+
+
 _pools: dict[int, Any] = {}
 
 _opening = threading.Lock()
+
+
+def _timed(kind: Any) -> type:
+    return type("TimedConnection", (kind.ConnectionCls,), {"response_class": TimedResponse})
 
 
 def _connections() -> "urllib3.PoolManager":
@@ -155,7 +218,12 @@ def _connections() -> "urllib3.PoolManager":
 
     with _opening:
         if os.getpid() not in _pools:
-            _pools[os.getpid()] = urllib3.PoolManager(maxsize=ROW_THREADS + SHARD_THREADS)
+            pool = urllib3.PoolManager(maxsize=ROW_THREADS + SHARD_THREADS)
+            pool.pool_classes_by_scheme = {
+                scheme: type("TimedPool", (kind,), {"ConnectionCls": _timed(kind)})
+                for scheme, kind in pool.pool_classes_by_scheme.items()
+            }
+            _pools[os.getpid()] = pool
     found: urllib3.PoolManager = _pools[os.getpid()]
     return found
 

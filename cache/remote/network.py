@@ -24,6 +24,9 @@ BACK_OFF = (0.5, 1.0, 2.0)
 READ_TIMEOUT = 60.0
 """Seconds without a byte after which a request to a web server fails."""
 
+LEAST_RATE = 16e3
+"""Bytes a second, after `READ_TIMEOUT`, below which a request fails."""
+
 REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED)
 
 TEMPORARY = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
@@ -65,6 +68,10 @@ NAMED_FAULTS = {
             is_temporary=False,
         ),
     ),
+    **dict.fromkeys(
+        ("BadStatusLine", "LineTooLong", "UnknownProtocol"),
+        Fault("the server does not speak HTTP", "Check the address and its port."),
+    ),
     "RepositoryNotFoundError": Fault(
         "the Hub shows no such repository to this login",
         "Check its name (hf://datasets/<owner>/<name>); if it is private, run `hf auth login`.",
@@ -100,8 +107,13 @@ NAMED_FAULTS = {
         ),
     ),
 }
-"""Exceptions that no status explains: of botocore without a login; and of huggingface_hub, as the
-Hub answers 401 and 404 for a private repository and for none."""
+"""Exceptions that no status explains: of botocore without a login, of http.client, and of
+huggingface_hub, as the Hub answers 401 and 404 for a private repository and for none."""
+
+
+def longest(num_bytes: int) -> float:
+    """Return the most seconds that a request for so many bytes may take."""
+    return READ_TIMEOUT + num_bytes / LEAST_RATE
 
 
 def attempt(

@@ -16,24 +16,25 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import REMEDY, CorruptShardError, IncompleteStoreError, PatchcacheError
+from ..errors import REMEDY, CacheError, CorruptShardError, IncompleteStoreError, PatchcacheError
 from ..files.atomic import path_in_errors, sha256_of
 from ..mapping import FeatureMapping
 from ..shard import Shard, hash_rows, open_shard
 from ..spec import Spec
 from ..store_index import INDEX_FILE, ShardFile
 from . import network
-from .cache_folder import CacheFolder
+from .cache_folder import FULL, CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import GATHER, PREFETCH, WHOLE_SHARD, submit
+from .threads import GATHER, PREFETCH, WHOLE_SHARD, ExitError, submit, uninterrupted
 
 REQUEST_BYTES = 8 << 20
 """Most bytes of a request: enough that its round trip counts for little, few enough that a lost
@@ -122,18 +123,24 @@ class RemoteShards:
             IncompleteStoreError: A shard is missing.
             CorruptShardError: The server's bytes are not those of the index.
             UnreachableStoreError: The server fails or refuses access.
+            SettingsError: The folder of the cache cannot be written.
             OSError: This machine cannot store them.
         """
         numbers = np.unique(self._numbers_of(rows))
-        for _ in range(MAX_OPENINGS):
-            with self._states.using(numbers, wait=True):
-                try:
-                    self._make_ready(rows)
-                except Evicted:
-                    continue
-                self._touch(numbers)
-                yield
-                return
+        for attempt in range(MAX_OPENINGS):
+            with contextlib.ExitStack() as turn:
+                if attempt:
+                    # Processes that use more than the limit at once go one after the other.
+                    turn.enter_context(self._cache.turn())
+                with self._states.using(numbers, wait=True):
+                    try:
+                        self._make_ready(rows)
+                    except Evicted:
+                        continue
+                    turn.close()
+                    self._touch(numbers)
+                    yield
+                    return
         raise IncompleteStoreError(
             f"{self._cache.path}: shards of {self._location.root} were deleted, or damaged, "
             f"{MAX_OPENINGS} times while they were used. Check the disk, or allow more bytes."
@@ -172,7 +179,7 @@ class RemoteShards:
     ) -> None:
         def act() -> None:
             # The `gather` that needs these rows raises the error.
-            with contextlib.suppress(PatchcacheError, OSError, Evicted):
+            with contextlib.suppress(PatchcacheError, OSError, Evicted, ExitError):
                 if not self._is_closed:
                     action(self, argument)
 
@@ -276,7 +283,9 @@ class RemoteShards:
                     offset=offset,
                     rows=self._num_rows[number],
                 )
-                os.utime(path)
+                # A folder with all bytes can be one that is only read.
+                with contextlib.suppress(OSError):
+                    os.utime(path)
             except FileNotFoundError:
                 continue
             except PatchcacheError:
@@ -291,7 +300,8 @@ class RemoteShards:
 
     def _checked(self, number: int, path: Path) -> Shard:
         """Check a file's structure, and its row hashes, which are not features."""
-        shard = open_shard(path, self._spec)
+        with uninterrupted():
+            shard = open_shard(path, self._spec)
         start = self._mapping.starts[number]
         if not np.array_equal(shard.row_xxh3, self._hashes[start:][: self._num_rows[number]]):
             raise CorruptShardError(f"{path}: its row hashes are not those in {INDEX_FILE}.")
@@ -310,20 +320,44 @@ class RemoteShards:
             if len(pieces[0][1]) < size:
                 pieces.append(self._location.read(file, size - end, size))
             try:
-                with self._cache.new_part(file.sha256, size) as path:
-                    with path_in_errors(path), path.open("r+b") as part:
-                        for at, data in pieces:
-                            part.seek(at)
-                            part.write(data)
-                    self._checked(number, path)
+                self._stored(partial(self._make_part, number, pieces))
                 return pieces
-            except PatchcacheError as error:
+            except CacheError as error:
                 if attempt == MAX_COPIES:
-                    url = self._location.where(file.name)
-                    text = str(error).replace(str(path), url).replace(REMEDY, "").strip()
+                    text = str(error).replace(REMEDY, "").strip()
                     raise type(error)(f"{text} {self._location.remedy}") from None
             time.sleep(network.BACK_OFF[attempt - 1])
         raise AssertionError("the last attempt returns or raises")
+
+    def _make_part(self, number: int, pieces: list[tuple[int, bytes]]) -> None:
+        file = self._files[number]
+        try:
+            with self._cache.new_part(file.sha256, file.num_bytes) as path:
+                with path_in_errors(path), path.open("r+b") as part:
+                    for at, data in pieces:
+                        part.seek(at)
+                        part.write(data)
+                try:
+                    self._checked(number, path)
+                except CacheError as error:
+                    if not path.exists():
+                        raise FileNotFoundError from None
+                    text = str(error).replace(str(path), self._location.where(file.name))
+                    raise type(error)(text) from None
+        except FileNotFoundError:
+            raise Evicted from None
+
+    def _stored(self, write: Callable[[], None]) -> None:
+        """Write to the folder; from a full disk, all shards that are not in use are deleted."""
+        try:
+            with self._cache.errors_explained():
+                return write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+        self._shrink(limit=0)
+        with self._cache.errors_explained():
+            write()
 
     def _check_arrived(self, number: int, rows: NDArray[np.int64]) -> None:
         """Hold rows that a file of this machine has against their hashes."""
@@ -380,7 +414,7 @@ class RemoteShards:
         is_new[is_new] = hash_rows(came[is_new]) == self._hashes[rows[is_new]]
         edges = np.flatnonzero(np.diff(is_new, prepend=False, append=False)).reshape(-1, 2)
         for begin, end in edges.tolist():
-            self._write(number, opened, first + begin, came[begin:end])
+            self._stored(partial(self._write, number, opened, first + begin, came[begin:end]))
             self._states.set_ready(rows[begin:end])
         if self._cache.wrote(int(is_new.sum()) * size):
             self._shrink()
@@ -393,10 +427,10 @@ class RemoteShards:
                     raise FileNotFoundError
                 part.seek(opened.offset + first * self._row_bytes)
                 part.write(came.data)
+            self._cache.note_rows(self._files[number].sha256, first, b"\1" * len(came))
         except FileNotFoundError:
             self._states.deleted([number])
             raise Evicted from None
-        self._cache.note_rows(self._files[number].sha256, first, b"\1" * len(came))
 
     def _finish(self, number: int) -> None:
         """Complete a shard, in the background, once all of its rows are right."""
@@ -440,11 +474,11 @@ class RemoteShards:
             is_whole = not (self._incomplete or self._states.any_deleted)
             self.all_here = is_whole and self._fits
 
-    def _shrink(self) -> None:
+    def _shrink(self, limit: int | None = None) -> None:
         """Keep the limit, and unmap shards whose files were deleted, here or by others."""
         opened = list(self._opened)
         in_use = {self._files[number].sha256 for number in self._states.in_use().tolist()}
-        left = self._cache.shrink(in_use)
+        left = self._cache.shrink(in_use, limit)
         gone = [number for number in opened if self._files[number].sha256 not in left]
         with self._states.changed:
             if not self.all_here:

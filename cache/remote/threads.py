@@ -4,11 +4,13 @@ Threads of `concurrent.futures` are joined when the interpreter exits, which wou
 queued request. These are daemons, and a forked child starts its own.
 """
 
+import atexit
+import contextlib
 import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -69,9 +71,41 @@ def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Fu
     return _of_process[is_whole].submit(urgency, function, *arguments)
 
 
+class ExitError(Exception):
+    """The interpreter ends: a thread must not begin what cannot be stopped halfway."""
+
+
+_exiting = threading.Event()
+
+_uninterrupted = threading.Lock()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the interpreter wait for the end of the block before it ends.
+
+    A daemon thread stops wherever it is, with what it holds. In HDF5 that is h5py's lock, for which
+    the main thread, which closes h5py's objects, would then wait for ever.
+
+    Raises:
+        ExitError: The interpreter ends, and this is not its main thread.
+    """
+    with _uninterrupted:
+        if _exiting.is_set() and threading.current_thread() is not threading.main_thread():
+            raise ExitError
+        yield
+
+
+@atexit.register
+def _exit() -> None:
+    _exiting.set()
+    with _uninterrupted:
+        pass
+
+
 def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()
+    global _starting, _uninterrupted
+    _starting, _uninterrupted = threading.Lock(), threading.Lock()
     _of_process.clear()
 
 

@@ -22,7 +22,7 @@ from ..files.scratch import ScratchFolder
 from ..layout import StoreLayout
 from ..spec import SPEC_FILE, Spec
 from ..store_index import INDEX_FILE, PROBE_FILE, SHARD_NAME, ShardFile, StoreIndex
-from ..texts import human_size
+from ..texts import human_size, without_passwords
 from .claim import CLAIM_FILE, Claim
 from .destination import PARTIAL, Destination
 from .location import Location
@@ -49,7 +49,8 @@ class Upload:
     def __str__(self) -> str:
         sent = f"{self.num_sent} files sent ({human_size(self.bytes_sent)})"
         deleted = f", {self.num_deleted} old files deleted" if self.num_deleted else ""
-        return f"{self.url}: {self.num_images} images in {self.num_shards} shards, {sent}{deleted}"
+        url = without_passwords(self.url)
+        return f"{url}: {self.num_images} images in {self.num_shards} shards, {sent}{deleted}"
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import re
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from ..errors import SettingsError
+from ..errors import SettingsError, UnreachableStoreError
+from ..texts import one_line
 from . import network
+from .origin import SCHEMES
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
@@ -57,14 +59,33 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
     Raises:
         SettingsError: A URL of a kind that cannot be read here.
+        UnreachableStoreError: A server that is contacted at once, as by ftp://, does not answer.
     """
+    # Without the slashes at its end it would be a local path.
+    url = f"{url}//" if url.endswith(":") else url
+    _check_host(url)
     try:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(
             _decoded(url), **_options(url)
         )
-    except (ValueError, ImportError) as error:
-        raise SettingsError(f"{url}: cannot be read here: {error}") from None
+    except (ValueError, ImportError, TypeError) as error:
+        raise SettingsError(f"{url}: cannot be read here: {one_line(error)}") from None
+    except OSError as error:
+        fault = network.fault_of(error)
+        raise UnreachableStoreError(f"{url}: {fault.reason}. {fault.remedy}") from None
     return found
+
+
+def _check_host(url: str) -> None:
+    if url.partition("://")[0].lower() not in SCHEMES:
+        return
+    try:
+        parts = urlsplit(url)
+        is_named = bool(parts.hostname if url.startswith(WEB) and parts.port != 0 else parts.netloc)
+    except ValueError as error:
+        raise SettingsError(f"{url}: is no address: {one_line(error)}.") from None
+    if not is_named:
+        raise SettingsError(f"{url}: names no bucket or host.")
 
 
 def _options(url: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from cache.errors import MissingImageError, PatchcacheError, UnreachableStoreError
 from cache.texts import (
     MAX_LINE,
     UNITS,
@@ -15,6 +16,7 @@ from cache.texts import (
     markdown_text,
     one_line,
     printable,
+    without_passwords,
     yaml_entry,
 )
 
@@ -89,3 +91,18 @@ def test_an_entry_of_yaml_gives_its_value_back():
     for text in random_texts(500):
         value = {"text": printable(text), "list": [printable(text), 3]}
         assert yaml.safe_load(yaml_entry("key", value)) == {"key": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("http://me:secret@host:80/a: no", "http://me:***@host:80/a: no"),
+        ("a ftp://:x@h/a and s3://k:s/x@b/c", "a ftp://:***@h/a and s3://k:s/x@b/c"),
+        ("hf://datasets/a/b@main", "hf://datasets/a/b@main"),
+        ("abfs://box@host/a http://host:80/a@b", "abfs://box@host/a http://host:80/a@b"),
+    ],
+)
+def test_a_password_in_a_url_is_not_shown(text, wanted):
+    assert without_passwords(text) == wanted
+    assert str(PatchcacheError(text)) == str(MissingImageError(text)) == wanted
+    assert str(UnreachableStoreError(text)) == wanted

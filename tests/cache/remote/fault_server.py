@@ -47,6 +47,10 @@ class FaultyHandler(BaseHTTPRequestHandler):
             status, body = 206, body[start:stop]
         if fault == "status":
             status, body = argument, b"no"
+        if fault == "later":
+            status, body, headers = argument, b"", {"Retry-After": "30"}
+        if fault == "range":
+            headers["Content-Range"] = argument
         if fault == "short":
             body = body[: len(body) // 2]
         if fault == "delay":
@@ -65,7 +69,13 @@ class FaultyHandler(BaseHTTPRequestHandler):
         for key, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(key, value)
         self.end_headers()
-        if with_body:
+        if with_body and fault == "drip":
+            with contextlib.suppress(OSError):
+                for byte in body:
+                    self.wfile.write(bytes([byte]))
+                    self.wfile.flush()
+                    time.sleep(argument)
+        elif with_body:
             cut = fault in ("cut", "stall")
             with contextlib.suppress(OSError):
                 self.served.append((name, len(body)))
@@ -77,7 +87,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
     def next_fault(self, name, with_body):
         kind, argument, left = self.faults.get(name, (None, None, 0))
-        of_bodies = ("cut", "stall", "flip", "short", "slice", "whole", "delay")
+        of_bodies = ("cut", "stall", "flip", "short", "slice", "whole", "delay", "drip")
         if left <= 0 or (kind in of_bodies and not with_body):
             return None, None
         self.faults[name] = kind, argument, left - 1

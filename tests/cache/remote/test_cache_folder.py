@@ -1,6 +1,7 @@
 """The folder of shards: its place, its limit, and what goes first."""
 
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -75,6 +76,22 @@ def test_a_file_in_its_place_is_refused(tmp_path, wide):
     for path in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(SettingsError, match="is no folder"):
             FeatureStore(wide.root.as_uri(), cache_dir=path)
+
+
+@pytest.mark.parametrize("path", ["/proc/nope", "x" * 300, "\0x"])
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(path):
+    with pytest.raises(SettingsError, match=f"cannot be made .*{FOLDER_VARIABLE}") as caught:
+        CacheFolder.open(path, LIMIT)
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_is_deleted_is_made_again(folder):
+    shutil.rmtree(folder.path)
+    assert folder.shrink(set()) == set()
+    shutil.rmtree(folder.path)
+    with folder.new_part(sha(1), 10):
+        pass
+    assert folder.part(sha(1)).exists()
 
 
 def test_the_least_recently_used_go_first_until_there_is_room(folder):
@@ -159,6 +176,17 @@ def test_the_lock_excludes_threads(folder):
         assert not entered.wait(0.05)
     assert entered.wait(10)
     thread.join(10)
+
+
+def test_nobody_else_deletes_during_a_turn(folder):
+    other = CacheFolder.open(folder.path, LIMIT)
+    for number in range(8):
+        put(folder, number, age=number)
+    with folder.turn():
+        assert len(other.shrink(set())) == 8
+        assert len(folder.shrink(set())) == 4
+    put(folder, 9, 10**6)
+    assert sha(9) not in other.shrink(set())
 
 
 def test_it_is_measured_again_after_a_share_of_the_limit(folder):

@@ -1,15 +1,20 @@
 """Ranges over plain connections, and what goes to the file system of the URL instead."""
 
 import gc
+import socket
 import sys
 import threading
+import time
+from http.client import BadStatusLine
 
 import fsspec
 import numpy as np
 import pytest
 from s3fs import S3FileSystem
+from urllib3.exceptions import ReadTimeoutError, SSLError
 
-from cache.remote import direct, threads
+from cache.errors import UnreachableStoreError
+from cache.remote import direct, network, threads
 from cache.remote.copies import RemoteFolder
 from cache.store import FeatureStore
 
@@ -87,6 +92,9 @@ REASONS = {
         patch.setattr("urllib.request.getproxies", lambda: {"http": "http://proxy"}),
         patch.setattr("urllib.request.proxy_bypass", lambda host: False),
     ),
+    "another certificate authority": lambda patch: patch.setattr(
+        direct, "_read", lambda *arguments: (_ for _ in ()).throw(SSLError("unknown issuer"))
+    ),
     "no urllib3": lambda patch: patch.setitem(sys.modules, "urllib3", None),
 }
 
@@ -106,6 +114,58 @@ def test_more_bytes_than_asked_for_are_not_taken(server, wide):
     server.fail(name, "whole")
     with pytest.raises(ConnectionError, match="bytes instead of 100 were to come"):
         direct._read(f"{server.url}/{name}", 0, 10, most_bytes=100)
+
+
+def test_an_answer_to_another_request_is_not_taken(server, wide):
+    name = wide.names[0]
+    server.fail(name, "range", "bytes 0-9/99")
+    with pytest.raises(ConnectionError, match="in place of bytes 10-19"):
+        direct._read(f"{server.url}/{name}", 10, 20, most_bytes=100)
+
+
+def test_a_status_is_told_at_once_whenever_the_server_wants_to_be_asked_again(server, wide):
+    name = wide.names[0]
+    server.fail(name, "later", 429)
+    with pytest.raises(direct.StatusError, match="429"):
+        direct._read(f"{server.url}/{name}", 10, 20, most_bytes=100)
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for(server, wide, monkeypatch):
+    monkeypatch.setattr(network, "READ_TIMEOUT", 0.3)
+    name = wide.names[0]
+    server.fail(name, "drip", 0.05)
+    started = time.monotonic()
+    with pytest.raises(ReadTimeoutError) as caught:
+        direct._read(f"{server.url}/{name}", 0, 1000, most_bytes=1000)
+    assert time.monotonic() - started < 5
+    assert network.fault_of(caught.value).reason == "no answer in time"
+
+
+def test_a_file_system_that_gets_a_byte_now_and_then_is_not_waited_for(server, wide, monkeypatch):
+    monkeypatch.setattr(direct, "_can_reach", lambda address: False)
+    monkeypatch.setattr(network, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(network, "LEAST_RATE", 1e6)
+    name = wide.names[0]
+    folder = RemoteFolder(server.url)
+    server.fail(name, "drip", 0.05)
+    with pytest.raises(UnreachableStoreError, match="no answer in time"):
+        folder.read(name, 0, 1000, (wide.root / name).stat().st_size)
+
+
+def test_what_does_not_speak_http_is_called_so(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer():
+            connection, _ = listener.accept()
+            connection.sendall(b"\x8f\xff\x01 \xc3 garbage\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(BadStatusLine) as caught:
+            direct._read(f"http://127.0.0.1:{listener.getsockname()[1]}/x", 0, 9, most_bytes=9)
+        thread.join(10)
+    assert network.fault_of(caught.value).reason == "the server does not speak HTTP"
 
 
 def test_a_file_system_without_ranges_does_not_read_ahead(wide):

@@ -1,8 +1,11 @@
 """Rows and shards of remote stores: right under every fault, fetched once, kept on this machine."""
 
 import contextlib
+import errno
 import multiprocessing
+import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +20,12 @@ from cache.errors import (
     CorruptShardError,
     IncompleteStoreError,
     PatchcacheError,
+    SettingsError,
     UnreachableStoreError,
 )
 from cache.files.atomic import sha256_of
 from cache.remote import network, shards
+from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
@@ -370,12 +375,99 @@ def test_threads_read_right_rows_while_shards_are_deleted(server, wide):
     assert not any(reader.is_alive() for reader in readers)
 
 
+def test_stores_that_together_use_more_than_the_limit_wait_for_each_other(server, wide):
+    failed = []
+
+    def read(opened):
+        try:
+            for _ in range(3):
+                assert np.array_equal(opened.gather(wide.image_ids), wide.features)
+        except BaseException as error:
+            failed.append(error)
+
+    stores = [FeatureStore(server.url, cache_bytes=1) for _ in range(4)]
+    readers = [threading.Thread(target=read, args=(opened,)) for opened in stores]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(2 * LIMIT)
+    assert not failed
+    assert not any(reader.is_alive() for reader in readers)
+
+
 def test_another_process_may_delete_what_is_read(server, wide, cache_dir):
     opened = FeatureStore(server.url)
     opened.gather(wide.image_ids[::2])
     for path in cache_dir.glob("*.part"):
         path.unlink(missing_ok=True)
     assert_epoch(opened, wide)
+    assert_epoch(FeatureStore(server.url), wide)
+
+
+def test_the_folder_may_be_deleted_at_any_time(server, wide, cache_dir):
+    opened = FeatureStore(server.url)
+    for ids in np.array_split(wide.image_ids, 8):
+        shutil.rmtree(cache_dir, ignore_errors=True)
+        assert np.array_equal(opened.gather(ids), wanted(wide, ids))
+    assert_epoch(opened, wide)
+
+
+@contextlib.contextmanager
+def failing_writes(monkeypatch, number, times):
+    """Let so many writes of rows fail with a system error."""
+    left, real = [number] * times, CacheFolder.note_rows
+
+    def note_rows(*arguments):
+        if left:
+            code = left.pop()
+            raise OSError(code, os.strerror(code))
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheFolder, "note_rows", note_rows)
+        yield
+
+
+def test_a_full_disk_is_relieved_of_shards_that_are_not_in_use(
+    server, wide, cache_dir, monkeypatch
+):
+    opened = FeatureStore(server.url)
+    shard = [open_shard(wide.root / name, wide.spec) for name in wide.names[:2]]
+    opened.gather(shard[0].image_ids)
+    with failing_writes(monkeypatch, errno.ENOSPC, 1):
+        opened.gather(shard[1].image_ids[:1])
+    assert not list(cache_dir.glob(f"{sha256_of(shard[0].path)}*"))
+    assert_epoch(opened, wide)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "text"),
+    [
+        (errno.ENOSPC, OSError, f"No space left on device, .* bytes .*{GIGABYTES_VARIABLE}"),
+        (errno.EROFS, SettingsError, f"cannot be written .*{FOLDER_VARIABLE}"),
+    ],
+)
+def test_a_folder_that_takes_no_bytes_is_one_line(
+    server, wide, cache_dir, monkeypatch, number, error, text
+):
+    opened = FeatureStore(server.url)
+    with (
+        failing_writes(monkeypatch, number, 10**6),
+        pytest.raises(error, match=f"{cache_dir}.*{text}|{text}.*{cache_dir}") as caught,
+    ):
+        opened.gather(wide.image_ids)
+    assert "\n" not in str(caught.value)
+    assert_epoch(opened, wide)
+
+
+def test_a_folder_with_all_bytes_may_be_read_only(server, wide, cache_dir, monkeypatch):
+    FeatureStore(server.url).gather(wide.image_ids)
+    until(lambda: is_complete(cache_dir, wide))
+
+    def refuse(*arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
     assert_epoch(FeatureStore(server.url), wide)
 
 
@@ -486,6 +578,41 @@ def test_an_interpreter_ends_while_shards_are_on_their_way(server, wide):
     released.set()
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+EXIT = """
+import sys, threading, time, h5py
+from h5py._objects import phil
+from cache import FeatureStore
+from cache.remote import shards
+
+inside, real = threading.Event(), shards.open_shard
+
+def open_shard(*arguments):
+    with phil:
+        inside.set()
+        time.sleep(0.3)
+        return real(*arguments)
+
+shards.open_shard = open_shard
+left = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+store = FeatureStore(sys.argv[1])
+store.read_ahead(range(store.num_shards))
+assert inside.wait(20)
+"""
+"""At the end threads are within HDF5, whose lock `left` needs to be closed."""
+
+
+def test_an_interpreter_ends_while_shards_are_opened(server, wide):
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT, server.url],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_outage_ends_with_one_line(server, wide, monkeypatch):
