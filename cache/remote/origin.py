@@ -12,12 +12,9 @@ from ..files.atomic import canonical_json, path_in_errors
 from ..files.foreign import parse_json
 from ..spec import MAX_JSON_BYTES
 from ..texts import one_line
-from .urls import OBJECT_STORES
+from .urls import SERVERS
 
 ORIGIN_FILE = "origin.json"
-
-SCHEMES = (*OBJECT_STORES, "http", "https")
-"""Schemes of servers; `file` and chains of file systems would lead to files of this machine."""
 
 
 def origin_json(url: str) -> bytes:
@@ -60,8 +57,8 @@ def read_origin(folder: Path) -> str | None:
 
 def _is_origin(url: str) -> bool:
     scheme, separator, rest = url.partition("://")
-    return scheme in SCHEMES and bool(separator and rest) and "::" not in url and url.isprintable()
+    return scheme in SERVERS and bool(separator and rest) and "::" not in url and url.isprintable()
 
 
 def _kinds() -> str:
-    return ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    return ", ".join(f"{scheme}://" for scheme in SERVERS)

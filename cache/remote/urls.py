@@ -10,7 +10,6 @@ import fsspec
 from ..errors import SettingsError, UnreachableStoreError
 from ..texts import one_line
 from . import network
-from .origin import SCHEMES
 
 URL = re.compile(r"[A-Za-z][\w+.-]*:")
 
@@ -22,6 +21,9 @@ BUCKET = f"{HUB}buckets/"
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf")
 """Schemes of servers whose puts replace an object in one step."""
+
+SERVERS = (*OBJECT_STORES, "http", "https")
+"""Schemes of servers; `file` and chains of file systems lead to files of this machine."""
 
 READ_ONLY = frozenset({"http", "https", "data", "git", "github", "tar", "zip", "reference"})
 """Schemes of URLs that cannot be written."""
@@ -77,7 +79,7 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _check_host(url: str) -> None:
-    if url.partition("://")[0].lower() not in SCHEMES:
+    if url.partition("://")[0].lower() not in SERVERS:
         return
     try:
         parts = urlsplit(url)
