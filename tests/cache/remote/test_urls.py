@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from cache import FeatureStore
-from cache.errors import SettingsError, UnreachableStoreError
+from cache.errors import CorruptShardError, SettingsError, UnreachableStoreError
 from cache.remote.urls import filesystem_of, is_url
+from cache.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,8 @@ def test_a_url_that_leads_nowhere_is_refused_in_one_line(url):
 def test_a_server_that_is_contacted_at_once_is_named():
     with pytest.raises(UnreachableStoreError, match=r"^ftp://127\.0\.0\.1:1/x: the host refuses"):
         filesystem_of("ftp://127.0.0.1:1/x")
+
+
+def test_what_holds_no_store_has_nothing_to_repair(tmp_path):
+    with pytest.raises(CorruptShardError, match=r"deleted: 0\. Push the store there again\.$"):
+        verify((tmp_path / "nothing").as_uri(), deep=True, repair=False)
