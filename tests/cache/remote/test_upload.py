@@ -610,7 +610,7 @@ def test_a_claim_that_is_none_is_refused(objects, small):
     [
         ("data/features", "is no URL"),
         ("https://a/b", "can only be read"),
-        ("github://a:b@c/d", "can only be read"),
+        ("github://a@b/c", "can only be read"),
         ("simplecache::s3://a/b", "can only be read"),
         ("hf://datasets/me/photos", "hf upload"),
         ("nothing://a/b", "cannot be"),
