@@ -39,9 +39,9 @@ from pipeline.encoding.stats import ExtractionStats
 ROOT = Path(__file__).parents[1]
 MODEL = "ViT-B-32-quickgelu"
 CPUS = 2
-NUM_IMAGES, QUICK_IMAGES = 768, 32
+NUM_IMAGES, QUICK_IMAGES = 384, 32
 SHARD_ROWS = 128
-ROUNDS = 5
+ROUNDS = 3
 WATCH_SECONDS = 0.2
 LOCAL, RAY = "local engine", "Ray engine"
 ANEW, BARE = "Ray engine, encoders started anew", "bare Ray Data, which starts them anew"
@@ -243,7 +243,7 @@ def main() -> None:
         "ray_engine",
         measure,
         benchmark_parser(__doc__),
-        minutes=12,
+        minutes=7,
         quick_seconds=90,
         libraries=("ray", "torch", "open_clip_torch", "pillow"),
     )
