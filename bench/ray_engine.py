@@ -39,9 +39,9 @@ from pipeline.encoding.stats import ExtractionStats
 ROOT = Path(__file__).parents[1]
 MODEL = "ViT-B-32-quickgelu"
 CPUS = 2
-NUM_IMAGES, QUICK_IMAGES = 384, 32
-SHARD_ROWS = 128
-ROUNDS = 3
+NUM_IMAGES, QUICK_IMAGES = 192, 32
+SHARD_ROWS = 32
+ROUNDS = 2
 WATCH_SECONDS = 0.2
 LOCAL, RAY = "local engine", "Ray engine"
 ANEW, BARE = "Ray engine, encoders started anew", "bare Ray Data, which starts them anew"
