@@ -4,6 +4,7 @@ The Hub's own client reads them, in processes of their own: it takes the Hub's a
 login from the environment when it is imported.
 """
 
+import http.client
 import os
 import re
 import shutil
@@ -186,6 +187,6 @@ def test_the_code_of_a_card_reads_the_store(run, store, tmp_path):
 
 @pytest.mark.parametrize("name", NAMED_FAULTS)
 def test_an_exception_that_is_known_by_name_is_one_of_a_client(name):
-    modules = huggingface_hub.errors, botocore.exceptions
+    modules = huggingface_hub.errors, botocore.exceptions, http.client
     (found,) = (getattr(module, name) for module in modules if hasattr(module, name))
     assert issubclass(found, Exception)
