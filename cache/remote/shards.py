@@ -34,7 +34,7 @@ from .cache_folder import FULL, CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import GATHER, PREFETCH, WHOLE_SHARD, ExitError, submit, uninterrupted
+from .threads import CHECK, GATHER, PREFETCH, WHOLE_SHARD, ExitError, submit, uninterrupted
 
 REQUEST_BYTES = 8 << 20
 """Most bytes of a request: enough that its round trip counts for little, few enough that a lost
@@ -164,6 +164,9 @@ class RemoteShards:
         """Begin to fetch whole shards, in this order; do not wait."""
         for number in numbers:
             rows = np.flatnonzero(self._states.rows_of(number) == UNKNOWN)
+            if len(rows) and number not in self._opened:
+                # Otherwise all requests for its rows would wait for this one.
+                self._submit_later(PREFETCH, RemoteShards._prepare, number)
             for run in self._runs(rows + self._mapping.starts[number]):
                 self._submit_later(WHOLE_SHARD, RemoteShards._fetch, run)
             if number in self._opened:
@@ -244,6 +247,11 @@ class RemoteShards:
                     if len(part):
                         self._request_rows(number, part)
             self._finish(number)
+
+    def _prepare(self, number: int) -> None:
+        """Open a shard whose rows will be fetched."""
+        with self._states.using(np.array([number]), wait=False):
+            self._open(number)
 
     def _open(self, number: int, *, may_request: bool = True) -> OpenedShard | None:
         """Map a shard that is in use, if it is not mapped; request its structure if needed."""
@@ -436,7 +444,7 @@ class RemoteShards:
         """Complete a shard, in the background, once all of its rows are right."""
         if number in self._incomplete and (self._states.rows_of(number) == READY).all():
             if self._opened[number].is_part:
-                self._submit_later(WHOLE_SHARD, RemoteShards._complete, number)
+                self._submit_later(CHECK, RemoteShards._complete, number)
             else:
                 self._note_complete(number)
 

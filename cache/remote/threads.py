@@ -20,8 +20,9 @@ ROW_THREADS = 32
 SHARD_THREADS = 8
 """Requests for parts of whole shards at once: few, so that a row finds a free line."""
 
-GATHER, PREFETCH, WHOLE_SHARD = range(3)
-"""Urgency: a gather waits; rows that the order needs next; whole shards."""
+GATHER, PREFETCH, WHOLE_SHARD, CHECK = range(4)
+"""Urgency: a gather waits; rows that the order needs next; whole shards; the sha256 of a shard with
+all its rows, for which nothing waits."""
 
 
 class PriorityThreads:
@@ -64,7 +65,7 @@ _starting = threading.Lock()
 
 def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Future[Any]:
     """Run a function in a thread of this process; see `PriorityThreads.submit`."""
-    is_whole = urgency == WHOLE_SHARD
+    is_whole = urgency >= WHOLE_SHARD
     with _starting:
         if is_whole not in _of_process:
             _of_process[is_whole] = PriorityThreads(SHARD_THREADS if is_whole else ROW_THREADS)

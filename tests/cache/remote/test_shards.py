@@ -559,6 +559,15 @@ def test_a_forked_child_fetches_for_itself(server, wide):
     assert_epoch(opened, wide)
 
 
+def outcome_of(code, url):
+    """Return the exit code and stderr of a program in an interpreter of its own."""
+    command = [sys.executable, "-c", code, url]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    return done.returncode, done.stderr
+
+
 def test_an_interpreter_ends_while_shards_are_on_their_way(server, wide):
     released = threading.Event()
     for name in wide.names:
@@ -567,17 +576,9 @@ def test_an_interpreter_ends_while_shards_are_on_their_way(server, wide):
         "import sys, time; from cache import FeatureStore; s = FeatureStore(sys.argv[1]);"
         "s.read_ahead(range(s.num_shards)); time.sleep(0.2)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, server.url],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
+    found = outcome_of(code, server.url)
     released.set()
-    assert done.returncode == 0
-    assert done.stderr == ""
+    assert found == (0, "")
 
 
 EXIT = """
@@ -604,15 +605,7 @@ assert inside.wait(20)
 
 
 def test_an_interpreter_ends_while_shards_are_opened(server, wide):
-    done = subprocess.run(
-        [sys.executable, "-c", EXIT, server.url],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert outcome_of(EXIT, server.url) == (0, "")
 
 
 def test_an_outage_ends_with_one_line(server, wide, monkeypatch):
