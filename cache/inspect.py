@@ -14,7 +14,7 @@ from .files.parquet import read_columns
 from .remote.location import Location
 from .store import FeatureStore
 from .store_index import INDEX_FILE, StoreIndex
-from .texts import first_few, human_size, printable
+from .texts import first_few, human_size, printable, without_passwords
 
 IMAGES = pa.schema({"image_id": pa.int64(), "split": pa.string(), "file_name": pa.string()})
 """Columns of the table of images that are read here."""
@@ -35,12 +35,13 @@ def inspect(root: str) -> None:
     store = FeatureStore(root, partial=True)
     missing = store.missing_shards
     here = store.num_shards - len(missing)
-    print(f"{root}: {len(store)} images in {here} shards, {human_size(store.num_bytes)}")
+    place = without_passwords(root)
+    print(f"{place}: {len(store)} images in {here} shards, {human_size(store.num_bytes)}")
     if missing:
         names = first_few(missing, 3)
         print(f"not here     {len(missing)} of {store.num_shards} shards: {names}")
     if store.origin:
-        print(f"shards at    {store.origin}")
+        print(f"shards at    {without_passwords(store.origin)}")
     if len(store):
         print(f"image ids    {store.image_ids[0]} to {store.image_ids[-1]}")
     print(f"features     float16 [{store.spec.patches}, {store.spec.width}] an image")

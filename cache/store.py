@@ -26,7 +26,7 @@ from .layout import StoreLayout
 from .mapping import FeatureMapping
 from .remote.cache_folder import CacheFolder
 from .remote.shards import RemoteShards
-from .texts import first_few
+from .texts import first_few, without_passwords
 
 INT64_MAX = np.iinfo(np.int64).max
 
@@ -136,7 +136,7 @@ class FeatureStore:
         if self.missing_shards:
             shards += f" ({len(self.missing_shards)} missing)"
         return (
-            f"<FeatureStore {self.root!r}: {len(self)} images in {shards}, "
+            f"<FeatureStore {without_passwords(self.root)!r}: {len(self)} images in {shards}, "
             f"{self.spec.patches} x {self.spec.width} float16, encoder {self.fingerprint[:12]}>"
         )
 

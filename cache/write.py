@@ -72,9 +72,9 @@ def write_store(
             row at all, or other features than the store has that would be replaced. The rows before
             it are kept.
         SpecMismatchError: The folder has features of another spec.
-        SettingsError: The folder is none that a store can be written to.
+        SettingsError: The folder is none that a store can be written to, or `shard_rows` makes more
+            shards than a store can have.
         CacheError: Another process writes the store.
-        SettingsError: `shard_rows` makes more shards than a store can have.
         OSError: The system cannot write; a full disk, for one.
     """
     root = _checked_folder(folder)

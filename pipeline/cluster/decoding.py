@@ -11,7 +11,7 @@ import functools
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ def check_images(source: ImageSource) -> None:
             )
 
 
-def decode_ahead(holder: "list[Any]", numbers: list[int], window: int) -> Iterator[DecodedBatch]:
+def decode_ahead(
+    holder: "list[Any]", numbers: Iterable[int], window: int
+) -> Iterator[DecodedBatch]:
     """Start to decode batches on the cluster; return an iterator of them, in order.
 
     Args:

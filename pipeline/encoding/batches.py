@@ -55,18 +55,22 @@ class BatchDecoder:
 
     def __init__(self, shards: list[PlannedShard], source: ImageSource, spec: Spec) -> None:
         self._source, self._spec = source, spec
-        self._batches = [
-            (number, start, shard.image_ids[start : start + spec.batch_size])
-            for number, shard in enumerate(shards)
-            for start in range(0, len(shard.image_ids), spec.batch_size)
-        ]
+        self._batches: list[tuple[int, int, NDArray[np.int64]]] = []
+        self._of_shards: list[range] = []
+        for number, shard in enumerate(shards):
+            first = len(self._batches)
+            self._batches += [
+                (number, start, shard.image_ids[start : start + spec.batch_size])
+                for start in range(0, len(shard.image_ids), spec.batch_size)
+            ]
+            self._of_shards.append(range(first, len(self._batches)))
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def batches_of(self, shard_number: int) -> list[int]:
+    def batches_of(self, shard_number: int) -> range:
         """Return the numbers of the batches of a shard, in order."""
-        return [n for n, (of_shard, _, _) in enumerate(self._batches) if of_shard == shard_number]
+        return self._of_shards[shard_number]
 
     def decode(self, number: int) -> DecodedBatch:
         """Read and decode the images of a batch."""

@@ -184,3 +184,13 @@ def test_a_pipe_in_the_place_of_the_origin_is_not_waited_for(store):
     assert read_origin(store.root) is None
     shutil.rmtree(store.root)
     assert read_origin(store.root) is None
+
+
+def test_a_password_in_the_url_is_not_shown(tmp_path, server, capsys):
+    url = server.url.replace("://", "://user:secret@")
+    inspect(str(publish(tmp_path / "streamed", url)))
+    inspect(url)
+    print(FeatureStore(url))
+    output = capsys.readouterr().out
+    assert output.count("user:***@") == 3
+    assert "secret" not in output
