@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class RowStates:
             unmap: Called for a shard that is not in use and whose file was deleted.
         """
         self.of_row = np.zeros(num_states, np.uint8)
-        self._starts, self._num_rows, self._unmap = starts, num_rows, unmap
+        self.starts, self._num_rows, self._unmap = starts, num_rows, unmap
         self._is_deleted = np.zeros(len(num_rows), bool)
         self._reset()
         _all_states.add(self)
@@ -53,9 +54,13 @@ class RowStates:
         for number in np.flatnonzero(self._is_deleted).tolist():
             self._forget(number)
 
+    def numbers_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+        """Return the number of each row's shard."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
     def rows_of(self, number: int) -> NDArray[np.uint8]:
         """Return a view of the states of a shard's rows."""
-        return self.of_row[self._starts[number] :][: self._num_rows[number]]
+        return self.of_row[self.starts[number] :][: self._num_rows[number]]
 
     @contextlib.contextmanager
     def using(self, numbers: NDArray[np.int64], *, wait: bool) -> Iterator[None]:

@@ -33,16 +33,9 @@ from . import network
 from .cache_folder import FULL, CacheFolder
 from .copies import MAX_COPIES
 from .location import Location
+from .row_ranges import RowRanges
 from .row_states import READY, UNKNOWN, Evicted, RowStates
 from .threads import CHECK, GATHER, PREFETCH, WHOLE_SHARD, ExitError, submit, uninterrupted
-
-REQUEST_BYTES = 8 << 20
-"""Most bytes of a request: enough that its round trip counts for little, few enough that a lost
-connection costs little and that the rows of a shard come over several connections."""
-
-GAP_BYTES = 256 << 10
-"""Two ranges are requested as one if so many missing bytes or fewer lie between them: a request
-costs a client about as much time as these bytes, and an epoch needs the rows between them too."""
 
 WHOLE_SHARE = 0.5
 """A shard is fetched whole if this share of its rows is wanted."""
@@ -102,6 +95,8 @@ class RemoteShards:
         self._fits = sum(file.num_bytes for file in files) <= cache.limit
         self._touched = np.zeros(len(files))
         self._incomplete = {number for number, rows in enumerate(num_rows) if rows}
+        self._is_ahead = np.zeros(len(files), bool)
+        """Whether `read_ahead` has queued requests for a shard."""
         self._is_closed = False
         self.all_here = False
         """Whether every row was checked and stays mapped: nothing is left to do before a read."""
@@ -111,9 +106,11 @@ class RemoteShards:
             if shards := this():
                 shards._opened.pop(number, None)
                 shards._incomplete.add(number)
+                shards._is_ahead[number] = False
                 mapping.detach(number, num_rows[number])
 
         self._states = RowStates(len(row_xxh3), mapping.starts, num_rows, unmap)
+        self._ranges = RowRanges(self._states, self._row_bytes)
 
     @contextlib.contextmanager
     def readable(self, rows: NDArray[np.integer[Any]]) -> Iterator[None]:
@@ -126,7 +123,7 @@ class RemoteShards:
             SettingsError: The folder of the cache cannot be written.
             OSError: This machine cannot store them.
         """
-        numbers = np.unique(self._numbers_of(rows))
+        numbers = np.unique(self._states.numbers_of(rows))
         for attempt in range(MAX_OPENINGS):
             with contextlib.ExitStack() as turn:
                 if attempt:
@@ -152,22 +149,24 @@ class RemoteShards:
         A shard of which most rows are wanted is fetched whole, if the store fits the cache.
         """
         unknown = np.unique(rows[self._states.of_row[rows] == UNKNOWN]).astype(np.int64)
+        unknown = unknown[~self._is_ahead[self._states.numbers_of(unknown)]]
         if self._fits:
-            numbers, counts = np.unique(self._numbers_of(unknown), return_counts=True)
+            numbers, counts = np.unique(self._states.numbers_of(unknown), return_counts=True)
             most = numbers[counts >= WHOLE_SHARE * np.array(self._num_rows)[numbers]]
             self.read_ahead(most.tolist())
-            unknown = unknown[~np.isin(self._numbers_of(unknown), most)]
-        for run in self._runs(unknown):
+            unknown = unknown[~np.isin(self._states.numbers_of(unknown), most)]
+        for run in self._ranges.joined(unknown):
             self._submit_later(PREFETCH, RemoteShards._fetch, run)
 
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch whole shards, in this order; do not wait."""
         for number in numbers:
+            self._is_ahead[number] = True
             rows = np.flatnonzero(self._states.rows_of(number) == UNKNOWN)
             if len(rows) and number not in self._opened:
                 # Otherwise all requests for its rows would wait for this one.
                 self._submit_later(PREFETCH, RemoteShards._prepare, number)
-            for run in self._runs(rows + self._mapping.starts[number]):
+            for run in self._ranges.joined(rows + self._mapping.starts[number]):
                 self._submit_later(WHOLE_SHARD, RemoteShards._fetch, run)
             if number in self._opened:
                 self._mapping.read_ahead(number, self._num_rows[number])
@@ -195,39 +194,17 @@ class RemoteShards:
                 return
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
+            wanted = self._ranges.with_whole_requests(unknown, self._is_ahead)
             fetched: list[Future[None]] = [
-                submit(GATHER, self._fetch, run) for run in self._runs(unknown)
+                submit(GATHER, self._fetch, run) for run in self._ranges.joined(wanted)
             ]
             for future in fetched:
                 future.result()
             self._states.wait_for(missing)
 
-    def _numbers_of(self, rows: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
-        return np.searchsorted(self._mapping.starts, rows, side="right") - 1
-
-    def _runs(self, rows: NDArray[np.int64]) -> list[slice]:
-        """Join ascending rows to ranges, each of one request."""
-        if not len(rows):
-            return []
-        states, numbers = self._states.of_row, self._numbers_of(rows)
-        most = max(1, REQUEST_BYTES // self._row_bytes)
-        found = [slice(int(rows[0]), int(rows[0]) + 1)]
-        for row, before, number in zip(rows[1:].tolist(), numbers, numbers[1:], strict=False):
-            run = found[-1]
-            if (
-                number == before
-                and row - run.start < most
-                and (row - run.stop) * self._row_bytes <= GAP_BYTES
-                and not states[run.stop : row].any()
-            ):
-                found[-1] = slice(run.start, row + 1)
-            else:
-                found.append(slice(row, row + 1))
-        return found
-
     def _check_local(self, rows: NDArray[np.int64]) -> None:
         """Check those of some rows that are on this machine."""
-        numbers = self._numbers_of(rows)
+        numbers = self._states.numbers_of(rows)
         for number in np.unique(numbers).tolist():
             if number in self._refused:
                 raise self._refused[number]
@@ -237,7 +214,7 @@ class RemoteShards:
 
     def _fetch(self, run: slice) -> None:
         """Fetch the rows of a range that nobody else fetches."""
-        number = int(self._numbers_of(np.array([run.start]))[0])
+        number = int(self._states.numbers_of(np.array([run.start]))[0])
         with self._states.using(np.array([number]), wait=False):
             self._open(number)
             with self._states.claimed(np.arange(run.start, run.stop)) as rows:

@@ -24,11 +24,13 @@ from cache.errors import (
     UnreachableStoreError,
 )
 from cache.files.atomic import sha256_of
-from cache.remote import network, shards
+from cache.remote import network, row_ranges, threads
 from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
+from tests.cache.conftest import write_store
+from tests.cache.remote.fault_server import FaultServer
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
 
@@ -142,7 +144,7 @@ def test_neighbours_are_one_request(server, wide):
 
 def test_a_request_has_at_most_so_many_bytes(server, wide, monkeypatch):
     row = wide.features[0].nbytes
-    monkeypatch.setattr(shards, "REQUEST_BYTES", 2 * row)
+    monkeypatch.setattr(row_ranges, "REQUEST_BYTES", 2 * row)
     assert np.array_equal(FeatureStore(server.url).gather(wide.image_ids), wide.features)
     rows = [size for name, size in server.served if name.endswith(".h5") and size % row == 0]
     assert set(rows) <= {row, 2 * row}
@@ -178,6 +180,23 @@ def test_reading_ahead_does_not_wait_and_a_gather_waits_for_its_rows_only(server
     assert np.array_equal(opened.gather(ids), wanted(wide, ids))
     released.set()
     assert_epoch(opened, wide)
+
+
+def test_gathers_take_no_single_rows_out_of_shards_that_are_read_ahead(wide, tmp_path, monkeypatch):
+    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+    server = FaultServer(long.root)
+    monkeypatch.setattr(row_ranges, "GAP_BYTES", 0)
+    monkeypatch.setattr(threads, "_of_process", {})
+    monkeypatch.setattr(threads, "SHARD_THREADS", 1)
+    opened = FeatureStore(server.url)
+    requests_before, released = len(server.served), threading.Event()
+    threads.submit(threads.WHOLE_SHARD, released.wait, LIMIT)
+    opened.read_ahead(range(opened.num_shards))
+    assert_epoch(opened, long)
+    released.set()
+    server.stop()
+    # Both ends of each shard, and one request for all of its rows.
+    assert len(server.served) - requests_before <= 3 * opened.num_shards
 
 
 def test_a_local_store_has_nothing_to_fetch(wide):

@@ -241,20 +241,22 @@ def test_two_devices_of_this_machine_survive_a_kill_and_a_signal(make_workspace,
     """Ray of its own, started three times."""
     workspace = make_workspace(encoder={"device": "cpu,cpu"}, extract={"engine": "auto"})
     workspace.write()
-    children, finished = [], {}
-    for number, end in enumerate((signal.SIGKILL, signal.SIGTERM), start=1):
-        driver = drive(workspace, RAY_ADDRESS="")
-        try:
-            wait_until(lambda: len(shard_files(workspace.finished)) >= 2 * number)  # noqa: B023
-            children = processes("patchcache-")
-            assert children
-            os.killpg(driver.pid, end)
-            _, stderr = driver.communicate(timeout=60)
-        finally:
-            driver.kill()
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        with drive(workspace, RAY_ADDRESS="") as driver:
+            try:
+                # A driver first takes over what the encoders of the one before it had finished.
+                wait_until(lambda: processes("ray::EncoderActor.encode"))
+                finished = shard_files(workspace.finished)
+                wait_until(lambda: len(shard_files(workspace.finished)) > len(finished))  # noqa: B023
+                children = processes("patchcache-")
+                os.killpg(driver.pid, end)
+                _, stderr = driver.communicate(timeout=60)
+            finally:
+                driver.kill()
+        assert children
+        wait_until(lambda: not any(map(is_running, children)))  # noqa: B023
         assert finished.items() <= shard_files(workspace.finished).items()
         finished = shard_files(workspace.finished)
-        wait_until(lambda: not any(map(is_running, children)))  # noqa: B023
     assert (driver.returncode, stderr) == (130, "error: interrupted; run the same command again\n")
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.extract"],
