@@ -35,7 +35,16 @@ from .copies import MAX_COPIES
 from .location import Location
 from .row_ranges import RowRanges
 from .row_states import READY, UNKNOWN, Evicted, RowStates
-from .threads import CHECK, GATHER, PREFETCH, WHOLE_SHARD, ExitError, submit, uninterrupted
+from .threads import (
+    CHECK,
+    GATHER,
+    GATHER_SHARD,
+    PREFETCH,
+    WHOLE_SHARD,
+    ExitError,
+    submit,
+    uninterrupted,
+)
 
 WHOLE_SHARE = 0.5
 """A shard is fetched whole if this share of its rows is wanted."""
@@ -194,10 +203,12 @@ class RemoteShards:
                 return
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
-            wanted = self._ranges.with_whole_requests(unknown, self._is_ahead)
-            fetched: list[Future[None]] = [
-                submit(GATHER, self._fetch, run) for run in self._ranges.joined(wanted)
-            ]
+            fetched: list[Future[None]] = []
+            for run in self._ranges.joined(
+                self._ranges.with_whole_requests(unknown, self._is_ahead)
+            ):
+                is_ahead = self._is_ahead[self._states.numbers_of(np.array([run.start]))[0]]
+                fetched.append(submit(GATHER_SHARD if is_ahead else GATHER, self._fetch, run))
             for future in fetched:
                 future.result()
             self._states.wait_for(missing)

@@ -10,26 +10,29 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 ROW_THREADS = 32
 """Requests for rows at once: at 20 ms each, rows of 75 KB come at 120 MB a second."""
 
-SHARD_THREADS = 8
-"""Requests for parts of whole shards at once: few, so that a row finds a free line."""
+SHARD_THREADS = 12
+"""Requests for parts of whole shards at once: S3's guidelines give a connection 85 to 90 MB a
+second, which makes 1 GB a second. With 32, two cores were slower (docs/design-notes.md)."""
 
-GATHER, PREFETCH, WHOLE_SHARD, CHECK = range(4)
-"""Urgency: a gather waits; rows that the order needs next; whole shards; the sha256 of a shard with
-all its rows, for which nothing waits."""
+GATHER, PREFETCH, GATHER_SHARD, WHOLE_SHARD, CHECK = range(5)
+"""Urgency: a gather waits; rows that the order needs next; a gather waits for a part of a whole
+shard; whole shards; the sha256 of a shard with all its rows, for which nothing waits: it begins
+when no request is queued or running."""
 
 
 class PriorityThreads:
     """Runs functions in daemon threads, the most urgent first, then in order."""
 
-    def __init__(self, num_threads: int) -> None:
-        """Start the threads."""
+    def __init__(self, num_threads: int, after: Sequence["PriorityThreads"] = ()) -> None:
+        """Start the threads; they begin nothing while those of `after` have work."""
+        self._after = after
         self._numbers = itertools.count()
         self._queue: queue.PriorityQueue[tuple[int, int, Callable[[], None]]]
         self._queue = queue.PriorityQueue()
@@ -52,24 +55,29 @@ class PriorityThreads:
     def _work(self) -> None:
         while True:
             _, _, call = self._queue.get()
+            for others in self._after:
+                others._queue.join()
             call()
+            self._queue.task_done()
             # Release the closure now, not when the next call arrives.
             del call
 
 
-_of_process: dict[bool, PriorityThreads] = {}
-"""The threads for whole shards, and those for rows."""
+_of_process: dict[int, PriorityThreads] = {}
+"""The threads for each urgency."""
 
 _starting = threading.Lock()
 
 
 def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Future[Any]:
     """Run a function in a thread of this process; see `PriorityThreads.submit`."""
-    is_whole = urgency >= WHOLE_SHARD
     with _starting:
-        if is_whole not in _of_process:
-            _of_process[is_whole] = PriorityThreads(SHARD_THREADS if is_whole else ROW_THREADS)
-    return _of_process[is_whole].submit(urgency, function, *arguments)
+        if not _of_process:
+            rows, shards = PriorityThreads(ROW_THREADS), PriorityThreads(SHARD_THREADS)
+            _of_process.update({GATHER: rows, PREFETCH: rows})
+            _of_process.update({GATHER_SHARD: shards, WHOLE_SHARD: shards})
+            _of_process[CHECK] = PriorityThreads(1, after=(rows, shards))
+    return _of_process[urgency].submit(urgency, function, *arguments)
 
 
 class ExitError(Exception):

@@ -190,6 +190,20 @@ def test_urgent_calls_overtake_others():
     assert order == [3, 1, 2]
 
 
+def test_a_check_begins_when_no_request_is_left(monkeypatch):
+    monkeypatch.setattr(threads, "_of_process", {})
+    order, go = [], threading.Event()
+    running = threads.submit(threads.GATHER, go.wait, 10)
+    check = threads.submit(threads.CHECK, order.append, threads.CHECK)
+    later = [threads.submit(kind, order.append, kind) for kind in (threads.WHOLE_SHARD, 1, 0)]
+    for future in later:
+        future.result(10)
+    go.set()
+    check.result(10)
+    assert running.result(10)
+    assert order[-1] == threads.CHECK
+
+
 def test_an_error_is_that_of_the_future():
     with pytest.raises(ZeroDivisionError):
         threads.submit(threads.GATHER, lambda: 1 / 0).result(10)

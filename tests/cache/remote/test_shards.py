@@ -480,7 +480,8 @@ def test_a_folder_that_takes_no_bytes_is_one_line(
 
 
 def test_a_folder_with_all_bytes_may_be_read_only(server, wide, cache_dir, monkeypatch):
-    FeatureStore(server.url).gather(wide.image_ids)
+    opened = FeatureStore(server.url)
+    opened.gather(wide.image_ids)
     until(lambda: is_complete(cache_dir, wide))
 
     def refuse(*arguments, **options):
