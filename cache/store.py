@@ -219,7 +219,8 @@ class FeatureStore:
     def prefetch_rows(self, image_ids: Sequence[int] | NDArray[np.int64]) -> None:
         """Begin to fetch the features of some images of a URL; does not wait.
 
-        Shards of which most rows are wanted are fetched whole, after single rows.
+        If the store fits the folder for copies, shards of which most rows are wanted are fetched
+        whole, after single rows; if not, more rows than the folder holds are not fetched at once.
         Does nothing for a store on this machine: its system reads ahead. An error of the server is
         that of the `gather` which needs the rows.
 

@@ -155,9 +155,12 @@ class RemoteShards:
     def prefetch(self, rows: NDArray[np.integer[Any]]) -> None:
         """Begin to fetch some rows of `mapping.rows`; do not wait.
 
-        A shard of which most rows are wanted is fetched whole, if the store fits the cache.
+        A shard of which most rows are wanted is fetched whole, if the store fits the cache. If it
+        does not, rows that would exceed the cache by themselves are not fetched before a gather.
         """
         unknown = np.unique(rows[self._states.of_row[rows] == UNKNOWN]).astype(np.int64)
+        if not self._fits and len(unknown) * self._row_bytes > self._cache.limit:
+            return
         unknown = unknown[~self._is_ahead[self._states.numbers_of(unknown)]]
         if self._fits:
             numbers, counts = np.unique(self._states.numbers_of(unknown), return_counts=True)

@@ -1,4 +1,4 @@
-"""Writes what README.md, docs/format.md and docs/scaling.md show of result files.
+"""Writes what README.md and pages of docs/ show of result files.
 
 python -m tests.documents.measured_tables
 
@@ -86,11 +86,13 @@ def result(name: str):
     return json.loads((ROOT / f"bench/results/{name}.json").read_text())
 
 
-def contender(name: str) -> str | None:
+def contender(name: str, kind: str = "warm") -> str | None:
     """The name in the result file of a reader: with the number of workers that suits it best."""
-    warm = result("read")["warm"]["median"]
+    medians = result("read")[kind]["median"]
     names = (name, f"{name}, 0 workers", f"{name}, 2 workers")
-    return max((found for found in names if found in warm), key=warm.__getitem__, default=None)
+    return max(
+        (found for found in names if found in medians), key=medians.__getitem__, default=None
+    )
 
 
 def shown(value: float) -> str:
@@ -101,7 +103,7 @@ def shown(value: float) -> str:
 
 
 def rate(name: str, kind: str) -> str:
-    value = result("read")[kind]["median"].get(contender(name))
+    value = result("read")[kind]["median"].get(contender(name, kind))
     return "" if value is None else shown(value)
 
 
@@ -137,6 +139,18 @@ def table_of_full_size() -> list[str]:
     return as_table(["123,287 images", "seconds", "rows/s", "own memory, GiB"], rows)
 
 
+def table_of_remote_readers() -> list[str]:
+    head = ["from an S3 server 20 ms away, 90 MB/s a connection", "first epoch, rows/s",
+            "later epochs, rows/s", "requests of the first"]  # fmt: skip
+    measured = next(iter(result("remote")["networks"].values()))
+    rows = []
+    for name, found in sorted(measured.items(), key=lambda item: -item[1]["first_epoch"]):
+        later = found["later_epochs"]
+        rows.append([name, shown(found["first_epoch"]), shown(later) if later else "not kept",
+                     f"{found['requests']:,}"])  # fmt: skip
+    return as_table(head, rows)
+
+
 def as_table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["".join(f"| {cell} " if cell else "| " for cell in row) + "|" for row in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
@@ -166,6 +180,7 @@ def readme(text: str) -> str:
 PAGES = {
     ROOT / "README.md": readme,
     ROOT / "docs/format.md": format_page,
+    ROOT / "docs/sharing.md": lambda text: with_table(text, table_of_remote_readers()),
     scaling_page.PAGE: lambda text: scaling_page.render(),
 }
 

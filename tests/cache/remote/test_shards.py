@@ -367,6 +367,20 @@ def test_the_limit_holds_and_what_was_deleted_comes_back_right(server, wide, cac
         assert not [line for line in maps if str(cache_dir) in line and "(deleted)" in line]
 
 
+def test_rows_that_would_drive_each_other_out_are_not_fetched_before_they_are_gathered(
+    server, wide
+):
+    row = wide.features[0].nbytes
+    opened = FeatureStore(server.url, cache_bytes=20 * row)
+    before = served(server)
+    opened.prefetch_rows(wide.image_ids)
+    threads.submit(threads.PREFETCH, lambda: None).result(LIMIT)
+    assert served(server) == before
+    opened.prefetch_rows(wide.image_ids[:8])
+    until(lambda: served(server) > before)
+    assert_epoch(opened, wide)
+
+
 def test_a_limit_below_one_batch_is_exceeded_by_that_batch_only(server, wide, cache_dir):
     opened = FeatureStore(server.url, cache_bytes=1)
     for _ in range(2):
