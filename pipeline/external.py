@@ -19,7 +19,7 @@ from cache.publish import publish_copy, publish_origin
 from cache.remote.location import Location
 from cache.spec import Spec
 from cache.store_index import INDEX_FILE, StoreIndex
-from cache.texts import first_few
+from cache.texts import first_few, without_passwords
 from pipeline.encoding.stats import ExtractionStats
 from pipeline.images.source import ImageSource
 from pipeline.settings import EncoderSettings, ExtractSettings
@@ -128,9 +128,12 @@ def _check_images(
             f"{allowed} may be missing (extract.max_failure_rate): {first_few(missing)}. Write "
             f"their rows, or take the images out and run index."
         )
-    stats.failures |= dict.fromkeys(missing, f"{root} has no features of it")
+    shown = without_passwords(str(root))
+    stats.failures |= dict.fromkeys(missing, f"{shown} has no features of it")
     if extra := len(index.image_ids) - len(stored):
-        print(f"extract: {root}: {extra} of its images are not indexed and stay unused", flush=True)
+        print(
+            f"extract: {shown}: {extra} of its images are not indexed and stay unused", flush=True
+        )
 
 
 def _plan_of(index: StoreIndex) -> list[PlannedShard]:

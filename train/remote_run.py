@@ -13,6 +13,7 @@ from pathlib import Path
 from cache.errors import PatchcacheError
 from cache.files.atomic import canonical_json, link_or_copy, sha256_of
 from cache.remote.destination import Destination
+from cache.texts import without_passwords
 from workspace.errors import StageError
 
 CHECKPOINT_NAME = re.compile(r"step-\d{8,}\.safetensors")
@@ -57,7 +58,9 @@ class RemoteRun:
         try:
             for newer in reversed([n for n in self._names() if n > name]):
                 self._there.get(newer, folder / newer)
-                print(f"{self._stage}: fetched {self.url}/{newer}", file=sys.stderr)
+                print(
+                    f"{self._stage}: fetched {without_passwords(self.url)}/{newer}", file=sys.stderr
+                )
                 yield folder / newer
         except PatchcacheError as error:
             self._report(error, "The run goes on with what is on this machine.")
@@ -122,6 +125,8 @@ class RemoteRun:
             if path.is_file()
         }
         try:
+            # That of a former run describes other files.
+            self._there.delete(f"run/{MANIFEST}")
             for name in hashes:
                 self._there.put(f"run/{name}", folder / name)
             self._there.put(f"run/{MANIFEST}", canonical_json(hashes))

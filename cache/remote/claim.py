@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from ..errors import CacheError, PatchcacheError
 from ..files.atomic import canonical_json
 from ..files.foreign import parse_json
-from ..texts import printable
+from ..texts import printable, without_passwords
 from .destination import Destination
 
 CLAIM_FILE = "writing.json"
@@ -164,7 +164,8 @@ class Claim:
             CacheError: It changed: its writer lives.
         """
         print(
-            f"{self._destination.url}: {found.who} began to write there at {found.since}; waiting "
+            f"{without_passwords(self._destination.url)}: {found.who} began to write there at "
+            f"{found.since}; waiting "
             f"up to {EXPIRY_SECONDS:.0f} s for a sign of it",
             flush=True,
         )
@@ -216,7 +217,7 @@ def _note_of(data: bytes, where: str) -> Note:
             raise ValueError
         writer, who, since = (printable(text)[:100] for text in texts)
         known = {name: digest for name, digest in sent if SHA256.fullmatch(digest)}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise CacheError(
             f"{where}: is not the claim of a writer of stores. Delete it, or publish elsewhere."
         ) from None

@@ -212,9 +212,11 @@ class RemoteShards:
             ):
                 is_ahead = self._is_ahead[self._states.numbers_of(np.array([run.start]))[0]]
                 fetched.append(submit(GATHER_SHARD if is_ahead else GATHER, self._fetch, run))
-            for future in fetched:
-                future.result()
+            errors = [error for future in fetched if (error := future.exception())]
             self._states.wait_for(missing)
+            # A request can hold rows that nobody has asked for.
+            if errors and (self._states.of_row[missing] != READY).any():
+                raise errors[0]
 
     def _check_local(self, rows: NDArray[np.int64]) -> None:
         """Check those of some rows that are on this machine."""
@@ -443,11 +445,17 @@ class RemoteShards:
         """Hold a shard that has all rows against its sha256, and give it its final name."""
         file = self._files[number]
         with self._states.using(np.array([number]), wait=False), self._lock(number):
-            opened = self._opened[number]
-            if not opened.is_part:
+            opened = self._opened.get(number)
+            is_whole = (self._states.rows_of(number) == READY).all()
+            if not (opened and opened.is_part and is_whole):
+                # Deleted since, maybe begun again: it is queued again when it has all rows.
                 return
             try:
                 found = sha256_of(opened.path)
+                status = opened.path.stat()
+                if (status.st_dev, status.st_ino) != opened.identity:
+                    # Another process deleted it, and began it again.
+                    raise FileNotFoundError
                 if found == file.sha256:
                     self._cache.complete(file.sha256)
             except FileNotFoundError:

@@ -74,9 +74,9 @@ def submit(urgency: int, function: Callable[..., object], *arguments: Any) -> Fu
     with _starting:
         if not _of_process:
             rows, shards = PriorityThreads(ROW_THREADS), PriorityThreads(SHARD_THREADS)
+            checks = PriorityThreads(1, after=(rows, shards))
             _of_process.update({GATHER: rows, PREFETCH: rows})
-            _of_process.update({GATHER_SHARD: shards, WHOLE_SHARD: shards})
-            _of_process[CHECK] = PriorityThreads(1, after=(rows, shards))
+            _of_process.update({GATHER_SHARD: shards, WHOLE_SHARD: shards, CHECK: checks})
     return _of_process[urgency].submit(urgency, function, *arguments)
 
 

@@ -26,6 +26,7 @@ from ..texts import human_size, without_passwords
 from .claim import CLAIM_FILE, Claim
 from .destination import PARTIAL, Destination
 from .location import Location
+from .origin import ORIGIN_FILE
 
 NUM_THREADS = 8
 """Files that are sent at a time."""
@@ -118,6 +119,11 @@ def _replace(
     """Send the missing files, then the index; return the files that were sent."""
     spec = source.path(SPEC_FILE).read_bytes()
     index = source.path(INDEX_FILE).read_bytes()
+    if _files_of(spec, index, str(source.root)) != {file.name: file.sha256 for file in files}:
+        raise CacheError(
+            f"{source.root}: another store was published there since this command began. Run it "
+            f"again."
+        )
     former = _read_former(destination)
     hashes = former.hashes or {}
     known, listed = hashes | claim.sent, destination.list()
@@ -129,14 +135,17 @@ def _replace(
     changed = [f for f in missing if hashes.get(f.name, f.sha256) != f.sha256]
     added = [file for file in missing if file not in changed]
 
-    def send(file: ShardFile) -> None:
+    def checked(file: ShardFile) -> Path:
         claim.check()
         path = source.path(file.name, file.num_bytes, file.sha256)
         if sha256_of(path) != file.sha256:
             raise CorruptShardError(
                 f"{path}: its sha256 is not the one in {INDEX_FILE}. {source.remedy}"
             )
-        destination.put(file.name, path)
+        return path
+
+    def send(file: ShardFile) -> None:
+        destination.put(file.name, checked(file))
 
     total = sum(file.num_bytes for file in missing)
     with tqdm(desc="push", total=total, unit="B", unit_scale=True, disable=None) as bar:
@@ -148,6 +157,9 @@ def _replace(
 
         send_all(added)
         is_readable = former.index is None or former.hashes is not None
+        # All of them before the former index goes.
+        for _ in in_parallel(checked, changed):
+            pass
         if changed or former.spec not in (None, spec) or not is_readable:
             claim.confirm()
             destination.delete(INDEX_FILE)
@@ -157,6 +169,9 @@ def _replace(
         destination.put(SPEC_FILE, spec)
     _check_listed(destination, files)
     claim.confirm()
+    if ORIGIN_FILE in listed:
+        # Of a folder whose shards were read from elsewhere.
+        destination.delete(ORIGIN_FILE)
     destination.put(INDEX_FILE, index)
     if destination.read(INDEX_FILE) != index:
         raise CacheError(
@@ -181,16 +196,25 @@ def _read_former(destination: Destination) -> PublishedStore:
             f"{destination.url}: holds an {INDEX_FILE} and no {SPEC_FILE}, so that is no part of a "
             f"store. Publish to another folder, or delete it."
         )
+    try:
+        return PublishedStore(spec, index, _files_of(spec, index, destination.url))
+    except CacheError:
+        # Damaged, or of another version of the format: it is replaced.
+        return PublishedStore(spec, index)
+
+
+def _files_of(spec: bytes, index: bytes, where: str) -> dict[str, str]:
+    """Return the sha256 of each shard and of the probe by name, as an index has them.
+
+    Raises:
+        CacheError: Spec or index are damaged.
+    """
     with ScratchFolder() as folder:
         path = folder / INDEX_FILE
         path.write_bytes(index)
-        try:
-            read = StoreIndex.read(path, Spec.from_json(spec, destination.url))
-        except CacheError:
-            # Damaged, or of another version of the format: it is replaced.
-            return PublishedStore(spec, index)
+        read = StoreIndex.read(path, Spec.from_json(spec, where))
     probe = {} if read.probe_sha256 is None else {PROBE_FILE: read.probe_sha256}
-    return PublishedStore(spec, index, {file.name: file.sha256 for file in read.shards} | probe)
+    return {file.name: file.sha256 for file in read.shards} | probe
 
 
 def _check_listed(destination: Destination, files: list[ShardFile]) -> None:

@@ -26,6 +26,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import network, row_ranges, threads
 from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
+from cache.remote.row_states import READY
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
@@ -197,6 +198,54 @@ def test_gathers_take_no_single_rows_out_of_shards_that_are_read_ahead(wide, tmp
     server.stop()
     # Both ends of each shard, and one request for all of its rows.
     assert len(server.served) - requests_before <= 3 * opened.num_shards
+
+
+def test_a_damaged_row_is_an_error_of_those_who_ask_for_it(wide, tmp_path, monkeypatch):
+    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+    local = FeatureStore(long.root)
+    largest = int(np.argmax(local._layout.num_rows))
+    ids = local.image_ids[local.shards_of(local.image_ids) == largest]
+    path = long.root / local._layout.shards[largest].name
+    data = bytearray(path.read_bytes())
+    data[local._layout.offset_of(largest) + 6 * long.features[0].nbytes] ^= 1
+    path.write_bytes(data)
+    server = FaultServer(long.root)
+    monkeypatch.setattr(threads, "_of_process", {})
+    monkeypatch.setattr(threads, "SHARD_THREADS", 1)
+    opened, released = FeatureStore(server.url), threading.Event()
+    threads.submit(threads.GATHER_SHARD, released.wait, LIMIT)
+    opened.read_ahead([largest])
+    threading.Timer(0.2, released.set).start()
+    assert np.array_equal(opened.gather(ids[5:6]), wanted(long, ids[5:6]))
+    with pytest.raises(CorruptShardError, match="1 rows have another hash"):
+        opened.gather(ids[6:7])
+    server.stop()
+
+
+def test_the_check_of_a_shard_that_was_begun_again_refuses_nothing(wide, tmp_path, cache_dir):
+    """The check was queued when all rows were here, and comes late."""
+    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+    server = FaultServer(long.root)
+    opened = FeatureStore(server.url)
+    numbers = opened.shards_of(opened.image_ids)
+    largest = int(np.argmax(opened._layout.num_rows))
+    ids = opened.image_ids[numbers == largest]
+    opened._remote._complete(largest)
+    opened.gather(ids[len(ids) // 2 :][:1])
+    (part,) = cache_dir.glob("*.part")
+    opened._remote._complete(largest)
+    assert part.exists()
+    # Another process deleted the file and began it again.
+    opened.gather(ids[:-1])
+    other = part.with_suffix(".other")
+    other.write_bytes(bytes(part.stat().st_size))
+    opened._remote._states.rows_of(largest)[:] = READY
+    other.replace(part)
+    opened._remote._complete(largest)
+    assert part.exists()
+    assert not opened._remote._num_refusals
+    assert_epoch(opened, long)
+    server.stop()
 
 
 def test_a_local_store_has_nothing_to_fetch(wide):

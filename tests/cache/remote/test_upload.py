@@ -29,6 +29,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import claim, destination, network
 from cache.remote.claim import CLAIM_FILE
+from cache.remote.origin import ORIGIN_FILE, origin_json
 from cache.remote.upload import in_parallel, try_to_write, upload
 from cache.shard import open_shard, write_shard
 from cache.store import FeatureStore
@@ -295,6 +296,42 @@ def test_a_damaged_shard_is_refused_and_the_old_store_stays(bucket, small, tmp_p
     with pytest.raises(CorruptShardError, match=f"{path}: its sha256 is not the one"):
         upload(new.root, URL)
     assert read_whole(URL) == content_of(small)
+
+
+def test_a_damaged_shard_of_the_same_name_leaves_the_old_store_too(bucket, small, tmp_path):
+    upload(small.root, URL)
+    again = encoded_again(small, tmp_path / "again")
+    path = again.root / sorted(again.names)[-1]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptShardError, match=f"{path}: its sha256 is not the one"):
+        upload(again.root, URL)
+    assert read_whole(URL) == content_of(small)
+
+
+def test_a_store_that_is_published_again_during_a_push_is_not_sent_by_halves(
+    bucket, small, tmp_path, build_store, monkeypatch
+):
+    new, confirm = build_store(tmp_path / "new", 30, seed=1), claim.Claim.__enter__
+
+    def publish_and_enter(self):
+        for path in new.root.iterdir():
+            shutil.copy(path, small.root)
+        return confirm(self)
+
+    monkeypatch.setattr(claim.Claim, "__enter__", publish_and_enter)
+    with pytest.raises(CacheError, match="another store was published there"):
+        upload(small.root, URL)
+    assert INDEX_FILE not in bucket.names()
+
+
+def test_a_folder_that_was_read_from_elsewhere_becomes_a_store(tmp_path, small):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / ORIGIN_FILE).write_bytes(origin_json("http://127.0.0.1:9/gone"))
+    upload(small.root, f"file://{there}")
+    assert read_whole(there) == content_of(small)
 
 
 def test_a_store_that_is_not_whole_is_refused_before_anything_is_written(bucket, small):
