@@ -26,7 +26,6 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import network, row_ranges, threads
 from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
-from cache.remote.row_states import READY
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
@@ -233,14 +232,6 @@ def test_the_check_of_a_shard_that_was_begun_again_refuses_nothing(wide, tmp_pat
     opened._remote._complete(largest)
     opened.gather(ids[len(ids) // 2 :][:1])
     (part,) = cache_dir.glob("*.part")
-    opened._remote._complete(largest)
-    assert part.exists()
-    # Another process deleted the file and began it again.
-    opened.gather(ids[:-1])
-    other = part.with_suffix(".other")
-    other.write_bytes(bytes(part.stat().st_size))
-    opened._remote._states.rows_of(largest)[:] = READY
-    other.replace(part)
     opened._remote._complete(largest)
     assert part.exists()
     assert not opened._remote._num_refusals
