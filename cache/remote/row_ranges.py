@@ -54,8 +54,8 @@ class RowRanges:
     ) -> NDArray[np.int64]:
         """Add to rows of shards that are fetched whole the missing rows of the same requests.
 
-        A gather would otherwise take single rows out of requests that are queued: many small
-        requests, which are slower than the large ones that they leave no less to do.
+        Otherwise a gather would take single rows out of requests that are queued: it would send
+        many small requests, and the large ones would be sent as well.
 
         Args:
             rows: Ascending, all of them missing.

@@ -58,6 +58,10 @@ class RowStates:
         """Return the number of each row's shard."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
+    def number_of(self, row: int) -> int:
+        """Return the number of a row's shard."""
+        return int(self.numbers_of(np.array([row]))[0])
+
     def rows_of(self, number: int) -> NDArray[np.uint8]:
         """Return a view of the states of a shard's rows."""
         return self.of_row[self.starts[number] :][: self._num_rows[number]]

@@ -206,11 +206,10 @@ class RemoteShards:
                 return
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
+            wanted = self._ranges.with_whole_requests(unknown, self._is_ahead)
             fetched: list[Future[None]] = []
-            for run in self._ranges.joined(
-                self._ranges.with_whole_requests(unknown, self._is_ahead)
-            ):
-                is_ahead = self._is_ahead[self._states.numbers_of(np.array([run.start]))[0]]
+            for run in self._ranges.joined(wanted):
+                is_ahead = self._is_ahead[self._states.number_of(run.start)]
                 fetched.append(submit(GATHER_SHARD if is_ahead else GATHER, self._fetch, run))
             errors = [error for future in fetched if (error := future.exception())]
             self._states.wait_for(missing)
@@ -230,7 +229,7 @@ class RemoteShards:
 
     def _fetch(self, run: slice) -> None:
         """Fetch the rows of a range that nobody else fetches."""
-        number = int(self._states.numbers_of(np.array([run.start]))[0])
+        number = self._states.number_of(run.start)
         with self._states.using(np.array([number]), wait=False):
             self._open(number)
             with self._states.claimed(np.arange(run.start, run.stop)) as rows:

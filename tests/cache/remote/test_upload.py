@@ -286,13 +286,17 @@ def test_a_reader_of_the_old_index_gets_a_line_for_a_shard_that_was_deleted(
 # Damage and faults
 
 
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def test_a_damaged_shard_is_refused_and_the_old_store_stays(bucket, small, tmp_path, build_store):
     upload(small.root, URL)
     new = build_store(tmp_path / "new", 15, seed=1)
     path = new.root / sorted(new.names)[-1]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    damage(path)
     with pytest.raises(CorruptShardError, match=f"{path}: its sha256 is not the one"):
         upload(new.root, URL)
     assert read_whole(URL) == content_of(small)
@@ -302,9 +306,7 @@ def test_a_damaged_shard_of_the_same_name_leaves_the_old_store_too(bucket, small
     upload(small.root, URL)
     again = encoded_again(small, tmp_path / "again")
     path = again.root / sorted(again.names)[-1]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    damage(path)
     with pytest.raises(CorruptShardError, match=f"{path}: its sha256 is not the one"):
         upload(again.root, URL)
     assert read_whole(URL) == content_of(small)
