@@ -49,9 +49,7 @@ class RowRanges:
                 found.append(slice(row, row + 1))
         return found
 
-    def with_whole_requests(
-        self, rows: NDArray[np.int64], is_ahead: NDArray[np.bool_]
-    ) -> NDArray[np.int64]:
+    def with_whole_requests(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Add to rows of shards that are fetched whole the missing rows of the same requests.
 
         Otherwise a gather would take single rows out of requests that are queued: it would send
@@ -59,13 +57,12 @@ class RowRanges:
 
         Args:
             rows: Ascending, all of them missing.
-            is_ahead: Of each shard whether it is fetched whole.
 
         Returns:
             Missing rows, ascending.
         """
         numbers = self._states.numbers_of(rows)
-        is_whole = is_ahead[numbers]
+        is_whole = self._states.is_ahead[numbers]
         parts = (rows - self._states.starts[numbers]) // self._most
         found = [rows[~is_whole]]
         for number, part in np.unique(np.stack((numbers, parts))[:, is_whole], axis=1).T.tolist():

@@ -43,6 +43,8 @@ class RowStates:
         self.of_row = np.zeros(num_states, np.uint8)
         self.starts, self._num_rows, self._unmap = starts, num_rows, unmap
         self._is_deleted = np.zeros(len(num_rows), bool)
+        self.is_ahead = np.zeros(len(num_rows), bool)
+        """Of each shard whether requests for all of its rows are queued."""
         self._reset()
         _all_states.add(self)
 
@@ -50,6 +52,7 @@ class RowStates:
         """Begin anew in a forked child: its parent's threads do not exist here."""
         self.changed = threading.Condition()
         self._uses = np.zeros(len(self._num_rows), np.int64)
+        self.is_ahead[:] = False
         self.of_row[self.of_row == PENDING] = UNKNOWN
         for number in np.flatnonzero(self._is_deleted).tolist():
             self._forget(number)
@@ -112,7 +115,7 @@ class RowStates:
 
     def _forget(self, number: int) -> None:
         self.rows_of(number)[:] = UNKNOWN
-        self._is_deleted[number] = False
+        self._is_deleted[number] = self.is_ahead[number] = False
         self._unmap(number)
 
     @contextlib.contextmanager

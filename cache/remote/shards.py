@@ -104,8 +104,6 @@ class RemoteShards:
         self._fits = sum(file.num_bytes for file in files) <= cache.limit
         self._touched = np.zeros(len(files))
         self._incomplete = {number for number, rows in enumerate(num_rows) if rows}
-        self._is_ahead = np.zeros(len(files), bool)
-        """Whether `read_ahead` has queued requests for a shard."""
         self._is_closed = False
         self.all_here = False
         """Whether every row was checked and stays mapped: nothing is left to do before a read."""
@@ -115,7 +113,6 @@ class RemoteShards:
             if shards := this():
                 shards._opened.pop(number, None)
                 shards._incomplete.add(number)
-                shards._is_ahead[number] = False
                 mapping.detach(number, num_rows[number])
 
         self._states = RowStates(len(row_xxh3), mapping.starts, num_rows, unmap)
@@ -161,7 +158,7 @@ class RemoteShards:
         unknown = np.unique(rows[self._states.of_row[rows] == UNKNOWN]).astype(np.int64)
         if not self._fits and len(unknown) * self._row_bytes > self._cache.limit:
             return
-        unknown = unknown[~self._is_ahead[self._states.numbers_of(unknown)]]
+        unknown = unknown[~self._states.is_ahead[self._states.numbers_of(unknown)]]
         if self._fits:
             numbers, counts = np.unique(self._states.numbers_of(unknown), return_counts=True)
             most = numbers[counts >= WHOLE_SHARE * np.array(self._num_rows)[numbers]]
@@ -173,13 +170,13 @@ class RemoteShards:
     def read_ahead(self, numbers: Sequence[int]) -> None:
         """Begin to fetch whole shards, in this order; do not wait."""
         for number in numbers:
-            self._is_ahead[number] = True
+            self._states.is_ahead[number] = True
             rows = np.flatnonzero(self._states.rows_of(number) == UNKNOWN)
             if len(rows) and number not in self._opened:
                 # Otherwise all requests for its rows would wait for this one.
                 self._submit_later(PREFETCH, RemoteShards._prepare, number)
             for run in self._ranges.joined(rows + self._mapping.starts[number]):
-                self._submit_later(WHOLE_SHARD, RemoteShards._fetch, run)
+                self._submit_later(WHOLE_SHARD, RemoteShards._fetch_ahead, run)
             if number in self._opened:
                 self._mapping.read_ahead(number, self._num_rows[number])
         self._touch(np.asarray(numbers, np.int64))
@@ -206,10 +203,10 @@ class RemoteShards:
                 return
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
-            wanted = self._ranges.with_whole_requests(unknown, self._is_ahead)
+            wanted = self._ranges.with_whole_requests(unknown)
             fetched: list[Future[None]] = []
             for run in self._ranges.joined(wanted):
-                is_ahead = self._is_ahead[self._states.number_of(run.start)]
+                is_ahead = self._states.is_ahead[self._states.number_of(run.start)]
                 fetched.append(submit(GATHER_SHARD if is_ahead else GATHER, self._fetch, run))
             errors = [error for future in fetched if (error := future.exception())]
             self._states.wait_for(missing)
@@ -239,6 +236,14 @@ class RemoteShards:
                     if len(part):
                         self._request_rows(number, part)
             self._finish(number)
+
+    def _fetch_ahead(self, run: slice) -> None:
+        """Fetch a range of a shard that is fetched whole; after an error, it is not any more."""
+        try:
+            self._fetch(run)
+        except BaseException:
+            self._states.is_ahead[self._states.number_of(run.start)] = False
+            raise
 
     def _prepare(self, number: int) -> None:
         """Open a shard whose rows will be fetched."""

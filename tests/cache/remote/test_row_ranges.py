@@ -54,12 +54,12 @@ def test_a_row_of_a_shard_that_is_fetched_whole_brings_the_missing_rows_of_its_r
     states, missing, monkeypatch
 ):
     monkeypatch.setattr(row_ranges, "REQUEST_BYTES", 5 * ROW_BYTES)
-    is_ahead = np.array([True, False, True])
-    wanted = RowRanges(states, ROW_BYTES).with_whole_requests(missing, is_ahead)
+    states.is_ahead[:] = [True, False, True]
+    wanted = RowRanges(states, ROW_BYTES).with_whole_requests(missing)
     expected = set(missing.tolist())
     for row in missing.tolist():
         number = int(states.numbers_of(np.array([row]))[0])
-        if is_ahead[number]:
+        if states.is_ahead[number]:
             first = (row - STARTS[number]) // 5 * 5
             stop = min(first + 5, NUM_ROWS[number])
             around = STARTS[number] + np.arange(first, stop)
@@ -72,4 +72,4 @@ def test_no_rows_need_no_request(states):
     ranges = RowRanges(states, ROW_BYTES)
     none = np.array([], np.int64)
     assert ranges.joined(none) == []
-    assert ranges.with_whole_requests(none, np.ones(3, bool)).tolist() == []
+    assert ranges.with_whole_requests(none).tolist() == []

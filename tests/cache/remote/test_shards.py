@@ -239,6 +239,18 @@ def test_the_check_of_a_shard_that_was_begun_again_refuses_nothing(wide, tmp_pat
     server.stop()
 
 
+def test_rows_can_be_fetched_ahead_after_an_outage(server, wide):
+    opened = FeatureStore(server.url)
+    for name in wide.names:
+        server.fail(name, "status", 500)
+    opened.read_ahead(range(opened.num_shards))
+    threads.submit(threads.CHECK, lambda: None).result(LIMIT)
+    server.faults.clear()
+    before = served(server)
+    opened.prefetch_rows(wide.image_ids)
+    until(lambda: served(server) - before >= feature_bytes(wide))
+
+
 def test_a_local_store_has_nothing_to_fetch(wide):
     opened = FeatureStore(wide.root)
     assert not opened.is_remote
