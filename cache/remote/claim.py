@@ -34,6 +34,9 @@ SETTLE_SECONDS = 3.0
 RENEW_SECONDS = 10.0
 """Time between two changes of a claim."""
 
+END_SECONDS = 10.0
+"""How long the end of a writer waits for a renewal that is on its way."""
+
 EXPIRY_SECONDS = 45.0
 """Time without a change after which a claim has expired."""
 
@@ -81,6 +84,7 @@ class Claim:
         self._lost: Exception | None = None
         self._seen = 0.0
         self._end = threading.Event()
+        self._looking = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> "Claim":
         """Claim the destination.
@@ -94,7 +98,7 @@ class Claim:
         except BaseException:
             self._release()
             raise
-        threading.Thread(target=self._look, daemon=True).start()
+        self._looking.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -133,6 +137,9 @@ class Claim:
 
     def _release(self) -> None:
         self._end.set()
+        if self._looking.is_alive():
+            # A renewal that is on its way would come after the end.
+            self._looking.join(END_SECONDS)
         # The claim of a writer that cannot give it back is taken over in time.
         with contextlib.suppress(PatchcacheError, OSError):
             self.confirm()

@@ -70,7 +70,7 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(
             _decoded(url), **_options(url)
         )
-    except (ValueError, ImportError, TypeError) as error:
+    except (ValueError, ImportError, TypeError, AttributeError) as error:
         raise SettingsError(f"{url}: cannot be read here: {one_line(error)}") from None
     except OSError as error:
         fault = network.fault_of(error)
@@ -79,6 +79,9 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _check_host(url: str) -> None:
+    kind, _, place = url.partition("://")
+    if kind.lower() in ("file", "local") and not place.strip("/"):
+        raise SettingsError(f"{url}: names no folder.")
     if url.partition("://")[0].lower() not in SERVERS:
         return
     try:

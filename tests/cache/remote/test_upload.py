@@ -328,6 +328,25 @@ def test_a_store_that_is_published_again_during_a_push_is_not_sent_by_halves(
     assert INDEX_FILE not in bucket.names()
 
 
+def test_a_renewal_on_its_way_does_not_outlast_the_push(bucket, small, monkeypatch):
+    monkeypatch.setattr(claim, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(claim, "POLL_SECONDS", 0.01)
+    put, renewing = destination.Destination.put, threading.Event()
+
+    def put_slowly(self, name, content):
+        if name == CLAIM_FILE and threading.current_thread() is not threading.main_thread():
+            renewing.set()
+            time.sleep(0.3)
+        elif name == INDEX_FILE:
+            assert renewing.wait(10)
+        put(self, name, content)
+
+    monkeypatch.setattr(destination.Destination, "put", put_slowly)
+    upload(small.root, URL)
+    time.sleep(0.5)
+    assert CLAIM_FILE not in bucket.names()
+
+
 def test_a_folder_that_was_read_from_elsewhere_becomes_a_store(tmp_path, small):
     there = tmp_path / "there"
     there.mkdir()

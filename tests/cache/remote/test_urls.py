@@ -27,7 +27,8 @@ def test_a_url_has_a_scheme(path, wanted):
     [
         *("s3://", "s3:///", "s3:///folder", "http://", "http:///x", "https://:80/x"),
         *("http://host:99999/x", "http://host:eighty/x", "http://[::1/x"),
-        *("reference://", "jupyter://x", "nothing://x"),
+        *("reference://", "jupyter://x", "nothing://x", "dir:///x"),
+        *("file://", "file:///", "local://"),
     ],
 )
 def test_a_url_that_leads_nowhere_is_refused_in_one_line(url):
