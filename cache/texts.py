@@ -9,7 +9,7 @@ from typing import Any
 MAX_LINE = 300
 """Characters of a text of unknown length that an error repeats."""
 
-LOGIN = re.compile(r"(?<=://)([^/\s:@]*):[^/\s]*@")
+LOGIN = re.compile(r"(?<=://)([^/\s:]*):[^/\s]*@")
 """User and password in a URL."""
 
 MARKUP = re.compile(r"[!#$&*:<>@\[-`{|}~]|(?<=[wW])\.")

@@ -107,8 +107,8 @@ class RemoteRun:
         thread.join(LAST_SECONDS)
         if thread.is_alive():
             print(
-                f"{self._stage}: {self.url}: the last checkpoint did not get there within "
-                f"{LAST_SECONDS:.0f} s",
+                f"{self._stage}: {without_passwords(self.url)}: the last checkpoint did not get "
+                f"there within {LAST_SECONDS:.0f} s",
                 file=sys.stderr,
             )
 
@@ -126,7 +126,8 @@ class RemoteRun:
         }
         try:
             # That of a former run describes other files.
-            self._there.delete(f"run/{MANIFEST}")
+            if self._there.read(f"run/{MANIFEST}", 1) is not None:
+                self._there.delete(f"run/{MANIFEST}")
             for name in hashes:
                 self._there.put(f"run/{name}", folder / name)
             self._there.put(f"run/{MANIFEST}", canonical_json(hashes))

@@ -16,7 +16,7 @@ import fsspec
 from ..errors import UnreachableStoreError
 from ..files.atomic import replacing
 from .network import attempt
-from .urls import OBJECT_STORES, check_writable, filesystem_of
+from .urls import LOCAL, OBJECT_STORES, check_writable, filesystem_of
 
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{32}\.partial")
 """Name of a file that is being put, where it is renamed afterwards."""
@@ -38,7 +38,10 @@ class Destination:
         """Distinguishes this writer from any other."""
         check_writable(url)
         self._files, self._folder = filesystem_of(self.url)
-        self._is_object_store = url.partition("://")[0].lower() in OBJECT_STORES
+        kind = url.partition("://")[0].lower()
+        self._is_object_store = kind in OBJECT_STORES
+        self.is_local = kind in LOCAL
+        """Whether the folder is one of this machine."""
 
     def list(self) -> dict[str, int]:
         """Return the size of every file of the folder by its name; empty if there is no folder.

@@ -5,6 +5,8 @@ file has one. Threads then read with urllib3: its processor time for a byte is l
 that of the asynchronous clients. If a direct request is refused, fsspec makes it.
 """
 
+import contextlib
+import importlib
 import io
 import os
 import threading
@@ -49,6 +51,10 @@ class DirectRequests:
         self._is_web = url.startswith(WEB)
         self._is_usable = True
         self._signed: dict[str, tuple[float, str]] = {}
+        # An import of a thread, at a fork, leaves the child a lock that nobody unlocks.
+        importlib.import_module("encodings.idna")
+        with contextlib.suppress(ImportError):
+            importlib.import_module("urllib3")
 
     def read(
         self, files: fsspec.AbstractFileSystem, path: str, start: int, stop: int, most_bytes: int

@@ -42,17 +42,23 @@ def read_origin(folder: Path) -> str | None:
         return None
     with path_in_errors(path), path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES)
-    try:
-        values = parse_json(data.decode())
-    except (ValueError, RecursionError):
-        values = None
-    url = values.get("url") if isinstance(values, dict) else None
-    if not isinstance(url, str) or len(values) > 1 or not _is_origin(url):
+    url = origin_in(data)
+    if url is None:
         raise IncompleteStoreError(
-            f"{path}: wanted one URL of {_kinds()}, found {one_line(ascii(values))}. Run the "
+            f"{path}: wanted one URL of {_kinds()}, found {one_line(ascii(data))}. Run the "
             f"extract stage, or delete it if the shards are here."
         )
     return url
+
+
+def origin_in(data: bytes) -> str | None:
+    """Return the URL in the content of the file; None if it is not of this project."""
+    try:
+        values = parse_json(data.decode())
+    except (ValueError, RecursionError):
+        return None
+    url = values.get("url") if isinstance(values, dict) and len(values) == 1 else None
+    return url if isinstance(url, str) and _is_origin(url) else None
 
 
 def _is_origin(url: str) -> bool:

@@ -204,15 +204,18 @@ class RemoteShards:
             self._check_local(missing)
             unknown = missing[self._states.of_row[missing] == UNKNOWN]
             wanted = self._ranges.with_whole_requests(unknown)
-            fetched: list[Future[None]] = []
+            fetched: list[tuple[slice, Future[None]]] = []
             for run in self._ranges.joined(wanted):
                 is_ahead = self._states.is_ahead[self._states.number_of(run.start)]
-                fetched.append(submit(GATHER_SHARD if is_ahead else GATHER, self._fetch, run))
-            errors = [error for future in fetched if (error := future.exception())]
+                urgency = GATHER_SHARD if is_ahead else GATHER
+                fetched.append((run, submit(urgency, self._fetch, run)))
+            for run, future in fetched:
+                # A request can hold rows that nobody has asked for.
+                mine = missing[(missing >= run.start) & (missing < run.stop)]
+                error = future.exception()
+                if error and (self._states.of_row[mine] == UNKNOWN).any():
+                    raise error
             self._states.wait_for(missing)
-            # A request can hold rows that nobody has asked for.
-            if errors and (self._states.of_row[missing] != READY).any():
-                raise errors[0]
 
     def _check_local(self, rows: NDArray[np.int64]) -> None:
         """Check those of some rows that are on this machine."""

@@ -20,13 +20,13 @@ from ..errors import CacheError, CorruptShardError, IncompleteStoreError
 from ..files.atomic import sha256_of
 from ..files.scratch import ScratchFolder
 from ..layout import StoreLayout
-from ..spec import SPEC_FILE, Spec
+from ..spec import MAX_JSON_BYTES, SPEC_FILE, Spec
 from ..store_index import INDEX_FILE, PROBE_FILE, SHARD_NAME, ShardFile, StoreIndex
 from ..texts import human_size, without_passwords
 from .claim import CLAIM_FILE, Claim
 from .destination import PARTIAL, Destination
 from .location import Location
-from .origin import ORIGIN_FILE
+from .origin import ORIGIN_FILE, origin_in
 
 NUM_THREADS = 8
 """Files that are sent at a time."""
@@ -62,6 +62,8 @@ class PublishedStore:
     index: bytes | None = None
     hashes: dict[str, str] | None = None
     """Name to sha256 of its shards and its probe; None if there is no index that can be read."""
+    has_origin: bool = False
+    """Whether its shards are read from elsewhere."""
 
 
 def try_to_write(url: str) -> None:
@@ -169,8 +171,8 @@ def _replace(
         destination.put(SPEC_FILE, spec)
     _check_listed(destination, files)
     claim.confirm()
-    if ORIGIN_FILE in listed:
-        # Of a folder whose shards were read from elsewhere.
+    if former.has_origin:
+        destination.delete(INDEX_FILE)
         destination.delete(ORIGIN_FILE)
     destination.put(INDEX_FILE, index)
     if destination.read(INDEX_FILE) != index:
@@ -183,24 +185,33 @@ def _replace(
 
 
 def _read_former(destination: Destination) -> PublishedStore:
-    """Read spec and index of the destination.
+    """Read spec, index and origin of the destination.
 
     Raises:
-        CacheError: There is an index without a spec, which is another program's.
+        CacheError: There is an index without a spec, which is another program's, or an origin that
+            is another program's in a local folder, where it would be read.
     """
     spec, index = destination.read(SPEC_FILE), destination.read(INDEX_FILE)
+    origin = destination.read(ORIGIN_FILE, MAX_JSON_BYTES)
+    has_origin = origin is not None and origin_in(origin) is not None
+    if origin is not None and not has_origin and destination.is_local:
+        raise CacheError(
+            f"{destination.url}/{ORIGIN_FILE}: is no part of a store. Publish to another folder, "
+            f"or delete it."
+        )
     if index is None:
-        return PublishedStore(spec)
+        return PublishedStore(spec, has_origin=has_origin)
     if spec is None:
         raise CacheError(
             f"{destination.url}: holds an {INDEX_FILE} and no {SPEC_FILE}, so that is no part of a "
             f"store. Publish to another folder, or delete it."
         )
     try:
-        return PublishedStore(spec, index, _files_of(spec, index, destination.url))
+        hashes = _files_of(spec, index, destination.url)
     except CacheError:
         # Damaged, or of another version of the format: it is replaced.
-        return PublishedStore(spec, index)
+        hashes = None
+    return PublishedStore(spec, index, hashes, has_origin)
 
 
 def _files_of(spec: bytes, index: bytes, where: str) -> dict[str, str]:

@@ -25,6 +25,9 @@ OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "hf")
 SERVERS = (*OBJECT_STORES, "http", "https")
 """Schemes of servers; `file` and chains of file systems lead to files of this machine."""
 
+LOCAL = ("file", "local")
+"""Schemes of folders of this machine."""
+
 READ_ONLY = frozenset({"http", "https", "data", "git", "github", "tar", "zip", "reference"})
 """Schemes of URLs that cannot be written."""
 
@@ -80,7 +83,7 @@ def filesystem_of(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def _check_host(url: str) -> None:
     kind, _, place = url.partition("://")
-    if kind.lower() in ("file", "local") and not place.strip("/"):
+    if kind.lower() in LOCAL and not place.strip("/"):
         raise SettingsError(f"{url}: names no folder.")
     if url.partition("://")[0].lower() not in SERVERS:
         return

@@ -26,6 +26,7 @@ from cache.errors import (
 from cache.files.atomic import sha256_of
 from cache.remote import network, row_ranges, threads
 from cache.remote.cache_folder import FOLDER_VARIABLE, GIGABYTES_VARIABLE, CacheFolder
+from cache.remote.row_states import PENDING, UNKNOWN
 from cache.shard import open_shard
 from cache.store import FeatureStore
 from cache.store_index import INDEX_FILE, StoreIndex
@@ -93,6 +94,18 @@ def is_complete(folder, built):
     assert all(name == sha256 for name, sha256 in found.items())
     shards = {sha256_of(built.root / name) for name in built.names}
     return found.keys() == shards and not list(folder.glob("*.part"))
+
+
+def shard_ids(opened):
+    """The ids of the images of the largest shard."""
+    largest = np.argmax(opened._layout.num_rows)
+    return opened.image_ids[opened.shards_of(opened.image_ids) == largest]
+
+
+@pytest.fixture
+def long(wide, tmp_path):
+    """A store with some forty rows in a shard: most of them lie far from both ends."""
+    return write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
 
 
 # A server that works
@@ -182,8 +195,7 @@ def test_reading_ahead_does_not_wait_and_a_gather_waits_for_its_rows_only(server
     assert_epoch(opened, wide)
 
 
-def test_gathers_take_no_single_rows_out_of_shards_that_are_read_ahead(wide, tmp_path, monkeypatch):
-    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+def test_gathers_take_no_single_rows_out_of_shards_that_are_read_ahead(long, monkeypatch):
     server = FaultServer(long.root)
     monkeypatch.setattr(row_ranges, "GAP_BYTES", 0)
     monkeypatch.setattr(threads, "_of_process", {})
@@ -199,11 +211,10 @@ def test_gathers_take_no_single_rows_out_of_shards_that_are_read_ahead(wide, tmp
     assert len(server.served) - requests_before <= 3 * opened.num_shards
 
 
-def test_a_damaged_row_is_an_error_of_those_who_ask_for_it(wide, tmp_path, monkeypatch):
-    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+def test_a_damaged_row_is_an_error_of_those_who_ask_for_it(long, monkeypatch):
     local = FeatureStore(long.root)
-    largest = int(np.argmax(local._layout.num_rows))
-    ids = local.image_ids[local.shards_of(local.image_ids) == largest]
+    ids = shard_ids(local)
+    largest = int(local.shards_of(ids[:1])[0])
     path = long.root / local._layout.shards[largest].name
     data = bytearray(path.read_bytes())
     data[local._layout.offset_of(largest) + 6 * long.features[0].nbytes] ^= 1
@@ -221,14 +232,39 @@ def test_a_damaged_row_is_an_error_of_those_who_ask_for_it(wide, tmp_path, monke
     server.stop()
 
 
-def test_the_check_of_a_shard_that_was_begun_again_refuses_nothing(wide, tmp_path, cache_dir):
-    """The check was queued when all rows were here, and comes late."""
-    long = write_store(tmp_path / "long", num_images=80, seed=0, spec=wide.spec, shard_rows=40)
+def test_a_row_that_failed_in_the_request_of_others_is_requested_again(long, monkeypatch):
+    """The row is on its way for a prefetch that fails, while a gather meets a damaged neighbour."""
     server = FaultServer(long.root)
     opened = FeatureStore(server.url)
-    numbers = opened.shards_of(opened.image_ids)
-    largest = int(np.argmax(opened._layout.num_rows))
-    ids = opened.image_ids[numbers == largest]
+    ids = shard_ids(opened)[[20, 25]]
+    (mine, of_others), states = opened._rows_of(ids), opened._remote._states
+    real, calls = opened._remote._fetch, []
+
+    def fetch(run):
+        calls.append(run)
+        real(run)
+        if run.start == mine:
+            raise CorruptShardError("a row that nobody has asked for")
+
+    def give_up():
+        with states.changed:
+            states.of_row[of_others] = UNKNOWN
+            states.changed.notify_all()
+
+    monkeypatch.setattr(opened._remote, "_fetch", fetch)
+    states.of_row[of_others] = PENDING
+    threading.Timer(0.3, give_up).start()
+    assert np.array_equal(opened.gather(ids), wanted(long, ids))
+    assert [run.start for run in calls] == [mine, of_others]
+    server.stop()
+
+
+def test_the_check_of_a_shard_that_was_begun_again_refuses_nothing(long, cache_dir):
+    """The check was queued when all rows were here, and comes late."""
+    server = FaultServer(long.root)
+    opened = FeatureStore(server.url)
+    ids = shard_ids(opened)
+    largest = int(opened.shards_of(ids[:1])[0])
     opened._remote._complete(largest)
     opened.gather(ids[len(ids) // 2 :][:1])
     (part,) = cache_dir.glob("*.part")
@@ -665,6 +701,32 @@ def test_an_interpreter_ends_while_shards_are_on_their_way(server, wide):
     found = outcome_of(code, server.url)
     released.set()
     assert found == (0, "")
+
+
+IMPORTS = """
+import sys, threading
+from cache import FeatureStore
+
+class Watch:
+    found = []
+
+    def find_spec(self, name, path=None, target=None):
+        if threading.current_thread().name == "patchcache-remote":
+            self.found.append(name)
+
+sys.meta_path.insert(0, Watch())
+store = FeatureStore(sys.argv[1])
+store.gather(store.image_ids[:9])
+store.prefetch_rows(store.image_ids)
+store.gather(store.image_ids)
+print(*Watch.found, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("kind", ["server", "s3_store"])
+def test_threads_import_nothing_since_a_fork_would_leave_the_lock_to_the_child(request, kind):
+    url = getattr(request.getfixturevalue(kind), "url", request.getfixturevalue(kind))
+    assert outcome_of(IMPORTS, url) == (0, "\n")
 
 
 EXIT = """

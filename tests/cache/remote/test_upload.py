@@ -328,6 +328,21 @@ def test_a_store_that_is_published_again_during_a_push_is_not_sent_by_halves(
     assert INDEX_FILE not in bucket.names()
 
 
+def test_somebody_elses_origin_is_left_alone(tmp_path, small, bucket):
+    there = tmp_path / "there"
+    there.mkdir()
+    mine = there / ORIGIN_FILE
+    mine.write_text('{"mine": "thesis"}')
+    with pytest.raises(CacheError, match=f"{ORIGIN_FILE}: is no part of a store"):
+        upload(small.root, f"file://{there}")
+    assert mine.read_text() == '{"mine": "thesis"}'
+    assert not list(there.glob("*.h5"))
+    destination.Destination(URL).put(ORIGIN_FILE, b"{}")
+    upload(small.root, URL)
+    assert destination.Destination(URL).read(ORIGIN_FILE) == b"{}"
+    assert read_whole(URL) == content_of(small)
+
+
 def test_a_renewal_on_its_way_does_not_outlast_the_push(bucket, small, monkeypatch):
     monkeypatch.setattr(claim, "RENEW_SECONDS", 0.0)
     monkeypatch.setattr(claim, "POLL_SECONDS", 0.01)
